@@ -1,0 +1,298 @@
+"""Label maps to analog bits and back: Gray codes, palettes, the location-aware palette, the three encodings.
+
+What it is: everything between a label map (any integer ids, -1 = ignore) and the channels that the network denoises.
+    labels --locate--> cells of an s x s grid --Codec.encode--> x0 (B, C, H, W) --Codec.decode--> cells
+What it is not: it knows nothing of noise, networks or files. It needs torch, numpy and einops only.
+
+Use it alone:
+    from bits import Codec
+    codec = Codec(bits=6)                                              # 64 segments, 8 x 8 cells, 2D Gray code
+    cells = codec.cells(labels); x0 = codec.encode(cells); assert (codec.decode(x0) == cells)[cells >= 0].all()
+
+Source: "Towards Agnostic and Holistic Universal Image Segmentation with Bit Diffusion" (NLDL 2026), sections 3.2 and
+3.4; analog bits: Chen et al. 2023 (arXiv 2208.04202); the RGB baseline and its decoder: UniGS (CVPR 2024).
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from einops import rearrange
+
+PALETTES = ("similar", "random", "different", "range", "none")
+ACTIVATIONS = {"bits": "tanh", "onehot": "none", "rgb": "tanh"}        # of an x-predicting network, if none is chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gray code and palettes
+
+
+def gray(i):
+    """Reflected binary Gray code of an integer or of an integer array or tensor."""
+    return i ^ (i >> 1)
+
+
+def gray_inverse(g):
+    """The integer whose Gray code is g (below 2^32): the prefix-xor of its bits."""
+    for shift in (1, 2, 4, 8, 16):
+        g = g ^ (g >> shift)
+    return g
+
+
+def palette(side, order="similar", seed=0):
+    """Code of each cell of a side x side grid, in raster order: int64 array (side^2,).
+
+    similar: 2D Gray code, horizontal and vertical neighbours differ in one bit (paper, section 3.4); different: a
+    greedy walk to the unused code at the largest Hamming distance, laid out in a snake; random: a seeded permutation;
+    range: the raster index itself.
+    """
+    n = side * side
+    if order in ("similar", "different") and side & (side - 1):
+        raise ValueError(f"palette '{order}' needs a grid side that is a power of two, not {side}: use 'random'")
+    if order == "similar":
+        g = gray(np.arange(side))
+        return (g[:, None] * side | g[None, :]).reshape(n)                         # g(row) << k/2 | g(column)
+    if order == "random":
+        return np.random.default_rng(seed).permutation(n)
+    if order == "range":
+        return np.arange(n)
+    if order == "different":
+        code, unused = [0], np.ones(n, bool)
+        unused[0] = False
+        for _ in range(n - 1):
+            distance = np.where(unused, popcount(np.arange(n) ^ code[-1]), -1)
+            code.append(int(distance.argmax()))                                    # argmax: the first on ties
+            unused[code[-1]] = False
+        grid = np.array(code).reshape(side, side)
+        grid[1::2] = grid[1::2, ::-1]
+        return grid.reshape(n)
+    raise ValueError(f"palette '{order}' is not one of {', '.join(PALETTES)}")
+
+
+def popcount(i):
+    """Number of set bits of non-negative integers below 2^32."""
+    return sum((i >> b) & 1 for b in range(32))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Location-aware palette
+
+
+def locate(labels, side, largest_first=False):
+    """Location-aware palette: every segment gets the grid cell nearest to its centroid, no two the same one.
+
+    labels (B, H, W), any integer type, -1 = ignore -> cells (B, H, W) int64 in [0, side^2), -1 where ignored.
+    Segments choose in ascending label order (or largest first): the cell that holds the centroid if it is free, else
+    the free cell nearest to the centroid, the first in raster order on ties. Beyond side^2 segments the smallest ones
+    are merged into the largest. Raises ValueError for labels that are not (B, H, W) integers.
+    """
+    index, counts, rows, cols = segments(labels)
+    (B, H, W), K, device = labels.shape, side * side, labels.device
+
+    if int((counts > 0).sum(1).max()) > K:                                         # 1) too many: merge the smallest
+        by_size = counts.argsort(dim=1, descending=True, stable=True)                  # (B, n)
+        kept = torch.zeros_like(counts, dtype=torch.bool).scatter_(1, by_size[:, :K], True)
+        for total in (counts, rows, cols):
+            spare = torch.where(kept, 0, total).sum(1, keepdim=True)
+            total.mul_(kept).scatter_add_(1, by_size[:, :1], spare)
+    else:
+        by_size, kept = None, counts > 0
+    kept = kept & (counts > 0)
+
+    # 2) centroids in grid units. float64 makes sums exact, so the result is the same on every device.
+    p_row = ((rows / counts.clamp(min=1)) + 0.5) / H * side - 0.5                  # (B, n)
+    p_col = ((cols / counts.clamp(min=1)) + 0.5) / W * side - 0.5
+    wanted = (p_row.round() * side + p_col.round()).long().clamp(0, K - 1)         # round half to even
+
+    # 3) the segments choose one after the other, all images at once. Column K of `free` takes absent segments.
+    key = torch.where(kept, -counts if largest_first else -torch.ones_like(counts), 1)
+    turn = key.argsort(dim=1, stable=True)[:, : max(1, int(kept.sum(1).max()))]        # (B, M), ascending labels on ties
+    grid = torch.arange(K, device=device)
+    free = torch.ones(B, K + 1, dtype=torch.bool, device=device)
+    cell_of = torch.full_like(wanted, -1)                                          # (B, n)
+    for j in range(turn.shape[1]):
+        who = turn[:, j : j + 1]                                                   # (B, 1)
+        want = wanted.gather(1, who)
+        distance = (p_row.gather(1, who) - grid // side) ** 2 + (p_col.gather(1, who) - grid % side) ** 2   # (B, K)
+        nearest = distance.masked_fill(~free[:, :K], torch.inf).argmin(1, keepdim=True)
+        cell = torch.where(free.gather(1, want), want, nearest)
+        present = kept.gather(1, who)
+        cell_of.scatter_(1, who, torch.where(present, cell, -1))
+        free.scatter_(1, torch.where(present, cell, K), False)
+    if by_size is not None:
+        merged = ~kept & (cell_of < 0)
+        cell_of = torch.where(merged, cell_of.gather(1, by_size[:, :1]), cell_of)
+    return torch.where(index < 0, -1, cell_of.gather(1, index.clamp(min=0))).view(B, H, W)
+
+
+def segments(labels):
+    """Pixel count and sums of the coordinates of every segment.
+
+    (B, H, W) integers -> index (B, H*W) int64 of each pixel's segment, in ascending label order, -1 where ignored; and
+    count, sum of rows, sum of columns, each (B, n) float64, where n covers every label of the batch (count 0: absent).
+    """
+    if labels.dim() != 3 or labels.is_floating_point() or labels.numel() == 0:
+        raise ValueError(f"labels must be integers of shape (B, H, W), not {labels.dtype} {tuple(labels.shape)}")
+    B, H, W = labels.shape
+    flat = labels.reshape(B, H * W).long()
+    low, high = (int(v) for v in flat.aminmax())
+    if high - low < 4096:                                                          # small ids: no sort needed
+        index, n = flat - low, high - low + 1
+    else:
+        unique, index = flat.unique(return_inverse=True)
+        n = len(unique)
+    key = (index + n * torch.arange(B, device=labels.device)[:, None]).reshape(-1).masked_fill((flat == -1).view(-1), B * n)
+    pixel = torch.arange(H * W, device=labels.device).expand(B, -1)
+
+    def total(weights):                                                            # (B, n); the extra bin: ignored
+        return torch.bincount(key, weights.reshape(-1).double(), minlength=B * n + 1)[:-1].view(B, n)
+
+    return (index.masked_fill(flat == -1, -1), total(torch.ones_like(pixel)), total(pixel // W), total(pixel % W))
+
+
+def random_cells(labels, classes, generator=None):
+    """The `none` palette: each segment of each map gets a random code of its own. labels (B, H, W) -> (B, H, W)."""
+    index, counts, _, _ = segments(labels)
+    B, n = counts.shape
+    rank = counts.argsort(dim=1, descending=True, stable=True).argsort(1)              # 0 = the largest segment
+    rank = torch.where(rank < classes, rank, 0)                                    # too many: into the largest
+    gen_device = generator.device if generator is not None else labels.device
+    codes = torch.rand(B, classes, generator=generator, device=gen_device).argsort(1).to(labels.device)
+    cells = codes.gather(1, rank).gather(1, index.clamp(min=0))
+    return torch.where(index < 0, -1, cells).view(labels.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encodings
+
+
+@dataclass
+class Codec:
+    """How segments become channels and back: `bits` (the paper's), `onehot` or `rgb` (its baselines).
+
+    bits: an even number from 2 to 10; there are 2^bits classes (rgb has 121, or 125 with palette none).
+    Raises ValueError for anything else that is unknown.
+    """
+
+    encoding: str = "bits"
+    bits: int = 6
+    palette: str = "similar"
+    seed: int = 0                                # of the random palette
+    activation: str = ""                         # of the network's x-prediction; "" = the encoding's own
+    classes: int = field(init=False)
+    channels: int = field(init=False)
+
+    def __post_init__(self):
+        if self.encoding not in ACTIVATIONS:
+            raise ValueError(f"encoding '{self.encoding}' is not one of {', '.join(ACTIVATIONS)}")
+        if self.palette not in PALETTES:
+            raise ValueError(f"palette '{self.palette}' is not one of {', '.join(PALETTES)}")
+        if self.bits not in (2, 4, 6, 8, 10):
+            raise ValueError(f"bits must be 2, 4, 6, 8 or 10 (an even number: the palette is square), not {self.bits}")
+        self.activation = self.activation or ACTIVATIONS[self.encoding]
+        if self.encoding == "rgb" and self.palette == "similar":
+            self.palette = "random"              # 11 x 11 colours have no Gray code
+        located = self.palette != "none"
+        self.side = 11 if self.encoding == "rgb" else 2 ** (self.bits // 2)
+        self.classes = 125 if self.encoding == "rgb" and not located else self.side**2
+        code = torch.from_numpy(palette(self.side, self.palette, self.seed)) if located else torch.arange(self.classes)
+        self.cell_of_code = code.argsort()                                         # the inverse permutation
+        if self.encoding == "bits":
+            table = 2.0 * (code[:, None] >> torch.arange(self.bits) & 1) - 1       # (K, k), least significant first
+        elif self.encoding == "onehot":
+            table = torch.eye(self.classes)[code]                                  # (K, K)
+        else:
+            digits = torch.stack([code // 25, code % 25 // 5, code % 5], dim=1)    # (K, 3), base 5
+            table = (digits * 64).clamp(max=255) / 127.5 - 1
+        self.channels = table.shape[1]
+        self.table = torch.cat([table, torch.zeros(1, self.channels)])             # the last row: cell -1, ignored
+
+    def cells(self, labels, generator=None):
+        """labels (B, H, W) -> cells (B, H, W) int64 in [0, classes), -1 = ignore. generator: for palette none."""
+        if self.palette == "none":
+            return random_cells(labels, self.classes, generator)
+        return locate(labels, self.side)
+
+    def encode(self, cells):
+        """cells (B, H, W) -> x0 (B, C, H, W) float32 in [-1, 1], 0 where ignored (channels_last in memory)."""
+        return rearrange(self.table.to(cells.device)[cells], "b h w c -> b c h w")
+
+    def decode(self, x, valid=None):
+        """x (B, C, H, W) -> cells (B, H, W) int64, -1 outside valid (B, H, W). rgb: cluster numbers, not cells."""
+        if x.shape[1] != self.channels:
+            raise ValueError(f"{self.encoding} has {self.channels} channels, x has {tuple(x.shape)}")
+        if self.encoding == "rgb":
+            masks = torch.ones_like(x[:, 0], dtype=torch.bool) if valid is None else valid
+            cells = torch.stack([dichotomy((v.float() + 1) * 127.5, m) for v, m in zip(x, masks)])
+        elif self.encoding == "onehot":
+            cells = self.cell_of_code.to(x.device)[x.argmax(1)]
+        else:
+            weight = 2 ** torch.arange(self.bits, device=x.device).view(1, -1, 1, 1)
+            cells = self.cell_of_code.to(x.device)[((x > 0) * weight).sum(1)]
+        return cells if valid is None else cells.masked_fill(~valid, -1)
+
+    def activate(self, out):
+        """The activation that ends an x-predicting network: out (B, C, H, W) -> the same shape."""
+        if self.activation == "none":
+            return out
+        if self.activation == "softmax":
+            return out.softmax(1)
+        if self.activation not in ("tanh", "sigmoid"):
+            raise ValueError(f"activation '{self.activation}' is not one of none, tanh, sigmoid, softmax")
+        return getattr(out, self.activation)()
+
+
+def dichotomy(rgb, valid):
+    """Progressive dichotomy (UniGS): split the colours of one image by 2-means until every cluster is tight.
+
+    rgb (3, H, W) in 0..255, valid (H, W) bool -> cluster numbers (H, W) int64, 0 outside valid. The lowest-numbered
+    unfinished cluster is next; one is finished below 20 pixels, after 10 splits, or when the mean distance to its mean
+    colour is below 10.
+    """
+    pixels = rgb[:, valid].T                                                       # (N, 3)
+    number = torch.zeros(len(pixels), dtype=torch.int64, device=rgb.device)
+    splits, current = [0], 0
+    while current < len(splits):
+        member = (number == current).nonzero()[:, 0]
+        colours = pixels[member]
+        spread = (colours - colours.mean(0)).norm(dim=1)
+        if len(member) < 20 or splits[current] == 10 or spread.mean() < 10:
+            current += 1
+            continue
+        far = colours[spread.argmax()]                                             # 2-means from two far colours
+        centres = torch.stack([colours[(colours - far).norm(dim=1).argmax()], far])
+        for _ in range(20):
+            second = torch.cdist(colours, centres).argmin(1) == 1
+            moved = torch.stack([colours[~second].mean(0), colours[second].mean(0)])
+            if torch.equal(moved, centres):
+                break
+            centres = moved
+        splits[current] += 1
+        number[member[second]] = len(splits)
+        splits.append(splits[current])
+    out = torch.zeros(valid.shape, dtype=torch.int64, device=rgb.device)
+    out[valid] = number
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What soft bits say (paper, Eq. 3). x (B, k, H, W), clamped to [-1, 1]; each bit is right with probability (1 + |x|)/2.
+
+
+def code_probability(x, code):
+    """Probability of a code, an integer or (B, H, W) integers, at each pixel: prod_b (1 - |y_b - x_b| / 2), (B, H, W)."""
+    code = torch.as_tensor(code, device=x.device)
+    y = 2.0 * torch.stack([code >> b & 1 for b in range(x.shape[1])], dim=-1) - 1  # (..., k)
+    y = rearrange(y, "b h w k -> b k h w") if y.dim() == 4 else y.view(1, -1, 1, 1)
+    return (1 - (y - x.float().clamp(-1, 1)).abs() / 2).prod(1)
+
+
+def confidence(x):
+    """Probability of the code that the signs of x decode to: prod_b (1 + |x_b|) / 2, (B, H, W)."""
+    return ((1 + x.float().clamp(-1, 1).abs()) / 2).prod(1)
+
+
+def entropy(x):
+    """Entropy of the code at each pixel, in bits (0 to k): the sum of k binary entropies, (B, H, W)."""
+    p = (1 + x.float().clamp(-1, 1)) / 2
+    return -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)).sum(1) / np.log(2)

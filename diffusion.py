@@ -1,0 +1,214 @@
+"""The diffusion process on analog bits: noise schedules, training loss, samplers. Continuous time, 0 = data, 1 = noise.
+
+What it is: plain functions around any network `model(x, t)` that takes cat(xt, image[, previous x_hat]) of shape
+(B, C + 3 [+ C], H, W) and t (B,), and returns (B, C, H, W). What it is not: it knows neither labels nor files.
+
+Use it alone:
+    from diffusion import Diffusion, training_loss, sample
+    loss = training_loss(model, x0, image, valid, Diffusion(), torch.tanh)                     # a scalar; x0 in [-1, 1]
+    x = sample(model, image, valid, channels=6, seeds=[0, 1], diffusion=Diffusion(), activate=torch.tanh)
+
+Source: "Towards Agnostic and Holistic Universal Image Segmentation with Bit Diffusion" (NLDL 2026), Eq. 1-7; variational
+form and samplers: Kingma et al. 2021 (VDM), Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM); guidance: Ho & Salimans
+2022; input scale: Chen 2023 (arXiv 2301.10972); sigmoid weighting: Kingma & Gao 2023, Hoogeboom et al. 2024.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+SCHEDULES = ("cosine", "linear", "linear_simple", "parabola")
+WEIGHTINGS = ("sigmoid", "snr", "snr+1", "snr_trunc", "uniform")
+PREDICTIONS = ("x", "eps", "v")
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The process and its loss. The defaults are the paper's. Raises ValueError for unknown names."""
+
+    schedule: str = "cosine"
+    input_scale: float = 0.1                     # b: the log-SNR is shifted by 2 ln b, a harder task at every t
+    logsnr_max: float = 20.0                     # at t = 0
+    logsnr_min: float = -20.0                    # at t = 1
+    prediction: str = "x"                        # what the network's output means
+    weighting: str = "sigmoid"
+    bias: float = -4.0                           # of the sigmoid weighting
+    logsnr_space: bool = True                    # the factor -dlambda/dt of the loss
+    image_drop: float = 0.05                     # share of training samples without an image, for guidance
+    self_condition: float = 0.0                  # share of training steps with a first pass' x_hat as input; 0 = off
+
+    def __post_init__(self):
+        for value, known, name in ((self.schedule, SCHEDULES, "schedule"), (self.weighting, WEIGHTINGS, "weighting"),
+                                   (self.prediction, PREDICTIONS, "prediction")):
+            if value not in known:
+                raise ValueError(f"{name} '{value}' is not one of {', '.join(known)}")
+        if not 0 < self.input_scale:
+            raise ValueError(f"input_scale must be positive, not {self.input_scale}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule. Everything in float64: 1 - gamma at t = 0 is 2e-9.
+
+
+def gamma_and_slope(t, d):
+    """gamma(t) in (0, 1) and -dgamma/dt of the scaled and clipped schedule, both float64, in the shape of t."""
+    t = torch.as_tensor(t, dtype=torch.float64)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=t.device)
+
+    def raw(u):                                                                    # before scaling: gamma, -dgamma/dt
+        if d.schedule == "cosine":
+            return torch.cos(u * math.pi / 2) ** 2, torch.sin(u * math.pi) * math.pi / 2
+        if d.schedule == "linear":                                                 # sigmoid(-log(expm1(m))) = exp(-m)
+            return torch.exp(-1e-4 - 10 * u**2), 20 * u * torch.exp(-1e-4 - 10 * u**2)
+        if d.schedule == "linear_simple":
+            return 1 - u, torch.ones_like(u)
+        return (1 - u**2) ** 2, 4 * u * (1 - u**2)                                 # parabola
+
+    def scaled(u):                                                                 # Eq. 7
+        g, slope = raw(u)
+        denominator = (d.input_scale**2 - 1) * g + 1
+        return d.input_scale**2 * g / denominator, slope * d.input_scale**2 / denominator**2
+
+    g, slope = scaled(t)
+    g0, g1 = scaled(ends)[0]
+    top, bottom = torch.sigmoid(torch.tensor([d.logsnr_max, d.logsnr_min], dtype=torch.float64)).tolist()
+    stretch = (top - bottom) / (g0 - g1)                                           # affine: exactly the two limits
+    return bottom + (g - g1) * stretch, slope * stretch
+
+
+def logsnr(t, d):
+    """lambda(t) = log(gamma / (1 - gamma)), float64."""
+    return torch.logit(gamma_and_slope(t, d)[0])
+
+
+def alpha_sigma(t, d):
+    """alpha = sqrt(gamma) and sigma = sqrt(1 - gamma) (Eq. 4), float64, in the shape of t."""
+    g = gamma_and_slope(t, d)[0]
+    return g.sqrt(), (1 - g).sqrt()
+
+
+def loss_weight(t, d):
+    """w(lambda) * -dlambda/dt (Eq. 2; the second factor if d.logsnr_space), float64, in the shape of t."""
+    g, slope = gamma_and_slope(t, d)
+    lam = torch.logit(g)
+    if d.weighting == "sigmoid":
+        w = torch.sigmoid(lam - d.bias)
+    elif d.weighting == "snr":
+        w = lam.exp()
+    elif d.weighting == "snr+1":
+        w = lam.exp() + 1
+    elif d.weighting == "snr_trunc":
+        w = lam.exp().clamp(min=1)
+    else:
+        w = torch.ones_like(lam)
+    return w * slope / (g * (1 - g)) if d.logsnr_space else w
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def stratified_t(batch, generator=None, device=None):
+    """One t a sample, each in a bin of its own: (perm(i) + u_i) / B, float64 (B,)."""
+    perm = torch.randperm(batch, generator=generator, device=device)
+    return (perm + torch.rand(batch, generator=generator, device=device, dtype=torch.float64)) / batch
+
+
+def to_x0(out, xt, alpha, sigma, prediction, activate):
+    """x_hat from the network's output; float32. alpha, sigma: numbers, or (B, 1, 1, 1). Only x is activated."""
+    out = out.float()
+    if prediction == "x":
+        return activate(out)
+    if prediction == "eps":
+        return (xt - sigma * out) / alpha
+    return alpha * xt - sigma * out                                                # v
+
+
+def per_sample_error(x_hat, x0, valid):
+    """Squared error summed over channels, averaged over the valid pixels: (B,). valid (B, H, W)."""
+    error = ((x_hat - x0) ** 2).sum(1) * valid                                     # (B, H, W)
+    return error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+
+
+def training_loss(model, x0, image, valid, d, activate, generator=None):
+    """The loss of one batch (Eq. 2), a scalar.
+
+    x0 (B, C, H, W) in [-1, 1], 0 where not valid; image (B, 3, H, W), normalised; valid (B, H, W) bool.
+    generator: on x0's device; draws t, noise, dropped images, self-conditioning.
+    """
+    B, device = x0.shape[0], x0.device
+    t = stratified_t(B, generator, device)
+    alpha, sigma = (v.float().view(B, 1, 1, 1) for v in alpha_sigma(t, d))
+    eps = torch.randn(x0.shape, generator=generator, device=device)
+    xt = alpha * x0 + sigma * eps                                                  # Eq. 1
+    keep = torch.rand(B, 1, 1, 1, generator=generator, device=device) >= d.image_drop
+    image, time = image * keep, t.float()
+
+    x_self = None
+    if d.self_condition > 0:
+        x_self = torch.zeros_like(xt)
+        with torch.no_grad():
+            first = to_x0(model(network_input(xt, image, x_self), time), xt, alpha, sigma, d.prediction, activate)
+        chosen = torch.rand(B, 1, 1, 1, generator=generator, device=device) < d.self_condition
+        x_self = first.clamp(-1, 1) * chosen
+    out = model(network_input(xt, image, x_self), time)
+    x_hat = to_x0(out, xt, alpha, sigma, d.prediction, activate)
+    return (loss_weight(t, d).float() * per_sample_error(x_hat, x0, valid)).mean()
+
+
+def network_input(xt, image, x_self=None):
+    """cat(xt, image[, x_self]): (B, C + 3 [+ C], H, W)."""
+    return torch.cat([xt, image] if x_self is None else [xt, image, x_self], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@torch.no_grad()
+def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, guidance=1.0, sampler="ddpm",
+           variance="large", callback=None):
+    """Denoise Gaussian noise into x_hat (B, C, H, W) in [-1, 1] at N equidistant times from 1 to 0.
+
+    image (B, 3, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random generator a sample, so
+    the result for a seed is the same in every batch. guidance w: x_hat = (1 + w) x_hat(image) - w x_hat(no image).
+    variance (ddpm): large or small. callback(i, t, xt, x_hat) sees every step.
+    """
+    if sampler not in ("ddpm", "ddim") or variance not in ("large", "small"):
+        raise ValueError(f"sampler is ddpm or ddim, variance large or small, not '{sampler}' and '{variance}'")
+    if steps < 1 or len(seeds) != len(image):
+        raise ValueError(f"at least 1 step and one seed an image are needed, not {steps} and {len(seeds)}")
+    d, (B, _, H, W), device = diffusion, image.shape, image.device
+    generators = [torch.Generator(device).manual_seed(int(s)) for s in seeds]
+
+    def noise():
+        return torch.stack([torch.randn(channels, H, W, generator=g, device=device) for g in generators])
+
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    lam, (alpha, sigma) = logsnr(times, d).tolist(), (v.tolist() for v in alpha_sigma(times, d))
+    mask = valid[:, None]                                                          # (B, 1, H, W)
+    xt, x_hat = noise(), torch.zeros(B, channels, H, W, device=device)
+    images = torch.cat([image, torch.zeros_like(image)]) if guidance else image    # both halves in one batch
+    halves = len(images) // B
+
+    for i in range(steps):
+        x_self = x_hat.repeat(halves, 1, 1, 1) if d.self_condition > 0 else None
+        xs = xt.repeat(halves, 1, 1, 1)
+        t = torch.full((len(xs),), times[i].item(), device=device)
+        x_hat = to_x0(model(network_input(xs, images, x_self), t), xs, alpha[i], sigma[i], d.prediction, activate)
+        if guidance:
+            x_hat = (1 + guidance) * x_hat[:B] - guidance * x_hat[B:]
+        x_hat = x_hat.clamp(-1, 1) * mask
+        if callback:
+            callback(i, times[i].item(), xt, x_hat)
+        if i == steps - 1:
+            return x_hat
+        if sampler == "ddim":
+            eps = (xt - alpha[i] * x_hat) / sigma[i]
+            xt = alpha[i + 1] * x_hat + sigma[i + 1] * eps
+        else:                                                                      # r = e^(lambda_t - lambda_s)
+            r, one_minus_r = math.exp(lam[i] - lam[i + 1]), -math.expm1(lam[i] - lam[i + 1])
+            mean = r * alpha[i + 1] / alpha[i] * xt + one_minus_r * alpha[i + 1] * x_hat
+            std = math.sqrt(one_minus_r) * sigma[i if variance == "large" else i + 1]
+            xt = mean + std * noise()

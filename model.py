@@ -1,0 +1,155 @@
+"""The denoising network: an attention U-Net on (noisy bits, image), for any number of channels and any level count.
+
+What it is: one nn.Module, `UNet`, plus the table of its sizes. It maps (B, in_channels, H, W) and t in [0, 1] to
+(B, out_channels, H, W). What it is not: it knows nothing of bits, noise or losses (bits.py, diffusion.py).
+
+Use it alone:
+    from model import UNet, SIZES
+    net = UNet(in_channels=9, out_channels=6, **SIZES["paper"])        # 6 noisy bits + RGB -> 6 bits
+    out = net(torch.randn(2, 9, 128, 128), torch.rand(2))              # (2, 6, 128, 128)
+
+Source: the network of "Towards Agnostic and Holistic Universal Image Segmentation with Bit Diffusion" (NLDL 2026),
+a descendant of the U-Nets of Ho et al. 2020 (DDPM) and Dhariwal & Nichol 2021. `paper` has exactly 38,496,262
+parameters with 9 channels in and 6 out.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+# patch: pixels are folded p x p into channels before the first layer and unfolded after the last (1 = the paper).
+# mult: one entry a level; blocks: residual blocks a level (the decoder has one more); attn: how many of the deepest
+# levels have attention; heads: attention heads.
+SIZES = {                                                                          # at k = 6, RGB:  parameters
+    "tiny":  dict(width=32, mult=(1, 2, 4),       blocks=1, attn=1, heads=4, patch=2),
+    "small": dict(width=64, mult=(1, 2, 3, 4),    blocks=2, attn=2, heads=4, patch=1),
+    "paper": dict(width=64, mult=(1, 2, 2, 4, 4), blocks=3, attn=2, heads=4, patch=1),          # 38,496,262
+}
+
+# The paper's channel multipliers at other image sizes (SIZES["paper"] is the one for 128 pixels).
+PAPER_MULT = {16: (1, 2, 2), 32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4)}
+
+
+def time_features(t, dim=64, max_period=10.0):
+    """Cosines, then sines, of t * max_period^(-i / (dim/2)): (B,) in [0, 1] -> (B, dim), float32. t is not scaled."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+    angle = t.float()[:, None] * freqs                                             # (B, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm -> SiLU -> conv -> + time -> GroupNorm -> SiLU -> dropout -> conv, plus a skip."""
+
+    def __init__(self, c_in, c_out, c_emb, dropout=0.0):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(c_emb, c_out)
+        self.norm2 = nn.GroupNorm(32, c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))              # each block starts as the identity
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):                                                     # emb: SiLU already applied
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.emb(emb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all pixels, plus the input."""
+
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(32, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        h, w = x.shape[-2:]
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (n m c) h w -> n b m (h w) c", n=3, m=self.heads)
+        y = F.scaled_dot_product_attention(q, k, v)                                # (B, heads, H*W, C/heads)
+        return x + self.out(rearrange(y, "b m (h w) c -> b (m c) h w", h=h, w=w))
+
+
+class UNet(nn.Module):
+    """Attention U-Net. forward(x, t): (B, in_channels, H, W), (B,) in [0, 1] -> (B, out_channels, H, W).
+
+    Raises ValueError for an H or W that the levels cannot halve (a multiple of patch * 2^(levels - 1) is needed).
+    """
+
+    def __init__(self, in_channels, out_channels, width, mult, blocks, attn, heads, patch=1, dropout=0.0):
+        super().__init__()
+        if width % 32:
+            raise ValueError(f"width {width} must be a multiple of 32, the number of normalisation groups")
+        self.patch, self.multiple = patch, patch * 2 ** (len(mult) - 1)
+        c_emb = 4 * width
+        self.time = nn.Sequential(nn.Linear(64, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.stem = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
+
+        c, skips = width, [width]
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for level, m in enumerate(mult):                                           # fine to coarse
+            deep = level >= len(mult) - attn
+            for _ in range(blocks):
+                self.down.append(Stage(c, m * width, c_emb, heads if deep else 0, dropout))
+                c = m * width
+                skips.append(c)
+            if level < len(mult) - 1:
+                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                skips.append(c)
+        self.middle = nn.ModuleList([Stage(c, c, c_emb, heads, dropout), Stage(c, c, c_emb, 0, dropout)])
+        for level, m in reversed(list(enumerate(mult))):                           # coarse to fine
+            deep = level >= len(mult) - attn
+            for i in range(blocks + 1):
+                up = level > 0 and i == blocks
+                self.up.append(Stage(c + skips.pop(), m * width, c_emb, heads if deep else 0, dropout, up))
+                c = m * width
+
+        self.norm = nn.GroupNorm(32, c)
+        self.head = zero_init(nn.Conv2d(c, out_channels * patch**2, 3, padding=1))
+        self.to(memory_format=torch.channels_last)                                 # convolutions are faster in NHWC
+
+    def forward(self, x, t):
+        if x.shape[-2] % self.multiple or x.shape[-1] % self.multiple:
+            raise ValueError(f"image size {x.shape[-2]} x {x.shape[-1]}: this network halves {self.multiple} pixels "
+                             f"down to 1, so both sides must be multiples of {self.multiple}")
+        emb = F.silu(self.time(time_features(t).to(self.stem.weight.dtype)))       # (B, 4 * width)
+        x = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)   # (B, C p^2, H/p, W/p)
+        h = self.stem(x)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, emb) if isinstance(layer, Stage) else layer(h)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, emb)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], dim=1), emb)
+        h = self.head(F.silu(self.norm(h)))
+        return F.pixel_shuffle(h, self.patch)                                      # (B, out_channels, H, W)
+
+
+class Stage(nn.Module):
+    """A residual block, then attention (heads > 0), then nearest x2 upsampling with a convolution (up)."""
+
+    def __init__(self, c_in, c_out, c_emb, heads, dropout, up=False):
+        super().__init__()
+        self.res = ResBlock(c_in, c_out, c_emb, dropout)
+        self.attn = Attention(c_out, heads) if heads else nn.Identity()
+        self.up = nn.Conv2d(c_out, c_out, 3, padding=1) if up else None
+
+    def forward(self, x, emb):
+        x = self.attn(self.res(x, emb))
+        return x if self.up is None else self.up(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def zero_init(module):
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
