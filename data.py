@@ -135,10 +135,11 @@ def list_folder(root, split):
         raise FileNotFoundError(f"{root}/images has {', '.join(sorted(splits))}, but no {split}/")
     folder = split if splits else "."
     images = sorted(p for p in (root / "images" / folder).iterdir() if p.suffix.lower() in IMAGE_TYPES)
-    labels = {}
+    labels, stems = {}, {p.stem for p in images}
     for p in sorted((root / "labels" / folder).glob("*.png")):
         stem, _, annotator = p.stem.rpartition("_a")
-        labels.setdefault(stem if annotator.isdigit() and stem else p.stem, []).append(p)
+        one_of_several = annotator.isdigit() and stem and p.stem not in stems      # else an image is itself named x_a1
+        labels.setdefault(stem if one_of_several else p.stem, []).append(p)
     for p in images:
         if p.stem not in labels:
             raise ValueError(f"{p} has no label: expected {root / 'labels' / folder / p.stem}.png or {p.stem}_a0.png")
