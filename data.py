@@ -275,8 +275,8 @@ def unpack(labels):
 
 def pack(items, size, cache, unlabelled, name):
     """Decode and resize all items once, into the cache; the same items again are mapped from there."""
-    stamp = [(str(p), [str(q) for q in maps], p.stat().st_mtime_ns if p.exists() else 0) for p, maps, _ in items]
-    key = hashlib.sha256(json.dumps([1, stamp, size, unlabelled]).encode()).hexdigest()[:12]
+    stamp = [([(str(q), q.stat().st_mtime_ns if q.exists() else 0) for q in (p, *maps)], ids) for p, maps, ids in items]
+    key = hashlib.sha256(json.dumps([2, stamp, size, unlabelled]).encode()).hexdigest()[:12]
     folder = cache / f"{name}-{key}"
     first = np.cumsum([0] + [len(maps) for _, maps, _ in items])
     if not folder.is_dir():
