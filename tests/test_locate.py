@@ -101,9 +101,9 @@ def test_none_palette_draws_distinct_codes_anew():
 
 
 def test_none_palette_merges_the_smallest_into_the_largest():
-    labels = torch.tensor([[[1, 1, 2, 2, 2, 3, 4, 4, 5, 5]]])                      # 5 segments, 4 codes: 3 joins 2
+    labels = torch.tensor([[[1, 1, 2, 2, 2, 3, 4, 4, 5, 5, 6]]])                   # 6 segments, 4 codes: 3 and 6 join 2
     cells = random_cells(labels, 4)[0, 0].tolist()
-    assert cells[5] == cells[2] and len(set(cells)) == 4
+    assert cells[5] == cells[10] == cells[2] and len(set(cells)) == 4
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(4, 4).long(), torch.zeros(1, 4, 4), torch.zeros(0, 4, 4).long()])
