@@ -1,6 +1,7 @@
 """The location-aware palette of bits.py against a plain, slow version; and the palette `none`."""
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ def locate_slow(labels, s, largest_first=False):
     out, free = np.full((H, W), -1), list(itertools.product(range(s), range(s)))
     for i in turn:
         rows, cols = np.nonzero(labels == i)
-        p, q = ((x.mean() + 0.5) / n * s - 0.5 for x, n in ((rows, H), (cols, W)))
+        half = Fraction(1, 2)                                                      # exact: rounding cannot break ties
+        p, q = ((Fraction(int(x.sum()), len(x)) + half) / n * s - half for x, n in ((rows, H), (cols, W)))
         cell = (round(p), round(q))                                                # half to even
         if cell not in free:
             cell = min(free, key=lambda c: (p - c[0]) ** 2 + (q - c[1]) ** 2)      # min: the first on ties
