@@ -35,6 +35,7 @@ else:
     why_not = ""
 
 MODES, PREDICTIONS, ACTIVATIONS = ("auto", "triton", "torch"), ("x", "eps", "v"), ("tanh", "none")
+LIMIT = 2**30                                                          # elements of a sample: 32-bit offsets inside it
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 mode = os.environ.get("BITSEG_KERNELS", "auto")
@@ -74,9 +75,10 @@ def live(device):
     return "triton", f"on {torch.cuda.get_device_name(device)}"
 
 
+@torch.compiler.assume_constant_result                                 # torch.compile asks once and does not look inside
 def _triton(device):
     name, why = live(device)
-    if not torch.compiler.is_compiling() and (name, why) not in _said:
+    if (name, why) not in _said:
         _said.add((name, why))
         print(f"kernels: {'Triton' if name == 'triton' else 'PyTorch'} ({why})", flush=True)
     return name == "triton"
@@ -101,8 +103,8 @@ def _main(name, x, dims=4):
     if x.dim() != dims or x.dtype not in FLOATS or x.numel() == 0 or not 2 <= x.shape[-3] <= 10:
         raise ValueError(f"{name} must be {'(B, k, H, W)' if dims == 4 else '(B, n, k, H, W)'}, not empty, k from 2 to 10, in "
                          f"float32, float16 or bfloat16; not {tuple(x.shape)} in {str(x.dtype)[6:]}")
-    if x[0].numel() * 2 >= 2**31:
-        raise ValueError(f"{name} has {x[0].numel()} elements a sample; below {2**30} are possible: {tuple(x.shape)}")
+    if x.shape[-3] * x.shape[-2] * x.shape[-1] >= LIMIT:
+        raise ValueError(f"{name} must have fewer than 2^30 elements a sample, not {tuple(x.shape[-3:])}")
 
 
 def _table(name, table, bits, device):
@@ -222,7 +224,7 @@ def network_input(cells, alpha, sigma, seeds, bits, image, sizes=None, keep=None
     _maps("cells", cells)
     (B, H, W), device = cells.shape, cells.device
     _same("cells", cells, cells.shape, device, INTEGERS)
-    if not 2 <= bits <= 10 or dtype not in FLOATS or H * W * (2 * bits + 3) >= 2**30:
+    if not 2 <= bits <= 10 or dtype not in FLOATS or H * W * (2 * bits + 3) >= LIMIT:
         raise ValueError(f"bits from 2 to 10, a float dtype and below 2^30 elements a sample are possible, not {bits}, "
                          f"{str(dtype)[6:]} and {H} x {W}")
     for name, x in (("alpha", alpha), ("sigma", sigma)):

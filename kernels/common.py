@@ -10,8 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-INT_MAX = 2**31 - 1
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device functions
