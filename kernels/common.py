@@ -121,6 +121,72 @@ def normals(seed, stream, j, p0, K: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.
     return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
 
 
+@triton.jit
+def take_apart(x, V: tl.constexpr):
+    """(N, V) -> its V columns, each (N,), as a tuple; V is 1, 2, 4 or 8."""
+    if V == 1:
+        return (tl.reshape(x, (x.shape[0],)),)
+    elif V == 2:
+        a, b = tl.split(x)
+        return a, b
+    elif V == 4:
+        a, b = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))                         # even and odd columns
+        a, b = take_apart(a, 2), take_apart(b, 2)
+        return a[0], b[0], a[1], b[1]
+    else:
+        a, b = tl.split(tl.reshape(x, (x.shape[0], 4, 2)))
+        a, b = take_apart(a, 4), take_apart(b, 4)
+        return a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]
+
+
+@triton.jit
+def put_together(xs, V: tl.constexpr):
+    """A tuple of V vectors (N,) -> (N, V); V is 1, 2, 4 or 8."""
+    if V == 1:
+        x = xs[0]
+    elif V == 2:
+        x = tl.join(xs[0], xs[1])
+    elif V == 4:
+        x = tl.join(tl.join(xs[0], xs[2]), tl.join(xs[1], xs[3]))
+    else:
+        x = tl.join(tl.join(tl.join(xs[0], xs[4]), tl.join(xs[2], xs[6])),
+                    tl.join(tl.join(xs[1], xs[5]), tl.join(xs[3], xs[7])))
+    return tl.reshape(x, (xs[0].shape[0], V))
+
+
+@triton.jit
+def load_rows(ptr, group, HW, C: tl.constexpr, V: tl.constexpr, LAST: tl.constexpr):
+    """All C channels of V pixels a thread: V x C vectors (N,), pixel by pixel, read in C accesses of V elements."""
+    v, parts, rows = tl.arange(0, V), (), ()
+    for j in tl.static_range(C):
+        e = group[:, None] * (V * C) + j * V + v[None, :] if LAST else group[:, None] * V + v[None, :]
+        x = tl.load(ptr + e, mask=e < HW * C, other=0) if LAST else tl.load(ptr + j * HW + e, mask=e < HW, other=0)
+        parts = parts + take_apart(x, V)
+    if LAST:
+        rows = parts
+    else:
+        for i in tl.static_range(V * C):
+            rows = rows + (parts[i % C * V + i // C],)
+    return rows
+
+
+@triton.jit
+def store_rows(ptr, rows, group, HW, C: tl.constexpr, V: tl.constexpr, LAST: tl.constexpr):
+    """The reverse of load_rows."""
+    v = tl.arange(0, V)
+    for j in tl.static_range(C):
+        mine = ()
+        for i in tl.static_range(V):
+            mine = mine + (rows[j * V + i if LAST else i * C + j],)
+        x = put_together(mine, V).to(ptr.dtype.element_ty)
+        if LAST:
+            e = group[:, None] * (V * C) + j * V + v[None, :]
+            tl.store(ptr + e, x, mask=e < HW * C)
+        else:
+            e = group[:, None] * V + v[None, :]
+            tl.store(ptr + j * HW + e, x, mask=e < HW)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Host
 

@@ -16,39 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import empty
+from .common import empty, load_rows, put_together, store_rows
 
 GROUPS, WARPS = 128, 4                           # one group of pixels a thread. Not swept on a GPU yet
-
-
-@triton.jit
-def take_apart(x, V: tl.constexpr):
-    """(N, V) -> the V columns, each (N,), as a tuple; V is 2, 4 or 8."""
-    x = tl.reshape(x, (x.shape[0], V // 2, 2))
-    a, b = tl.split(x)                                                             # even and odd columns
-    if V == 2:
-        return tl.reshape(a, (x.shape[0],)), tl.reshape(b, (x.shape[0],))
-    elif V == 4:
-        a, b = take_apart(a, 2), take_apart(b, 2)
-        return a[0], b[0], a[1], b[1]
-    else:
-        a, b = take_apart(a, 4), take_apart(b, 4)
-        return a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]
-
-
-@triton.jit
-def put_together(xs, V: tl.constexpr):
-    """A tuple of V vectors (N,) -> (N, V); V is 1, 2, 4 or 8."""
-    if V == 1:
-        x = tl.reshape(xs[0], (xs[0].shape[0], 1))
-    elif V == 2:
-        x = tl.join(xs[0], xs[1])
-    elif V == 4:
-        x = tl.join(tl.join(xs[0], xs[2]), tl.join(xs[1], xs[3]))
-    else:
-        x = tl.join(tl.join(tl.join(xs[0], xs[4]), tl.join(xs[2], xs[6])),
-                    tl.join(tl.join(xs[1], xs[5]), tl.join(xs[3], xs[7])))
-    return tl.reshape(x, (xs[0].shape[0], V))
 
 
 @triton.jit
@@ -73,69 +43,49 @@ def cell_of(code, table_ptr, K: tl.constexpr, TABLE: tl.constexpr):
 @triton.jit
 def decode_kernel(
     x_ptr, valid_ptr, table_ptr,                 # (B, n, K, H, W); (B, H, W) if MASK; (2^K,) if TABLE
-    cells_ptr, mean_ptr, confidence_ptr, entropy_ptr,          # (B, H, W); (B, K, H, W) NCHW if MEAN; (B, H, W) if SOFT
+    cells_ptr, mean_ptr, confidence_ptr, entropy_ptr,          # (B, H, W); (B, K, H, W) if MEAN; (B, H, W) if SOFT
     n, HW, blocks,
     K: tl.constexpr, V: tl.constexpr, LAST: tl.constexpr, MASK: tl.constexpr, TABLE: tl.constexpr, SOFT: tl.constexpr,
     MEAN: tl.constexpr, GROUPS: tl.constexpr,
 ):
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    group = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)              # of V pixels
-    v = tl.arange(0, V)
-    pixel = group[:, None] * V + v[None, :]                                        # (GROUPS, V)
+    group = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)              # of V pixels, one a thread
     sums = ()
-    for c in tl.static_range(K):
-        sums = sums + (tl.zeros((GROUPS, V), tl.float32),)
-    for i in range(n):
-        x_row = x_ptr + (b * n + i) * HW * K
-        new = ()
-        for j in tl.static_range(K):
-            if LAST:
-                e = group[:, None] * (V * K) + j * V + v[None, :]
-                x = tl.load(x_row + e, mask=e < HW * K, other=0)
-            else:
-                x = tl.load(x_row + j * HW + pixel, mask=pixel < HW, other=0)
-            x = x.to(tl.float32)
-            new = new + (sums[j] + tl.where(x > 1, 1.0, tl.where(x < -1, -1.0, x)),)
+    for i in tl.static_range(V * K):
+        sums = sums + (tl.zeros((GROUPS,), tl.float32),)
+    for s in range(n):
+        rows, new = load_rows(x_ptr + (b * n + s) * HW * K, group, HW, K, V, LAST), ()
+        for i in tl.static_range(V * K):
+            x = rows[i].to(tl.float32)
+            new = new + (sums[i] + tl.where(x > 1, 1.0, tl.where(x < -1, -1.0, x)),)
         sums = new
-    bits = ()                                                                      # LAST: V x K vectors (GROUPS,)
-    if LAST:
-        for j in tl.static_range(K):
-            bits = bits + take_apart(sums[j], V)
-    bits_in_order = ()
-    for c in tl.static_range(K):                                                   # K arrays (GROUPS, V) in both layouts
-        if LAST:
-            mine = ()
-            for q in tl.static_range(V):
-                mine = mine + (bits[q * K + c],)
-            bits_in_order = bits_in_order + (put_together(mine, V),)
-        else:
-            bits_in_order = bits_in_order + (sums[c],)
-    code = tl.zeros((GROUPS, V), tl.int32)
-    sure, spread = tl.zeros((GROUPS, V), tl.float32) + 1, tl.zeros((GROUPS, V), tl.float32)
-    inside = pixel < HW
-    for c in tl.static_range(K):
-        m = bits_in_order[c] / n
-        code += (m > 0).to(tl.int32) << c
-        if SOFT:
-            sure *= (1 + tl.abs(m)) / 2
-            spread += binary_entropy(m)
-        if MEAN:
-            tl.store(mean_ptr + (b * K + c) * HW + pixel, m, mask=inside)
-    cell = cell_of(code, table_ptr, K, TABLE)
+    codes, sure, spread, means = (), (), (), ()
+    for q in tl.static_range(V):
+        code, confidence, entropy = tl.zeros((GROUPS,), tl.int32), tl.zeros((GROUPS,), tl.float32) + 1, tl.zeros((GROUPS,), tl.float32)
+        for c in tl.static_range(K):
+            m = sums[q * K + c] / n
+            code += (m > 0).to(tl.int32) << c
+            if SOFT:
+                confidence *= (1 + tl.abs(m)) / 2
+                entropy += binary_entropy(m)
+            means = means + (m,)
+        codes, sure, spread = codes + (code,), sure + (confidence,), spread + (entropy,)
+    pixel = group[:, None] * V + tl.arange(0, V)[None, :]                          # (GROUPS, V)
+    cell = cell_of(put_together(codes, V), table_ptr, K, TABLE)
     if MASK:
-        cell = tl.where(tl.load(valid_ptr + b * HW + pixel, mask=inside, other=0) != 0, cell, -1)
-    tl.store(cells_ptr + b * HW + pixel, cell.to(cells_ptr.dtype.element_ty), mask=inside)
+        cell = tl.where(tl.load(valid_ptr + b * HW + pixel, mask=pixel < HW, other=0) != 0, cell, -1)
+    tl.store(cells_ptr + b * HW + pixel, cell.to(cells_ptr.dtype.element_ty), mask=pixel < HW)
     if SOFT:
-        tl.store(confidence_ptr + b * HW + pixel, sure, mask=inside)
-        tl.store(entropy_ptr + b * HW + pixel, spread, mask=inside)
+        store_rows(confidence_ptr + b * HW, sure, group, HW, 1, V, False)
+        store_rows(entropy_ptr + b * HW, spread, group, HW, 1, V, False)
+    if MEAN:
+        store_rows(mean_ptr + b * HW * K, means, group, HW, K, V, LAST)
 
 
-def results(x, dtype, soft, mean):
+def results(x, last, dtype, soft, mean):
     B, _, K, H, W = x.shape
-    def new(wanted, kind, *shape):
-        return torch.empty(shape if wanted else 0, dtype=kind, device=x.device)
-    return (new(True, dtype, B, H, W), new(mean, torch.float32, B, K, H, W), new(soft, torch.float32, B, H, W),
-            new(soft, torch.float32, B, H, W))
+    average = empty((B, K, H, W), last, torch.float32, x.device) if mean else x.new_empty(0, dtype=torch.float32)
+    return x.new_empty((B, H, W), dtype=dtype), average, *(x.new_empty((B, H, W) if soft else 0, dtype=torch.float32) for _ in range(2))
 
 
 @torch.library.custom_op("bitseg::decode", mutates_args=())
@@ -146,9 +96,9 @@ def decode(x: Tensor, last: bool, valid: Optional[Tensor], table: Optional[Tenso
     What is not asked for is empty.
     """
     B, n, K, H, W = x.shape
-    V = 16 // x.element_size() if x.element_size() > 1 else 8
+    V = 16 // x.element_size()                   # pixels a thread
     blocks = triton.cdiv(H * W, GROUPS * V)
-    cells, average, confidence, entropy = results(x, dtype, soft, mean)
+    cells, average, confidence, entropy = results(x, last, dtype, soft, mean)
     decode_kernel[(B * blocks,)](
         x, x if valid is None else valid.view(torch.uint8), table, cells, average, confidence, entropy, n, H * W, blocks,
         K=K, V=V, LAST=last, MASK=valid is not None, TABLE=table is not None, SOFT=soft, MEAN=mean, GROUPS=GROUPS,
@@ -158,4 +108,4 @@ def decode(x: Tensor, last: bool, valid: Optional[Tensor], table: Optional[Tenso
 
 @decode.register_fake
 def _(x, last, valid, table, dtype, soft, mean):
-    return results(x, dtype, soft, mean)
+    return results(x, last, dtype, soft, mean)

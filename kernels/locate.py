@@ -5,7 +5,7 @@
    the two ends of each run of equal labels in a row add something, in closed form: a run [s, e] has e + 1 - s pixels
    and its columns sum to (e (e + 1) - s (s - 1)) / 2.
 2. assign: one program an image; merges what is beyond side^2 segments, then lets the segments choose one after another.
-   float64 without fused multiply-adds, as in the PyTorch twin, so that ties fall the same way.
+   Integers all through, as in the PyTorch twin, so ties are ties.
 3. remap: label -> cell.
 
 Bytes a pixel, int64 labels, int8 cells: reads 8 twice, writes 1.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 BLOCK, WARPS = 1024, 4                           # pixels a program of 1 and 3. Not swept on a GPU yet
 MAX_LABELS = 1024
+MAX = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
@@ -46,10 +47,10 @@ def moments_kernel(labels_ptr, moments_ptr, H, W, blocks, N: tl.constexpr, BLOCK
 
 
 @triton.jit
-def round_half_even(p):
-    low = tl.floor(p)
-    rest, even = p - low, low - 2 * tl.floor(low / 2) == 0
-    return tl.where((rest > 0.5) | ((rest == 0.5) & ~even), low + 1, low)
+def round_half_even(a, b):
+    """(a - b / 2) / b for integers a >= 0 and b > 0, rounded to the nearest integer, halves to the even one."""
+    up = a // b
+    return up - ((a % b == 0) & (up % 2 == 1)).to(tl.int64)
 
 
 @triton.jit
@@ -79,24 +80,26 @@ def assign_kernel(
         cols += tl.where(big, total(tl.where(spare, cols, 0)), 0)
         left = classes
 
-    some = tl.maximum(count, 1).to(tl.float64)
-    s = side.to(tl.float64)
-    p_row = (rows.to(tl.float64) / some + 0.5) / H.to(tl.float64) * s - 0.5
-    p_col = (cols.to(tl.float64) / some + 0.5) / W.to(tl.float64) * s - 0.5
-    wanted = (round_half_even(p_row) * s + round_half_even(p_col)).to(tl.int32)
+    some = tl.maximum(count, 1)                                                    # p = a / (2 some H) - 1/2, in grid units
+    a_row, a_col = (2 * rows + some) * side, (2 * cols + some) * side
+    wanted = (round_half_even(a_row, 2 * some * H) * side + round_half_even(a_col, 2 * some * W)).to(tl.int32)
+    a_row, a_col = a_row - some * H, a_col - some * W                              # p = a / (2 some H)
 
     grid = tl.arange(0, K)
-    grid_row, grid_col, free = (grid // side).to(tl.float64), (grid % side).to(tl.float64), grid < classes
-    key = tl.where(kept, -count if LARGEST_FIRST else n.to(tl.int64), 1 << 62)     # the lowest key chooses next
+    row, col, free = (grid // side).to(tl.int64), (grid % side).to(tl.int64), grid < classes
+    away = (row * row + col * col) * H * W
+    key = tl.where(kept, -count if LARGEST_FIRST else n.to(tl.int64), MAX)         # the lowest key chooses next
     cell = tl.zeros((N,), tl.int32) - 1
     for _ in range(left):
         me = n == tl.argmin(key, axis=0)
-        d_row, d_col = total(tl.where(me, p_row, 0.0)) - grid_row, total(tl.where(me, p_col, 0.0)) - grid_col
-        distance = tl.where(grid == total(tl.where(me, wanted, 0)), -1.0, d_row * d_row + d_col * d_col)
-        taken = tl.argmin(tl.where(free, distance, float("inf")), axis=0)          # ties: the first in raster order
+        # squared distance to every cell, less |p|^2, times some H W
+        distance = total(tl.where(me, some, 0)) * away - total(tl.where(me, a_row, 0)) * W * row \
+            - total(tl.where(me, a_col, 0)) * H * col
+        distance = tl.where(grid == total(tl.where(me, wanted, 0)), -MAX, distance)
+        taken = tl.argmin(tl.where(free, distance, MAX), axis=0)                   # ties: the first in raster order
         cell = tl.where(me, taken, cell)
         free = free & (grid != taken)
-        key = tl.where(me, 1 << 62, key)
+        key = tl.where(me, MAX, key)
     cell = tl.where(kept, cell, total(tl.where(n == largest, cell, 0)))
     tl.store(cell_ptr + b * N + n, cell.to(tl.int16))
 
@@ -119,8 +122,8 @@ def locate(labels: Tensor, side: int, largest_first: bool, dtype: torch.dtype, l
     cell = torch.empty(B, N, dtype=torch.int16, device=labels.device)
     out = torch.empty(labels.shape, dtype=dtype, device=labels.device)
     moments_kernel[(B * blocks,)](labels, moments, H, W, blocks, N=N, BLOCK=BLOCK, num_warps=WARPS)
-    assign_kernel[(B,)](moments, cell, H, W, side, LARGEST_FIRST=largest_first, N=N, K=K, num_warps=1 if N <= 256 else 4,
-                        enable_fp_fusion=False)
+    assign_kernel[(B,)](moments, cell, H, W, side, LARGEST_FIRST=largest_first, N=N, K=K,
+                        num_warps=1 if N <= 256 else 4)
     remap_kernel[(B * blocks,)](labels, cell, out, H * W, blocks, N=N, BLOCK=BLOCK, num_warps=WARPS)
     return out
 

@@ -155,23 +155,31 @@ def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=No
     (B, H, W), K, device = labels.shape, side * side, labels.device
     index, n = merged(*compact(labels.reshape(B, -1), ignore=-1), K)               # (B, H*W), -1 = ignored
     pixel = torch.arange(H * W, device=device).expand(B, -1)
-    counts = table_of(index, n)                                                    # (B, n) float64: sums are exact
-    p_row = ((table_of(index, n, pixel // W) / counts.clamp(min=1)) + 0.5) / H * side - 0.5
-    p_col = ((table_of(index, n, pixel % W) / counts.clamp(min=1)) + 0.5) / W * side - 0.5
-    wanted = (p_row.round() * side + p_col.round()).long().clamp(0, K - 1)         # round half to even
+    counts, rows, cols = (table_of(index, n, w).long() for w in (None, pixel // W, pixel % W))     # (B, n)
+    some = counts.clamp(min=1)                                                     # the centroid p, in grid units, is
+    a_row, a_col = (2 * rows + some) * side - some * H, (2 * cols + some) * side - some * W        # a / (2 some H)
+    wanted = round_half_even(a_row, 2 * some * H) * side + round_half_even(a_col, 2 * some * W)
 
     order = torch.where(counts > 0, -counts if largest_first else -1, 1)
     turn = order.argsort(dim=1, stable=True)[:, : max(1, int((counts > 0).sum(1).max()))]
     grid, cell_of = torch.arange(K, device=device), torch.full_like(wanted, -1)
+    r, c = grid // side, grid % side
     free = torch.ones(B, K + 1, dtype=torch.bool, device=device)                   # column K: absent segments
     for who in turn.split(1, dim=1):                                               # (B, 1): all images at once
-        distance = (p_row.gather(1, who) - grid // side) ** 2 + (p_col.gather(1, who) - grid % side) ** 2
-        nearest = distance.masked_fill(~free[:, :K], torch.inf).argmin(1, keepdim=True)
+        # squared distance to every cell, less |p|^2, times some H W: (B, K)
+        distance = some.gather(1, who) * (H * W) * (r**2 + c**2) - W * a_row.gather(1, who) * r - H * a_col.gather(1, who) * c
+        nearest = distance.masked_fill(~free[:, :K], 2**63 - 1).argmin(1, keepdim=True)
         want, present = wanted.gather(1, who), counts.gather(1, who) > 0
         cell = torch.where(free.gather(1, want), want, nearest)
         cell_of.scatter_(1, who, torch.where(present, cell, -1))
         free.scatter_(1, torch.where(present, cell, K), False)
     return torch.where(index < 0, -1, cell_of.gather(1, index.clamp(min=0))).view(B, H, W).to(dtype)
+
+
+def round_half_even(a, b):
+    """a / b for integers, b positive and even, rounded to the nearest integer, halves to the even one."""
+    up = (a + b // 2) // b
+    return up - ((a + b // 2) % b == 0) * (up % 2)
 
 
 def compact(flat, ignore=None):
