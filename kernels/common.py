@@ -69,7 +69,7 @@ def philox(seed, c0, c1):
     """
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c2, c3 = c0 * 0, c0 * 0
-    for _ in tl.static_range(10):
+    for _ in range(10):
         a, b = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
         c0, c1, c2, c3 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, b.to(tl.uint32), (a >> 32).to(tl.uint32) ^ c3 ^ k1, a.to(tl.uint32)
         k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
