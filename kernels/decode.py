@@ -5,8 +5,8 @@ n = 1 is plain decoding. For n > 1 everything is of the mean bit over the sample
 minus 1: the cell is the vote in every bit. The 2^K class probabilities are never formed.
 
 Bytes a pixel, K = 6, bfloat16, n = 1: reads 12, writes the cell (1 to 8) and 4 for each of confidence and entropy.
-A thread needs all channels of its pixels: in channels_last it takes as many pixels as 16 bytes hold channels, reads
-their K x 16 bytes in K accesses and takes them apart in registers.
+A thread needs all channels of its pixels: it takes as many pixels as 16 bytes hold elements, reads their K x 16 bytes in
+K accesses, in either layout, and takes them apart in registers.
 """
 
 from typing import Optional, Tuple
@@ -25,7 +25,7 @@ GROUPS, WARPS = 128, 4                           # one group of pixels a thread.
 def binary_entropy(x):
     """Entropy, in bits, of a bit that is 1 with probability (1 + x) / 2."""
     p, q = (1 + x) / 2, (1 - x) / 2
-    return -(tl.where(p > 0, p * tl.log2(tl.maximum(p, 1e-30)), 0.0) + tl.where(q > 0, q * tl.log2(tl.maximum(q, 1e-30)), 0.0))
+    return -p * tl.log2(tl.maximum(p, 1e-30)) - q * tl.log2(tl.maximum(q, 1e-30))              # 0 log 0 = 0
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def cell_of(code, table_ptr, K: tl.constexpr, TABLE: tl.constexpr):
     if TABLE:
         code = tl.load(table_ptr + code).to(tl.int32)
     else:
-        for s in tl.static_range(3):                                               # shifts 1, 2, 4; a half has 5 bits at most
+        for s in tl.static_range(3):                                               # by 1, 2, 4: a half has 5 bits at most
             if (1 << s) < K // 2:
                 code = code ^ ((code >> (1 << s)) & ~(((1 << (1 << s)) - 1) << (K // 2 - (1 << s))))
     return code
@@ -61,7 +61,8 @@ def decode_kernel(
         sums = new
     codes, sure, spread, means = (), (), (), ()
     for q in tl.static_range(V):
-        code, confidence, entropy = tl.zeros((GROUPS,), tl.int32), tl.zeros((GROUPS,), tl.float32) + 1, tl.zeros((GROUPS,), tl.float32)
+        code, entropy = tl.zeros((GROUPS,), tl.int32), tl.zeros((GROUPS,), tl.float32)
+        confidence = entropy + 1
         for c in tl.static_range(K):
             m = sums[q * K + c] / n
             code += (m > 0).to(tl.int32) << c
@@ -85,7 +86,8 @@ def decode_kernel(
 def results(x, last, dtype, soft, mean):
     B, _, K, H, W = x.shape
     average = empty((B, K, H, W), last, torch.float32, x.device) if mean else x.new_empty(0, dtype=torch.float32)
-    return x.new_empty((B, H, W), dtype=dtype), average, *(x.new_empty((B, H, W) if soft else 0, dtype=torch.float32) for _ in range(2))
+    confidence, entropy = (x.new_empty((B, H, W) if soft else 0, dtype=torch.float32) for _ in range(2))
+    return x.new_empty((B, H, W), dtype=dtype), average, confidence, entropy
 
 
 @torch.library.custom_op("bitseg::decode", mutates_args=())

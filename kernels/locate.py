@@ -22,20 +22,21 @@ MAX = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
-def ids(ptr, mask, N: tl.constexpr):
-    """Labels in [0, N) as int32, -1 for all others."""
+def ids(ptr, mask, below):
+    """Labels in [0, below) as int32, -1 for all others."""
     label = tl.load(ptr, mask=mask, other=0)
-    return tl.where(mask & (label >= 0) & (label < N), label.to(tl.int32), -1)
+    return tl.where(mask & (label >= 0) & (label < below), label.to(tl.int32), -1)
 
 
 @triton.jit
-def moments_kernel(labels_ptr, moments_ptr, H, W, blocks, N: tl.constexpr, BLOCK: tl.constexpr):
+def moments_kernel(labels_ptr, moments_ptr, below, H, W, blocks, N: tl.constexpr, BLOCK: tl.constexpr):
     """labels (B, H, W) -> moments (B, 3, N) int64, zero before: counts, rows, columns."""
     b = (tl.program_id(0) // blocks).to(tl.int64)
     p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     row, col, inside = (p // W).to(tl.int64), (p % W).to(tl.int64), p < H * W
     at = labels_ptr + b * H * W + p
-    label, left, right = ids(at, inside, N), ids(at - 1, inside & (col > 0), N), ids(at + 1, inside & (col < W - 1), N)
+    left, label = ids(at - 1, inside & (col > 0), below), ids(at, inside, below)
+    right = ids(at + 1, inside & (col < W - 1), below)
     starts, ends = (label >= 0) & (left != label) & (col > 0), (label >= 0) & (right != label)     # column 0 adds 0
     to = moments_ptr + b * 3 * N + label
     tl.atomic_add(to, -col, mask=starts, sem="relaxed")
@@ -80,7 +81,7 @@ def assign_kernel(
         cols += tl.where(big, total(tl.where(spare, cols, 0)), 0)
         left = classes
 
-    some = tl.maximum(count, 1)                                                    # p = a / (2 some H) - 1/2, in grid units
+    some = tl.maximum(count, 1)                                                    # in grid units p = a / (2 some H) - 1/2
     a_row, a_col = (2 * rows + some) * side, (2 * cols + some) * side
     wanted = (round_half_even(a_row, 2 * some * H) * side + round_half_even(a_col, 2 * some * W)).to(tl.int32)
     a_row, a_col = a_row - some * H, a_col - some * W                              # p = a / (2 some H)
@@ -105,10 +106,10 @@ def assign_kernel(
 
 
 @triton.jit
-def remap_kernel(labels_ptr, cell_ptr, out_ptr, HW, blocks, N: tl.constexpr, BLOCK: tl.constexpr):
+def remap_kernel(labels_ptr, cell_ptr, out_ptr, below, HW, blocks, N: tl.constexpr, BLOCK: tl.constexpr):
     b = (tl.program_id(0) // blocks).to(tl.int64)
     p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    label = ids(labels_ptr + b * HW + p, p < HW, N)
+    label = ids(labels_ptr + b * HW + p, p < HW, below)
     cell = tl.load(cell_ptr + b * N + label, mask=label >= 0, other=-1)
     tl.store(out_ptr + b * HW + p, cell.to(out_ptr.dtype.element_ty), mask=p < HW)
 
@@ -117,14 +118,15 @@ def remap_kernel(labels_ptr, cell_ptr, out_ptr, HW, blocks, N: tl.constexpr, BLO
 def locate(labels: Tensor, side: int, largest_first: bool, dtype: torch.dtype, labels_below: int) -> Tensor:
     """The launcher. labels (B, H, W) contiguous, every id in [-1, labels_below): what is not counts as ignored."""
     B, H, W = labels.shape
-    N, K, blocks = max(16, triton.next_power_of_2(labels_below)), triton.next_power_of_2(side * side), triton.cdiv(H * W, BLOCK)
+    N, K = max(16, triton.next_power_of_2(labels_below)), triton.next_power_of_2(side * side)
+    blocks = triton.cdiv(H * W, BLOCK)
     moments = torch.zeros(B, 3, N, dtype=torch.int64, device=labels.device)
     cell = torch.empty(B, N, dtype=torch.int16, device=labels.device)
     out = torch.empty(labels.shape, dtype=dtype, device=labels.device)
-    moments_kernel[(B * blocks,)](labels, moments, H, W, blocks, N=N, BLOCK=BLOCK, num_warps=WARPS)
+    moments_kernel[(B * blocks,)](labels, moments, labels_below, H, W, blocks, N=N, BLOCK=BLOCK, num_warps=WARPS)
     assign_kernel[(B,)](moments, cell, H, W, side, LARGEST_FIRST=largest_first, N=N, K=K,
                         num_warps=1 if N <= 256 else 4)
-    remap_kernel[(B * blocks,)](labels, cell, out, H * W, blocks, N=N, BLOCK=BLOCK, num_warps=WARPS)
+    remap_kernel[(B * blocks,)](labels, cell, out, labels_below, H * W, blocks, N=N, BLOCK=BLOCK, num_warps=WARPS)
     return out
 
 

@@ -6,7 +6,7 @@
 Bytes a pixel: reads one cell (1 to 8) [, 3 uint8 or 3 floats of the image, K of x_self], writes every output channel
 once. At K = 6, bfloat16, int8 cells: 1 + 12, and 4 + 18 for the whole input. Neither x0 nor eps exists in memory.
 eps is a function of (seed, stream, pixel, channel) alone: see `normals` in common.py; so keep the seed, not the noise.
-A thread has as many pixels as 16 bytes hold channels, so that even rows of 9 x 2 bytes leave it in pieces of 16.
+A thread has as many pixels as 16 bytes hold elements, so that even rows of 9 x 2 bytes leave it in pieces of 16.
 """
 
 from typing import Optional

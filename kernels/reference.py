@@ -167,7 +167,7 @@ def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=No
     free = torch.ones(B, K + 1, dtype=torch.bool, device=device)                   # column K: absent segments
     for who in turn.split(1, dim=1):                                               # (B, 1): all images at once
         # squared distance to every cell, less |p|^2, times some H W: (B, K)
-        distance = some.gather(1, who) * (H * W) * (r**2 + c**2) - W * a_row.gather(1, who) * r - H * a_col.gather(1, who) * c
+        distance = some.gather(1, who) * H * W * (r**2 + c**2) - W * a_row.gather(1, who) * r - H * a_col.gather(1, who) * c
         nearest = distance.masked_fill(~free[:, :K], 2**63 - 1).argmin(1, keepdim=True)
         want, present = wanted.gather(1, who), counts.gather(1, who) > 0
         cell = torch.where(free.gather(1, want), want, nearest)
@@ -200,7 +200,8 @@ def merged(index, n, K):
     if n <= K:
         return index, n
     by_size = table_of(index, n).argsort(dim=1, descending=True, stable=True)      # (B, n); ties: the lowest first
-    new = torch.arange(n, device=index.device).expand(len(index), n).scatter(1, by_size[:, K:], by_size[:, :1].expand(-1, n - K))
+    same = torch.arange(n, device=index.device).expand(len(index), n)
+    new = same.scatter(1, by_size[:, K:], by_size[:, :1].expand(-1, n - K))
     return compact(torch.where(index < 0, -1, new.gather(1, index.clamp(min=0))), ignore=-1)
 
 
