@@ -825,7 +825,7 @@ def normalise(images, sizes):
 def standardise(x, inside):
     for channel, mean, std in zip(x.unbind(1), MEAN, STD):                         # in place; no tensor made on the host
         channel.sub_(mean).div_(std)
-    return x.mul_(inside[:, None]), inside
+    return x.mul_(inside[:, None].float()), inside
 
 
 def packed_side(size, crop):
@@ -862,7 +862,8 @@ def augment(images, labels, sizes, u, size=None, crop=1.0):
     a, b, c = (value * v for v in (1 / 3 + 2 * near, 1 / 3 - near - across, 1 / 3 - near + across))
     matrix = contrast * torch.stack([a, b, c, c, a, b, b, c, a])                   # (9, B)
     offset = value * (0.5 - 0.5 * contrast + brightness) + when(4, 0.08 * r[6:9])  # (3, B)
-    x = images.permute(0, 3, 1, 2).contiguous().float().div_(255).pow_(gamma.view(B, 1, 1, 1))
+    powers = (torch.arange(256, device=device) / 255) ** gamma[:, None]            # (B, 256): a table spares a power a pixel
+    x = powers.gather(1, images.permute(0, 3, 1, 2).reshape(B, -1).long())
     x = torch.baddbmm(offset.T[..., None], matrix.T.reshape(B, 3, 3), x.view(B, 3, -1)).clamp_(0, 1).view(B, 3, T, T)
 
     # flip, rotation and crop about the middle of the valid part, as one map from new to old pixels
