@@ -20,7 +20,8 @@ import torch
 from einops import rearrange
 
 PALETTES = ("similar", "random", "different", "range", "none")
-ACTIVATIONS = {"bits": "tanh", "onehot": "none", "rgb": "tanh"}        # of an x-predicting network, if none is chosen
+DEFAULT_ACTIVATION = {"bits": "tanh", "onehot": "none", "rgb": "tanh"}             # of an x-predicting network
+ACTIVATIONS = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "softmax": lambda x: x.softmax(1)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,13 +184,15 @@ class Codec:
     channels: int = field(init=False)
 
     def __post_init__(self):
-        if self.encoding not in ACTIVATIONS:
-            raise ValueError(f"encoding '{self.encoding}' is not one of {', '.join(ACTIVATIONS)}")
+        if self.encoding not in DEFAULT_ACTIVATION:
+            raise ValueError(f"encoding '{self.encoding}' is not one of {', '.join(DEFAULT_ACTIVATION)}")
         if self.palette not in PALETTES:
             raise ValueError(f"palette '{self.palette}' is not one of {', '.join(PALETTES)}")
         if self.bits not in (2, 4, 6, 8, 10):
             raise ValueError(f"bits must be 2, 4, 6, 8 or 10 (an even number: the palette is square), not {self.bits}")
-        self.activation = self.activation or ACTIVATIONS[self.encoding]
+        self.activation = self.activation or DEFAULT_ACTIVATION[self.encoding]
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation '{self.activation}' is not one of {', '.join(ACTIVATIONS)}")
         if self.encoding == "rgb" and self.palette == "similar":
             self.palette = "random"              # 11 x 11 colours have no Gray code
         located = self.palette != "none"
@@ -233,13 +236,7 @@ class Codec:
 
     def activate(self, out):
         """The activation that ends an x-predicting network: out (B, C, H, W) -> the same shape."""
-        if self.activation == "none":
-            return out
-        if self.activation == "softmax":
-            return out.softmax(1)
-        if self.activation not in ("tanh", "sigmoid"):
-            raise ValueError(f"activation '{self.activation}' is not one of none, tanh, sigmoid, softmax")
-        return getattr(out, self.activation)()
+        return ACTIVATIONS[self.activation](out)
 
 
 def dichotomy(rgb, valid):

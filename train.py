@@ -16,7 +16,9 @@ import difflib
 import json
 import math
 import os
+import signal
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -195,11 +197,13 @@ def save(path, content):
 
 
 @torch.no_grad()
-def validate(net, data, codec, diffusion, c, device, autocast):
-    """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8 images."""
+def validate(net, data, codec, diffusion, c, device, autocast, stop):
+    """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None if stopped."""
     n, totals, tiles = min(c.eval_images, len(data)), [], []
     sampling = dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance)
     for start in range(0, n, 32):
+        if stop:
+            return None
         at = range(start, min(start + 32, n))
         images, labels, sizes = data.get(list(at))
         x, inside = datasets.normalise(images.to(device), sizes.to(device))
@@ -303,20 +307,26 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps(line) + "\n")
 
-    for key, value in vars(c).items():
-        print(f"  {key} {value}", end="")
+    print(textwrap.fill("  ".join(f"{k}={v}" for k, v in vars(c).items()), 120, break_on_hyphens=False))
     size = "endless" if len(train_data) >= 2**31 else len(train_data)
-    print(f"\n{sum(p.numel() for p in net.parameters()):,} parameters on {device}, {str(dtype or torch.float32)[6:]} ({why}); "
+    print(f"{sum(p.numel() for p in net.parameters()):,} parameters on {device}, {str(dtype or torch.float32)[6:]} ({why}); "
           f"{size} training images; " + (f"going on from step {step}" if resumed else "from scratch") + f"; into {out}/")
     if step >= c.max_steps:
         print(f"{out}/ckpt.pt is complete at step {step}: raise --max_steps to go on, or start anew with another --out")
         return 0
 
+    stop = []                                                                      # signals; looked at between steps
+
+    def on_signal(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)                                      # a second one ends it at once
+
+    handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     micro, losses, started, first = c.batch_size // c.accumulate, [], time.time(), step
     loader = ThreadPoolExecutor(1)                                                 # prepares the next batch meanwhile
     coming = loader.submit(make_batch, train_data, step * c.batch_size, c.batch_size, c)
     try:
-        while step < c.max_steps:
+        while step < c.max_steps and not stop:
             images, labels, sizes, u = (v.to(device, non_blocking=True) for v in coming.result())
             coming = loader.submit(make_batch, train_data, (step + 1) * c.batch_size, c.batch_size, c)
             generator = torch.Generator(device).manual_seed(c.seed * 2**32 + step)     # a step's noise depends on nothing else
@@ -329,7 +339,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, c)
-            for part in torch.arange(c.batch_size, device=device).split(micro):
+            for part in (slice(i, i + micro) for i in range(0, c.batch_size, micro)):
                 with autocast():
                     loss = training_loss(net, x0[part], x[part], valid[part], diffusion, codec.activate, generator)
                 scaler.scale(loss / c.accumulate).backward()
@@ -350,18 +360,22 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
                       f"{rate * c.batch_size:.0f} images/s  {spent / 60:.1f} min, {(c.max_steps - step) / rate / 60:.1f} left", flush=True)
                 log(step=step, loss=mean, lr=learning_rate(step - 1, c), images_per_second=rate * c.batch_size, seconds=spent)
             if step % c.eval_every == 0 or step == c.max_steps:
-                ari, iou, picture = validate(ema, val_data, codec, diffusion, c, device, autocast)
-                picture.save(out / f"samples_{step:06d}.png")
-                print(f"step {step:>6}  validation ARI {ari:.3f}  IoU {iou:.3f}  -> {out}/samples_{step:06d}.png", flush=True)
-                log(step=step, ari=ari, iou=iou, seconds=time.time() - started)
+                result = validate(ema, val_data, codec, diffusion, c, device, autocast, stop)
+                if result:
+                    ari, iou, picture = result
+                    picture.save(out / f"samples_{step:06d}.png")
+                    print(f"step {step:>6}  validation ARI {ari:.3f}  IoU {iou:.3f}  -> {out}/samples_{step:06d}.png", flush=True)
+                    log(step=step, ari=ari, iou=iou, seconds=time.time() - started)
             if step % c.save_every == 0 or step == c.max_steps:
                 checkpoint()
-    except KeyboardInterrupt:
-        checkpoint()
-        print(f"\nstopped and saved at step {step}: run the same command again to go on")
-        return 130
     finally:
         loader.shutdown(cancel_futures=True)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if stop and step < c.max_steps:
+        checkpoint()
+        print(f"\nstopped and saved at step {step}: run the same command again to go on")
+        return 128 + stop[0]
     print(f"done: {out}/ckpt.pt; now try: python sample.py --n 8 photo.jpg")
     return 0
 
