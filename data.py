@@ -25,9 +25,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import stat
 import struct
 import sys
 import time
+import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -77,16 +79,15 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
         raise ValueError(f"split is train, val or test, not '{split}'")
     if name == "shapes":
         return Shapes(split, size, seed)
-    formats = dict(coco=coco, entity=functools.partial(entity, seed=split_seed), ade20k=ade20k, bsds500=bsds500)
-    home = Path(root) / name if name in formats else Path(name)
-    if name not in formats and not home.is_dir():
+    formats = dict(coco=find_coco, entity=functools.partial(find_entity, seed=split_seed), ade20k=find_ade20k, bsds500=find_bsds500)
+    home = Path(name)
+    if name in formats:
+        home = Path(root) / name if (Path(root) / name).is_dir() or not Path(root).is_dir() else Path(root)
+    elif not home.is_dir():
         raise ValueError(f"data set '{name}' is neither shapes, {', '.join(formats)}, nor a folder with images/ and labels/")
-    if not home.is_dir() and Path(root).is_dir():
-        home = Path(root)
-    files, listing = formats.get(name, folder)(home, split)
+    files, listing = formats.get(name, find_folder)(home, split)
     options = dict(size=size, unlabelled=unlabelled, components=components, split_seed=split_seed)
-    return pack(files, listing, Path(cache), f"{home.resolve().name if name not in formats else name}-{split}", options,
-                workers, max_bad)
+    return pack(files, listing, Path(cache), f"{name if name in formats else home.resolve().name}-{split}", options, workers, max_bad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,46 +162,46 @@ def paint(labels, params, noise):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Formats. Each is one function (home, split) -> (files, listing): the files that the labels and images come from, which
-# tell whether a packed copy is still good, and a function that lists the items when they have to be packed.
+# Formats. Each is one function find_*(home, split) -> (files, listing): the files that images and labels come from, which
+# tell whether a packed copy is still good, and a function that lists the items if they have to be packed.
 
 
 class Item(NamedTuple):
-    """One image and its label maps: read(item, (H, W)) gives as many (H, W) integer arrays as there are labels.
-
-    0 = unlabelled, -1 = ignore. read None: the item is bad, and arg says why.
-    """
+    """One image and its label maps: read(item) gives an (H, W) integer array for each label; 0 = unlabelled, -1 = ignore."""
 
     image: str
     labels: list                                 # file names, one a label map
-    read: Callable | None
+    read: Callable | None                        # None: the item is bad, and arg says why
     arg: object = None
 
 
+def bad(reason):
+    return Item("", [], None, reason)
+
+
 def scan(*paths, keep=lambda name: True):
-    """All files in folders and their subfolders (and files themselves), sorted: [(path, size, mtime)]."""
+    """The files of folders and their subfolders, and files themselves, sorted: [(path, size, mtime)]."""
     found = []
     for path in paths:
-        if os.path.isfile(path):
-            info = os.stat(path)
-            found.append((str(path), info.st_size, info.st_mtime_ns))
-            continue
-        entries = sorted(os.scandir(path), key=lambda e: e.name)
-        for e in entries:
-            if keep(e.name):
-                info = e.stat() if os.path.exists(e.path) else None                # None: a link into nothing
-                if info and e.is_dir():
-                    found += scan(e.path, keep=keep)
-                else:
-                    found.append((e.path, info.st_size, info.st_mtime_ns) if info else (e.path, -1, 0))
+        for e in sorted(os.scandir(path), key=lambda e: e.name) if os.path.isdir(path) else [Path(path)]:
+            if not keep(e.name):
+                continue
+            try:
+                info = e.stat()
+            except FileNotFoundError:                                              # a link into nothing
+                info = None
+            if info and stat.S_ISDIR(info.st_mode):
+                found += scan(e, keep=keep)
+            else:
+                found.append((os.fspath(e), info.st_size, info.st_mtime_ns) if info else (os.fspath(e), -1, 0))
     return found
 
 
-def first_of(*paths):
-    return next((Path(p) for p in paths if Path(p).exists()), None)
+def first_of(paths):
+    return next((p for p in paths if p.exists()), None)
 
 
-def folder(home, split):
+def find_folder(home, split):
     """home/images[/split] and home/labels[/split]; labels are <stem>.png or <stem>_a0.png, <stem>_a1.png, ..."""
     for part in ("images", "labels"):
         if not (home / part).is_dir():
@@ -209,185 +210,169 @@ def folder(home, split):
     splits = {d.name for d in (home / "images").iterdir() if d.is_dir()}
     if splits and split not in splits:
         raise FileNotFoundError(f"{home}/images has {', '.join(sorted(splits))}, but no {split}/")
-    sub = split if splits else "."
-    images = [f for f in scan(home / "images" / sub) if Path(f[0]).suffix.lower() in IMAGE_TYPES]
-    labels = [f for f in scan(home / "labels" / sub) if f[0].endswith(".png")] if (home / "labels" / sub).is_dir() else []
+    folders = [home / part / split if splits else home / part for part in ("images", "labels")]
+    images = [f for f in scan(folders[0]) if Path(f[0]).suffix.lower() in IMAGE_TYPES]
+    labels = [f for f in scan(folders[1]) if f[0].endswith(".png")] if folders[1].is_dir() else []
 
     def listing():
-        pngs = {}
+        stems, maps = {Path(path).stem for path, _, _ in images}, {}
         for path, _, _ in labels:
-            stem, _, annotator = Path(path).stem.rpartition("_a")
-            pngs.setdefault(stem if annotator.isdigit() and stem else Path(path).stem, []).append(path)
-        items = []
-        for path, _, _ in images:
-            stem = Path(path).stem
-            expected = home / "labels" / sub / stem
-            items.append(Item(path, pngs.pop(stem), read_pngs) if stem in pngs else
-                         Item(path, [], None, f"{path} has no label: expected {expected}.png or {stem}_a0.png"))
+            whole, (stem, _, annotator) = Path(path).stem, Path(path).stem.rpartition("_a")
+            one_of_several = annotator.isdigit() and stem and whole not in stems   # else an image is itself named x_a1
+            maps.setdefault(stem if one_of_several else whole, []).append(path)
+        lonely = [bad(f"{maps[stem][0]} has no image of the same stem in {folders[0]}") for stem in sorted(set(maps) - stems)]
+        items = [Item(path, maps[stem], read_pngs) if (stem := Path(path).stem) in maps else
+                 bad(f"{path} has no label: expected {folders[1] / stem}.png or {stem}_a0.png") for path, _, _ in images]
         if not splits:                                                             # no split given: every 10th is val
             items = [item for i, item in enumerate(items) if (i % 10 == 9) == (split != "train")]
-        return items + [Item(p[0], [], None, f"{p[0]} has no image of the same stem in {home / 'images' / sub}")
-                        for p in pngs.values()]
+        return items + lonely
 
     return images + labels, listing
 
 
-def coco(home, split):
-    """COCO in its own layout: panoptic JSON and PNGs, or where these are missing, instances JSON."""
-    year, notes = f"{split}2017", home / "annotations"
+def find_coco(home, split):
+    """COCO in its own layout: panoptic JSON and PNGs or, where these are missing, instances JSON."""
     if split == "test":
         raise ValueError("COCO publishes no labels of its test images: use split val")
-    images = first_of(home / year, home / "images" / year)
+    year, notes = f"{split}2017", home / "annotations"
     panoptic, instances = notes / f"panoptic_{year}.json", notes / f"instances_{year}.json"
-    maps = first_of(panoptic.with_suffix(""), home / f"panoptic_{year}")
+    images, maps = (first_of(paths) for paths in ((home / year, home / "images" / year), (panoptic.with_suffix(""), home / panoptic.stem)))
     if images and maps and panoptic.is_file():
         return scan(images, maps, panoptic), lambda: list_panoptic(panoptic, images, maps)
     if images and instances.is_file():
         return scan(images, instances), lambda: list_instances(instances, images)
-    root = home.parent if home.name == "coco" else home
-    raise FileNotFoundError(f"COCO is not complete in {home}: {year}/*.jpg, annotations/{panoptic.name} and annotations/"
-                            f"{panoptic.stem}/*.png are needed; fetch them: python data.py coco --download --root {root}")
+    raise FileNotFoundError(f"COCO is not complete: {home / year}/*.jpg, {panoptic} and {panoptic.with_suffix('')}/*.png are needed; fetch "
+                            f"them from cocodataset.org: python data.py coco --download --root {home.parent}")
 
 
-def entity(home, split, seed=0):
+def find_entity(home, split, seed=0):
     """EntitySeg: its two JSON files and images. 80-10-10 by seed, the official validation images all in test."""
-    files = [[home / sub / name.format(part) for sub in (".", "annotations", "annotations/entity_segmentation")
-              for name in ("entityseg_{}_lr.json", "entityseg_{}.json", "entityv2_010203_entity_{}_lr.json",
-                           "entityv2_010203_entity_{}.json")] for part in ("train", "val")]
-    train, val = first_of(*files[0]), first_of(*files[1])
+    train, val = (first_of(home / sub / name.format(part) for sub in (".", "annotations", "annotations/entity_segmentation") for name in
+                           ("entityseg_{}_lr.json", "entityseg_{}.json", "entityv2_010203_entity_{}_lr.json", "entityv2_010203_entity_{}.json"))
+                  for part in ("train", "val"))
     if not train or not val:
-        raise FileNotFoundError(f"EntitySeg is not complete in {home}: entityseg_train_lr.json, entityseg_val_lr.json and the "
-                                f"image folders are needed (https://github.com/adobe-research/EntitySeg-Dataset)")
-    images = first_of(*[home / ("images_lr" if "_lr" in train.name else "images")]) or home
+        raise FileNotFoundError(f"EntitySeg is not complete: {home}/entityseg_train_lr.json, entityseg_val_lr.json and the image folders "
+                                f"that they name are needed (https://github.com/adobe-research/EntitySeg-Dataset)")
+    images = first_of([home / ("images_lr" if "_lr" in train.name else "images"), home])
 
     def listing():
-        pools = [list_instances(file, images) for file in (train, val)]
-        pool = sorted(pools[0], key=lambda item: item.image)
+        pool, official = (list_instances(file, images) for file in (train, val))
+        pool.sort(key=lambda item: item.image)
         pool = [pool[i] for i in np.random.default_rng(seed).permutation(len(pool))]
-        tenth = round(0.1 * (len(pools[0]) + len(pools[1])))
-        more = max(0, tenth - len(pools[1]))                                       # test images beyond the official val
-        parts = dict(test=pools[1] + pool[:more], val=pool[more : more + tenth], train=pool[more + tenth :])
-        return sorted(parts[split], key=lambda item: item.image)
+        tenth = round(0.1 * (len(pool) + len(official)))
+        more = max(0, tenth - len(official))                                       # test images besides the official ones
+        return dict(test=official + pool[:more], val=pool[more : more + tenth], train=pool[more + tenth :])[split]
 
     return scan(images, train, val), listing
 
 
-def ade20k(home, split):
-    """ADE20K, full (<image>_seg.png beside each image) or scene parsing (annotations/ beside images/), in any subfolders."""
+def find_ade20k(home, split):
+    """ADE20K in any subfolders: full (<image>_seg.png beside each image) or scene parsing (annotations/ beside images/)."""
     if split == "test":
         raise ValueError("ADE20K publishes no labels of its test images: use split val")
-    files = scan(home, keep=lambda name: not name.startswith("ADE_") or "." in name) if home.is_dir() else []  # no instance folders
+    files = scan(home, keep=lambda name: name[:4] != "ADE_" or "." in name) if home.is_dir() else []   # no folders of instances
     images = [f[0] for f in files if Path(f[0]).name.startswith(f"ADE_{split}_") and f[0].endswith(".jpg")]
-    if not images:
-        raise FileNotFoundError(f"{home} holds no ADE_{split}_*.jpg: ADE20K is needed there, full (with *_seg.png) or scene "
-                                f"parsing (images/ and annotations/), from https://ade20k.csail.mit.edu")
     there = {f[0] for f in files}
+    if not images:
+        raise FileNotFoundError(f"{home} holds no ADE_{split}_*.jpg: ADE20K is needed there, full (with *_seg.png) or scene parsing "
+                                f"(images/ and annotations/), from https://ade20k.csail.mit.edu")
 
     def listing():
         items = []
         for image in images:
-            full, above, below = image[:-4] + "_seg.png", *image.rpartition("images" + os.sep)[::2]
-            parsing = f"{above}annotations{os.sep}{below[:-4]}.png"
-            items.append(Item(image, [full], read_ade) if full in there else
-                         Item(image, [parsing], read_pngs) if parsing in there else
-                         Item(image, [], None, f"{image} has no label: expected {full} or {parsing}"))
+            above, _, below = image.rpartition("images" + os.sep)
+            full, parsing = f"{image[:-4]}_seg.png", f"{above}annotations{os.sep}{below[:-4]}.png"
+            items.append(Item(image, [full], read_ade) if full in there else Item(image, [parsing], read_pngs) if parsing in there else
+                         bad(f"{image} has no label: expected {full} or {parsing}"))
         return items
 
     return files, listing
 
 
-def bsds500(home, split):
+def find_bsds500(home, split):
     """BSDS500 as published: images/<split>/*.jpg, groundTruth/<split>/*.mat with 4 to 9 people's segmentations each."""
-    for home in (home, home / "data", home / "BSDS500" / "data", home / "BSR" / "BSDS500" / "data"):
-        images, truth = home / "images" / split, home / "groundTruth" / split
-        if images.is_dir() and truth.is_dir():
-            break
-    else:
-        raise FileNotFoundError("BSDS500 is not complete: images/train/*.jpg and groundTruth/train/*.mat are needed (BSR_bsds500.tgz of "
-                                "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/resources.html, unpacked)")
+    home = first_of(h for h in (home, home / "data", home / "BSDS500/data", home / "BSR/BSDS500/data") if (h / "groundTruth" / split).exists())
+    if not home or not (home / "images" / split).is_dir():
+        raise FileNotFoundError(f"BSDS500 is not complete: images/{split}/*.jpg and groundTruth/{split}/*.mat are needed (BSR_bsds500.tgz "
+                                f"of www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/resources.html)")
 
     def listing():
         items = []
-        for image in sorted(images.glob("*.jpg")):
-            mat = truth / f"{image.stem}.mat"
+        for image in sorted((home / "images" / split).glob("*.jpg")):
+            mat = home / "groundTruth" / split / f"{image.stem}.mat"
             try:
-                people = scipy.io.whosmat(mat)[0][1][1]
+                people = scipy.io.whosmat(mat)[0][1][1]                            # ("groundTruth", (1, people), "cell")
                 items.append(Item(str(image), [str(mat)] * people, read_mat))
             except Exception as e:                                                 # whatever scipy says of a bad file
-                items.append(Item(str(image), [], None, f"{mat}: not a readable .mat file ({e or type(e).__name__})"))
+                items.append(bad(f"{mat}: not a readable .mat file ({e or type(e).__name__})"))
         return items
 
-    return scan(images, truth), listing
+    return scan(home / "images" / split, home / "groundTruth" / split), listing
 
 
 def read_json(path):
-    """A COCO-like JSON file: its lists images and annotations."""
+    """The lists images and annotations of a COCO-like JSON file."""
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
     except ValueError as e:
-        raise ValueError(f"{path}: cut off or no JSON ({e})") from None
+        raise ValueError(f"{path}: cut off, or no JSON ({e})") from None
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise ValueError(f"{path}: no list '{key}' in it")
+            raise ValueError(f"{path}: it has no list '{key}'")
     return content["images"], content["annotations"]
 
 
+def each(file, entries, make):
+    """make(k, entry) for every entry of a JSON list; what is wrong with an entry becomes a bad item."""
+    for k, entry in enumerate(entries):
+        try:
+            yield make(k, entry)
+        except (KeyError, TypeError, ValueError) as e:
+            yield bad(f"{file}: entry {k} has no key {e}" if isinstance(e, KeyError) else f"{file}: entry {k}: {e}")
+
+
 def within(folder, name):
-    """folder/name as a string, for a name out of a JSON file, which must not lead elsewhere."""
+    """folder/name, for a name out of a JSON file, which must not lead elsewhere."""
     parts = str(name).replace("\\", "/").split("/")
     if ".." in parts or parts[0] == "" or ":" in parts[0]:
         raise ValueError(f"file_name '{name}' is absolute or has '..' in it: refused")
     return str(Path(folder, *parts))
 
 
-def named(entry, images, k):
-    """The image that annotation k of a JSON file is about."""
-    if entry["image_id"] not in images:
-        raise ValueError(f"annotation {k} names an unknown image id, {entry['image_id']}")
-    return images[entry["image_id"]]
-
-
-def entry_fault(file, e):
-    return Item(str(file), [], None, f"{file}: an entry has no key {e}" if isinstance(e, KeyError) else f"{file}: {e}")
-
-
 def list_panoptic(file, folder, maps):
     images, annotations = read_json(file)
-    names, items = {}, []
-    for image in images:
-        try:
-            names[image["id"]] = within(folder, image["file_name"])
-        except (KeyError, TypeError, ValueError) as e:
-            items.append(entry_fault(file, e))
-    for k, a in enumerate(annotations):
-        try:
-            ids = {s["id"]: bool(s.get("iscrowd")) for s in a["segments_info"]}
-            items.append(Item(named(a, names, k), [within(maps, a["file_name"])], read_panoptic, ids))
-        except (KeyError, TypeError, ValueError) as e:
-            items.append(entry_fault(file, e))
-    return items
+    paths = {}
+
+    def image(k, entry):
+        paths[entry["id"]] = within(folder, entry["file_name"])
+
+    def annotation(k, entry):
+        if entry["image_id"] not in paths:
+            raise ValueError(f"unknown image id {entry['image_id']}")
+        crowds = {s["id"]: bool(s.get("iscrowd")) for s in entry["segments_info"]}
+        return Item(paths[entry["image_id"]], [within(maps, entry["file_name"])], read_panoptic, crowds)
+
+    return [item for item in (*each(file, images, image), *each(file, annotations, annotation)) if item]
 
 
 def list_instances(file, folder):
     images, annotations = read_json(file)
-    objects, items = {}, []
-    for k, a in enumerate(annotations):
-        try:
-            objects.setdefault(a["image_id"], []).append((k, a["segmentation"], bool(a.get("iscrowd"))))
-        except (KeyError, TypeError) as e:
-            items.append(entry_fault(file, e))
-    for image in images:
-        try:
-            items.append(Item(within(folder, image["file_name"]), [str(file)], read_instances,
-                              (image["height"], image["width"], objects.pop(image["id"], []))))
-        except (KeyError, TypeError, ValueError) as e:
-            items.append(entry_fault(file, e))
-    return items + [entry_fault(file, ValueError(f"annotation {some[0][0]} names an unknown image id, {id}"))
-                    for id, some in objects.items()]
+    ids, objects = {entry["id"] for entry in images if isinstance(entry, dict) and "id" in entry}, {}
+
+    def annotation(k, entry):
+        if entry["image_id"] not in ids:
+            raise ValueError(f"unknown image id {entry['image_id']}")
+        objects.setdefault(entry["image_id"], []).append((k, bool(entry.get("iscrowd")), entry["segmentation"]))
+
+    def image(k, entry):
+        return Item(within(folder, entry["file_name"]), [str(file)], read_instances,
+                    (entry["height"], entry["width"], objects.get(entry["id"], [])))
+
+    return [item for item in (*each(file, annotations, annotation), *each(file, images, image)) if item]
 
 
-def read_pngs(item, shape):
+def read_pngs(item):
     """Label PNGs as they are: 8-bit, 16-bit or palette."""
     return [read_label(path) for path in item.labels]
 
@@ -403,7 +388,7 @@ def read_label(path, rgb=False):
     return (value.view("<u4")[..., 0] & 0xFFFFFF).astype(np.int32) if rgb else value.astype(np.int32)
 
 
-def read_panoptic(item, shape):
+def read_panoptic(item):
     """COCO panoptic: the ids of segments_info; crowds are ignored."""
     label = read_label(item.labels[0], rgb=True)
     flat = label.ravel()
@@ -415,7 +400,7 @@ def read_panoptic(item, shape):
     return [np.where(np.isin(label, crowds), -1, label) if crowds else label]
 
 
-def read_ade(item, shape):
+def read_ade(item):
     """ADE20K full: class (R // 10 * 256 + G) and instance (B); class 0 is unlabelled."""
     value = read_label(item.labels[0], rgb=True)
     r, g, b = value & 255, value >> 8 & 255, value >> 16
@@ -423,7 +408,7 @@ def read_ade(item, shape):
     return [np.where(name == 0, 0, name << 8 | b)]
 
 
-def read_mat(item, shape):
+def read_mat(item):
     """BSDS500: every annotator's segmentation."""
     try:
         cells = scipy.io.loadmat(item.labels[0])["groundTruth"][0]
@@ -432,21 +417,19 @@ def read_mat(item, shape):
         raise ValueError(f"{item.labels[0]}: not a readable .mat file ({e or type(e).__name__})") from None
 
 
-def read_instances(item, shape):
+def read_instances(item):
     """COCO instances: polygons, uncompressed and compressed RLE. Smaller objects over larger ones, crowds ignored."""
     H, W, objects = item.arg
-    if (H, W) != shape:
-        raise ValueError(f"{item.image} is {shape[1]} x {shape[0]} pixels, but {W} x {H} in {item.labels[0]}")
     masks = []
-    for k, segmentation, crowd in objects:
+    for k, crowd, segmentation in objects:
         try:
             rle = run_lengths(segmentation, H, W)
         except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{item.labels[0]}: annotation {k}, of {item.image}: {e or type(e).__name__}") from None
-        masks.append((crowd, int(coco_mask.area(rle)), rle))
+        masks.append((not crowd, -int(coco_mask.area(rle)), k, rle))
     label = np.zeros((W, H), np.int32)                                             # transposed, as pycocotools keeps masks
-    for j, (crowd, _, rle) in enumerate(sorted(masks, key=lambda m: (not m[0], -m[1])), 1):
-        np.putmask(label, coco_mask.decode(rle).T, -1 if crowd else j)             # crowds first, then the largest
+    for j, (real, _, _, rle) in enumerate(sorted(masks, key=lambda m: m[:3]), 1):  # crowds first, then the largest
+        np.putmask(label, coco_mask.decode(rle).T, j if real else -1)
     return [label.T]
 
 
@@ -566,6 +549,7 @@ class Packed:
     first: np.ndarray                            # (N + 1,): the label maps of image i are first[i] to first[i + 1]
     sizes: np.ndarray                            # (N, 2): h, w of the valid part
     names: list                                  # N file stems
+    folder: Path                                 # where the arrays lie
     mapped = 0                                   # bytes touched since the pages were last let go
 
     def __len__(self):
@@ -618,8 +602,10 @@ def convert(item, size, unlabelled, components):
         return BAD, item.arg
     try:
         image, (W, H) = open_image(item.image, size)
+        if item.read is read_instances and item.arg[:2] != (H, W):                 # before masks of a wrong size are drawn
+            raise ValueError(f"{item.image} is {W} x {H} pixels, but {item.arg[1]} x {item.arg[0]} in {item.labels[0]}")
         labels = []
-        for path, label in zip(item.labels, item.read(item, (H, W)), strict=True):
+        for path, label in zip(item.labels, item.read(item), strict=True):
             if label.shape != (H, W):
                 raise ValueError(f"{path} is {label.shape[1]} x {label.shape[0]} pixels, its image {item.image} {W} x {H}: "
                                  f"they must agree")
@@ -656,7 +642,7 @@ def pack(files, listing, cache, name, options, workers, max_bad):
     images = np.memmap(target / "images.u8", np.uint8, "r", shape=(len(rows), S, S, 3))
     labels = np.memmap(target / "labels.u16", np.uint16, "r", shape=(index["label_maps"], S, S))
     return Packed(name, images, labels, np.concatenate([[0], rows[:, 3].cumsum()]), rows[:, 1:3],
-                  (target / "names.txt").read_text().splitlines())
+                  (target / "names.txt").read_text().splitlines(), target)
 
 
 def whole(folder):
@@ -889,3 +875,116 @@ def augment(images, labels, sizes, u, size=None, crop=1.0):
     grid = torch.stack([col, row], dim=-1).mul_(2 / T).add_(1 / T - 1)             # (B, S, S, 2), x before y, in [-1, 1]
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return *standardise(x, inside), labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line: fetch COCO, pack a data set
+
+
+def download(home, splits, server):
+    """COCO's images and panoptic annotations into home: what is there stays, what broke off goes on."""
+    for name in [f"zips/{split}2017.zip" for split in splits] + ["annotations/panoptic_annotations_trainval2017.zip"]:
+        file, done = home / Path(name).name, home / f".{Path(name).name}.done"
+        if not done.exists():
+            home.mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                fetch(f"{server}/{name}", file)
+            unpack_zip(file, home)
+            for inner in sorted((home / "annotations").glob("panoptic_*2017.zip")):
+                unpack_zip(inner, home / "annotations")
+                inner.unlink()
+            done.touch()
+            file.unlink()
+
+
+def fetch(url, file, tries=5):
+    """Download url to file, going on where an earlier call or a broken connection stopped. Raises OSError."""
+    part, why = Path(f"{file}.part"), ""
+    for attempt in range(tries):
+        have = part.stat().st_size if part.exists() else 0
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={have}-"}), timeout=60) as answer:
+                have = have if answer.status == 206 else 0                         # else the server sends all of it
+                total = have + int(answer.headers["Content-Length"])
+                free, need = shutil.disk_usage(file.parent).free, 2 * total - have
+                if free < need:
+                    raise OSError(errno.ENOSPC, f"{need / 1e9:.1f} GB are needed to fetch and unpack it, {free / 1e9:.1f} GB are free in "
+                                                f"{file.parent}")
+                with (open(part, "ab" if have else "wb") as f,
+                      tqdm(total=total, initial=have, desc=file.name, unit="B", unit_scale=True, leave=False) as bar):
+                    while chunk := answer.read(2**20):
+                        f.write(chunk)
+                        bar.update(len(chunk))
+            why = f"{part.stat().st_size} of {total} bytes came"
+        except urllib.error.HTTPError as e:
+            if e.code == 416:                                                      # nothing beyond `have`: complete, or another file
+                total = int(e.headers.get("Content-Range", "*/0").rpartition("/")[2])
+                if total != have:
+                    part.unlink()
+            elif e.code < 500:
+                raise OSError(f"{url}: {e}") from None
+            why = e
+        except (OSError, HTTPException) as e:
+            if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+                raise OSError(f"{url}: {e.strerror}; what came is kept, run the same command again to go on") from None
+            why = e
+        if part.exists() and part.stat().st_size == total:
+            os.replace(part, file)
+            return
+        time.sleep(2**attempt / 8)
+    raise OSError(f"{url} could not be fetched ({why}); what came is kept, run the same command again to go on")
+
+
+def unpack_zip(file, folder):
+    """Unpack a zip file, but for what is there in full; its checksums are checked. Raises OSError."""
+    try:
+        with zipfile.ZipFile(file) as z:
+            for member in tqdm(z.infolist(), f"unpacking {file.name}", unit="file", leave=False):
+                there = folder / member.filename
+                if not (there.is_file() and there.stat().st_size == member.file_size) and not member.filename.startswith("__MACOSX"):
+                    z.extract(member, folder)
+    except (zipfile.BadZipFile, zlib.error) as e:
+        file.unlink()
+        raise OSError(f"{file} was damaged and is deleted ({e}): run the same command again to fetch it anew") from None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Fetch COCO, or decode and resize a data set once, so that training reads it fast.")
+    option = parser.add_argument
+    option("name", help="coco, entity, ade20k, bsds500, or a folder with images/ and labels/")
+    option("--root", default="data", help="the data set lies in ROOT/NAME or in ROOT itself (%(default)s)")
+    option("--split", nargs="+", default=["train", "val"], choices=["train", "val", "test"], help="(train val)")
+    option("--size", type=int, default=128, help="longer side, in pixels (%(default)s)")
+    option("--crop", type=float, default=1.0, help="as in train.py: crops need larger training images (%(default)s)")
+    option("--cache", default="cache", help="where packed copies go (%(default)s)")
+    option("--unlabelled", default="segment", help="id 0: one segment, or ignore (%(default)s)")
+    option("--components", action="store_true", help="labels are classes: their connected parts become the segments")
+    option("--workers", type=int, default=CORES, help="processes (%(default)s)")
+    option("--max_bad", "--max-bad", type=float, default=0.01, help="share of unusable items that is too much (%(default)s)")
+    option("--download", action="store_true", help="only fetch COCO, into ROOT/coco; goes on where it stopped")
+    option("--server", default="http://images.cocodataset.org", help="where from (%(default)s)")
+    a = parser.parse_args(argv)
+    try:
+        if a.download:
+            if a.name != "coco":
+                raise ValueError(f"--download fetches coco only; get {a.name} from its authors")
+            download(Path(a.root) / "coco", a.split, a.server)
+            print(f"COCO is in {Path(a.root) / 'coco'}; now try: python train.py --dataset coco --root {a.root}")
+            return 0
+        if a.name == "shapes":
+            raise ValueError("shapes are drawn while training: there is nothing to prepare")
+        for split in a.split:
+            side = packed_side(a.size, a.crop) if split == "train" else a.size
+            data = load(a.name, split, side, a.root, a.cache, 0, a.unlabelled, a.components, a.workers, a.max_bad)
+            print(f"{a.name} {split}: {len(data):,} images, {len(data.labels):,} label maps of {side} x {side} pixels, in {data.folder}")
+    except (ValueError, OSError) as e:
+        print(f"data.py: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped: run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
