@@ -48,6 +48,7 @@ class Config:
     seed: int = 0                                # of everything random
     device: str = "auto"                         # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"                      # auto, fp32, bf16, fp16
+    compile: str = "auto"                        # on, off; auto: on with CUDA. A minute at the start, then faster steps
     # data
     image_size: int = 128                        # longer side, in pixels; cost grows with its square
     augment: bool = True                         # of real images; off only to see a model overfit
@@ -95,7 +96,7 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
     "paper": dict(image_size=128, batch_size=8,  max_steps=300_000, lr=1e-4, warmup_steps=1000, decay_steps=50_000, ema=0.9999, weighting="sigmoid", logsnr_space=True,  guidance=1.0, log_every=100, save_every=1000, eval_every=10_000),
 }
 
-FREE = {"out", "root", "cache", "device", "max_steps", "eval_every", "eval_images", "log_every", "save_every"}   # may change on resume
+FREE = {"out", "root", "cache", "device", "compile", "max_steps", "eval_every", "eval_images", "log_every", "save_every"}   # may change on resume
 
 
 def parse(argv):
@@ -252,6 +253,8 @@ def prepare(c):
     """All that can be wrong with the user's input goes wrong here. Raises ValueError or OSError."""
     device = pick_device(c.device)
     dtype, why = pick_precision(c.precision, device)
+    if c.compile not in ("auto", "on", "off"):
+        raise ValueError(f"compile is auto, on or off, not '{c.compile}'")
     codec = Codec(c.encoding, c.bits, c.palette, c.seed, c.activation)
     names = [f.name for f in dataclasses.fields(Diffusion) if f.name in Config.__dataclass_fields__]
     diffusion = Diffusion(**{name: getattr(c, name) for name in names})
@@ -282,6 +285,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay,
                                   fused=device.type in ("cuda", "cpu"))
+    fast = torch.compile(net) if c.compile == "on" or c.compile == "auto" and device.type == "cuda" else net
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if resumed:
         step = resumed["step"]
@@ -341,7 +345,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
                 group["lr"] = learning_rate(step, c)
             for part in (slice(i, i + micro) for i in range(0, c.batch_size, micro)):
                 with autocast():
-                    loss = training_loss(net, x0[part], x[part], valid[part], diffusion, codec.activate, generator)
+                    loss = training_loss(fast, x0[part], x[part], valid[part], diffusion, codec.activate, generator)
                 scaler.scale(loss / c.accumulate).backward()
                 losses.append(loss.detach())
             scaler.unscale_(optimizer)

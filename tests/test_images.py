@@ -1,0 +1,108 @@
+"""What data.py does to a single image or label map: reading every format, resizing, normalising."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import normalise, read_image, read_label, resize_image, resize_label
+
+PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)                      # 8 wide, 6 high
+LABEL = np.repeat(np.arange(8, dtype=np.uint8)[None] // 3 * 50, 6, 0)              # three bands: 0, 50, 100
+
+
+def write(path, array, **options):
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def test_read_image_of_every_mode(tmp_path):
+    grey, wide = np.full((6, 8), 100, np.uint8), np.full((6, 8), 100 * 257, np.uint16)
+    clear = np.dstack([PIXEL, np.full((6, 8), 255, np.uint8)])
+    clear[0, 0, 3] = 0                                                             # a transparent pixel shows white
+    cases = {"rgb.png": (PIXEL, PIXEL), "grey.png": (grey, 100), "sixteen.png": (wide, 100), "sixteen.tif": (wide, 100),
+             "int.tif": (wide.astype(np.int32), 100), "bit.png": (grey > 1, 255),
+             "alpha.png": (clear, np.where(clear[..., 3:] == 0, 255, PIXEL)),
+             "float.tif": (np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8), None)}
+    for name, (array, expected) in cases.items():
+        image = np.asarray(read_image(write(tmp_path / name, array)))
+        assert image.shape == (6, 8, 3) and image.dtype == np.uint8
+        if expected is not None:
+            assert (image == expected).all(), name
+    assert (image[0, 0], image[-1, -1]) == pytest.approx((0, 255))                 # float: stretched to its maximum
+
+
+def test_read_image_converted_modes(tmp_path):
+    image = Image.fromarray(np.full((6, 8, 3), (200, 60, 20), np.uint8))
+    for mode, name in (("CMYK", "c.jpg"), ("CMYK", "c.tif"), ("P", "p.png"), ("P", "p.gif"), ("LA", "a.png"), ("YCbCr", "y.jpg")):
+        image.convert(mode).save(tmp_path / name)
+        colour = np.asarray(read_image(tmp_path / name)).reshape(-1, 3).mean(0)
+        assert colour == pytest.approx([99] * 3 if mode == "LA" else [200, 60, 20], abs=4), name
+    flat = image.quantize(1)                                                       # one colour, number 0
+    flat.save(tmp_path / "t.png", transparency=0)
+    assert (np.asarray(read_image(tmp_path / "t.png")) == 255).all()               # all transparent
+
+
+def test_read_image_turns_by_exif(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                               # to be shown turned by 90 degrees
+    write(tmp_path / "turned.png", PIXEL, exif=exif)
+    assert (np.asarray(read_image(tmp_path / "turned.png")) == np.rot90(PIXEL, -1)).all()
+
+
+@pytest.mark.parametrize("H,W,h,w", [(1, 1, 16, 16), (1, 10_000, 1, 16), (300, 7, 16, 1), (6, 8, 12, 16), (32, 64, 8, 16)])
+def test_resize_keeps_the_shape_at_the_top_left(H, W, h, w):
+    rng = np.random.default_rng(0)
+    out, size = resize_image(Image.fromarray(rng.integers(1, 256, (H, W, 3), dtype=np.uint8)), 16)
+    label = resize_label(np.full((H, W), 7), 16)
+    assert size == (h, w) and out.shape == (16, 16, 3)
+    assert (out[:h, :w] > 0).all() and (out[h:] == 0).all() and (out[:, w:] == 0).all()
+    assert (label[:h, :w] == 0).all() and (label[h:] == 65535).all() and (label[:, w:] == 65535).all()
+
+
+def test_resize_is_area_for_images_and_nearest_for_labels():
+    rng = np.random.default_rng(0)
+    image, label = rng.integers(0, 256, (24, 48, 3), dtype=np.uint8), rng.choice([-1, -9, 3, 10**12], (24, 24))
+    means = image.reshape(8, 3, 16, 3, 3).mean((1, 3))
+    assert np.abs(resize_image(Image.fromarray(image), 16)[0][:8] - means).max() <= 1          # Pillow rounds rows, then columns
+    middle = label[1::3, 1::3]                                                     # of each 3 x 3 pixels
+    expected = np.where(middle == -1, 65535, np.searchsorted([-9, -1, 3, 10**12], middle))
+    assert (resize_label(label, 8) == expected).all()                              # ids renumbered in their order
+
+
+def test_labels_as_they_are(tmp_path):
+    wide = LABEL.astype(np.uint16) * 600
+    palette = Image.fromarray(LABEL).convert("P")
+    palette.putpalette([i // 6 for i in range(768)])                               # colours that are not the indices
+    palette.putdata(LABEL.ravel().tolist())
+    palette.save(tmp_path / "palette.png")
+    assert (read_label(write(tmp_path / "eight.png", LABEL)) == LABEL).all()
+    assert (read_label(write(tmp_path / "sixteen.png", wide)) == wide).all() and wide.max() == 60_000
+    assert (read_label(tmp_path / "palette.png") == LABEL).all()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")                                 # Pillow's own about damaged TIFF
+@pytest.mark.parametrize("name", ["rgb.png", "p.gif", "c.jpg", "t.tif", "w.webp", "b.bmp", "g.ppm"])
+def test_broken_files_are_a_ValueError_with_their_name(tmp_path, name):
+    whole = write(tmp_path / name, np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).read_bytes()
+    rng, cut = np.random.default_rng(1), tmp_path / name
+    for n in [0, 1, 5, *rng.integers(6, len(whole), 20)]:
+        damaged = bytearray(whole[:n] if n % 2 else whole)
+        for i in rng.integers(0, len(damaged), 5 if len(damaged) else 0):
+            damaged[i] = rng.integers(256)
+        cut.write_bytes(bytes(damaged))
+        try:
+            assert read_image(cut).mode == "RGB"                                   # some damage goes unnoticed
+        except ValueError as e:
+            assert name in str(e)
+    with pytest.raises(ValueError, match="nothing.png: no such file"):
+        read_image(tmp_path / "nothing.png")
+
+
+def test_normalise():
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x, inside = normalise(images, torch.tensor([[8, 5], [1, 8]]))
+    assert inside.sum((1, 2)).tolist() == [40, 8] and inside[0, :, :5].all() and inside[1, 0].all()
+    for c, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))):
+        expected = (images[..., c].numpy() / 255 - mean) / std
+        assert np.allclose(x[:, c], np.where(inside, expected, 0), atol=1e-5)

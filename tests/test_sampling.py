@@ -1,0 +1,161 @@
+"""The samplers of diffusion.py, with an oracle for a network, and against the textbook posterior."""
+
+import math
+
+import pytest
+import torch
+
+from bits import Codec
+from diffusion import Diffusion, alpha_sigma, sample
+
+
+def identity(out):
+    return out
+
+
+def scene(B=2, S=12, k=6, seed=0):
+    """Random cells with an ignored border, their x0, an image, and what is valid."""
+    generator = torch.Generator().manual_seed(seed)
+    cells = torch.randint(0, 2**k, (B, S, S), generator=generator)
+    cells[0, :, S - 3 :] = -1
+    return cells, Codec(bits=k).encode(cells), torch.randn(B, 3, S, S, generator=generator), cells >= 0
+
+
+def oracle(x0, d):
+    """A network that knows x0, whatever it is asked to predict."""
+    def model(x, t):
+        xt, true = x[:, :6], x0.repeat(len(x) // len(x0), 1, 1, 1)
+        alpha, sigma = (v.float().view(-1, 1, 1, 1) for v in alpha_sigma(t, d))
+        eps = (xt - alpha * true) / sigma
+        return {"x": true, "eps": eps, "v": alpha * eps - sigma * true}[d.prediction]
+    return model
+
+
+@pytest.mark.parametrize("sampler,variance", [("ddpm", "large"), ("ddpm", "small"), ("ddim", "large")])
+@pytest.mark.parametrize("prediction", ["x", "eps", "v"])
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("self_condition,steps,schedule", [(0.0, 1, "cosine"), (0.0, 8, "linear"), (0.5, 3, "cosine")])
+def test_an_oracle_recovers_the_labels(sampler, variance, prediction, guidance, self_condition, steps, schedule):
+    cells, x0, image, valid = scene()
+    d = Diffusion(schedule, prediction=prediction, self_condition=self_condition)
+    x = sample(oracle(x0, d), image, valid, 6, [0, 1], d, identity, steps, guidance, sampler, variance)
+    assert torch.equal(Codec(bits=6).decode(x, valid), cells) and (x[~valid[:, None].expand_as(x)] == 0).all()
+
+
+@pytest.mark.parametrize("encoding,k", [("bits", 2), ("bits", 10), ("onehot", 4), ("rgb", 6)])
+def test_an_oracle_in_other_encodings(encoding, k):
+    codec = Codec(encoding, k)
+    cells = torch.arange(4).view(2, 2).repeat_interleave(6, 0).repeat_interleave(6, 1)[None]   # 36 pixels a segment
+    x0, valid = codec.encode(cells), torch.ones(1, 12, 12, dtype=torch.bool)
+    x = sample(lambda x, t: x0, torch.zeros(1, 3, 12, 12), valid, codec.channels, [3], Diffusion(), identity, 4, 0.0)
+    pairs = set(zip(codec.decode(x, valid).flatten().tolist(), cells.flatten().tolist()))
+    assert len(pairs) == 4 if encoding == "rgb" else pairs == {(i, i) for i in range(4)}       # rgb: up to names
+
+
+def trace(model, image, valid, channels=6, seeds=(0,), d=Diffusion(), **options):
+    """Every step: [(t, xt, x_hat)], and the result."""
+    steps = []
+    x = sample(model, image, valid, channels, list(seeds), d, identity,
+               callback=lambda i, t, xt, x_hat: steps.append((t, xt.clone(), x_hat.clone())), **options)
+    return steps, x
+
+
+def posterior(xt, x0, t, s):
+    """q(xs | xt, x0) from q(xs | x0) and q(xt | xs) by Bayes' rule (Ho et al. 2020, Eq. 7): mean, variance; and beta."""
+    (a_t, s_t), (a_s, s_s) = ([v.item() for v in alpha_sigma(u, Diffusion())] for u in (t, s))
+    beta = 1 - a_t**2 / a_s**2                                                     # the variance of one noising step
+    mean = a_s * beta / s_t**2 * x0 + math.sqrt(1 - beta) * s_s**2 / s_t**2 * xt
+    return mean, s_s**2 / s_t**2 * beta, beta
+
+
+@pytest.mark.parametrize("variance", ["large", "small"])
+def test_ddpm_steps_are_the_textbook_posterior(variance):
+    image, valid = torch.zeros(1, 3, 64, 64), torch.ones(1, 64, 64, dtype=torch.bool)
+    model = lambda x, t: torch.tanh(3 * x[:, :6])
+    steps, last = trace(model, image, valid, guidance=0.0, variance=variance)
+    assert [t for t, _, _ in steps] == pytest.approx([1 - i / 8 for i in range(8)])
+    assert abs(steps[0][1].mean()) < 0.02 and abs(steps[0][1].std() - 1) < 0.02    # unit Gaussian, 24,576 values
+    assert torch.equal(last, steps[-1][2])
+    for (t, xt, x_hat), (s, xs, _) in zip(steps, steps[1:]):
+        mean, small, beta = posterior(xt, x_hat, t, s)
+        z = (xs - mean) / math.sqrt(beta if variance == "large" else small)
+        assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.02                    # the standard error is 0.006
+        assert abs((z * xt).mean()) < 0.04 and abs((z * x_hat).mean()) < 0.04      # fresh noise
+
+
+def test_ddim_steps_keep_the_noise():
+    cells, x0, image, valid = scene(B=1)
+    model = lambda x, t: 0.8 * torch.tanh(x[:, :6])
+    steps, _ = trace(model, image, valid, guidance=0.0, sampler="ddim")
+    for (t, xt, x_hat), (s, xs, _) in zip(steps, steps[1:]):
+        (a_t, s_t), (a_s, s_s) = ([v.item() for v in alpha_sigma(u, Diffusion())] for u in (t, s))
+        assert torch.allclose(xs, a_s * x_hat + s_s * (xt - a_t * x_hat) / s_t, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance,expected", [(0.0, 0.3), (1.0, 0.5), (2.5, 0.8), (10.0, 1.0)])   # 2.3 is clamped to 1
+def test_guidance(guidance, expected):
+    image, valid = torch.full((1, 3, 4, 4), 5.0), torch.ones(1, 4, 4, dtype=torch.bool)
+    sizes = []
+
+    def model(x, t):
+        sizes.append(len(x))
+        return torch.where(x[:, 6:7] == 5, 0.3, 0.1).expand(-1, 6, -1, -1)         # with and without the image
+
+    x = sample(model, image, valid, 6, [0], Diffusion(), identity, 3, guidance)
+    assert torch.allclose(x, torch.full_like(x, expected)) and set(sizes) == {2 if guidance else 1}
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_self_conditioning_sees_the_last_x_hat(guidance):
+    cells, x0, image, valid = scene()
+    inputs = []
+
+    def model(x, t):
+        inputs.append(x[:, 9:])
+        return torch.tanh(x[:, :6] + x[:, 6:7])
+
+    steps, _ = trace(model, image, valid, seeds=(0, 1), d=Diffusion(self_condition=0.5), steps=4, guidance=guidance)
+    assert (inputs[0] == 0).all()
+    for x_self, (_, _, x_hat) in zip(inputs[1:], steps):
+        assert all(torch.equal(half, x_hat) for half in x_self.split(2))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_seed_gives_the_same_sample_in_every_batch(sampler):
+    cells, x0, image, valid = scene(B=8)
+    model = lambda x, t: torch.tanh(2 * x[:, :6] + x[:, 6:7]) * t.view(-1, 1, 1, 1)                # no sum over anything
+    seeds = list(range(10, 18))
+    together = sample(model, image, valid, 6, seeds, Diffusion(), identity, 5, 1.0, sampler)
+    for i in range(8):
+        one = slice(i, i + 1)
+        alone = sample(model, image[one], valid[one], 6, seeds[one], Diffusion(), identity, 5, 1.0, sampler)
+        assert torch.equal(together[one], alone)
+
+
+def test_another_seed_gives_another_sample():
+    cells, x0, image, valid = scene()
+    model = lambda x, t: torch.tanh(2 * x[:, :6])
+    a, b = sample(model, image[[1, 1]], valid[[1, 1]], 6, [1, 2], Diffusion(), identity)
+    assert not torch.equal(a, b)
+
+
+def test_the_border_is_zero_at_every_step():
+    cells, x0, image, valid = scene()
+    steps, _ = trace(lambda x, t: torch.ones_like(x[:, :6]), image, valid, seeds=(0, 1))
+    for _, _, x_hat in steps:
+        assert torch.equal(x_hat, valid[:, None].expand_as(x_hat).float())
+
+
+def test_only_an_x_prediction_is_activated():
+    image, valid = torch.zeros(1, 3, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool)
+    half = lambda x, t: torch.full_like(x[:, :6], 0.5)
+    x = sample(half, image, valid, 6, [0], Diffusion(), torch.tanh, 1, 0.0)
+    assert torch.allclose(x, torch.full_like(x, math.tanh(0.5)))
+    sample(half, image, valid, 6, [0], Diffusion(prediction="v"), None, 2, 0.0)    # None would raise if it were called
+
+
+@pytest.mark.parametrize("wrong,name", [(dict(sampler="euler"), "euler"), (dict(variance="tiny"), "tiny"),
+                                        (dict(steps=0), "0"), (dict(seeds=(1, 2)), "2")])
+def test_wrong_use(wrong, name):
+    with pytest.raises(ValueError, match=name):
+        trace(lambda x, t: x[:, :6], torch.zeros(1, 3, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool), **wrong)
