@@ -62,6 +62,7 @@ IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"
 IGNORE = 65535                                                         # in packed uint16 label maps; -1 everywhere else
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 VERSION = 2                                                            # of packed data sets
+SAVE_EVERY = 5.0                                                       # seconds between the points that a killed packing goes on from
 
 
 def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segment", components=False, workers=CORES,
@@ -84,7 +85,7 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
     if name in formats:
         home = Path(root) / name if (Path(root) / name).is_dir() or not Path(root).is_dir() else Path(root)
     elif not home.is_dir():
-        raise ValueError(f"data set '{name}' is neither shapes, {', '.join(formats)}, nor a folder with images/ and labels/")
+        raise ValueError(f"data set '{name}' is neither shapes, nor coco, nor a folder with images/ and labels/, nor entity, ade20k or bsds500")
     files, listing = formats.get(name, find_folder)(home, split)
     options = dict(size=size, unlabelled=unlabelled, components=components, split_seed=split_seed)
     return pack(files, listing, Path(cache), f"{name if name in formats else home.resolve().name}-{split}", options, workers, max_bad)
@@ -491,11 +492,12 @@ def read_image(path):
 
 
 def open_image(path, size=None):
-    """Upright 8-bit RGB image, and its (W, H). With size, a JPEG may come out smaller, at least 2 `size` on its longer side."""
+    """Upright 8-bit RGB image, and its (W, H). With size, a JPEG may come out smaller, at least 3 `size` on its longer side."""
     with pillow(path) as f:
         full, turned = f.size, f.getexif().get(0x0112, 1) >= 5                     # orientations 5 to 8 swap the sides
         if size:
-            f.draft(None, tuple(2 * side for side in fitted(*full, size)))         # decoded at 1/2, 1/4 or 1/8
+            f.draft(None, tuple(3 * side for side in fitted(*full, size)))         # decoded at 1/2, 1/4 or 1/8; at 2 times the
+                                                                                   # size, the area filter would err twice as much
         image = ImageOps.exif_transpose(f)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):              # 16-bit and float grey
             value = np.asarray(image).astype(np.float64)
@@ -705,7 +707,7 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
                 append(images, image)
                 append(labels, segmentations)
                 rows.append([i, h, w, len(segmentations)])
-                if time.monotonic() - saved > 5:
+                if time.monotonic() - saved > SAVE_EVERY:
                     commit()
                     saved = time.monotonic()
             commit()
