@@ -20,7 +20,6 @@ import signal
 import sys
 import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +39,10 @@ class Config:
     # The defaults are the paper's. A preset (below) changes some, the command line has the last word: --lr 3e-4
 
     # what and where
-    dataset: str = "shapes"                      # shapes, coco, or a folder with images/ and labels/
-    preset: str = ""                             # tiny, small or paper; "": tiny for shapes, paper for coco, else small
+    dataset: str = "shapes"                      # shapes, coco, entity, ade20k, bsds500, or a folder with images/ and labels/
+    preset: str = ""                             # tiny, small or paper; "": tiny for shapes, paper for coco and entity, else small
     out: str = ""                                # "": out/<dataset>-<preset>
-    root: str = "data"                           # coco is expected in <root>/coco
+    root: str = "data"                           # coco is expected in <root>/coco, and so on
     cache: str = "cache"                         # resized copies of the data set; safe to delete
     seed: int = 0                                # of everything random
     device: str = "auto"                         # auto, cpu, cuda, cuda:1, mps
@@ -53,6 +52,9 @@ class Config:
     image_size: int = 128                        # longer side, in pixels; cost grows with its square
     augment: bool = True                         # of real images; off only to see a model overfit
     unlabelled: str = "segment"                  # id 0: one segment (as in the paper), or ignore
+    components: bool = False                     # labels are classes: their connected parts become the segments
+    crop: float = 1.0                            # smallest share of the sides that random crops keep; 1: none
+    workers: int = 1                             # threads that read ahead; 0: none
     # encoding
     encoding: str = "bits"                       # bits, onehot, rgb (the last two are the paper's baselines)
     bits: int = 6                                # 2^bits segments at most; 8 or 10 for very crowded images
@@ -96,7 +98,7 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
     "paper": dict(image_size=128, batch_size=8,  max_steps=300_000, lr=1e-4, warmup_steps=1000, decay_steps=50_000, ema=0.9999, weighting="sigmoid", logsnr_space=True,  guidance=1.0, log_every=100, save_every=1000, eval_every=10_000),
 }
 
-FREE = {"out", "root", "cache", "device", "compile", "max_steps", "eval_every", "eval_images", "log_every", "save_every"}   # may change on resume
+FREE = {"out", "root", "cache", "device", "compile", "workers", "max_steps", "eval_every", "eval_images", "log_every", "save_every"}   # may change on resume
 
 
 def parse(argv):
@@ -117,7 +119,7 @@ def parse(argv):
         given[key] = convert(key, value, fields[key].type)
         i += 1
     dataset = given.get("dataset", Config.dataset)
-    preset = given.get("preset") or {"shapes": "tiny", "coco": "paper"}.get(dataset, "small")
+    preset = given.get("preset") or {"shapes": "tiny", "coco": "paper", "entity": "paper"}.get(dataset, "small")
     if preset not in PRESETS:
         raise ValueError(f"preset '{preset}' is not one of {', '.join(PRESETS)}")
     c = Config(**{**PRESETS[preset], **given, "preset": preset})
@@ -126,6 +128,10 @@ def parse(argv):
                 "save_every"):
         if getattr(c, key) < 1:
             raise ValueError(f"--{key} must be at least 1, not {getattr(c, key)}")
+    if c.workers < 0 or not 0 < c.crop <= 1:
+        raise ValueError(f"--workers is 0 or more, and --crop above 0 and at most 1, not {c.workers} and {c.crop}")
+    if c.crop < 1 and (not c.augment or dataset == "shapes"):
+        raise ValueError("--crop belongs to the augmentation of real images: not with shapes, nor with --augment false")
     if c.batch_size % c.accumulate:
         raise ValueError(f"--batch_size {c.batch_size} cannot be split into --accumulate {c.accumulate} equal parts")
     return c
@@ -178,13 +184,6 @@ def pick_precision(name, device):
             return torch.bfloat16, "this GPU has bf16"
         return torch.float16, "this GPU has no bf16; the loss is scaled"
     return None, f"on {device.type}"
-
-
-def make_batch(data, start, count, c):
-    """Samples `start` to `start + count` of the run: images, labels, sizes, and uniform numbers for the augmentation."""
-    u = datasets.uniforms(start, count, c.seed, 17)
-    positions = datasets.order(start, count, len(data), c.seed)
-    return *data.get(positions, u[:, 16]), torch.from_numpy(u[:, :16])
 
 
 def save(path, content):
@@ -246,6 +245,9 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: run the same command again to go on", file=sys.stderr)
+        return 130
     return train(c, *run)
 
 
@@ -270,11 +272,11 @@ def prepare(c):
     if (Path(c.out) / "ckpt.pt").exists():
         resumed = read_checkpoint(Path(c.out) / "ckpt.pt", device)
         old = resumed["config"]
-        differ = [f"{k} {old.get(k)} -> {v}" for k, v in vars(c).items() if k not in FREE and old.get(k) != v]
+        differ = [f"{k} {old.get(k)} -> {v}" for k, v in vars(c).items() if k not in FREE and old.get(k, getattr(Config, k)) != v]
         if differ:
             raise ValueError(f"{c.out}/ckpt.pt was made with other options ({'; '.join(differ)}): use the same, or another --out")
-    common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled)
-    train_data = datasets.load(c.dataset, "train", c.image_size, **common)
+    common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled, components=c.components)
+    train_data = datasets.load(c.dataset, "train", datasets.packed_side(c.image_size, c.crop), **common)
     val_data = datasets.load(c.dataset, "val", c.image_size, **common)
     Path(c.out).mkdir(parents=True, exist_ok=True)
     return device, dtype, why, codec, diffusion, network, net, resumed, train_data, val_data
@@ -327,15 +329,13 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
 
     handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     micro, losses, started, first = c.batch_size // c.accumulate, [], time.time(), step
-    loader = ThreadPoolExecutor(1)                                                 # prepares the next batch meanwhile
-    coming = loader.submit(make_batch, train_data, step * c.batch_size, c.batch_size, c)
+    source = datasets.batches(train_data, step * c.batch_size, c.batch_size, c.seed, c.workers, pin=device.type == "cuda")
     try:
         while step < c.max_steps and not stop:
-            images, labels, sizes, u = (v.to(device, non_blocking=True) for v in coming.result())
-            coming = loader.submit(make_batch, train_data, (step + 1) * c.batch_size, c.batch_size, c)
+            images, labels, sizes, u = (v.to(device, non_blocking=True) for v in next(source))
             generator = torch.Generator(device).manual_seed(c.seed * 2**32 + step)     # a step's noise depends on nothing else
             if c.augment and c.dataset != "shapes":
-                x, inside, labels = datasets.augment(images, labels, sizes, u)
+                x, inside, labels = datasets.augment(images, labels, sizes, u, c.image_size, c.crop)
             else:
                 x, inside = datasets.normalise(images, sizes)
             cells = codec.cells(labels.masked_fill(~inside, -1), generator)
@@ -373,7 +373,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
             if step % c.save_every == 0 or step == c.max_steps:
                 checkpoint()
     finally:
-        loader.shutdown(cancel_futures=True)
+        source.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if stop and step < c.max_steps:
