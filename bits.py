@@ -100,22 +100,24 @@ def locate(labels, side, largest_first=False):
         by_size, kept = None, counts > 0
     kept = kept & (counts > 0)
 
-    # 2) centroids in grid units. float64 makes sums exact, so the result is the same on every device.
-    p_row = ((rows / counts.clamp(min=1)) + 0.5) / H * side - 0.5                  # (B, n)
-    p_col = ((cols / counts.clamp(min=1)) + 0.5) / W * side - 0.5
-    wanted = (p_row.round() * side + p_col.round()).long().clamp(0, K - 1)         # round half to even
+    # 2) the centroid in grid units, p = (sum / n + 1/2) / H * side - 1/2, kept as the fraction a / 2nH: int64 is exact,
+    # so that ties are ties, on every device.
+    n = counts.clamp(min=1)
+    a_row, a_col = (2 * rows + n) * side - n * H, (2 * cols + n) * side - n * W    # (B, n)
+    wanted = round_half_even(a_row, 2 * n * H) * side + round_half_even(a_col, 2 * n * W)
 
     # 3) the segments choose one after the other, all images at once. Column K of `free` takes absent segments.
     key = torch.where(kept, -counts if largest_first else -torch.ones_like(counts), 1)
     turn = key.argsort(dim=1, stable=True)[:, : max(1, int(kept.sum(1).max()))]        # (B, M), ascending labels on ties
-    grid = torch.arange(K, device=device)
+    r, c = torch.arange(K, device=device) // side, torch.arange(K, device=device) % side
     free = torch.ones(B, K + 1, dtype=torch.bool, device=device)
     cell_of = torch.full_like(wanted, -1)                                          # (B, n)
     for j in range(turn.shape[1]):
         who = turn[:, j : j + 1]                                                   # (B, 1)
         want = wanted.gather(1, who)
-        distance = (p_row.gather(1, who) - grid // side) ** 2 + (p_col.gather(1, who) - grid % side) ** 2   # (B, K)
-        nearest = distance.masked_fill(~free[:, :K], torch.inf).argmin(1, keepdim=True)
+        # squared distance to every cell, less |p|^2, times nHW: (B, K)
+        distance = n.gather(1, who) * (H * W) * (r**2 + c**2) - W * a_row.gather(1, who) * r - H * a_col.gather(1, who) * c
+        nearest = distance.masked_fill(~free[:, :K], torch.iinfo(torch.int64).max).argmin(1, keepdim=True)
         cell = torch.where(free.gather(1, want), want, nearest)
         present = kept.gather(1, who)
         cell_of.scatter_(1, who, torch.where(present, cell, -1))
@@ -126,11 +128,17 @@ def locate(labels, side, largest_first=False):
     return torch.where(index < 0, -1, cell_of.gather(1, index.clamp(min=0))).view(B, H, W)
 
 
+def round_half_even(a, b):
+    """a / b for integers, b positive and even, rounded to the nearest integer, halves to the even one."""
+    up = (a + b // 2) // b
+    return up - ((a + b // 2) % b == 0) * (up % 2)
+
+
 def segments(labels):
     """Pixel count and sums of the coordinates of every segment.
 
     (B, H, W) integers -> index (B, H*W) int64 of each pixel's segment, in ascending label order, -1 where ignored; and
-    count, sum of rows, sum of columns, each (B, n) float64, where n covers every label of the batch (count 0: absent).
+    count, sum of rows, sum of columns, each (B, n) int64, where n covers every label of the batch (count 0: absent).
     """
     if labels.dim() != 3 or labels.is_floating_point() or labels.numel() == 0:
         raise ValueError(f"labels must be integers of shape (B, H, W), not {labels.dtype} {tuple(labels.shape)}")
@@ -146,7 +154,7 @@ def segments(labels):
     pixel = torch.arange(H * W, device=labels.device).expand(B, -1)
 
     def total(weights):                                                            # (B, n); the extra bin: ignored
-        return torch.bincount(key, weights.reshape(-1).double(), minlength=B * n + 1)[:-1].view(B, n)
+        return torch.bincount(key, weights.reshape(-1).double(), minlength=B * n + 1)[:-1].long().view(B, n)
 
     return (index.masked_fill(flat == -1, -1), total(torch.ones_like(pixel)), total(pixel // W), total(pixel % W))
 

@@ -59,9 +59,11 @@ def test_rotation_moves_image_and_labels_together(u15, degrees, u0):
         near = ((row - row.round()).abs() < 0.45) & ((col - col.round()).abs() < 0.45) & inside[i]
         source = (row.round().long() // 3 * 8 + col.round().long() // 3)
         assert torch.equal(new[i][near], source[near]) and near.sum() > 0.5 * inside[i].sum()
-        a, b = h // 2, w // 2                                                      # the angle, from two pixels
-        dy, dx = (row[a, b + 3] - row[a, b - 3]).item(), (col[a, b + 3] - col[a, b - 3]).item()
-        assert abs(abs(np.degrees(np.arctan2(dy, abs(dx)))) - abs(degrees)) < 1 and (dx < 0) == (u0 < 0.5)
+        a, b = h // 2, w // 2                                                      # where three pixels came from: a right angle
+        across = np.array([row[a, b + 3] - row[a, b - 3], col[a, b + 3] - col[a, b - 3]]) / 6
+        down = np.array([row[a + 3, b] - row[a - 3, b], col[a + 3, b] - col[a - 3, b]]) / 6
+        assert np.allclose([across @ across, down @ down, across @ down], [1, 1, 0], atol=0.02)
+        assert abs(np.degrees(np.arcsin(abs(across[0]))) - abs(degrees)) < 1 and (across[1] < 0) == (u0 < 0.5)
 
 
 def test_new_pixels_are_ignored_and_padding_stays_zero():

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 import data
-from data import draw_scene, find_folder, load, order, paint, uniforms
+from data import draw_scene, find_folder, load, order, paint, read_image, read_label, uniforms
 
 PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)                      # 8 wide, 6 high
 LABEL = np.repeat(np.arange(8, dtype=np.uint8)[None] // 3 * 50, 6, 0)              # three bands: 0, 50, 100
@@ -122,6 +123,23 @@ def test_the_cache_is_used_and_notices_changes(tmp_path, monkeypatch):
     os.utime(write(root / "labels/val/x.png", 0 * LABEL), ns=(1, 1))
     assert (get_all(load(str(root), "val", 8, cache=cache))[1][0, :6] == 0).all()
     assert not list(cache.glob("*.part*"))
+
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real images are not in ../shared/data")
+@pytest.mark.parametrize("index", sorted(SHARED.glob("*/index.json")), ids=lambda p: p.parent.name)
+def test_real_folders_as_their_index_says(index):
+    entries = {(e["split"], e["id"]): e for e in json.loads(index.read_text())["items"]}
+    found = {(split.name, Path(item.image).stem): (item.image, item.labels) for split in (index.parent / "images").iterdir()
+             for item in find_folder(index.parent, split.name)[1]()}
+    assert found.keys() == entries.keys()
+    for key in sorted(found)[::100]:                                               # reading all would take a minute
+        (image, maps), entry = found[key], entries[key]
+        labels = [read_label(p) for p in maps]
+        assert list(read_image(image).size) == entry["size"] and {m.shape for m in labels} == {tuple(entry["size"][::-1])}
+        assert [len(set(m.ravel().tolist()) - {0}) for m in labels] == entry["n_segments"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- COCO
