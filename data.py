@@ -81,12 +81,18 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
     if name == "shapes":
         return Shapes(split, size, seed)
     formats = dict(coco=find_coco, entity=functools.partial(find_entity, seed=split_seed), ade20k=find_ade20k, bsds500=find_bsds500)
-    home = Path(name)
-    if name in formats:
-        home = Path(root) / name if (Path(root) / name).is_dir() or not Path(root).is_dir() else Path(root)
-    elif not home.is_dir():
-        raise ValueError(f"data set '{name}' is neither shapes, nor coco, nor a folder with images/ and labels/, nor entity, ade20k or bsds500")
-    files, listing = formats.get(name, find_folder)(home, split)
+    home = Path(root) / name if name in formats else Path(name)
+    if name not in formats and not home.is_dir():
+        raise ValueError(f"data set '{name}' is neither shapes, nor coco, nor a folder with images/ and labels/, nor {', '.join(formats)}")
+    try:
+        files, listing = formats.get(name, find_folder)(home, split)
+    except FileNotFoundError as missing:
+        if name not in formats:
+            raise
+        try:
+            files, listing = formats[name](Path(root), split)
+        except FileNotFoundError:
+            raise missing from None
     options = dict(size=size, unlabelled=unlabelled, components=components, split_seed=split_seed)
     return pack(files, listing, Path(cache), f"{name if name in formats else home.resolve().name}-{split}", options, workers, max_bad)
 
@@ -209,8 +215,8 @@ def find_folder(home, split):
     if splits and split not in splits:
         raise FileNotFoundError(f"{home}/images has {', '.join(sorted(splits))}, but no {split}/")
     folders = [home / part / split if splits else home / part for part in ("images", "labels")]
-    images = [f for f in scan(folders[0]) if Path(f[0]).suffix.lower() in IMAGE_TYPES]
-    labels = [f for f in scan(folders[1]) if f[0].endswith(".png")] if folders[1].is_dir() else []
+    images, labels = ([f for f in scan(part) if Path(f[0]).parent == part and Path(f[0]).suffix.lower() in types] if part.is_dir() else []
+                      for part, types in zip(folders, (IMAGE_TYPES, {".png"})))
 
     def listing():
         stems, maps = {Path(path).stem for path, _, _ in images}, {}
@@ -255,7 +261,8 @@ def find_entity(home, split, seed=0):
 
     def listing():
         pool, official = (list_instances(file, images) for file in (train, val))
-        pool.sort(key=lambda item: item.image)
+        twice = {item.image for item in official if item.read}
+        pool = sorted((item for item in pool if item.image not in twice), key=lambda item: item.image)
         pool = [pool[i] for i in np.random.default_rng(seed).permutation(len(pool))]
         tenth = round(0.1 * (len(pool) + len(official)))
         more = max(0, tenth - len(official))                                       # test images besides the official ones
@@ -672,7 +679,7 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
         raise full
     reasons, started, saved, already = {EMPTY: [], BAD: []}, time.monotonic(), time.monotonic(), len(rows)
     task = functools.partial(convert, size=S, unlabelled=options["unlabelled"], components=options["components"])
-    workers = min(workers, max(1, len(todo) // 16))
+    workers = max(1, min(workers, len(todo) // 16))
     pool = None
     with open(part / "images.u8", "ab", 0) as images, open(part / "labels.u16", "ab", 0) as labels:
         images.truncate(3 * S * S * len(rows))                                     # of a killed run, what is beyond rows
@@ -818,7 +825,6 @@ def packed_side(size, crop):
     return round(size / crop**0.5)
 
 
-
 def augment(images, labels, sizes, u, size=None, crop=1.0):
     """The paper's augmentation, each sample by its own uniform numbers u (B, 16), on the images' device.
 
@@ -852,7 +858,7 @@ def augment(images, labels, sizes, u, size=None, crop=1.0):
     x = torch.baddbmm(offset.T[..., None], matrix.T.reshape(B, 3, 3), x.view(B, 3, -1)).clamp_(0, 1).view(B, 3, T, T)
 
     # flip, rotation and crop about the middle of the valid part, as one map from new to old pixels
-    old = sizes.to(device).T.float()                                               # (2, B): h, w
+    old = sizes.to(device, non_blocking=True).T.float()                                               # (2, B): h, w
     new = old if S == T else (old * (S / T)).round().clamp(1, S)
     cos, sin = (f(when(5, r[9] * torch.pi / 9)) for f in (torch.cos, torch.sin))
     middle, scale = (old - 1) / 2, old / new
@@ -898,13 +904,13 @@ def download(home, splits, server):
 
 def fetch(url, file, tries=5):
     """Download url to file, going on where an earlier call or a broken connection stopped. Raises OSError."""
-    part, why = Path(f"{file}.part"), ""
+    part, why, total = Path(f"{file}.part"), "", -1
     for attempt in range(tries):
         have = part.stat().st_size if part.exists() else 0
         try:
             with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={have}-"}), timeout=60) as answer:
                 have = have if answer.status == 206 else 0                         # else the server sends all of it
-                total = have + int(answer.headers["Content-Length"])
+                total = have + int(answer.headers.get("Content-Length", -1))
                 free, need = shutil.disk_usage(file.parent).free, 2 * total - have
                 if free < need:
                     raise OSError(errno.ENOSPC, f"{need / 1e9:.1f} GB are needed to fetch and unpack it, {free / 1e9:.1f} GB are free in "

@@ -457,7 +457,9 @@ def test_command_line(tmp_path, capsys):
     assert main([str(tmp_path / "d"), "--size", "16", "--crop", "0.5", "--workers", "1", "--cache", str(tmp_path / "cache")]) == 0
     out = capsys.readouterr().out
     assert "train: 40 images, 60 label maps of 23 x 23 pixels" in out and "val: 40 images, 60 label maps of 16 x 16 pixels" in out
+    (tmp_path / "empty").mkdir()
     for arguments, words in ((["coco", "--root", str(tmp_path / "r")], f"python data.py coco --download --root {tmp_path / 'r'}\n"),
+                             (["coco", "--root", str(tmp_path / "empty")], f"python data.py coco --download --root {tmp_path / 'empty'}\n"),
                              (["entity", "--download"], "--download fetches coco only"), (["shapes"], "nothing to prepare"),
                              ([str(tmp_path / "gone")], "neither shapes, nor coco"), ([str(tmp_path / "d"), "--unlabelled", "drop"], "'segment' or 'ignore'")):
         assert main(arguments) == 2

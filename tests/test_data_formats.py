@@ -218,11 +218,13 @@ def test_a_polygon_that_reaches_over_the_edge_is_cut(tmp_path):
 
 def test_entity_split(tmp_path):
     files = {}
-    for part, folder, count in (("train", "entity_01", 80), ("val", "entity_02", 8)):
+    for part, folder, count in (("val", "entity_02", 8), ("train", "entity_01", 80)):
         files[part] = [f"{folder}/{i:03}" for i in range(count)]
+        if part == "train":
+            files[part].append("entity_02/003")                                    # one that is in both: it is a test image
         instances(tmp_path / "entity/skip", [(rle(box(0, 0, 9, 9), True), 0)], names=files[part],
                   name=tmp_path / f"entity/entityseg_{part}_lr.json")
-        shutil.copytree(tmp_path / f"entity/skip/val2017/{folder}", tmp_path / f"entity/images_lr/{folder}")
+        shutil.copytree(tmp_path / "entity/skip/val2017", tmp_path / "entity/images_lr", dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "entity/skip")
 
     def parts(seed):
