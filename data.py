@@ -497,12 +497,12 @@ def read_image(path):
 
 def open_image(path, size=None):
     """Upright 8-bit RGB image, and its (W, H). With size, a JPEG may come out smaller, at least 3 `size` on its longer side."""
-    with pillow(path) as f:
-        full, turned = f.size, f.getexif().get(0x0112, 1) >= 5                     # orientations 5 to 8 swap the sides
+    with pillow(path) as image:
+        full, turned = image.size, image.getexif().get(0x0112, 1) >= 5             # orientations 5 to 8 swap the sides
         if size:
-            f.draft(None, tuple(3 * side for side in fitted(*full, size)))         # decoded at 1/2, 1/4 or 1/8; at 2 times the
-                                                                                   # size, the area filter would err twice as much
-        image = ImageOps.exif_transpose(f)
+            image.draft(None, tuple(3 * side for side in fitted(*full, size)))     # decoded at 1/2, 1/4 or 1/8; at 2 times the
+        ImageOps.exif_transpose(image, in_place=True)                              # size, the area filter would err twice as much
+        image.load()
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):              # 16-bit and float grey
             value = np.asarray(image).astype(np.float64)
             top = 65535 if image.mode != "F" else max(float(value.max()), 1e-9)
@@ -510,7 +510,7 @@ def open_image(path, size=None):
         if "A" in image.getbands() or "transparency" in image.info:                # on white
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        return image.convert("RGB"), full[::-1] if turned else full
+        return image if image.mode == "RGB" else image.convert("RGB"), full[::-1] if turned else full
 
 
 def fitted(width, height, size):
@@ -696,7 +696,7 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
             os.replace(part / "rows.tmp", part / "rows.npy")
 
         try:
-            if workers > 1:                                                        # not threads: Pillow keeps the GIL too long
+            if workers > 1:                                                        # not threads: no lock limits them
                 context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
                 pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
                 results = pool.map(task, [items[i] for i in todo], chunksize=8)
