@@ -1,7 +1,7 @@
 """Images with label maps: synthetic scenes, folders, COCO, EntitySeg, ADE20K, BSDS500; packing, augmentation, batches.
 
-What it is: `load(name, split, size, ...)` returns a data set with len() and get(positions); `augment` and `normalise` work on
-batches on any device. What it is not: it knows nothing of bits, noise or networks.
+What it is: `load(name, split, size, ...)` returns a data set with len() and get(positions); `augment` and `normalise`
+work on batches on any device. What it is not: it knows nothing of bits, noise or networks.
 
     data = load("shapes", "train", 64)
     images, labels, sizes = data.get([0, 1, 2, 3])           # (4, 64, 64, 3) uint8, (4, 64, 64) int64, (4, 2) h and w
@@ -11,7 +11,7 @@ Label maps hold any ids, -1 = ignore. Images keep their shape: the longer side b
 is padding (zero after normalisation, ignored in the labels).
 
     python data.py coco --download --root data               # fetch COCO into data/coco
-    python data.py coco --root data --size 128               # decode and resize it once, into cache/ (train.py does it too)
+    python data.py coco --root data --size 128               # decode and resize it once, into cache/; train.py does so too
     python data.py path/to/folder                            # the same for a folder with images/ and labels/
 """
 
@@ -62,7 +62,7 @@ IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"
 IGNORE = 65535                                                         # in packed uint16 label maps; -1 everywhere else
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 VERSION = 2                                                            # of packed data sets
-SAVE_EVERY = 5.0                                                       # seconds between the points that a killed packing goes on from
+SAVE_EVERY = 5.0                                                       # seconds of packing that a kill can cost
 
 
 def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segment", components=False, workers=CORES,
@@ -80,10 +80,12 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
         raise ValueError(f"split is train, val or test, not '{split}'")
     if name == "shapes":
         return Shapes(split, size, seed)
-    formats = dict(coco=find_coco, entity=functools.partial(find_entity, seed=split_seed), ade20k=find_ade20k, bsds500=find_bsds500)
+    formats = dict(coco=find_coco, entity=functools.partial(find_entity, seed=split_seed), ade20k=find_ade20k,
+                   bsds500=find_bsds500)
     home = Path(root) / name if name in formats else Path(name)
     if name not in formats and not home.is_dir():
-        raise ValueError(f"data set '{name}' is neither shapes, nor coco, nor a folder with images/ and labels/, nor {', '.join(formats)}")
+        raise ValueError(f"data set '{name}' is neither shapes, nor coco, nor a folder with images/ and labels/, nor "
+                         f"{', '.join(formats)}")
     try:
         files, listing = formats.get(name, find_folder)(home, split)
     except FileNotFoundError as missing:
@@ -94,7 +96,8 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
         except FileNotFoundError:
             raise missing from None
     options = dict(size=size, unlabelled=unlabelled, components=components, split_seed=split_seed)
-    return pack(files, listing, Path(cache), f"{name if name in formats else home.resolve().name}-{split}", options, workers, max_bad)
+    name = name if name in formats else home.resolve().name
+    return pack(files, listing, Path(cache), f"{name}-{split}", options, workers, max_bad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,8 +122,8 @@ class Shapes:
         scenes = [draw_scene(np.random.Generator(np.random.Philox(key=[3 * self.seed + stream, int(i)])), self.size)
                   for i in positions]
         labels, params, noise = (np.stack(part) for part in zip(*scenes))
-        images = paint(torch.from_numpy(labels).long(), torch.from_numpy(params), torch.from_numpy(noise))
-        return images, torch.from_numpy(labels).long(), torch.full((len(labels), 2), self.size)
+        images = torch.from_numpy(paint(labels, params, noise))
+        return images, torch.from_numpy(labels.astype(np.int64)), torch.full((len(labels), 2), self.size)
 
     def maps(self, position):
         """All label maps of one scene: (1, S, S)."""
@@ -148,21 +151,20 @@ def draw_scene(rng, size, shapes=8):
 
 
 def paint(labels, params, noise):
-    """Textures: each segment has two colours and a pattern between them. -> (B, S, S, 3) uint8."""
-    B, S, _ = labels.shape
-    p = params.gather(1, labels.view(B, -1, 1).expand(-1, -1, params.shape[-1])).view(B, S, S, -1)
-    axis = (torch.arange(S) + 0.5) / S
-    y, x = axis.view(1, S, 1), axis.view(1, 1, S)
-    angle, freq = p[..., 6] * torch.pi, 3 + p[..., 7] * S / 8                      # cycles over the image
-    along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-    wave_u, wave_v = (2 * torch.pi * (freq * along + p[..., 8])).sin(), (2 * torch.pi * (freq * across + p[..., 9])).sin()
-    kind = (p[..., 10] * 5).long()
-    patterns = torch.stack([torch.zeros_like(along), along * 0.5 + 0.25, wave_u * 0.5 + 0.5,
-                            (wave_u * wave_v > 0).float(), wave_u * wave_v * 0.5 + 0.5])   # plain, gradient, stripes, ...
-    mix = patterns.gather(0, kind[None])[0]                                        # checks, dots
-    contrast = (p[..., 3:6] - 0.5) * 0.6
-    colour = 0.08 + 0.84 * p[..., :3] + contrast * (mix[..., None] - 0.5) + noise * 0.08 * p[..., 11:12]
-    return (colour.clamp(0, 1) * 255).round().byte()
+    """Textures: each segment has two colours and a pattern between them. (B, S, S) ids -> (B, S, S, 3) uint8."""
+    S = labels.shape[1]
+    p = np.take_along_axis(params, labels.reshape(len(labels), -1, 1).astype(int), 1).reshape(*labels.shape, -1)
+    axis = (np.arange(S, dtype=np.float32) + 0.5) / S
+    y, x = axis[:, None], axis[None, :]
+    angle, freq = p[..., 6] * np.pi, (3 + p[..., 7] * S / 8) * 2 * np.pi           # 3 and more cycles over the image
+    cos, sin = np.cos(angle), np.sin(angle)
+    along, across = x * cos + y * sin, y * cos - x * sin
+    u, v = np.sin(freq * along + 2 * np.pi * p[..., 8]), np.sin(freq * across + 2 * np.pi * p[..., 9])
+    kind = (p[..., 10] * 5).astype(int)
+    mix = np.choose(kind, [0.5, along * 0.5 + 0.25, u * 0.5 + 0.5, u * v > 0, u * v * 0.5 + 0.5])    # plain, gradient,
+    contrast = (p[..., 3:6] - 0.5) * 0.6                                           # stripes, checks, dots
+    colour = 0.08 + 0.84 * p[..., :3] + contrast * (mix[..., None] - 0.5) + noise * (0.08 * p[..., 11:12])
+    return (colour.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ def paint(labels, params, noise):
 
 
 class Item(NamedTuple):
-    """One image and its label maps: read(item) gives an (H, W) integer array for each label; 0 = unlabelled, -1 = ignore."""
+    """An image and its label maps: read(item) gives (H, W) integers for each label; 0 = unlabelled, -1 = ignore."""
 
     image: str
     labels: list                                 # file names, one a label map
@@ -215,7 +217,8 @@ def find_folder(home, split):
     if splits and split not in splits:
         raise FileNotFoundError(f"{home}/images has {', '.join(sorted(splits))}, but no {split}/")
     folders = [home / part / split if splits else home / part for part in ("images", "labels")]
-    images, labels = ([f for f in scan(part) if Path(f[0]).parent == part and Path(f[0]).suffix.lower() in types] if part.is_dir() else []
+    images, labels = ([f for f in (scan(part) if part.is_dir() else [])
+                       if Path(f[0]).parent == part and Path(f[0]).suffix.lower() in types]
                       for part, types in zip(folders, (IMAGE_TYPES, {".png"})))
 
     def listing():
@@ -224,7 +227,8 @@ def find_folder(home, split):
             whole, (stem, _, annotator) = Path(path).stem, Path(path).stem.rpartition("_a")
             one_of_several = annotator.isdigit() and stem and whole not in stems   # else an image is itself named x_a1
             maps.setdefault(stem if one_of_several else whole, []).append(path)
-        lonely = [bad(f"{maps[stem][0]} has no image of the same stem in {folders[0]}") for stem in sorted(set(maps) - stems)]
+        lonely = [bad(f"{maps[stem][0]} has no image of the same stem in {folders[0]}")
+                  for stem in sorted(set(maps) - stems)]
         items = [Item(path, maps[stem], read_pngs) if (stem := Path(path).stem) in maps else
                  bad(f"{path} has no label: expected {folders[1] / stem}.png or {stem}_a0.png") for path, _, _ in images]
         if not splits:                                                             # no split given: every 10th is val
@@ -240,23 +244,24 @@ def find_coco(home, split):
         raise ValueError("COCO publishes no labels of its test images: use split val")
     year, notes = f"{split}2017", home / "annotations"
     panoptic, instances = notes / f"panoptic_{year}.json", notes / f"instances_{year}.json"
-    images, maps = (first_of(paths) for paths in ((home / year, home / "images" / year), (panoptic.with_suffix(""), home / panoptic.stem)))
+    images = first_of([home / year, home / "images" / year])
+    maps = first_of([notes / panoptic.stem, home / panoptic.stem])
     if images and maps and panoptic.is_file():
         return scan(images, maps, panoptic), lambda: list_panoptic(panoptic, images, maps)
     if images and instances.is_file():
         return scan(images, instances), lambda: list_instances(instances, images)
-    raise FileNotFoundError(f"COCO is not complete: {home / year}/*.jpg, {panoptic} and {panoptic.with_suffix('')}/*.png are needed; fetch "
-                            f"them from cocodataset.org: python data.py coco --download --root {home.parent}")
+    raise FileNotFoundError(f"COCO is not complete: {home / year}/*.jpg, {panoptic} and {notes / panoptic.stem}/*.png are "
+                            f"needed; fetch them from cocodataset.org: python data.py coco --download --root {home.parent}")
 
 
 def find_entity(home, split, seed=0):
     """EntitySeg: its two JSON files and images. 80-10-10 by seed, the official validation images all in test."""
-    train, val = (first_of(home / sub / name.format(part) for sub in (".", "annotations", "annotations/entity_segmentation") for name in
-                           ("entityseg_{}_lr.json", "entityseg_{}.json", "entityv2_010203_entity_{}_lr.json", "entityv2_010203_entity_{}.json"))
-                  for part in ("train", "val"))
+    train, val = (first_of(home / sub / name.format(part) for sub in (".", "annotations", "annotations/entity_segmentation")
+                           for name in ("entityseg_{}_lr.json", "entityseg_{}.json", "entityv2_010203_entity_{}_lr.json",
+                                        "entityv2_010203_entity_{}.json")) for part in ("train", "val"))
     if not train or not val:
-        raise FileNotFoundError(f"EntitySeg is not complete: {home}/entityseg_train_lr.json, entityseg_val_lr.json and the image folders "
-                                f"that they name are needed (https://github.com/adobe-research/EntitySeg-Dataset)")
+        raise FileNotFoundError(f"EntitySeg is not complete: {home}/entityseg_train_lr.json, entityseg_val_lr.json and the "
+                                f"image folders that they name are needed (github.com/adobe-research/EntitySeg-Dataset)")
     images = first_of([home / ("images_lr" if "_lr" in train.name else "images"), home])
 
     def listing():
@@ -272,22 +277,25 @@ def find_entity(home, split, seed=0):
 
 
 def find_ade20k(home, split):
-    """ADE20K in any subfolders: full (<image>_seg.png beside each image) or scene parsing (annotations/ beside images/)."""
+    """ADE20K in any subfolders: full (<image>_seg.png beside it) or scene parsing (annotations/ beside images/)."""
     if split == "test":
         raise ValueError("ADE20K publishes no labels of its test images: use split val")
-    files = scan(home, keep=lambda name: name[:4] != "ADE_" or "." in name) if home.is_dir() else []   # no folders of instances
+    files = []
+    if home.is_dir():
+        files = scan(home, keep=lambda name: name[:4] != "ADE_" or "." in name)    # not the folders of instance masks
     images = [f[0] for f in files if Path(f[0]).name.startswith(f"ADE_{split}_") and f[0].endswith(".jpg")]
     there = {f[0] for f in files}
     if not images:
-        raise FileNotFoundError(f"{home} holds no ADE_{split}_*.jpg: ADE20K is needed there, full (with *_seg.png) or scene parsing "
-                                f"(images/ and annotations/), from https://ade20k.csail.mit.edu")
+        raise FileNotFoundError(f"{home} holds no ADE_{split}_*.jpg: ADE20K is needed there, full (with *_seg.png) or scene "
+                                f"parsing (images/ and annotations/), from ade20k.csail.mit.edu")
 
     def listing():
         items = []
         for image in images:
             above, _, below = image.rpartition("images" + os.sep)
             full, parsing = f"{image[:-4]}_seg.png", f"{above}annotations{os.sep}{below[:-4]}.png"
-            items.append(Item(image, [full], read_ade) if full in there else Item(image, [parsing], read_pngs) if parsing in there else
+            items.append(Item(image, [full], read_ade) if full in there else
+                         Item(image, [parsing], read_pngs) if parsing in there else
                          bad(f"{image} has no label: expected {full} or {parsing}"))
         return items
 
@@ -296,15 +304,15 @@ def find_ade20k(home, split):
 
 def find_bsds500(home, split):
     """BSDS500 as published: images/<split>/*.jpg, groundTruth/<split>/*.mat with 4 to 9 people's segmentations each."""
-    home = first_of(h for h in (home, home / "data", home / "BSDS500/data", home / "BSR/BSDS500/data") if (h / "groundTruth" / split).exists())
-    if not home or not (home / "images" / split).is_dir():
-        raise FileNotFoundError(f"BSDS500 is not complete: images/{split}/*.jpg and groundTruth/{split}/*.mat are needed (BSR_bsds500.tgz "
-                                f"of www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/resources.html)")
+    truth = first_of(home / sub / "groundTruth" / split for sub in (".", "data", "BSDS500/data", "BSR/BSDS500/data"))
+    if not truth or not (images := truth.parent.parent / "images" / split).is_dir():
+        raise FileNotFoundError(f"BSDS500 is not complete in {home}: images/{split}/*.jpg and groundTruth/{split}/*.mat are needed "
+                                f"(www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/resources.html)")
 
     def listing():
         items = []
-        for image in sorted((home / "images" / split).glob("*.jpg")):
-            mat = home / "groundTruth" / split / f"{image.stem}.mat"
+        for image in sorted(images.glob("*.jpg")):
+            mat = truth / f"{image.stem}.mat"
             try:
                 people = scipy.io.whosmat(mat)[0][1][1]                            # ("groundTruth", (1, people), "cell")
                 items.append(Item(str(image), [str(mat)] * people, read_mat))
@@ -312,7 +320,7 @@ def find_bsds500(home, split):
                 items.append(bad(f"{mat}: not a readable .mat file ({e or type(e).__name__})"))
         return items
 
-    return scan(home / "images" / split, home / "groundTruth" / split), listing
+    return scan(images, truth), listing
 
 
 def read_json(path):
@@ -400,7 +408,8 @@ def read_panoptic(item):
     there = np.unique(flat[np.flatnonzero(np.diff(flat, prepend=flat[0] - 1))])    # of the pixels that differ from the last
     unknown = sorted(set(there.tolist()) - set(item.arg) - {0})
     if unknown:
-        raise ValueError(f"{item.labels[0]}: no id encoding of its segments_info: {unknown[0]} (R + 256 G + 65536 B) is not there")
+        raise ValueError(f"{item.labels[0]}: no id encoding of its segments_info: {unknown[0]} (R + 256 G + 65536 B) is not "
+                         f"there")
     crowds = [i for i, crowd in item.arg.items() if crowd]
     return [np.where(np.isin(label, crowds), -1, label) if crowds else label]
 
@@ -496,12 +505,13 @@ def read_image(path):
 
 
 def open_image(path, size=None):
-    """Upright 8-bit RGB image, and its (W, H). With size, a JPEG may come out smaller, at least 3 `size` on its longer side."""
+    """Upright 8-bit RGB image, and its (W, H). With size, a JPEG may come out smaller, its longer side at least 3 `size`."""
     with pillow(path) as image:
         full, turned = image.size, image.getexif().get(0x0112, 1) >= 5             # orientations 5 to 8 swap the sides
         if size:
-            image.draft(None, tuple(3 * side for side in fitted(*full, size)))     # decoded at 1/2, 1/4 or 1/8; at 2 times the
-        ImageOps.exif_transpose(image, in_place=True)                              # size, the area filter would err twice as much
+            # decoded at 1/2, 1/4 or 1/8; at 2 `size`, the area filter after it would err twice as much
+            image.draft(None, tuple(3 * side for side in fitted(*full, size)))
+        ImageOps.exif_transpose(image, in_place=True)
         image.load()
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):              # 16-bit and float grey
             value = np.asarray(image).astype(np.float64)
@@ -520,8 +530,7 @@ def fitted(width, height, size):
 
 
 def resize_image(image, size, fit=None):
-    """A PIL image as (S, S, 3) uint8, area-averaged to `size` on the longer side (or to fit, w and h), placed top-left; and
-    (h, w)."""
+    """A PIL image as (S, S, 3) uint8, area-averaged to `size` on the longer side (or to fit: w, h), top-left; and (h, w)."""
     w, h = fit or fitted(*image.size, size)
     out = np.zeros((size, size, 3), np.uint8)
     out[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BOX))
@@ -547,7 +556,7 @@ def resize_label(label, size):
 
 @dataclass
 class Packed:
-    """A data set in memory-mapped arrays. get(positions, draws) picks label map floor(draw * count) where there are several."""
+    """A data set in memory-mapped arrays. get(positions, draws) picks label map floor(draw * count) of several."""
 
     name: str
     images: np.ndarray                           # (N, S, S, 3) uint8
@@ -585,8 +594,7 @@ class Packed:
 
 
 def unpack(labels):
-    labels = torch.from_numpy(labels.astype(np.int64))
-    return labels.masked_fill_(labels == IGNORE, -1)
+    return torch.from_numpy(np.where(labels == IGNORE, -1, labels.astype(np.int64)))   # numpy: no second team of threads
 
 
 def connected(label):
@@ -673,8 +681,8 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
     todo = sorted(set(range(len(items))) - {row[0] for row in rows})
     maps = sum(row[3] for row in rows)
     need = 3 * S * S * len(items) + 2 * S * S * sum(len(item.labels) for item in items)
-    full = OSError(f"{name} needs {need / 1e9:.2f} GB in {target.parent} when packed, and the disk is full; what was written "
-                   f"is kept: free some space, or give another --cache, and run the same command again")
+    full = OSError(f"{name} needs {need / 1e9:.2f} GB in {target.parent} when packed, and the disk is full; what was "
+                   f"written is kept: free some space, or give another --cache, and run the same command again")
     if shutil.disk_usage(part).free < need - 3 * S * S * len(rows) - 2 * S * S * maps:
         raise full
     reasons, started, saved, already = {EMPTY: [], BAD: []}, time.monotonic(), time.monotonic(), len(rows)
@@ -716,8 +724,8 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
                     saved = time.monotonic()
             commit()
         except BrokenProcessPool:
-            raise OSError(f"a process that packed {name} was killed, perhaps for lack of memory: run again with fewer --workers; "
-                          f"what was written is kept") from None
+            raise OSError(f"a process that packed {name} was killed, perhaps for lack of memory: run again with fewer "
+                          f"--workers; what was written is kept") from None
         except OSError as e:
             raise full if e.errno == errno.ENOSPC else e from None
         finally:
@@ -739,9 +747,10 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
     (part / "index.json").write_text(json.dumps(index, indent=1))
     os.replace(part, target)
     spent = time.monotonic() - started
-    print(f"packed {name}: {len(rows):,} images into {target} ({sum(lengths.values()) / 1e9:.2f} GB), {len(rows) - already:,} of them "
-          f"now in {spent:.1f} s = {(len(rows) - already) / spent:.0f} a second with {workers} process{'es' * (workers > 1)}; "
-          f"{len(reasons[BAD])} skipped as bad, {len(reasons[EMPTY])} without labels" + f" ({target / 'skipped.txt'})" * bool(skipped))
+    new = len(rows) - already
+    print(f"packed {name}: {len(rows):,} images into {target} ({sum(lengths.values()) / 1e9:.2f} GB), {new:,} of them now in "
+          f"{spent:.1f} s = {new / spent:.0f} a second with {workers} process{'es' * (workers > 1)}; {len(reasons[BAD])} skipped "
+          f"as bad, {len(reasons[EMPTY])} without labels" + f" ({target / 'skipped.txt'})" * bool(skipped))
 
 
 def append(file, array):
@@ -821,7 +830,7 @@ def standardise(x, inside):
 
 
 def packed_side(size, crop):
-    """Side of packed images for random crops that keep at least the share `crop` of the sides: midway between both scales."""
+    """Side of packed images, for random crops that keep at least the share `crop` of it: midway between both scales."""
     return round(size / crop**0.5)
 
 
@@ -866,10 +875,12 @@ def augment(images, labels, sizes, u, size=None, crop=1.0):
         zoom = 1 - (1 - crop) * u[16]
         middle, scale = middle + (1 - zoom) * old * (u[17:19] - 0.5), scale * zoom
     axis = torch.arange(S, device=device)
-    (dy, dx), (sy, sx) = ((axis - (side[:, None] - 1) / 2 for side in new), scale * torch.stack([torch.ones_like(cos), when(0, -1.0, 1.0)]))
+    dy, dx = (axis - (side[:, None] - 1) / 2 for side in new)                      # (B, S)
+    sy, sx = scale[0], scale[1] * when(0, -1.0, 1.0)
     far = [torch.where(axis < side[:, None], 0.0, 1e6) for side in new]            # beyond the valid part: from nowhere
-    row = ((sy * cos)[:, None] * dy + middle[0][:, None] + far[0])[:, :, None] + ((sy * sin)[:, None] * dx)[:, None]   # (B, S, S)
-    col = ((sx * cos)[:, None] * dx + middle[1][:, None] + far[1])[:, None] - ((sx * sin)[:, None] * dy)[:, :, None]
+    row_y, row_x = (sy * cos)[:, None] * dy + middle[0][:, None] + far[0], (sy * sin)[:, None] * dx
+    col_x, col_y = (sx * cos)[:, None] * dx + middle[1][:, None] + far[1], (sx * sin)[:, None] * dy
+    row, col = row_y[:, :, None] + row_x[:, None], col_x[:, None] - col_y[:, :, None]  # (B, S, S)
     height, width = old.view(2, B, 1, 1)
     r_, c_ = row.round(), col.round()
     inside = (r_ >= 0) & (r_ < height) & (c_ >= 0) & (c_ < width)
@@ -877,7 +888,8 @@ def augment(images, labels, sizes, u, size=None, crop=1.0):
     labels = torch.where(inside, labels.view(B, -1).gather(1, nearest.view(B, -1)).view(B, S, S), -1)
     # clamped to the valid part, so that the padding's black does not bleed in at its border
     row, col = torch.minimum(row.clamp_(min=0), height - 1), torch.minimum(col.clamp_(min=0), width - 1)
-    grid = torch.view_as_real(torch.complex(col, row)).mul_(2 / T).add_(1 / T - 1)     # (B, S, S, 2), x before y; faster than stack
+    # (B, S, S, 2), x before y, in [-1, 1]; 5 times faster than stack
+    grid = torch.view_as_real(torch.complex(col, row)).mul_(2 / T).add_(1 / T - 1)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return *standardise(x, inside), labels
 
@@ -908,13 +920,14 @@ def fetch(url, file, tries=5):
     for attempt in range(tries):
         have = part.stat().st_size if part.exists() else 0
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={have}-"}), timeout=60) as answer:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 have = have if answer.status == 206 else 0                         # else the server sends all of it
                 total = have + int(answer.headers.get("Content-Length", -1))
                 free, need = shutil.disk_usage(file.parent).free, 2 * total - have
                 if free < need:
-                    raise OSError(errno.ENOSPC, f"{need / 1e9:.1f} GB are needed to fetch and unpack it, {free / 1e9:.1f} GB are free in "
-                                                f"{file.parent}")
+                    raise OSError(errno.ENOSPC, f"{need / 1e9:.1f} GB are needed to fetch and unpack it, {free / 1e9:.1f} GB are "
+                                                f"free in {file.parent}")
                 with (open(part, "ab" if have else "wb") as f,
                       tqdm(total=total, initial=have, desc=file.name, unit="B", unit_scale=True, leave=False) as bar):
                     while chunk := answer.read(2**20):
@@ -922,7 +935,7 @@ def fetch(url, file, tries=5):
                         bar.update(len(chunk))
             why = f"{part.stat().st_size} of {total} bytes came"
         except urllib.error.HTTPError as e:
-            if e.code == 416:                                                      # nothing beyond `have`: complete, or another file
+            if e.code == 416:                                                      # nothing more: complete, or another file
                 total = int(e.headers.get("Content-Range", "*/0").rpartition("/")[2])
                 if total != have:
                     part.unlink()
@@ -945,8 +958,8 @@ def unpack_zip(file, folder):
     try:
         with zipfile.ZipFile(file) as z:
             for member in tqdm(z.infolist(), f"unpacking {file.name}", unit="file", leave=False):
-                there = folder / member.filename
-                if not (there.is_file() and there.stat().st_size == member.file_size) and not member.filename.startswith("__MACOSX"):
+                there, junk = folder / member.filename, member.filename.startswith("__MACOSX")
+                if not junk and not (there.is_file() and there.stat().st_size == member.file_size):
                     z.extract(member, folder)
     except (zipfile.BadZipFile, zlib.error) as e:
         file.unlink()
@@ -954,7 +967,7 @@ def unpack_zip(file, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Fetch COCO, or decode and resize a data set once, so that training reads it fast.")
+    parser = argparse.ArgumentParser(description="Fetch COCO, or decode and resize a data set, for training to read it fast.")
     option = parser.add_argument
     option("name", help="coco, entity, ade20k, bsds500, or a folder with images/ and labels/")
     option("--root", default="data", help="the data set lies in ROOT/NAME or in ROOT itself (%(default)s)")
@@ -981,7 +994,8 @@ def main(argv=None):
         for split in a.split:
             side = packed_side(a.size, a.crop) if split == "train" else a.size
             data = load(a.name, split, side, a.root, a.cache, 0, a.unlabelled, a.components, a.workers, a.max_bad)
-            print(f"{a.name} {split}: {len(data):,} images, {len(data.labels):,} label maps of {side} x {side} pixels, in {data.folder}")
+            print(f"{a.name} {split}: {len(data):,} images, {len(data.labels):,} label maps of {side} x {side} pixels, in "
+                  f"{data.folder}")
     except (ValueError, OSError) as e:
         print(f"data.py: {e}", file=sys.stderr)
         return 2
