@@ -1,14 +1,16 @@
-"""Measure how fast parts of this project are on this machine.
+"""Measure the parts on this machine: python bench.py kernels, python bench.py data
 
-    python bench.py data                                      # from a packed data set to the network's input
-    python bench.py data --dataset path/to/folder --device cuda --batch_size 64
+    python bench.py kernels                      # every fused kernel against PyTorch and torch.compile of the same PyTorch
+    python bench.py data                         # from the files to the network's input, stage by stage
 
-A table for people, and one JSON object as the last line.
+Prints a table, and last one line of JSON with everything in it. Without CUDA it says so and measures the kernels' PyTorch
+twins on a small batch: a check that everything runs, no figure of merit.
 """
 
 import argparse
 import json
-import statistics
+import os
+import platform
 import sys
 import tempfile
 import time
@@ -18,8 +20,172 @@ import numpy as np
 import torch
 from PIL import Image
 
-import data as datasets
-from bits import Codec
+import bits
+import data
+import diffusion
+import kernels
+import metrics
+
+BITS, SIZE = 6, 128
+MIN_SECONDS = 0.2                                # of measuring, for each figure on a CPU
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def machine(device):
+    """What the figures belong to."""
+    gpu = torch.cuda.get_device_name(device) if device == "cuda" else None
+    return dict(gpu=gpu, cpu=platform.processor() or platform.machine(), cores=os.cpu_count(), torch=torch.__version__,
+                triton=getattr(kernels.triton, "__version__", None), cuda=torch.version.cuda, python=platform.python_version(),
+                threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d %H:%M"))
+
+
+def timed(f, device):
+    """Milliseconds a call: median, 20th and 80th percentile. On CUDA with a cold L2 cache."""
+    f()
+    if device == "cuda":
+        from triton.testing import do_bench
+        return do_bench(f, warmup=50, rep=200, quantiles=[0.5, 0.2, 0.8])
+    times, start = [], time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - start < MIN_SECONDS:
+        t = time.perf_counter()
+        f()
+        times.append(1000 * (time.perf_counter() - t))
+    return [float(torch.tensor(times).quantile(q)) for q in (0.5, 0.2, 0.8)]
+
+
+def peak_mib(f, device):
+    """Memory that a call needs on top of its inputs, results included; None without CUDA."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def copy_gb_s(device):
+    """Bandwidth of a plain copy of 1 GiB (64 MiB on a CPU), read and written: the ceiling of a pass that only moves memory."""
+    x = torch.empty((1024 if device == "cuda" else 64) * 2**20, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.numel() / timed(lambda: y.copy_(x), device)[0] / 1e6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kernels
+
+
+def kernel_cases(B, dtype, device):
+    """name -> (fused, plain PyTorch, whether to compile it, bytes that the fused pass must move)."""
+    g = torch.Generator(device).manual_seed(0)
+    codec, d, k, n, item = bits.Codec(bits=BITS), diffusion.Diffusion(), BITS, B * SIZE * SIZE, torch.finfo(dtype).bits // 8
+    codec.table, codec.cell_of_code = codec.table.to(device), codec.cell_of_code.to(device)
+
+    def rand(*shape, kind=dtype):
+        return torch.randn(shape, generator=g, device=device).to(kind).contiguous(memory_format=torch.channels_last)
+
+    patches = torch.randint(0, 20, (B, SIZE // 8, SIZE // 8), generator=g, device=device)
+    labels = patches.repeat_interleave(8, 1).repeat_interleave(8, 2)               # (B, S, S), about 20 segments
+    other, cells, valid = labels.roll(3, 2), codec.cells(labels), labels >= 0
+    small = cells.to(torch.int8)
+    image = torch.randint(0, 256, (B, SIZE, SIZE, 3), generator=g, device=device).byte()
+    sizes, seeds = torch.full((B, 2), SIZE, device=device), torch.arange(B, device=device)
+    t = diffusion.stratified_t(B, g, device)
+    alpha, sigma = (v.float() for v in diffusion.alpha_sigma(t, d))
+    a4, s4 = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+    weight, keep = diffusion.loss_weight(t, d).float(), torch.ones(B, device=device)
+    out, two, xt = rand(B, k, SIZE, SIZE), rand(2 * B, k, SIZE, SIZE), rand(B, k, SIZE, SIZE, kind=torch.float32)
+    leaf, several = out.clone().requires_grad_(), out.unflatten(0, (-1, min(8, B)))       # 8 samples an image
+
+    def plain_noise():
+        x0 = codec.encode(cells)
+        return (a4 * x0 + s4 * torch.randn_like(x0)).to(dtype)
+
+    def plain_input():
+        x = data.normalise(image, sizes)[0] * keep.view(-1, 1, 1, 1)
+        x0 = codec.encode(cells)
+        return diffusion.network_input(a4 * x0 + s4 * torch.randn_like(x0), x).to(dtype, memory_format=torch.channels_last)
+
+    def plain_loss(o):
+        return weight * diffusion.per_sample_error(o.float().tanh(), codec.encode(cells), valid)
+
+    def plain_vote():
+        mean = several.float().clamp(-1, 1).mean(1)
+        return codec.decode(mean, valid[: len(mean)]), mean, bits.entropy(mean)
+
+    def plain_step(c):
+        def step():
+            x = 2 * two[:B].float().tanh() - two[B:].float().tanh()
+            after = 0.3 * xt + 0.6 * (x.clamp(-1, 1) * valid[:, None])
+            return after + c * torch.randn_like(after) if c else after
+        return step
+
+    def fused_step(c):
+        return lambda: kernels.step(two, xt, 0.5, 0.8, 0.3, 0.6, c, valid, 1.0, seeds, 1)
+
+    def both(loss):
+        return lambda: torch.autograd.grad(loss(leaf).sum(), leaf)
+
+    fused_loss = lambda o: kernels.loss(o, small, weight)
+    step_bytes = n * (2 * k * item + 2 * k * 4 + 1)
+    return {
+        "locate": (lambda: kernels.locate(labels, 8, dtype=torch.int8, labels_below=64), lambda: bits.locate(labels, 8), False,
+                   n * (8 + 8 + 1)),
+        "noise": (lambda: kernels.noise(small, alpha, sigma, seeds, k, dtype=dtype), plain_noise, True, n * (1 + k * item)),
+        "noise alone (plain: randn)": (lambda: kernels.normal(seeds, k, SIZE, SIZE, dtype=dtype),
+                                       lambda: torch.randn(B, k, SIZE, SIZE, dtype=dtype, device=device), False, n * k * item),
+        "network input": (lambda: kernels.network_input(small, alpha, sigma, seeds, k, image, sizes, keep, dtype=dtype),
+                          plain_input, True, n * (1 + 3 + (k + 3) * item)),
+        "loss, forward": (lambda: fused_loss(out), lambda: plain_loss(out), True, n * (1 + k * item)),
+        "loss, forward and backward": (both(fused_loss), both(plain_loss), True, n * (2 + 3 * k * item)),
+        "decode": (lambda: kernels.decode(out, valid), lambda: codec.decode(out, valid), True, n * (k * item + 1 + 8)),
+        "vote": (lambda: kernels.vote(several, valid[: len(several)]), plain_vote, True,
+                      n * k * item + n // several.shape[1] * (1 + 8 + 4 + 4 * k)),
+        "step, guided, no noise": (fused_step(0.0), plain_step(0.0), True, step_bytes),
+        "step, guided, noise": (fused_step(0.2), plain_step(0.2), True, step_bytes),
+        "contingency": (lambda: kernels.contingency(labels, other, classes=(64, 64)),
+                        lambda: metrics.contingency(labels, other), False, n * (8 + 8)),
+    }
+
+
+def bench_kernels(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        print("no CUDA here: these are the kernels' PyTorch twins on the CPU, at batch 2, against plain PyTorch")
+    batches, dtypes = (args.batch, (torch.bfloat16, torch.float32)) if device == "cuda" else ([2], (torch.float32,))
+    about, ceiling, rows = machine(device), copy_gb_s(device), []
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"a plain copy moves {ceiling:.0f} GB/s; {SIZE} x {SIZE}, {BITS} bits; ms: median (p20 to p80); MiB: peak beyond the inputs")
+    print(f"\n| {'kernel':<27}| dtype    | batch | fused ms                     | eager ms | compile ms | GB/s | of copy | MiB fused / eager |")
+    print(f"|{'-' * 28}|----------|-------|------------------------------|----------|------------|------|---------|-------------------|")
+    for dtype in dtypes:
+        for B in batches:
+            for name, (fused, plain, compiles, moved) in kernel_cases(B, dtype, device).items():
+                row = dict(kernel=name, dtype=str(dtype)[6:], batch=B, bytes=moved, fused=timed(fused, device),
+                           eager=timed(plain, device), fused_mib=peak_mib(fused, device), eager_mib=peak_mib(plain, device))
+                if compiles and device == "cuda":
+                    torch._dynamo.reset()
+                    row["compile"] = timed(torch.compile(plain), device)
+                row["gb_s"] = moved / row["fused"][0] / 1e6
+                row["of_copy"] = row["gb_s"] / ceiling if device == "cuda" else None       # a CPU's caches hold all of this
+                rows.append(row)
+                mid, low, high = row["fused"]
+                fast = f"{mid:.4f} ({low:.4f}-{high:.4f})"
+                mib = f"{row['fused_mib']:.0f} / {row['eager_mib']:.0f}" if device == "cuda" else "-"
+                print(f"| {name:<27}| {row['dtype']:<9}| {B:<6}| {fast:<29}| {row['eager'][0]:<9.4f}| "
+                      f"{format(row['compile'][0], '.4f') if 'compile' in row else '-':<11}| {row['gb_s']:<5.0f}| "
+                      f"{format(row['of_copy'], '.0%') if row['of_copy'] else '-':<8}| {mib:<18}|", flush=True)
+    print()
+    print(json.dumps(dict(bench="kernels", machine=about, copy_gb_s=ceiling, rows=rows)))
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
 
 
 def write_scenes(root, n=16, width=640, height=480):
@@ -27,88 +193,101 @@ def write_scenes(root, n=16, width=640, height=480):
     for part in ("images", "labels"):
         (root / part / "train").mkdir(parents=True)
     for i in range(n):
-        image, label, _ = datasets.Shapes("train", width).get([i])
+        image, label, _ = data.Shapes("train", width).get([i])
         Image.fromarray(image[0, :height].numpy()).save(root / f"images/train/{i:03}.jpg", quality=90)
         Image.fromarray(label[0, :height].numpy().astype(np.uint8)).save(root / f"labels/train/{i:03}.png")
     return root
 
 
-def bench_data(a):
-    """Time of each stage between the files and x0, and of all that a training step needs together."""
-    torch.set_num_threads(a.threads)
-    device, codec, S = torch.device(a.device), Codec(), a.image_size
+def bench_data(args):
+    """Each stage between the files and x0, and all that a training step needs together; the last line is JSON."""
+    torch.set_num_threads(args.threads)
+    device, codec, B = torch.device(args.device), bits.Codec(bits=BITS), args.batch
 
-    def wait():
+    def clocks():
         if device.type == "cuda":
             torch.cuda.synchronize()
+        return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
     def seconds(work):
         """Median seconds an image: by the clock, and of this process' CPU time, which other processes disturb less."""
         for _ in range(3):
             work()
-        times, until = [], time.perf_counter() + a.seconds
+        times, until = [], time.perf_counter() + args.seconds
         while len(times) < 5 or time.perf_counter() < until:
-            wait()
-            started = time.perf_counter(), time.process_time()
+            start = clocks()
             work()
-            wait()
-            times.append((time.perf_counter() - started[0], time.process_time() - started[1]))
-        return tuple(statistics.median(column) / a.batch_size for column in zip(*times))
+            times.append(clocks() - start)
+        return (torch.stack(times).median(0).values / B).tolist()
 
     with tempfile.TemporaryDirectory() as scratch:
-        name = a.dataset or str(write_scenes(Path(scratch) / "scenes"))
-        started = time.perf_counter(), time.process_time()
-        data = datasets.load(name, "train", S, a.root, Path(scratch) / "cache", workers=1)
-        spent = tuple(later - earlier for later, earlier in zip((time.perf_counter(), time.process_time()), started))
-        batch = next(datasets.batches(data, 0, a.batch_size, 0, workers=0))
-        there = [v.to(device) for v in batch]
-        labels = datasets.augment(*there)[2]
-        cells = codec.cells(labels)
+        name = args.dataset or str(write_scenes(Path(scratch) / "scenes"))
+        start = clocks()
+        packed = data.load(name, "train", SIZE, args.root, Path(scratch) / "cache", workers=1)
+        prepare = ((clocks() - start) / len(packed)).tolist()
+        batch = next(data.batches(packed, 0, B, 0, workers=0))
+        there = [part.to(device) for part in batch]
 
-        def step(source=datasets.batches(data, 0, a.batch_size, 0, a.workers, pin=device.type == "cuda")):
-            images, labels, sizes, u = (v.to(device, non_blocking=True) for v in next(source))
-            x, inside, labels = datasets.augment(images, labels, sizes, u)
-            return x, codec.encode(codec.cells(labels))
+        def palette(labels):
+            return kernels.locate(labels, codec.side, labels_below=packed.segments) if device.type == "cuda" else codec.cells(labels)
 
+        source = data.batches(packed, 0, B, 0, args.workers, pin=device.type == "cuda")
+
+        def step():
+            images, labels, sizes, u = (part.to(device, non_blocking=True) for part in next(source))
+            x, inside, labels = data.augment(images, labels, sizes, u)
+            return x, codec.encode(palette(labels))
+
+        labels = data.augment(*there)[2]
+        cells = palette(labels)
         stages = {
-            "prepare, once (1 process)": tuple(s / len(data) for s in spent),
-            "order, random numbers": seconds(lambda: (datasets.order(0, a.batch_size, len(data), 0), datasets.uniforms(0, a.batch_size, 0, 20))),
-            "read": seconds(lambda: data.get(np.arange(a.batch_size))),
-            "copy to the device": seconds(lambda: [v.to(device) for v in batch]),
-            "augment": seconds(lambda: datasets.augment(*there)),
-            "palette": seconds(lambda: codec.cells(labels)),
+            "prepare, once (1 process)": prepare,
+            "order, random numbers": seconds(lambda: (data.order(0, B, len(packed), 0), data.uniforms(0, B, 0, 20))),
+            "read": seconds(lambda: packed.get(np.arange(B))),
+            "copy to the device": seconds(lambda: [part.to(device) for part in batch]),
+            "augment": seconds(lambda: data.augment(*there)),
+            "palette": seconds(lambda: palette(labels)),
             "encode": seconds(lambda: codec.encode(cells)),
             "all but prepare": seconds(step),
         }
-    print(f"{len(data)} images of {S} x {S}, batch {a.batch_size}, on {device}; {a.threads} CPU thread(s) compute, {a.workers} read ahead\n")
-    print(f"{'stage':<28}{'us / image':>12}{'images / s':>14}{'CPU us / image':>18}{'images / CPU s':>16}")
+        source.close()
+    about = machine(device.type)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"{args.dataset or 'scenes of 640 x 480'}: {len(packed)} images at {SIZE} x {SIZE}, batch {B}, on {device}; {args.workers} "
+          f"threads read ahead\n")
+    print(f"| {'stage':<26}| us an image | images/s | CPU us an image | images a CPU second |")
+    print(f"|{'-' * 27}|-------------|----------|-----------------|---------------------|")
     for stage, (wall, cpu) in stages.items():
-        print(f"{stage:<28}{wall * 1e6:>12.1f}{1 / max(wall, 1e-9):>14,.0f}{cpu * 1e6:>18.1f}{1 / max(cpu, 1e-9):>16,.0f}")
-    (wall, cpu), prepare = stages["all but prepare"], stages["prepare, once (1 process)"]
-    print(json.dumps(dict(
-        bench="data", device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", torch=torch.__version__,
-        dataset=a.dataset or "scenes", image_size=S, batch_size=a.batch_size, threads=a.threads, workers=a.workers,
-        images_per_second=round(1 / wall, 1), images_per_cpu_second=round(1 / cpu, 1), prepare_images_per_second=round(1 / prepare[0], 1),
-        prepare_images_per_cpu_second=round(1 / prepare[1], 1), stage_us={stage: round(t[0] * 1e6, 2) for stage, t in stages.items()})))
+        print(f"| {stage:<26}| {wall * 1e6:<12.1f}| {1 / max(wall, 1e-9):<9.0f}| {cpu * 1e6:<16.1f}| {1 / max(cpu, 1e-9):<20.0f}|")
+    wall, cpu = stages["all but prepare"]
+    print()
+    print(json.dumps(dict(bench="data", machine=about, device=str(device), dataset=args.dataset or "scenes", size=SIZE, batch=B,
+                          workers=args.workers, images_per_second=1 / wall, images_per_cpu_second=1 / cpu, prepared_per_second=1 / prepare[0],
+                          prepared_per_cpu_second=1 / prepare[1], stages={stage: t[0] for stage, t in stages.items()})))
     return 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("data", help="reading, augmentation, palette")
-    command.set_defaults(run=bench_data)
-    command.add_argument("--dataset", default="", help="as in train.py; default: synthetic scenes of 640 x 480, made for this")
-    command.add_argument("--root", default="data")
-    command.add_argument("--image_size", type=int, default=128)
-    command.add_argument("--batch_size", type=int, default=8, help="the paper's, %(default)s")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--threads", type=int, default=1, help="CPU threads that compute (%(default)s)")
-    command.add_argument("--workers", type=int, default=0, help="threads that read ahead (%(default)s)")
-    command.add_argument("--seconds", type=float, default=3.0, help="for each stage (%(default)s)")
-    a = parser.parse_args(argv)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = p.add_subparsers(dest="what", required=True)
+    k = what.add_parser("kernels", help="every fused kernel against PyTorch")
+    k.add_argument("--batch", type=int, nargs="+", default=[8, 64, 256], help="batch sizes, on CUDA")
+    k.set_defaults(run=bench_kernels)
+    d = what.add_parser("data", help="reading, augmentation, palette")
+    d.add_argument("--dataset", default="", help="as in train.py; default: synthetic scenes, made for this")
+    d.add_argument("--root", default="data", help="as in train.py")
+    d.add_argument("--batch", type=int, default=8, help="batch size; default: 8, the paper's")
+    d.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    d.add_argument("--threads", type=int, default=1, help="that compute on the CPU; default: 1")
+    d.add_argument("--workers", type=int, default=0, help="threads that read ahead; default: 0")
+    d.add_argument("--seconds", type=float, default=2.0, help="for each stage; default: 2")
+    d.set_defaults(run=bench_data)
+    args = p.parse_args(argv)
     try:
-        return a.run(a)
+        return args.run(args)
     except (ValueError, OSError) as e:
         print(f"bench.py: {e}", file=sys.stderr)
         return 2

@@ -112,6 +112,7 @@ class Shapes:
     size: int
     seed: int = 0
     name = "shapes"
+    segments = 9                                 # at most, in one label map
 
     def __len__(self):
         return 2**31
@@ -565,6 +566,7 @@ class Packed:
     sizes: np.ndarray                            # (N, 2): h, w of the valid part
     names: list                                  # N file stems
     folder: Path                                 # where the arrays lie
+    segments: int                                # most in one label map: all ids are below it
     mapped = 0                                   # bytes touched since the pages were last let go
 
     def __len__(self):
@@ -652,11 +654,11 @@ def pack(files, listing, cache, name, options, workers, max_bad):
     index = json.loads((target / "index.json").read_text())
     if index["bad"] > max_bad * (index["bad"] + index["images"]):
         raise too_bad(target, index["bad"], index["bad"] + index["images"], max_bad, index["example"])
-    rows, S = np.load(target / "rows.npy"), options["size"]                        # (N, 4): item, h, w, label maps
+    rows, S = np.load(target / "rows.npy"), options["size"]                        # (N, 5), see prepare
     images = np.memmap(target / "images.u8", np.uint8, "r", shape=(len(rows), S, S, 3))
     labels = np.memmap(target / "labels.u16", np.uint16, "r", shape=(index["label_maps"], S, S))
     return Packed(name, images, labels, np.concatenate([[0], rows[:, 3].cumsum()]), rows[:, 1:3],
-                  (target / "names.txt").read_text().splitlines(), target)
+                  (target / "names.txt").read_text().splitlines(), target, index["segments"])
 
 
 def whole(folder):
@@ -677,7 +679,7 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
     """Pack items into target.part, going on from what an earlier call left there, and rename it when it is complete."""
     part, S = target.with_name(target.name + ".part"), options["size"]
     part.mkdir(exist_ok=True)
-    rows = np.load(part / "rows.npy").tolist() if (part / "rows.npy").exists() else []     # item, h, w, label maps
+    rows = np.load(part / "rows.npy").tolist() if (part / "rows.npy").exists() else []     # item, h, w, maps, segments
     todo = sorted(set(range(len(items))) - {row[0] for row in rows})
     maps = sum(row[3] for row in rows)
     need = 3 * S * S * len(items) + 2 * S * S * sum(len(item.labels) for item in items)
@@ -698,7 +700,7 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
             os.fsync(images.fileno())
             os.fsync(labels.fileno())
             with open(part / "rows.tmp", "wb") as f:
-                np.save(f, np.array(rows, np.int64).reshape(-1, 4))
+                np.save(f, np.array(rows, np.int64).reshape(-1, 5))
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(part / "rows.tmp", part / "rows.npy")
@@ -718,7 +720,7 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
                 image, (h, w), segmentations = result
                 append(images, image)
                 append(labels, segmentations)
-                rows.append([i, h, w, len(segmentations)])
+                rows.append([i, h, w, len(segmentations), 1 + int(segmentations[segmentations != IGNORE].max())])
                 if time.monotonic() - saved > SAVE_EVERY:
                     commit()
                     saved = time.monotonic()
@@ -742,7 +744,7 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
     (part / "names.txt").write_text("".join(Path(items[row[0]].image).stem + "\n" for row in rows))
     lengths = {file: (part / file).stat().st_size for file in ("images.u8", "labels.u16", "rows.npy", "names.txt")}
     index = dict(version=VERSION, name=name, options=options, fingerprint=fingerprint, images=len(rows), bytes=lengths,
-                 label_maps=sum(row[3] for row in rows), bad=len(reasons[BAD]), empty=len(reasons[EMPTY]),
+                 label_maps=sum(row[3] for row in rows), segments=max(row[4] for row in rows), bad=len(reasons[BAD]), empty=len(reasons[EMPTY]),
                  example=reasons[BAD][0] if reasons[BAD] else "")
     (part / "index.json").write_text(json.dumps(index, indent=1))
     os.replace(part, target)

@@ -67,7 +67,7 @@ def counted(monkeypatch, stop_at=None):
 def test_workers_do_not_change_the_copy(tmp_path):
     folder(tmp_path / "d", 100)
     one, three = (content(opened(tmp_path, cache=tmp_path / str(w), workers=w)) for w in (1, 3))
-    assert one == three and len(one[4]) == 100 and one[2][-1] == 150
+    assert one == three and len(one[4]) == 100 and one[2][-1] == 150 and opened(tmp_path, cache=tmp_path / "1").segments == 3
     assert np.frombuffer(one[0], np.uint8).reshape(100, 8, 8, 3)[:, 0, 0, 0].tolist() == list(range(1, 101))
 
 
@@ -207,7 +207,7 @@ def test_resident_memory_does_not_grow(tmp_path, monkeypatch):
 
     def grown():
         dataset = Packed("x", np.memmap(tmp_path / "i", np.uint8, "r", shape=(N, S, S, 3)), np.memmap(tmp_path / "l", np.uint16, "r", shape=(N, S, S)),
-                         np.arange(N + 1), np.full((N, 2), S), [], tmp_path)
+                         np.arange(N + 1), np.full((N, 2), S), [], tmp_path, 1)
         before, most = resident(), 0
         for start in range(0, N, 8):
             dataset.get(range(start, start + 8))
