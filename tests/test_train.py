@@ -132,8 +132,8 @@ def test_wrong_folders_get_one_sentence(tmp_path, capsys):
 
 def test_a_checkpoint_of_other_options_is_refused(tmp_path, capsys):
     run(tmp_path)
-    assert run(tmp_path, "--bits", "4") == 2
-    assert "bits 6 -> 4" in capsys.readouterr().err
+    assert run(tmp_path, "--bits", "6") == 2
+    assert "bits 4 -> 6" in capsys.readouterr().err
     (tmp_path / "run" / "ckpt.pt").write_bytes(b"nonsense")
     assert run(tmp_path) == 2
     assert "not a readable checkpoint" in capsys.readouterr().err
