@@ -37,7 +37,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -680,20 +680,24 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
     part, S = target.with_name(target.name + ".part"), options["size"]
     part.mkdir(exist_ok=True)
     rows = np.load(part / "rows.npy").tolist() if (part / "rows.npy").exists() else []     # item, h, w, maps, segments
+    if any(not (part / file).exists() or (part / file).stat().st_size < length
+           for file, length in zip(("images.u8", "labels.u16"), lengths(rows, S))):
+        rows = []                                                                  # cut off from outside
     todo = sorted(set(range(len(items))) - {row[0] for row in rows})
-    maps = sum(row[3] for row in rows)
-    need = 3 * S * S * len(items) + 2 * S * S * sum(len(item.labels) for item in items)
+    need, there = 3 * S * S * len(items) + 2 * S * S * sum(len(item.labels) for item in items), lengths(rows, S)
     full = OSError(f"{name} needs {need / 1e9:.2f} GB in {target.parent} when packed, and the disk is full; what was "
                    f"written is kept: free some space, or give another --cache, and run the same command again")
-    if shutil.disk_usage(part).free < need - 3 * S * S * len(rows) - 2 * S * S * maps:
+    if shutil.disk_usage(part).free < need - sum(there):
         raise full
     reasons, started, saved, already = {EMPTY: [], BAD: []}, time.monotonic(), time.monotonic(), len(rows)
     task = functools.partial(convert, size=S, unlabelled=options["unlabelled"], components=options["components"])
     workers = max(1, min(workers, len(todo) // 16))
     pool = None
     with open(part / "images.u8", "ab", 0) as images, open(part / "labels.u16", "ab", 0) as labels:
-        images.truncate(3 * S * S * len(rows))                                     # of a killed run, what is beyond rows
-        labels.truncate(2 * S * S * maps)
+        def truncate():
+            """Cut off what no row tells of."""
+            for file, length in zip((images, labels), lengths(rows, S)):
+                file.truncate(length)
 
         def commit():
             """Only rows whose pixels are surely on the disk count as done."""
@@ -705,6 +709,7 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
                 os.fsync(f.fileno())
             os.replace(part / "rows.tmp", part / "rows.npy")
 
+        truncate()
         try:
             if workers > 1:                                                        # not threads: no lock limits them
                 context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
@@ -731,10 +736,17 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
         except OSError as e:
             raise full if e.errno == errno.ENOSPC else e from None
         finally:
-            with suppress(OSError):
-                commit()
             if pool:
                 pool.shutdown(cancel_futures=True)
+            while True:
+                try:
+                    commit()
+                    break
+                except OSError as e:
+                    if e.errno != errno.ENOSPC or not rows:
+                        break
+                    del rows[-1 - len(rows) // 20 :]                               # makes room for the list of the others
+                    truncate()
     skipped = reasons[BAD] + reasons[EMPTY]
     (part / "skipped.txt").write_text("".join(reason.replace("\n", " ") + "\n" for reason in skipped))
     if len(reasons[BAD]) > max_bad * len(items):
@@ -742,17 +754,22 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
     if not rows:
         raise ValueError(f"{name} holds no image that can be used" + (f": {skipped[0]}" if skipped else ""))
     (part / "names.txt").write_text("".join(Path(items[row[0]].image).stem + "\n" for row in rows))
-    lengths = {file: (part / file).stat().st_size for file in ("images.u8", "labels.u16", "rows.npy", "names.txt")}
-    index = dict(version=VERSION, name=name, options=options, fingerprint=fingerprint, images=len(rows), bytes=lengths,
-                 label_maps=sum(row[3] for row in rows), segments=max(row[4] for row in rows), bad=len(reasons[BAD]), empty=len(reasons[EMPTY]),
-                 example=reasons[BAD][0] if reasons[BAD] else "")
+    sizes = {file: (part / file).stat().st_size for file in ("images.u8", "labels.u16", "rows.npy", "names.txt")}
+    index = dict(version=VERSION, name=name, options=options, fingerprint=fingerprint, images=len(rows), bytes=sizes,
+                 label_maps=sum(row[3] for row in rows), segments=max(row[4] for row in rows), bad=len(reasons[BAD]),
+                 empty=len(reasons[EMPTY]), example=reasons[BAD][0] if reasons[BAD] else "")
     (part / "index.json").write_text(json.dumps(index, indent=1))
     os.replace(part, target)
     spent = time.monotonic() - started
     new = len(rows) - already
-    print(f"packed {name}: {len(rows):,} images into {target} ({sum(lengths.values()) / 1e9:.2f} GB), {new:,} of them now in "
+    print(f"packed {name}: {len(rows):,} images into {target} ({sum(sizes.values()) / 1e9:.2f} GB), {new:,} of them now in "
           f"{spent:.1f} s = {new / spent:.0f} a second with {workers} process{'es' * (workers > 1)}; {len(reasons[BAD])} skipped "
           f"as bad, {len(reasons[EMPTY])} without labels" + f" ({target / 'skipped.txt'})" * bool(skipped))
+
+
+def lengths(rows, S):
+    """Bytes of the images and of the label maps of these rows."""
+    return 3 * S * S * len(rows), 2 * S * S * sum(row[3] for row in rows)
 
 
 def append(file, array):

@@ -174,12 +174,35 @@ def test_full_disk(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         append(file, array)
 
+    fsync, full = os.fsync, [True, True]
+
+    def fsync_when_there_is_room(number):                                          # the list of what is done needs room too
+        if appended and len(appended) >= 22 and full:
+            full.pop()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(number)
+
     monkeypatch.setattr(data, "append", append_until_full)
+    monkeypatch.setattr(os, "fsync", fsync_when_there_is_room)
     with pytest.raises(OSError, match="GB in .*what was written is kept.*run the same command again"):
         opened(tmp_path)
     monkeypatch.undo()
     seen = counted(monkeypatch)
-    assert content(opened(tmp_path)) == whole and len(seen) == 30
+    assert content(opened(tmp_path)) == whole and len(seen) == 30 + 2              # 2 of 10 made room
+
+
+def test_a_copy_in_the_making_that_is_cut_off_starts_anew(tmp_path, monkeypatch):
+    folder(tmp_path / "d")
+    whole = content(opened(tmp_path, cache=tmp_path / "other"))
+    counted(monkeypatch, stop_at=25)
+    with pytest.raises(KeyboardInterrupt):
+        opened(tmp_path)
+    monkeypatch.undo()
+    (part,) = tmp_path.glob("cache/*.part")
+    with open(part / "labels.u16", "r+b") as f:
+        f.truncate(100)
+    seen = counted(monkeypatch)
+    assert content(opened(tmp_path)) == whole and len(seen) == 40
 
 
 def test_a_killed_worker_is_told(tmp_path, monkeypatch):
