@@ -166,9 +166,11 @@ def main(argv=None):
     p.add_argument("--device", default="auto")
     a, rest = p.parse_known_args(argv)
     try:
-        also, (part, parts) = options(rest), (int(v) for v in a.part.split("/"))
-        if not 1 <= part <= parts or a.seeds < 1:
-            raise ValueError(f"--part is i/k with i from 1 to k, not {a.part}; --seeds is at least 1, not {a.seeds}")
+        also, (part, _, parts) = options(rest), a.part.partition("/")
+        if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+            raise ValueError(f"--part is i/k with i from 1 to k, not {a.part}")
+        if a.seeds < 1 or a.limit < 1:
+            raise ValueError(f"--seeds and --limit are at least 1, not {a.seeds} and {a.limit}")
         names = list(EXPERIMENTS) if "all" in a.names else list(dict.fromkeys(a.names))
         runs = {}                                                                  # all seeds 0 first: an early table is whole
         for seed in range(a.seeds):
@@ -183,7 +185,7 @@ def main(argv=None):
         return 2
 
     print(f"{len(runs)} runs, {len(missing)} of them missing")
-    todo = missing[part - 1 :: parts]
+    todo = missing[int(part) - 1 :: int(parts)]
     for k, (folder, full) in enumerate(todo):
         print(f"\n--- {k + 1} of {len(todo)}: {folder}\npython train.py {' '.join(train_arguments(folder, full, a))}", flush=True)
         try:
