@@ -444,6 +444,10 @@ def main(argv=None):
         return 0
     rows = next(result for setting, result in sweep if setting == home)
 
+    if not any(row["network"] for row in rows):
+        print(f"eval.py: --baseline human needs several annotators, {a.dataset} {a.split} has one an image", file=sys.stderr)
+        return 2
+
     # tables
     people = np.mean([row["annotators"] for row in rows])
     print(f"{name} on {a.dataset} {a.split}: {len(rows)} images, {people:.1f} annotators; "

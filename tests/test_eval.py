@@ -207,7 +207,7 @@ def test_shared_rows_without_torchrun():
 @pytest.mark.parametrize("arguments, words", [
     ("--ckpt nowhere.pt", "nowhere.pt"), ("--baseline grid --dataset nowhere", "nowhere"), ("--baseline grid --limit 0", "--limit"),
     ("--n 0", "'0' is not a number from 1 up"), ("--steps 4,x", "'4,x'"), ("--guidance -1", "-1"), ("--sampler euler", "'euler'"),
-    ("--variance tiny", "'tiny'"), ("--baseline grid --dataset shapes --device cuda:99", "cuda:99")])
+    ("--variance tiny", "'tiny'"), ("--baseline human --limit 2 --out o", "several annotators"), ("--baseline grid --dataset shapes --device cuda:99", "cuda:99")])
 def test_wrong_use(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
@@ -216,4 +216,4 @@ def test_wrong_use(arguments, words, tmp_path, capsys, monkeypatch):
         status = e.code
     error = capsys.readouterr().err
     assert status == 2 and words in error and "Traceback" not in error
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()                                         # nothing is left behind
