@@ -157,6 +157,7 @@ def main(argv=None):
     p.add_argument("--preset", choices=list(BUDGET), default="small" if torch.cuda.is_available() else "tiny", help="network and budget")
     p.add_argument("--dataset", default="shapes", help="shapes, coco, or a folder")
     p.add_argument("--seeds", type=int, default=1, help="runs of each row, with seeds 0, 1, ...")
+    p.add_argument("--rows", default="", help="only rows whose name contains one of these words: sigmoid,uniform")
     p.add_argument("--limit", type=int, default=256, help="validation images")
     p.add_argument("--list", action="store_true", help="train nothing: print what is missing, and the tables")
     p.add_argument("--part", default="1/1", help="i/k: only every k-th of the runs")
@@ -172,10 +173,13 @@ def main(argv=None):
         if a.seeds < 1 or a.limit < 1:
             raise ValueError(f"--seeds and --limit are at least 1, not {a.seeds} and {a.limit}")
         names = list(EXPERIMENTS) if "all" in a.names else list(dict.fromkeys(a.names))
+        tables = {name: [row for row in EXPERIMENTS[name] if any(word in row[0] for word in a.rows.split(","))] for name in names}
+        if not all(tables.values()):
+            raise ValueError(f"--rows {a.rows}: no row of {next(n for n in names if not tables[n])} has such a name")
         runs = {}                                                                  # all seeds 0 first: an early table is whole
         for seed in range(a.seeds):
             for name in names:
-                for _, flags, _, _ in EXPERIMENTS[name]:
+                for _, flags, _, _ in tables[name]:
                     folder, full = run_of(flags, also, a, seed)
                     train.parse(train_arguments(folder, full, a))                  # complains now, not in the night
                     runs[folder] = full
@@ -195,7 +199,7 @@ def main(argv=None):
         if status:
             print(f"experiments.py: stopped; the same command goes on with {folder}", file=sys.stderr)
             return status
-    result = {name: table(name, EXPERIMENTS[name], also, a) for name in names}
+    result = {name: table(name, tables[name], also, a) for name in names}
     print(json.dumps({"preset": a.preset, "dataset": a.dataset, "options": also, "experiments": result}))
     return 0
 

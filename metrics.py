@@ -235,7 +235,7 @@ def pairwise(maps):
 
 def medoid(agreement):
     """The map with the highest mean agreement (N, N) with the others: an index. The first on ties, to 12 digits."""
-    return int(agreement.sum(1).mul(1e12).round().argmax())
+    return int(agreement.sum(1).nan_to_num().mul(1e12).round().argmax())
 
 
 def energy_distance(distance, n):

@@ -105,6 +105,12 @@ def test_two_parts_share_the_runs(fake, tmp_path):
     assert fake.trained == runs[1::2]
 
 
+def test_some_rows_only(fake, tmp_path, capsys):
+    assert experiments.main(arguments("weighting", "--rows", "sigmoid,uniform", out=tmp_path)) == 0
+    text = capsys.readouterr().out
+    assert len(fake.trained) == 6 and "eps, uniform" in text and "snr" not in text.split("weighting  ")[1]
+
+
 def test_a_finished_run_with_other_options_is_not_taken_for_this_one(fake, tmp_path, capsys, monkeypatch):
     experiments.main(arguments("tanh", out=tmp_path))
     monkeypatch.setitem(experiments.BUDGET, "tiny", experiments.BUDGET["tiny"].replace("2e-3", "5e-3"))
@@ -114,7 +120,8 @@ def test_a_finished_run_with_other_options_is_not_taken_for_this_one(fake, tmp_p
 
 @pytest.mark.parametrize("words, message", [
     (("palette", "--palet", "none"), "did you mean --palette"), (("palette", "--lr"), "with a value each"), (("palette", "--part", "3/2"), "--part"),
-    (("palette", "--seeds", "0"), "--seeds"), (("palette", "--part", "x"), "--part"), (("nothing",), "invalid choice")])
+    (("palette", "--seeds", "0"), "--seeds"), (("palette", "--part", "x"), "--part"), (("nothing",), "invalid choice"),
+    (("palette", "tanh", "--rows", "similar"), "no row of tanh")])
 def test_wrong_use(words, message, tmp_path, capsys):
     try:
         status = experiments.main(arguments(*words, out=tmp_path))
