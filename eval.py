@@ -419,7 +419,10 @@ def main(argv=None):
         path = None if a.baseline else Path(a.ckpt or newest_checkpoint())
         model = None if a.baseline else load_checkpoint(path, device)
         if model and a.raw:
-            model.net.load_state_dict(read_checkpoint(path, device)["net"])
+            content = read_checkpoint(path, device)
+            if "net" not in content:
+                raise ValueError(f"{path} holds averaged weights only (it was made by --export): leave out --raw")
+            model.net.load_state_dict(content["net"])
         data = load(a.dataset, a.split, model.image_size if model else a.size, a.root, a.cache, unlabelled=a.unlabelled)
         files = originals(a.dataset, a.split, a.root)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
@@ -501,7 +504,8 @@ def main(argv=None):
         chosen = [(kind, ranking[k]) for k, kind in reversed(which.items())]
         again = run(data, [row["position"] for _, row in chosen], model, a, home, ns, {}, keep=True)
         titles = [f"{kind}: {row['name']}, ARI {row['network'][answer]['ari']:.3f}, IoU {row['network'][answer]['iou']:.3f}; image, "
-                  f"{min(2, row['annotators'])} annotator(s), {', '.join(s for s in row['network'] if s != 'human')}" for kind, row in chosen]
+                  + ", ".join(["annotator"] * min(2, row["annotators"]) + [s for s in row["network"] if s != "human"])
+                  for kind, row in chosen]
         examples(out / "examples.png", again, titles)
     if model and (panels := sweep_panels(result["sweep"], home)):
         plot(out / "sweep.png", panels)

@@ -128,6 +128,8 @@ def finish(folder, full, a):
     content = {"options": full | {"limit": a.limit}, "minutes": minutes, "ari": report["ari"], "iou": report["iou"], "report": report}
     (folder / "report.part").write_text(json.dumps(content))
     (folder / "report.part").replace(folder / "report.json")                       # the run is finished
+    for name in ("ckpt.prev.pt", "best.pt"):                                       # ckpt.pt stays
+        (folder / name).unlink(missing_ok=True)
     return 0
 
 

@@ -217,3 +217,14 @@ def test_wrong_use(arguments, words, tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert status == 2 and words in error and "Traceback" not in error
     assert not (tmp_path / "out").exists()                                         # nothing is left behind
+
+
+def test_raw_weights(ckpt, tmp_path, capsys):
+    """--raw takes the last weights; a file made by --export has only the averaged ones."""
+    assert train.main(["--export", str(tmp_path / "model.pt"), "--out", str(ckpt.parent)]) == 0
+    few = ("--limit", 2, "--steps", 1)
+    averaged, exported, raw = (run(capsys, tmp_path, "--ckpt", path, *few, *more)[1]["sweep"] for path, more in (
+        (ckpt, ()), (tmp_path / "model.pt", ()), (ckpt, ("--raw",))))
+    assert averaged == exported and raw != averaged
+    assert evaluation.main(["--ckpt", str(tmp_path / "model.pt"), "--raw", "--device", "cpu", "--out", str(tmp_path / "o")]) == 2
+    assert "averaged weights only" in capsys.readouterr().err
