@@ -23,7 +23,6 @@ import signal
 import sys
 import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +63,7 @@ class Config:
     unlabelled: str = "segment"                  # id 0: one segment (as in the paper), or ignore
     components: bool = False                     # labels are classes: their connected parts become the segments
     crop: float = 1.0                            # smallest share of the sides that random crops keep; 1: none
-    workers: int = 0                             # threads that read ahead, besides the one that prepares batches
+    workers: int = 1                             # threads that read ahead; 0: none
     # encoding
     encoding: str = "bits"                       # bits, onehot, rgb (the last two are the paper's baselines)
     bits: int = 6                                # 2^bits segments at most; 8 or 10 for very crowded images
