@@ -71,8 +71,8 @@ class Shapes:
         scenes = [draw_scene(np.random.Generator(np.random.Philox(key=[3 * self.seed + stream, int(i)])), self.size)
                   for i in positions]
         labels, params, noise = (np.stack(part) for part in zip(*scenes))
-        images = paint(torch.from_numpy(labels).long(), torch.from_numpy(params), torch.from_numpy(noise))
-        return images, torch.from_numpy(labels).long(), torch.full((len(labels), 2), self.size)
+        images = torch.from_numpy(paint(labels, params, noise))
+        return images, torch.from_numpy(labels.astype(np.int64)), torch.full((len(labels), 2), self.size)
 
     def maps(self, position):
         """All label maps of one scene: (1, S, S)."""
@@ -100,21 +100,20 @@ def draw_scene(rng, size, shapes=8):
 
 
 def paint(labels, params, noise):
-    """Textures: each segment has two colours and a pattern between them. -> (B, S, S, 3) uint8."""
-    B, S, _ = labels.shape
-    p = params.gather(1, labels.view(B, -1, 1).expand(-1, -1, params.shape[-1])).view(B, S, S, -1)
-    axis = (torch.arange(S) + 0.5) / S
-    y, x = axis.view(1, S, 1), axis.view(1, 1, S)
-    angle, freq = p[..., 6] * torch.pi, 3 + p[..., 7] * S / 8                      # cycles over the image
-    along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-    wave_u, wave_v = (2 * torch.pi * (freq * along + p[..., 8])).sin(), (2 * torch.pi * (freq * across + p[..., 9])).sin()
-    kind = (p[..., 10] * 5).long()
-    patterns = torch.stack([torch.zeros_like(along), along * 0.5 + 0.25, wave_u * 0.5 + 0.5,
-                            (wave_u * wave_v > 0).float(), wave_u * wave_v * 0.5 + 0.5])   # plain, gradient, stripes, ...
-    mix = patterns.gather(0, kind[None])[0]                                        # checks, dots
-    contrast = (p[..., 3:6] - 0.5) * 0.6
-    colour = 0.08 + 0.84 * p[..., :3] + contrast * (mix[..., None] - 0.5) + noise * 0.08 * p[..., 11:12]
-    return (colour.clamp(0, 1) * 255).round().byte()
+    """Textures: each segment has two colours and a pattern between them. (B, S, S) ids -> (B, S, S, 3) uint8."""
+    S = labels.shape[1]
+    p = np.take_along_axis(params, labels.reshape(len(labels), -1, 1).astype(int), 1).reshape(*labels.shape, -1)
+    axis = (np.arange(S, dtype=np.float32) + 0.5) / S
+    y, x = axis[:, None], axis[None, :]
+    angle, freq = p[..., 6] * np.pi, (3 + p[..., 7] * S / 8) * 2 * np.pi           # 3 and more cycles over the image
+    cos, sin = np.cos(angle), np.sin(angle)
+    along, across = x * cos + y * sin, y * cos - x * sin
+    u, v = np.sin(freq * along + 2 * np.pi * p[..., 8]), np.sin(freq * across + 2 * np.pi * p[..., 9])
+    kind = (p[..., 10] * 5).astype(int)
+    mix = np.choose(kind, [0.5, along * 0.5 + 0.25, u * 0.5 + 0.5, u * v > 0, u * v * 0.5 + 0.5])    # plain, gradient,
+    contrast = (p[..., 3:6] - 0.5) * 0.6                                           # stripes, checks, dots
+    colour = 0.08 + 0.84 * p[..., :3] + contrast * (mix[..., None] - 0.5) + noise * (0.08 * p[..., 11:12])
+    return (colour.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,8 +265,7 @@ class Packed:
 
 
 def unpack(labels):
-    labels = torch.from_numpy(labels.astype(np.int64))
-    return labels.masked_fill(labels == IGNORE, -1)
+    return torch.from_numpy(np.where(labels == IGNORE, -1, labels.astype(np.int64)))   # numpy: no second team of threads
 
 
 def pack(items, size, cache, unlabelled, name):

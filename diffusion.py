@@ -131,30 +131,41 @@ def per_sample_error(x_hat, x0, valid):
     return error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
 
 
-def training_loss(model, x0, image, valid, d, activate, generator=None):
+def draw(shape, d, generator=None, device=None):
+    """The random part of training samples of shape (B, C, H, W) and what follows from it, as a dictionary of rows of samples.
+
+    t, alpha, sigma and weight (of the loss), (B, 1, 1, 1) float32; eps (B, C, H, W); keep, the image, and chosen, for
+    self-conditioning, (B, 1, 1, 1) bool. Draw for a whole batch, then share the rows out: t is stratified over the batch.
+    """
+    one = (shape[0], 1, 1, 1)
+    t = stratified_t(shape[0], generator, device)
+    drawn = dict(eps=torch.randn(shape, generator=generator, device=device),
+                 keep=torch.rand(one, generator=generator, device=device) >= d.image_drop)
+    if d.self_condition > 0:
+        drawn["chosen"] = torch.rand(one, generator=generator, device=device) < d.self_condition
+    for name, value in zip(("t", "alpha", "sigma", "weight"), (t, *alpha_sigma(t, d), loss_weight(t, d))):
+        drawn[name] = value.float().view(one)
+    return drawn
+
+
+def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=None):
     """The loss of one batch (Eq. 2), a scalar.
 
     x0 (B, C, H, W) in [-1, 1], 0 where not valid; image (B, 3, H, W), normalised; valid (B, H, W) bool.
-    generator: on x0's device; draws t, noise, dropped images, self-conditioning.
+    drawn: what `draw` returns, for these B samples; drawn here from generator, on x0's device, if not given.
     """
-    B, device = x0.shape[0], x0.device
-    t = stratified_t(B, generator, device)
-    alpha, sigma = (v.float().view(B, 1, 1, 1) for v in alpha_sigma(t, d))
-    eps = torch.randn(x0.shape, generator=generator, device=device)
-    xt = alpha * x0 + sigma * eps                                                  # Eq. 1
-    keep = torch.rand(B, 1, 1, 1, generator=generator, device=device) >= d.image_drop
-    image, time = image * keep, t.float()
-
-    x_self = None
+    r = draw(x0.shape, d, generator, x0.device) if drawn is None else drawn
+    alpha, sigma, t = r["alpha"], r["sigma"], r["t"].flatten()
+    xt = alpha * x0 + sigma * r["eps"]                                             # Eq. 1
+    image, x_self = image * r["keep"], None
     if d.self_condition > 0:
         x_self = torch.zeros_like(xt)
         with torch.no_grad():
-            first = to_x0(model(network_input(xt, image, x_self), time), xt, alpha, sigma, d.prediction, activate)
-        chosen = torch.rand(B, 1, 1, 1, generator=generator, device=device) < d.self_condition
-        x_self = first.clamp(-1, 1) * chosen
-    out = model(network_input(xt, image, x_self), time)
+            first = to_x0(model(network_input(xt, image, x_self), t), xt, alpha, sigma, d.prediction, activate)
+        x_self = first.clamp(-1, 1) * r["chosen"]
+    out = model(network_input(xt, image, x_self), t)
     x_hat = to_x0(out, xt, alpha, sigma, d.prediction, activate)
-    return (loss_weight(t, d).float() * per_sample_error(x_hat, x0, valid)).mean()
+    return (r["weight"].flatten() * per_sample_error(x_hat, x0, valid)).mean()
 
 
 def network_input(xt, image=None, x_self=None):

@@ -24,7 +24,7 @@ from einops import rearrange
 # mult: one entry a level; blocks: residual blocks a level (the decoder has one more); attn: how many of the deepest
 # levels have attention; heads: attention heads.
 SIZES = {                                                                          # at k = 6, RGB:  parameters
-    "tiny":  dict(width=32, mult=(1, 2, 4),       blocks=1, attn=1, heads=4, patch=2),
+    "tiny":  dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2),
     "small": dict(width=64, mult=(1, 2, 3, 4),    blocks=2, attn=2, heads=4, patch=1),
     "paper": dict(width=64, mult=(1, 2, 2, 4, 4), blocks=3, attn=2, heads=4, patch=1),          # 38,496,262
 }

@@ -39,6 +39,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from bits import Codec, entropy
+from checkpoint import newest
 from data import IMAGE_TYPES, fitted, normalise, read_image, read_label, resize_image
 from diffusion import Diffusion, sample
 from metrics import ari, contingency, iou_matrix
@@ -61,15 +62,12 @@ class Model:
 
 
 def read_checkpoint(path, device="cpu"):
-    """The dictionary in a checkpoint file. Never unpickles code. Raises ValueError naming the file."""
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; train one with: python train.py") from None
-    except Exception as e:                                                         # torch raises many kinds here
-        raise ValueError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0][:100]})") from None
-    if not isinstance(content, dict) or content.get("format") != 1:
-        raise ValueError(f"{path}: not a checkpoint of this version of train.py")
+    """The dictionary in a checkpoint file, or in the one before it where it is damaged. Raises ValueError naming the file."""
+    content, used, problem = newest(path, device)
+    if content is None:
+        raise ValueError(f"{path}: no such file; train one with: python train.py")
+    if problem:
+        print(f"{problem}; using the one before, {used}", file=sys.stderr)
     return content
 
 

@@ -4,8 +4,11 @@
     python train.py --dataset path/to/folder                  # small, on your images/ and labels/
     python train.py --dataset coco                            # the paper's model, on COCO panoptic
 
-Stop with Ctrl-C at any time. To resume, run the same command again. Everything goes to --out: ckpt.pt, log.jsonl and
-samples_<step>.png (image, truth, samples).
+    torchrun --nproc_per_node=8 train.py --preset paper-fast --dataset coco         # the same run, shared by 8 GPUs
+    python train.py --export model.pt --out out/coco-paper    # averaged weights and configuration only
+
+Stop with Ctrl-C at any time. To resume, run the same command again. Everything goes to --out: ckpt.pt, the one before it
+(ckpt.prev.pt), best.pt (highest validation ARI), log.jsonl and samples_<step>.png (image, truth, samples).
 """
 
 import argparse
@@ -25,14 +28,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import data as datasets
 from bits import Codec
-from diffusion import Diffusion, sample, training_loss
+from checkpoint import lock, newest, read, save
+from diffusion import Diffusion, draw, sample, training_loss
+from engine import Step, Watch, anyone, append, forget, out_of_memory, pick_precision, update_ema, written
 from metrics import scores
 from model import SIZES, UNet
-from sample import grid, overlay, pick_device, read_checkpoint, side_of
+from sample import grid, overlay, pick_device, side_of
 
 
 @dataclass
@@ -41,7 +47,8 @@ class Config:
 
     # what and where
     dataset: str = "shapes"                      # shapes, coco, or a folder with images/ and labels/
-    preset: str = ""                             # tiny, small or paper; "": tiny for shapes, paper for coco, else small
+    preset: str = ""                             # a row of PRESETS; "": tiny for shapes, paper for coco, else small
+    network: str = ""                            # tiny, small or paper (model.SIZES); "": the preset's
     out: str = ""                                # "": out/<dataset>-<preset>
     root: str = "data"                           # coco is expected in <root>/coco
     cache: str = "cache"                         # resized copies of the data set; safe to delete
@@ -49,6 +56,8 @@ class Config:
     device: str = "auto"                         # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"                      # auto, fp32, bf16, fp16
     compile: str = "auto"                        # on, off; auto: on with CUDA. A minute at the start, then faster steps
+    init: str = ""                               # a checkpoint whose weights to start from (fine-tuning)
+    export: str = ""                             # write the averaged weights of --out there, and do nothing else
     # data
     image_size: int = 128                        # longer side, in pixels; cost grows with its square
     augment: bool = True                         # of real images; off only to see a model overfit
@@ -88,15 +97,19 @@ class Config:
     # logging
     log_every: int = 100
     save_every: int = 1000
+    keep_every: int = 0                          # besides, keep ckpt_<step>.pt every so many steps; 0: none
 
 
 PRESETS = {  # a network of model.SIZES, and the recipe that suits it
-    "tiny":  dict(image_size=48,  batch_size=16, max_steps=2200,    lr=2e-3, warmup_steps=50,   decay_steps=2000,   ema=0.99,   weighting="uniform", logsnr_space=False, guidance=1.0, bits=4, log_every=50,  save_every=200,  eval_every=1100),
+    "tiny":  dict(image_size=40,  batch_size=16, max_steps=2500,    lr=2e-3, warmup_steps=50,   decay_steps=2300,   ema=0.99,   weighting="uniform", logsnr_space=False, guidance=1.0, bits=4, log_every=50,  save_every=250,  eval_every=1250),
     "small": dict(image_size=64,  batch_size=16, max_steps=50_000,  lr=5e-4, warmup_steps=500,  decay_steps=25_000, ema=0.999,  weighting="uniform", logsnr_space=False, guidance=1.0, bits=6, log_every=50,  save_every=500,  eval_every=2500),
     "paper": dict(image_size=128, batch_size=8,  max_steps=300_000, lr=1e-4, warmup_steps=1000, decay_steps=50_000, ema=0.9999, weighting="sigmoid", logsnr_space=True,  guidance=1.0, bits=6, log_every=100, save_every=1000, eval_every=10_000),
+    # the same number of images in batches of 128: lr by the square root of the batch, EMA over as many images
+    "paper-fast": dict(network="paper", image_size=128, batch_size=128, max_steps=18_750, lr=4e-4, warmup_steps=500, decay_steps=3125, ema=0.9984, weighting="sigmoid", logsnr_space=True, guidance=1.0, bits=6, log_every=20, save_every=250, eval_every=625),
 }
 
-FREE = {"out", "root", "cache", "device", "compile", "max_steps", "eval_every", "eval_images", "log_every", "save_every"}   # may change on resume
+FREE = {"out", "root", "cache", "device", "compile", "init", "export", "accumulate", "max_steps", "eval_every", "eval_images",
+        "log_every", "save_every", "keep_every"}                                   # may change on resume
 
 
 def parse(argv):
@@ -122,10 +135,15 @@ def parse(argv):
         raise ValueError(f"preset '{preset}' is not one of {', '.join(PRESETS)}")
     c = Config(**{**PRESETS[preset], **given, "preset": preset})
     c.out = c.out or f"out/{Path(dataset).name}-{preset}"
+    c.network = c.network or preset
+    if c.network not in SIZES:
+        raise ValueError(f"network '{c.network}' is not one of {', '.join(SIZES)}")
     for key in ("batch_size", "accumulate", "max_steps", "image_size", "eval_every", "eval_images", "steps", "log_every",
                 "save_every"):
         if getattr(c, key) < 1:
             raise ValueError(f"--{key} must be at least 1, not {getattr(c, key)}")
+    if c.keep_every < 0:
+        raise ValueError(f"--keep_every must be 0 (none) or more, not {c.keep_every}")
     if c.batch_size % c.accumulate:
         raise ValueError(f"--batch_size {c.batch_size} cannot be split into --accumulate {c.accumulate} equal parts")
     return c
@@ -159,74 +177,98 @@ def learning_rate(step, c):
     return c.lr * min(1.0, (step + 1) / max(1, c.warmup_steps)) * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left)))
 
 
+def batches(data, step, c, codec, diffusion, device, rank, world):
+    """What the steps from number `step` on need, each made in a thread (on CUDA: on a stream) of its own while another runs.
+
+    Yields dictionaries of what `training_loss` takes and `draw` draws, on the device, one row a sample: every world-th
+    sample of the global batch. All of it depends on the seed and on the step alone, whoever computes it.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    mine = slice(rank, None, world)
+
+    def make(step):
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            numbers = range(step * c.batch_size, (step + 1) * c.batch_size)        # of the run's samples
+            u = datasets.uniforms(numbers[0], c.batch_size, c.seed, 17)[mine]
+            positions = datasets.order(numbers[0], c.batch_size, len(data), c.seed)[mine]
+            host = *data.get(positions, u[:, 16]), torch.from_numpy(u[:, :16])
+            host = [v.pin_memory() for v in host] if stream else host
+            images, labels, sizes, u = (v.to(device, non_blocking=True) for v in host)
+            if c.augment and c.dataset != "shapes":
+                x, inside, labels = datasets.augment(images, labels, sizes, u)
+            else:
+                x, inside = datasets.normalise(images, sizes)
+            labels = labels.masked_fill(~inside, -1)
+            if codec.palette == "none":                                            # random codes, from each sample's number
+                own = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers[mine]]
+                cells = torch.cat([codec.cells(one[None], g) for one, g in zip(labels, own)])
+            else:
+                cells = codec.cells(labels)
+            generator = torch.Generator(device).manual_seed(c.seed * 2**32 + step)
+            drawn = draw((c.batch_size, codec.channels, *labels.shape[1:]), diffusion, generator, device)
+            batch = dict(x0=codec.encode(cells), image=x, valid=cells >= 0, **{k: v[mine] for k, v in drawn.items()})
+            return batch, stream and stream.record_event()
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, step)
+        while True:
+            batch, ready = coming.result()
+            step += 1
+            coming = pool.submit(make, step)
+            if stream:
+                torch.cuda.current_stream().wait_event(ready)
+                for v in batch.values():
+                    v.record_stream(torch.cuda.current_stream())                   # not reused before this stream is done
+            yield batch
+
+
+class Stopped(Exception):
+    pass
+
+
 @torch.no_grad()
-def update_ema(ema, net, step, decay):
-    """ema <- decay * ema + (1 - decay) * net, with a shorter memory in the first steps."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-
-
-def pick_precision(name, device):
-    """(autocast dtype or None, why)."""
-    if name != "auto":
-        known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-        if name not in known:
-            raise ValueError(f"precision '{name}' is not one of auto, {', '.join(known)}")
-        return known[name], "asked for"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "this GPU has bf16"
-        return torch.float16, "this GPU has no bf16; the loss is scaled"
-    return None, f"on {device.type}"
-
-
-def make_batch(data, start, count, c):
-    """Samples `start` to `start + count` of the run: images, labels, sizes, and uniform numbers for the augmentation."""
-    u = datasets.uniforms(start, count, c.seed, 17)
-    positions = datasets.order(start, count, len(data), c.seed)
-    return *data.get(positions, u[:, 16]), torch.from_numpy(u[:, :16])
-
-
-def save(path, content):
-    """Write a checkpoint so that a crash at any moment leaves either the old or the new one."""
-    part = path.with_suffix(".part")
-    with open(part, "wb") as f:
-        torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-
-@torch.no_grad()
-def validate(net, data, codec, diffusion, c, device, autocast, stop):
+def validate(net, data, codec, diffusion, c, device, autocast, stop, rank, world):
     """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None if stopped."""
-    n, totals, tiles = min(c.eval_images, len(data)), [], []
-    sampling = dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance)
-    for start in range(0, n, 32):
-        if stop:
-            return None
-        at = range(start, min(start + 32, n))
-        images, labels, sizes = data.get(list(at))
-        x, inside = datasets.normalise(images.to(device), sizes.to(device))
-        pictures = 3 if start == 0 else 1                                          # samples an image
-        for j in range(pictures):
-            m = len(at) if j == 0 else min(8, len(at))
-            with autocast():
-                x_hat = sample(net, x[:m], inside[:m], codec.channels, [1000 * j + i for i in at][:m], diffusion,
-                               codec.activate, **sampling)
-            cells = codec.decode(x_hat, inside[:m]).cpu()
-            if j == 0:
-                for i, one in zip(at, cells):
-                    maps = data.maps(i)
-                    s = scores(one.expand(len(maps), -1, -1), maps)
-                    totals.append([float(s["ari"].nanmean()), float(s["iou"].nanmean())])
-                side = side_of(codec)
-                truth = Codec(bits=codec.bits).cells(labels[:8]) if codec.palette == "none" else codec.cells(labels[:8])
-                tiles = tiles or [[row.numpy(), overlay(row, t, side, 0.8)] for row, t in zip(images[:8], truth)]
-            if pictures > 1:
-                for row, image, one in zip(tiles, images, cells):
-                    row.append(overlay(image, one, side, 0.8))
-    ari, iou = torch.tensor(totals, dtype=torch.float64).nanmean(0).tolist()
+    n, totals, tiles, side = min(c.eval_images, len(data)), [], [], side_of(codec)
+    size = min(32, c.batch_size) if device.type == "cpu" else 32                   # small: a signal is looked at in between
+
+    def cells_of(x, inside, seeds):
+        def look(*_):
+            if stop:
+                raise Stopped
+
+        with autocast():
+            x_hat = sample(net, x, inside, codec.channels, seeds, diffusion, codec.activate, c.steps, c.guidance, c.sampler,
+                           c.variance, callback=look)
+        return codec.decode(x_hat, inside).cpu()
+
+    try:
+        for start in range(size * rank, n, size * world):
+            at = list(range(start, min(start + size, n)))
+            images, labels, sizes = data.get(at)
+            x, inside = datasets.normalise(images.to(device), sizes.to(device))
+            cells = cells_of(x, inside, at)
+            for i, one in zip(at, cells):
+                maps = data.maps(i)
+                s = scores(one.expand(len(maps), -1, -1), maps)
+                totals.append([float(s["ari"].nanmean()), float(s["iou"].nanmean())])
+            m = min(8 - len(tiles), len(at)) if rank == 0 else 0
+            if m > 0:
+                truth = Codec(bits=codec.bits).cells(labels[:m]) if codec.palette == "none" else codec.cells(labels[:m])
+                more = [cells_of(x[:m], inside[:m], [1000 * j + i for i in at[:m]]) for j in (1, 2)]
+                for image, true, *three in zip(images[:m], truth, cells, *more):
+                    tiles.append([image.numpy(), overlay(image, true, side, 0.8), *(overlay(image, v, side, 0.8) for v in three)])
+    except Stopped:
+        pass
+    scored = torch.tensor(totals, dtype=torch.float64).reshape(-1, 2)
+    sums = torch.cat([scored.nansum(0), (~scored.isnan()).sum(0), torch.tensor([len(stop)])]).double()
+    if world > 1:
+        dist.all_reduce(sums)
+    if sums[4]:
+        return None
+    ari, iou = (sums[:2] / sums[2:4]).tolist()
+    if rank > 0:
+        return ari, iou, None
     scale = max(1, 128 // c.image_size)
     sheet = grid([tile.repeat(scale, 0).repeat(scale, 1) for row in tiles for tile in row], columns=2 * len(tiles[0]))
     return ari, iou, Image.fromarray(sheet)
@@ -242,16 +284,42 @@ def main(argv=None):
         return 0
     try:
         c = parse(argv)
+        if c.export:
+            return export(c)
         run = prepare(c)
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
-    return train(c, *run)
+    status = train(c, *run)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
 
 
-def prepare(c):
-    """All that can be wrong with the user's input goes wrong here. Raises ValueError or OSError."""
+def portable(content):
+    """What sampling needs of a checkpoint: the averaged weights and the configuration."""
+    return {k: v for k, v in content.items() if k not in ("net", "optimizer", "scaler")}
+
+
+def export(c):
+    content, path, problem = newest(Path(c.out) / "ckpt.pt")
+    if content is None:
+        raise ValueError(f"{c.out}/ckpt.pt: no such file: train first, or name the folder of a run with --out")
+    if problem:
+        print(f"{problem}; using the one before, {path}", file=sys.stderr)
+    save(c.export, portable(content))
+    print(f"{c.export}: averaged weights and configuration of {path}, step {content['step']}")
+    return 0
+
+
+def build(c, local=None):
+    """What the configuration stands for: device, dtype, why, codec, diffusion, the network's arguments, the network."""
     device = pick_device(c.device)
+    if device.type == "cuda":
+        device = device if local is None else torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))                           # graphs cannot be made on the default one
+        torch.backends.cudnn.benchmark = True
     dtype, why = pick_precision(c.precision, device)
     if c.compile not in ("auto", "on", "off"):
         raise ValueError(f"compile is auto, on or off, not '{c.compile}'")
@@ -259,129 +327,190 @@ def prepare(c):
     names = [f.name for f in dataclasses.fields(Diffusion) if f.name in Config.__dataclass_fields__]
     diffusion = Diffusion(**{name: getattr(c, name) for name in names})
     copies = 2 if c.self_condition > 0 else 1
-    network = dict(in_channels=copies * codec.channels + 3, out_channels=codec.channels, dropout=c.dropout, **SIZES[c.preset])
+    network = dict(in_channels=copies * codec.channels + 3, out_channels=codec.channels, dropout=c.dropout, **SIZES[c.network])
     torch.manual_seed(c.seed)
     net = UNet(**network)
     if c.image_size % net.multiple:
         near = max(1, round(c.image_size / net.multiple)) * net.multiple
-        raise ValueError(f"--image_size {c.image_size}: preset {c.preset} needs a multiple of {net.multiple}, e.g. {near}")
-    net = net.to(device)
-    resumed = None
-    if (Path(c.out) / "ckpt.pt").exists():
-        resumed = read_checkpoint(Path(c.out) / "ckpt.pt", device)
-        old = resumed["config"]
-        differ = [f"{k} {old.get(k)} -> {v}" for k, v in vars(c).items() if k not in FREE and old.get(k) != v]
+        raise ValueError(f"--image_size {c.image_size}: network {c.network} needs a multiple of {net.multiple}, e.g. {near}")
+    return device, dtype, why, codec, diffusion, network, net.to(device)
+
+
+def loss_of(diffusion, codec):
+    """loss(net, batch) of a dictionary that `batches` yields."""
+    def loss(net, batch):
+        drawn = {k: v for k, v in batch.items() if k not in ("x0", "image", "valid")}
+        return training_loss(net, batch["x0"], batch["image"], batch["valid"], diffusion, codec.activate, drawn=drawn)
+    return loss
+
+
+def prepare(c):
+    """All that can be wrong with the user's input goes wrong here. Raises ValueError or OSError."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))   # torchrun
+    if c.batch_size % (c.accumulate * world):
+        raise ValueError(f"--batch_size {c.batch_size} cannot be split among {world} processes x --accumulate {c.accumulate}")
+    device, dtype, why, codec, diffusion, network, net = build(c, local if world > 1 else None)
+    if c.init:
+        source = read(c.init, device)
+        differ = [f"{k} {source['network'].get(k)} -> {v}" for k, v in network.items()
+                  if k != "dropout" and source["network"].get(k) != v]
         if differ:
-            raise ValueError(f"{c.out}/ckpt.pt was made with other options ({'; '.join(differ)}): use the same, or another --out")
+            raise ValueError(f"--init {c.init} is another network ({'; '.join(differ)}): choose --network, --bits and "
+                             f"--encoding as it has them")
+        net.load_state_dict(source["ema"])
     common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled)
     train_data = datasets.load(c.dataset, "train", c.image_size, **common)
     val_data = datasets.load(c.dataset, "val", c.image_size, **common)
-    Path(c.out).mkdir(parents=True, exist_ok=True)
-    return device, dtype, why, codec, diffusion, network, net, resumed, train_data, val_data
-
-
-def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_data, val_data):
-    out, step = Path(c.out), 0
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay,
-                                  fused=device.type in ("cuda", "cpu"))
-    fast = torch.compile(net) if c.compile == "on" or c.compile == "auto" and device.type == "cuda" else net
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    out = Path(c.out)
+    out.mkdir(parents=True, exist_ok=True)
+    held = lock(out) if rank == 0 else None                                        # one writer
+    resumed, path, problem = newest(out / "ckpt.pt", device)
     if resumed:
-        step = resumed["step"]
+        lacks = {"net", "ema", "optimizer", "scaler", "config", "step", "best", "validated"} - resumed.keys()
+        if lacks:
+            raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it was made by --export or another version; start from "
+                             f"its weights with --init, into another --out")
+        old, new = resumed["config"], vars(c)
+        differ = [f"{k} {old.get(k, '(none)')} -> {new.get(k, '(none)')}" for k in {**new, **old}
+                  if k not in FREE and old.get(k) != new.get(k)]
+        if differ:
+            raise ValueError(f"{path} was made with other options ({'; '.join(differ)}): use the same, or another --out")
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        step = torch.tensor([resumed["step"] if resumed else 0])
+        steps = [torch.zeros_like(step) for _ in range(world)]
+        dist.all_gather(steps, step)                                               # all have read: now files may change
+        if len({int(v) for v in steps}) > 1:
+            raise ValueError(f"{out} holds different checkpoints on different machines: --out must be a shared folder")
+    if problem and rank == 0:
+        print(f"WARNING: {problem}; going on from the one before, {path}", file=sys.stderr)
+        if (out / "ckpt.pt").exists():                                             # it must not become the one before
+            os.replace(out / "ckpt.pt", out / "ckpt.damaged")
+    return device, dtype, why, codec, diffusion, network, net, resumed, train_data, val_data, rank, world, held
+
+
+def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_data, val_data, rank, world, held):
+    out, step, best, validated = Path(c.out), 0, -math.inf, 0
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    kind = dict(fused=device.type in ("cuda", "cpu"), capturable=device.type == "cuda")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay, **kind)
+    compiled = c.compile == "on" or c.compile == "auto" and device.type == "cuda"
+    update = Step(net, loss_of(diffusion, codec), optimizer, dtype, c.accumulate, c.grad_clip, compiled, graph=compiled, world=world)
+    if resumed:
+        step, best, validated = resumed["step"], resumed["best"], resumed["validated"]
         net.load_state_dict(resumed["net"])
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
-        torch.set_rng_state(resumed["rng"].cpu())
+        optimizer.param_groups[0].update(kind)                                     # the run may have changed devices
+        update.scaler.load_state_dict(resumed["scaler"])
 
-    def autocast():
-        return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
-
-    def checkpoint():
-        save(out / "ckpt.pt", dict(
-            format=1, step=step, dataset=c.dataset, image_size=c.image_size, config=vars(c), network=network,
+    def content():
+        return dict(
+            step=step, best=best, validated=validated, dataset=c.dataset, image_size=c.image_size, config=vars(c), network=network,
             codec=dict(encoding=c.encoding, bits=c.bits, palette=c.palette, seed=c.seed, activation=c.activation),
             diffusion=dataclasses.asdict(diffusion),
             sampling=dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance),
-            net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-            rng=torch.get_rng_state()))
+            net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=update.scaler.state_dict())
 
-    def log(**line):
-        with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(line) + "\n")
+    def put(name, action):                                                         # rank 0 writes; a full disk only warns
+        return rank > 0 or written(out / name, lambda: action(out / name))
 
-    print(textwrap.fill("  ".join(f"{k}={v}" for k, v in vars(c).items()), 120, break_on_hyphens=False))
+    def checkpoint():
+        return put("ckpt.pt", lambda path: save(path, content(), keep_previous=True))
+
+    def say(text, **line):
+        if rank == 0:
+            print(text, flush=True)
+        if line:
+            put("log.jsonl", lambda path: append(path, line))
+
+    say(textwrap.fill("  ".join(f"{k}={v}" for k, v in vars(c).items()), 120, break_on_hyphens=False))
     size = "endless" if len(train_data) >= 2**31 else len(train_data)
-    print(f"{sum(p.numel() for p in net.parameters()):,} parameters on {device}, {str(dtype or torch.float32)[6:]} ({why}); "
-          f"{size} training images; " + (f"going on from step {step}" if resumed else "from scratch") + f"; into {out}/")
-    if step >= c.max_steps:
-        print(f"{out}/ckpt.pt is complete at step {step}: raise --max_steps to go on, or start anew with another --out")
+    origin = f"going on from step {step}" if resumed else f"from the weights of {c.init}" if c.init else "from scratch"
+    say(f"{sum(p.numel() for p in net.parameters()):,} parameters on {f'{world} x ' if world > 1 else ''}{device}, "
+        f"{str(dtype or torch.float32)[6:]} ({why}); {size} training images; {origin}; into {out}/")
+    if step >= c.max_steps and validated == step:
+        say(f"{out}/ckpt.pt is complete at step {step}: raise --max_steps to go on, or start anew with another --out")
         return 0
+    put("log.jsonl", lambda path: forget(path, step))
 
-    stop = []                                                                      # signals; looked at between steps
+    stop, first, started, saved = [], step, time.time(), True                      # stop: signals; looked at between steps
 
     def on_signal(number, frame):
+        if step == first:                                                          # still compiling, say: nothing to save
+            raise SystemExit(128 + number)
         stop.append(number)
-        signal.signal(number, signal.SIG_DFL)                                      # a second one ends it at once
+        if world == 1:                                                             # torchrun repeats it
+            signal.signal(number, signal.SIG_DFL)                                  # a second one ends it at once
 
     handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-    micro, losses, started, first = c.batch_size // c.accumulate, [], time.time(), step
-    loader = ThreadPoolExecutor(1)                                                 # prepares the next batch meanwhile
-    coming = loader.submit(make_batch, train_data, step * c.batch_size, c.batch_size, c)
+    coming = batches(train_data, step, c, codec, diffusion, device, rank, world)
+    stopped, watch, seen = anyone(stop, world), Watch(), []
     try:
-        while step < c.max_steps and not stop:
-            images, labels, sizes, u = (v.to(device, non_blocking=True) for v in coming.result())
-            coming = loader.submit(make_batch, train_data, (step + 1) * c.batch_size, c.batch_size, c)
-            generator = torch.Generator(device).manual_seed(c.seed * 2**32 + step)     # a step's noise depends on nothing else
-            if c.augment and c.dataset != "shapes":
-                x, inside, labels = datasets.augment(images, labels, sizes, u)
-            else:
-                x, inside = datasets.normalise(images, sizes)
-            cells = codec.cells(labels.masked_fill(~inside, -1), generator)
-            x0, valid = codec.encode(cells), cells >= 0
+        while not next(stopped):
+            if step > validated and (step % c.eval_every == 0 or step == c.max_steps):
+                result = validate(ema, val_data, codec, diffusion, c, device, update.autocast, stop, rank, world)
+                if not result:                                                     # stopped: it is made up for after a resume
+                    continue
+                ari, iou, picture = result
+                validated = step
+                put(f"samples_{step:06d}.png", lambda path: picture.save(path))
+                say(f"step {step:>6}  validation ARI {ari:.3f}  IoU {iou:.3f}  -> {out}/samples_{step:06d}.png",
+                    step=step, ari=ari, iou=iou, seconds=time.time() - started)
+                if ari > best:
+                    best = ari
+                    put("best.pt", lambda path: save(path, portable(content())))
+            if step >= c.max_steps:
+                saved = checkpoint()
+                say(f"done: {out}/ckpt.pt; now try: python sample.py --n 8 photo.jpg")
+                return 0 if saved else 1
 
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, c)
-            for part in (slice(i, i + micro) for i in range(0, c.batch_size, micro)):
-                with autocast():
-                    loss = training_loss(fast, x0[part], x[part], valid[part], diffusion, codec.activate, generator)
-                scaler.scale(loss / c.accumulate).backward()
-                losses.append(loss.detach())
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(net.parameters(), c.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            batch, full = next(coming), False
+            if c.dropout:                                                          # a step's randomness: seed and step alone
+                torch.manual_seed(c.seed * 2**32 + (rank + 1) * 2**24 + step)
+            try:
+                seen.append(update(batch, learning_rate(step, c)))
+            except RuntimeError as e:
+                full = out_of_memory(e)
+                if not full:
+                    raise
+            if full:                                                               # here the failed step's memory is free again
+                fits, tried = update.fits(batch), len(batch["x0"]) // c.accumulate
+                remedy = f"add --accumulate {c.batch_size // world // fits}" if fits else "take a smaller --network or --image_size"
+                print(f"train.py: out of memory on {device} with {tried} images at once; {fits or 'not even one'} would fit: {remedy} "
+                      f"and run the same command again", file=sys.stderr)
+                return 2
             update_ema(ema, net, step, c.ema)
             step += 1
 
             if step % c.log_every == 0 or step == c.max_steps:
-                mean, spent = float(torch.stack(losses).mean()), time.time() - started
-                rate = (step - first) / spent
-                losses = []
-                print(f"step {step:>6}/{c.max_steps}  loss {mean:.4f}  lr {learning_rate(step - 1, c):.1e}  "
-                      f"{rate * c.batch_size:.0f} images/s  {spent / 60:.1f} min, {(c.max_steps - step) / rate / 60:.1f} left", flush=True)
-                log(step=step, loss=mean, lr=learning_rate(step - 1, c), images_per_second=rate * c.batch_size, seconds=spent)
-            if step % c.eval_every == 0 or step == c.max_steps:
-                result = validate(ema, val_data, codec, diffusion, c, device, autocast, stop)
-                if result:
-                    ari, iou, picture = result
-                    picture.save(out / f"samples_{step:06d}.png")
-                    print(f"step {step:>6}  validation ARI {ari:.3f}  IoU {iou:.3f}  -> {out}/samples_{step:06d}.png", flush=True)
-                    log(step=step, ari=ari, iou=iou, seconds=time.time() - started)
-            if step % c.save_every == 0 or step == c.max_steps:
-                checkpoint()
+                values = torch.stack(seen) / world                                 # (steps, 2)
+                if world > 1:
+                    dist.all_reduce(values)
+                report = watch(*values.T.tolist(), first=step - len(seen))         # the only wait for the device
+                more = {k: v for k, v in report.items() if k != "loss" and v}
+                seen, spent = [], time.time() - started
+                rate, mean = (step - first) / spent, math.nan if report["loss"] is None else report["loss"]
+                say(f"step {step:>6}/{c.max_steps}  loss {mean:.4f}  lr {learning_rate(step - 1, c):.1e}  "
+                    f"{rate * c.batch_size:.0f} images/s  {spent / 60:.1f} min, {(c.max_steps - step) / rate / 60:.1f} left"
+                    + "".join(f"  {k}: {v}" for k, v in more.items()),
+                    step=step, loss=report["loss"], lr=learning_rate(step - 1, c), images_per_second=rate * c.batch_size,
+                    seconds=spent, **more)
+                if watch.worst >= 20:
+                    say(f"stopped at step {step}: {watch.worst} steps in a row had no finite gradient, and changed nothing. Try a lower "
+                        f"--lr, --precision fp32 or more --warmup_steps, from the last checkpoint or into another --out")
+                    return 1
+            if step % c.save_every == 0:
+                saved = checkpoint()
+            if c.keep_every and step % c.keep_every == 0:
+                put(f"ckpt_{step:06d}.pt", lambda path: save(path, content()))
+        saved = checkpoint()
+        say(f"\nstopped{' and saved' if saved else ''} at step {step}: run the same command again to go on")
+        return 128 + (stop[0] if stop else signal.SIGTERM)
     finally:
-        loader.shutdown(cancel_futures=True)
+        coming.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if stop and step < c.max_steps:
-        checkpoint()
-        print(f"\nstopped and saved at step {step}: run the same command again to go on")
-        return 128 + stop[0]
-    print(f"done: {out}/ckpt.pt; now try: python sample.py --n 8 photo.jpg")
-    return 0
 
 
 if __name__ == "__main__":

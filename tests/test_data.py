@@ -58,12 +58,12 @@ def test_label_maps_are_exact():
     """Every pixel is painted with its own segment's parameters: change those of one, and only its pixels change."""
     labels, params, noise = draw_scene(np.random.default_rng(3), 48)
     assert labels.max() < len(params)
-    labels, noise = torch.from_numpy(labels)[None].long(), torch.from_numpy(noise)[None]
-    before = paint(labels, torch.from_numpy(params)[None], noise)
-    for segment in labels.unique().tolist():
+    labels, noise = labels[None], noise[None]
+    before = paint(labels, params[None], noise)
+    for segment in np.unique(labels):
         other = params.copy()
         other[segment] = np.random.default_rng(4).random(params.shape[1])
-        changed = (paint(labels, torch.from_numpy(other)[None], noise) != before).any(-1)
+        changed = (paint(labels, other[None], noise) != before).any(-1)
         assert not (changed & (labels != segment)).any() and (changed & (labels == segment)).any()
 
 

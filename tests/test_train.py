@@ -1,6 +1,9 @@
 """train.py as a user runs it: good and bad command lines, resuming, what lies in the output folder."""
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,8 @@ import torch
 from PIL import Image
 
 import train
+from checkpoint import lock, read, save
+from sample import load_checkpoint
 
 ROOT = Path(train.__file__).parent
 QUICK = "--device cpu --max_steps 4 --batch_size 2 --image_size 16 --eval_images 3 --steps 2 --log_every 2 --save_every 2 --eval_every 4".split()
@@ -33,6 +38,10 @@ def run(tmp_path, *more, out="run"):
 def weights(tmp_path, out):
     c = torch.load(tmp_path / out / "ckpt.pt", weights_only=True)
     return {**{f"net.{k}": v for k, v in c["net"].items()}, **{f"ema.{k}": v for k, v in c["ema"].items()}}
+
+
+def log(tmp_path, out="run"):
+    return [json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_run_leaves_checkpoint_log_and_picture(tmp_path, capsys):
@@ -98,6 +107,9 @@ def test_the_baselines_train_and_sample(tmp_path, encoding, palette, prediction)
     (["--image_size", "20"], "needs a multiple of 8"),
     (["--batch_size", "0"], "--batch_size must be at least 1"),
     (["--batch_size", "3", "--accumulate", "2"], "cannot be split"),
+    (["--keep_every", "-1"], "--keep_every must be 0"),
+    (["--network", "large"], "network 'large' is not one of"),
+    (["--compile", "yes"], "compile is auto, on or off"),
     (["--weighting", "snr2"], "weighting 'snr2' is not one of"),
     (["--palette", "rainbow"], "palette 'rainbow' is not one of"),
     (["--activation", "relu"], "activation 'relu' is not one of"),
@@ -132,11 +144,187 @@ def test_wrong_folders_get_one_sentence(tmp_path, capsys):
 
 def test_a_checkpoint_of_other_options_is_refused(tmp_path, capsys):
     run(tmp_path)
-    assert run(tmp_path, "--bits", "4") == 2
-    assert "bits 6 -> 4" in capsys.readouterr().err
-    (tmp_path / "run" / "ckpt.pt").write_bytes(b"nonsense")
+    assert run(tmp_path, "--bits", "6", "--lr", "1e-5") == 2
+    err = capsys.readouterr().err
+    assert "bits 4 -> 6" in err and "lr 0.002 -> 1e-05" in err and err.count("\n") == 1
+    content = read(tmp_path / "run" / "ckpt.pt")
+    del content["config"]["dropout"]
+    content["config"]["colour"] = "red"
+    save(tmp_path / "run" / "ckpt.pt", content)
+    assert run(tmp_path) == 2
+    err = capsys.readouterr().err
+    assert "dropout (none) -> 0.0" in err and "colour red -> (none)" in err
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
+    run(tmp_path)
+    before, folder = weights(tmp_path, "run"), tmp_path / "run"
+    save(folder / "ckpt.prev.pt", {**read(folder / "ckpt.prev.pt")})
+    damaged = folder / "ckpt.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    sampling = load_checkpoint(damaged)
+    assert sampling.step == 4 and "using the one before" in capsys.readouterr().err
+    assert run(tmp_path) == 0
+    err = capsys.readouterr().err
+    assert "ckpt.pt: not a readable checkpoint" in err and "going on from the one before" in err and err.count("\n") == 1
+    assert all(torch.equal(v, before[k]) for k, v in weights(tmp_path, "run").items())
+    for name in ("ckpt.pt", "ckpt.prev.pt"):
+        (folder / name).write_bytes(b"nonsense")
     assert run(tmp_path) == 2
     assert "not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_best_and_kept_checkpoints(tmp_path):
+    assert run(tmp_path, "--keep_every", "3", "--eval_every", "2") == 0
+    aris = {line["step"]: line["ari"] for line in log(tmp_path) if "ari" in line}
+    best = load_checkpoint(tmp_path / "run" / "best.pt")
+    assert set(aris) == {2, 4} and best.step == max(aris, key=aris.get)
+    assert read(tmp_path / "run" / "ckpt_000003.pt")["step"] == 3
+
+
+def test_export_sampling_and_fine_tuning(tmp_path, capsys):
+    assert run(tmp_path) == 0
+    exported = tmp_path / "model.pt"
+    assert train.main(["--out", str(tmp_path / "run"), "--export", str(exported)]) == 0
+    ema = read(tmp_path / "run" / "ckpt.pt")["ema"]
+    assert exported.stat().st_size < 0.35 * (tmp_path / "run" / "ckpt.pt").stat().st_size
+    model = load_checkpoint(exported)
+    assert all(torch.equal(v, ema[k]) for k, v in model.net.state_dict().items())
+
+    folder = make_folder(tmp_path / "mine")                                        # other data, learning rate and length
+    tuned = ["--dataset", str(folder), "--preset", "tiny", "--init", str(exported)]
+    assert run(tmp_path, *tuned, "--lr", "0", "--max_steps", "1", out="tuned") == 0
+    assert "from the weights of" in capsys.readouterr().out
+    assert all(torch.equal(v, weights(tmp_path, "tuned")[f"net.{k}"]) for k, v in ema.items())
+
+    capsys.readouterr()
+    for more, words in ((["--bits", "6"], "in_channels 7 -> 9; out_channels 4 -> 6"), (["--network", "small"], "width 32 -> 64")):
+        assert run(tmp_path, *tuned, *more, out="other") == 2
+        err = capsys.readouterr().err
+        assert words in err and "is another network" in err and err.count("\n") == 1
+    assert run(tmp_path, "--init", str(tmp_path / "none.pt"), out="other") == 2
+    assert train.main(["--out", str(tmp_path / "nothing"), "--export", str(exported)]) == 2
+    (tmp_path / "other").mkdir(exist_ok=True)
+    save(tmp_path / "other" / "ckpt.pt", read(exported))
+    assert run(tmp_path, out="other") == 2
+    assert "lacks net, optimizer, scaler" in capsys.readouterr().err
+
+
+def test_accumulation_and_the_whole_batch_are_the_same(tmp_path):
+    for parts in "1", "2":
+        assert run(tmp_path, "--lr", "1e-4", "--accumulate", parts, out=parts) == 0
+    for k, v in weights(tmp_path, "1").items():
+        torch.testing.assert_close(v, weights(tmp_path, "2")[k], rtol=1e-4, atol=2e-5)
+
+
+def broken(monkeypatch, when):
+    """The training loss is nan in the steps for which when(number) is true."""
+    real, calls = train.training_loss, []
+
+    def loss(*args, **more):
+        calls.append(1)
+        return real(*args, **more) * (float("nan") if when(len(calls)) else 1)
+
+    monkeypatch.setattr(train, "training_loss", loss)
+
+
+def test_a_nan_step_is_skipped_and_counted(tmp_path, monkeypatch):
+    broken(monkeypatch, lambda i: i == 3)
+    assert run(tmp_path) == 0
+    first, second = (line for line in log(tmp_path) if "loss" in line)
+    assert "skipped" not in first and second["skipped"] == 1 and second["loss"] > 0
+    assert all(v.isfinite().all() for v in weights(tmp_path, "run").values())
+
+
+def test_twenty_nan_steps_in_a_row_end_the_run(tmp_path, monkeypatch, capsys):
+    broken(monkeypatch, lambda i: i > 2)
+    more = ["--max_steps", "60", "--log_every", "11", "--save_every", "2"]
+    assert run(tmp_path, *more) == 1
+    out = capsys.readouterr().out
+    assert "stopped at step 22: 20 steps in a row" in out and "Try a lower --lr" in out
+    assert all(v.isfinite().all() for v in weights(tmp_path, "run").values())
+
+
+def test_a_loss_spike_is_logged(tmp_path, monkeypatch, capsys):
+    real, calls = train.training_loss, []
+
+    def loss(*args, **more):
+        calls.append(1)
+        return real(*args, **more) * (100 if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(train, "training_loss", loss)
+    assert run(tmp_path) == 0
+    (step, value), = [line for line in log(tmp_path) if "loss" in line][1]["spikes"]
+    assert step == 2 and value > 50 and "spikes" in capsys.readouterr().out
+
+
+def test_out_of_memory_says_what_fits_and_that_works(tmp_path, monkeypatch, capsys):
+    real = train.training_loss
+
+    def loss(net, x0, *args, **more):
+        if len(x0) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return real(net, x0, *args, **more)
+
+    monkeypatch.setattr(train, "training_loss", loss)
+    assert run(tmp_path, "--batch_size", "4") == 2
+    err = capsys.readouterr().err
+    assert "out of memory on cpu with 4 images at once; 1 would fit: add --accumulate 4" in err and "Traceback" not in err
+    assert run(tmp_path, "--batch_size", "4", "--accumulate", "4") == 0
+
+
+def test_a_full_disk_warns_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    real, calls = os.fsync, []
+
+    def full(fd):
+        calls.append(1)
+        if len(calls) > 2:                                                         # the first checkpoint: file and folder
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run(tmp_path) == 1                                                      # it is not saved, and says so
+    assert "ckpt.pt is not written (No space left on device)" in capsys.readouterr().err
+    assert read(tmp_path / "run" / "ckpt.pt")["step"] == 2
+    monkeypatch.undo()
+    assert run(tmp_path) == 0 and read(tmp_path / "run" / "ckpt.pt")["step"] == 4
+
+
+def test_a_signal_during_validation_stops_it_and_it_is_made_up_for(tmp_path, monkeypatch):
+    real, calls = train.scores, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    assert run(tmp_path, out="whole") == 0
+    monkeypatch.setattr(train, "scores", interrupted)
+    assert run(tmp_path, "--batch_size", "2") == 143
+    assert len(calls) == 2 and not any("ari" in line for line in log(tmp_path))
+    assert run(tmp_path) == 0
+    assert [line["step"] for line in log(tmp_path) if "ari" in line] == [4]
+    assert all(torch.equal(v, weights(tmp_path, "run")[k]) for k, v in weights(tmp_path, "whole").items())
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    held = lock(tmp_path / "run")
+    assert run(tmp_path) == 2
+    err = capsys.readouterr().err
+    assert f"in use by process {os.getpid()}" in err and err.count("\n") == 1
+    held.close()
+    assert run(tmp_path) == 0
+
+
+def test_presets_name_real_options_and_networks():
+    for name, row in train.PRESETS.items():
+        c = train.parse(["--preset", name])
+        assert all(getattr(c, key) == value for key, value in row.items()) and c.network in train.SIZES
+    slow, fast = train.PRESETS["paper"], train.PRESETS["paper-fast"]
+    assert slow["batch_size"] * slow["max_steps"] == fast["batch_size"] * fast["max_steps"]
+    assert fast["ema"] == pytest.approx(slow["ema"] ** (fast["batch_size"] / slow["batch_size"]), abs=1e-4)
 
 
 def test_help_shows_every_option_and_the_shell_sees_the_status():

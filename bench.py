@@ -1,0 +1,375 @@
+"""How fast is it here? A table, and one JSON line last.
+
+    python bench.py kernels                      # every fused kernel against PyTorch and torch.compile of the same PyTorch
+    python bench.py train --preset tiny          # images a second, and where a step's time goes
+    python bench.py train --preset paper --batch 2
+    python bench.py sample --preset tiny         # images x samples a second, latency of one image
+
+kernels: without CUDA it says so and measures the kernels' PyTorch twins on a small batch: a check that everything runs, no
+figure of merit. train, sample: weights are random, for speed does not depend on them; all variants are timed in turn, round
+after round, so that whatever else the machine does meets all of them; figures are medians over the rounds. On a busy machine:
+--clock cpu counts this process' own processor time (OMP_NUM_THREADS=1 makes that comparable).
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bits
+import data
+import diffusion
+import kernels
+import metrics
+import train
+from diffusion import sample
+from engine import Step, pick_precision, update_ema
+
+BITS, SIZE = 6, 128
+MIN_SECONDS = 0.2                                # of measuring, for each figure on a CPU
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def machine(device):
+    """What the figures belong to."""
+    gpu = torch.cuda.get_device_name(device) if device == "cuda" else None
+    return dict(gpu=gpu, cpu=platform.processor() or platform.machine(), cores=os.cpu_count(), torch=torch.__version__,
+                triton=getattr(kernels.triton, "__version__", None), cuda=torch.version.cuda, python=platform.python_version(),
+                threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d %H:%M"))
+
+
+def timed(f, device):
+    """Milliseconds a call: median, 20th and 80th percentile. On CUDA with a cold L2 cache."""
+    f()
+    if device == "cuda":
+        from triton.testing import do_bench
+        return do_bench(f, warmup=50, rep=200, quantiles=[0.5, 0.2, 0.8])
+    times, start = [], time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - start < MIN_SECONDS:
+        t = time.perf_counter()
+        f()
+        times.append(1000 * (time.perf_counter() - t))
+    return [float(torch.tensor(times).quantile(q)) for q in (0.5, 0.2, 0.8)]
+
+
+def peak_mib(f, device):
+    """Memory that a call needs on top of its inputs, results included; None without CUDA."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def copy_gb_s(device):
+    """Bandwidth of a plain copy of 1 GiB (64 MiB on a CPU), read and written: the ceiling of a pass that only moves memory."""
+    x = torch.empty((1024 if device == "cuda" else 64) * 2**20, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.numel() / timed(lambda: y.copy_(x), device)[0] / 1e6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kernels
+
+
+def kernel_cases(B, dtype, device):
+    """name -> (fused, plain PyTorch, whether to compile it, bytes that the fused pass must move)."""
+    g = torch.Generator(device).manual_seed(0)
+    codec, d, k, n, item = bits.Codec(bits=BITS), diffusion.Diffusion(), BITS, B * SIZE * SIZE, torch.finfo(dtype).bits // 8
+    codec.table, codec.cell_of_code = codec.table.to(device), codec.cell_of_code.to(device)
+
+    def rand(*shape, kind=dtype):
+        return torch.randn(shape, generator=g, device=device).to(kind).contiguous(memory_format=torch.channels_last)
+
+    patches = torch.randint(0, 20, (B, SIZE // 8, SIZE // 8), generator=g, device=device)
+    labels = patches.repeat_interleave(8, 1).repeat_interleave(8, 2)               # (B, S, S), about 20 segments
+    other, cells, valid = labels.roll(3, 2), codec.cells(labels), labels >= 0
+    small = cells.to(torch.int8)
+    image = torch.randint(0, 256, (B, SIZE, SIZE, 3), generator=g, device=device).byte()
+    sizes, seeds = torch.full((B, 2), SIZE, device=device), torch.arange(B, device=device)
+    t = diffusion.stratified_t(B, g, device)
+    alpha, sigma = (v.float() for v in diffusion.alpha_sigma(t, d))
+    a4, s4 = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+    weight, keep = diffusion.loss_weight(t, d).float(), torch.ones(B, device=device)
+    out, two, xt = rand(B, k, SIZE, SIZE), rand(2 * B, k, SIZE, SIZE), rand(B, k, SIZE, SIZE, kind=torch.float32)
+    leaf, several = out.clone().requires_grad_(), out.unflatten(0, (-1, min(8, B)))       # 8 samples an image
+
+    def plain_noise():
+        x0 = codec.encode(cells)
+        return (a4 * x0 + s4 * torch.randn_like(x0)).to(dtype)
+
+    def plain_input():
+        x = data.normalise(image, sizes)[0] * keep.view(-1, 1, 1, 1)
+        x0 = codec.encode(cells)
+        return diffusion.network_input(a4 * x0 + s4 * torch.randn_like(x0), x).to(dtype, memory_format=torch.channels_last)
+
+    def plain_loss(o):
+        return weight * diffusion.per_sample_error(o.float().tanh(), codec.encode(cells), valid)
+
+    def plain_vote():
+        mean = several.float().clamp(-1, 1).mean(1)
+        return codec.decode(mean, valid[: len(mean)]), mean, bits.entropy(mean)
+
+    def plain_step(c):
+        def step():
+            x = 2 * two[:B].float().tanh() - two[B:].float().tanh()
+            after = 0.3 * xt + 0.6 * (x.clamp(-1, 1) * valid[:, None])
+            return after + c * torch.randn_like(after) if c else after
+        return step
+
+    def fused_step(c):
+        return lambda: kernels.step(two, xt, 0.5, 0.8, 0.3, 0.6, c, valid, 1.0, seeds, 1)
+
+    def both(loss):
+        return lambda: torch.autograd.grad(loss(leaf).sum(), leaf)
+
+    fused_loss = lambda o: kernels.loss(o, small, weight)
+    step_bytes = n * (2 * k * item + 2 * k * 4 + 1)
+    return {
+        "locate": (lambda: kernels.locate(labels, 8, dtype=torch.int8, labels_below=64), lambda: bits.locate(labels, 8), False,
+                   n * (8 + 8 + 1)),
+        "noise": (lambda: kernels.noise(small, alpha, sigma, seeds, k, dtype=dtype), plain_noise, True, n * (1 + k * item)),
+        "noise alone (plain: randn)": (lambda: kernels.normal(seeds, k, SIZE, SIZE, dtype=dtype),
+                                       lambda: torch.randn(B, k, SIZE, SIZE, dtype=dtype, device=device), False, n * k * item),
+        "network input": (lambda: kernels.network_input(small, alpha, sigma, seeds, k, image, sizes, keep, dtype=dtype),
+                          plain_input, True, n * (1 + 3 + (k + 3) * item)),
+        "loss, forward": (lambda: fused_loss(out), lambda: plain_loss(out), True, n * (1 + k * item)),
+        "loss, forward and backward": (both(fused_loss), both(plain_loss), True, n * (2 + 3 * k * item)),
+        "decode": (lambda: kernels.decode(out, valid), lambda: codec.decode(out, valid), True, n * (k * item + 1 + 8)),
+        "vote": (lambda: kernels.vote(several, valid[: len(several)]), plain_vote, True,
+                      n * k * item + n // several.shape[1] * (1 + 8 + 4 + 4 * k)),
+        "step, guided, no noise": (fused_step(0.0), plain_step(0.0), True, step_bytes),
+        "step, guided, noise": (fused_step(0.2), plain_step(0.2), True, step_bytes),
+        "contingency": (lambda: kernels.contingency(labels, other, classes=(64, 64)),
+                        lambda: metrics.contingency(labels, other), False, n * (8 + 8)),
+    }
+
+
+def bench_kernels(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        print("no CUDA here: these are the kernels' PyTorch twins on the CPU, at batch 2, against plain PyTorch")
+    batches, dtypes = (args.batch, (torch.bfloat16, torch.float32)) if device == "cuda" else ([2], (torch.float32,))
+    about, ceiling, rows = machine(device), copy_gb_s(device), []
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"a plain copy moves {ceiling:.0f} GB/s; {SIZE} x {SIZE}, {BITS} bits; ms: median (p20 to p80); MiB: peak beyond the inputs")
+    print(f"\n| {'kernel':<27}| dtype    | batch | fused ms                     | eager ms | compile ms | GB/s | of copy | MiB fused / eager |")
+    print(f"|{'-' * 28}|----------|-------|------------------------------|----------|------------|------|---------|-------------------|")
+    for dtype in dtypes:
+        for B in batches:
+            for name, (fused, plain, compiles, moved) in kernel_cases(B, dtype, device).items():
+                row = dict(kernel=name, dtype=str(dtype)[6:], batch=B, bytes=moved, fused=timed(fused, device),
+                           eager=timed(plain, device), fused_mib=peak_mib(fused, device), eager_mib=peak_mib(plain, device))
+                if compiles and device == "cuda":
+                    torch._dynamo.reset()
+                    row["compile"] = timed(torch.compile(plain), device)
+                row["gb_s"] = moved / row["fused"][0] / 1e6
+                row["of_copy"] = row["gb_s"] / ceiling if device == "cuda" else None       # a CPU's caches hold all of this
+                rows.append(row)
+                mid, low, high = row["fused"]
+                fast = f"{mid:.4f} ({low:.4f}-{high:.4f})"
+                mib = f"{row['fused_mib']:.0f} / {row['eager_mib']:.0f}" if device == "cuda" else "-"
+                print(f"| {name:<27}| {row['dtype']:<9}| {B:<6}| {fast:<29}| {row['eager'][0]:<9.4f}| "
+                      f"{format(row['compile'][0], '.4f') if 'compile' in row else '-':<11}| {row['gb_s']:<5.0f}| "
+                      f"{format(row['of_copy'], '.0%') if row['of_copy'] else '-':<8}| {mib:<18}|", flush=True)
+    print()
+    print(json.dumps(dict(bench="kernels", machine=about, copy_gb_s=ceiling, rows=rows)))
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train, sample
+
+PARTS = ("data", "forward", "backward", "optimizer")
+
+
+def setting(args):
+    """What train.py would use: configuration, device, dtype and reason, codec, diffusion, network."""
+    argv = ["--preset", args.preset, "--device", args.device, "--precision", args.precision, "--compile", args.compile]
+    c = train.parse(argv + (["--batch_size", str(args.batch)] if args.batch else []))
+    c.accumulate = 1
+    return c, *train.build(c)
+
+
+def clock(device, kind):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.process_time() if kind == "cpu" else time.perf_counter()
+
+
+def matrix_rate(device, dtype, kind):
+    """FLOP/s of a square matrix product, the best of 7."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, best = torch.randn(n, n, device=device, dtype=dtype), 0.0
+    for _ in range(7):
+        start = clock(device, kind)
+        a @ a
+        best = max(best, 2 * n**3 / (clock(device, kind) - start))
+    return best
+
+
+def where(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device):
+    """GB: of the device; on the CPU of the whole process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:                                                            # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def plain_nchw(net):
+    """The same network computed in NCHW, as it would be without a thought about memory."""
+    net = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+    net.stem.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    return net
+
+
+def bench_train(args):
+    c, device, dtype, why, codec, diffusion, network, net = setting(args)
+    data = train.datasets.load("shapes", "train", c.image_size, seed=c.seed)
+    compiled = c.compile == "on" or c.compile == "auto" and device.type == "cuda"
+    loss = train.loss_of(diffusion, codec)
+
+    def variant(net, dtype, compiled, fused):
+        net = copy.deepcopy(net)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=fused,
+                                      capturable=fused and device.type == "cuda")
+        return Step(net, loss, optimizer, dtype, 1, c.grad_clip, compiled, graph=compiled), copy.deepcopy(net)
+
+    low = dtype or torch.bfloat16
+    variants = {"plain fp32 NCHW": variant(plain_nchw(net), None, False, False),
+                f"eager {str(low)[6:]}": variant(net, low, False, True),
+                "train.py": variant(net, dtype, compiled, True)}
+    coming = train.batches(data, 0, c, codec, diffusion, device, 0, 1)
+    times, parts, warm = {k: [] for k in variants}, {k: [] for k in variants}, {}
+    for name, (step, ema) in variants.items():                                     # compile, choose kernels, make the graph
+        start = time.perf_counter()
+        for _ in range(5 if compiled and device.type == "cuda" else 2):
+            step(next(coming), c.lr)
+        warm[name] = time.perf_counter() - start
+    for i in range(args.rounds):
+        for name, (step, ema) in variants.items():
+            marks = [clock(device, args.clock)]
+            batch = next(coming)
+            marks.append(clock(device, args.clock))
+            with step.autocast():
+                value = step.loss(step.fast, batch)
+            marks.append(clock(device, args.clock))
+            step.scaler.scale(value).backward()
+            marks.append(clock(device, args.clock))
+            step.finish()
+            update_ema(ema, step.net, i, c.ema)
+            marks.append(clock(device, args.clock))
+            parts[name].append([b - a for a, b in zip(marks, marks[1:])])
+            batch, start = next(coming), clock(device, args.clock)                     # as in training: no wait within
+            step(batch, c.lr)
+            update_ema(ema, step.net, i, c.ema)
+            times[name].append(clock(device, args.clock) - start)
+    coming.close()
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        loss(net, batch)
+    flop, rate = 3 * counter.get_total_flops(), matrix_rate(device, torch.bfloat16, args.clock)
+    print(f"{args.preset}: batch {c.batch_size} of {c.image_size} x {c.image_size}, {flop / c.batch_size / 1e9:.1f} GFLOP an image and step, "
+          f"on {where(device)}; bf16 matrix rate {rate / 1e12:.2f} TFLOP/s; train.py: {str(dtype or torch.float32)[6:]} ({why}), "
+          f"{'compiled' if compiled else 'not compiled'}; medians of {args.rounds} rounds, {args.clock} clock\n")
+    print(f"{'':18}{'images/s':>9}{'speed':>7}{'step ms':>9}" + "".join(f"{p:>11}" for p in PARTS) + f"{'GFLOP/s':>10}{'of rate':>9}{'warm-up s':>11}")
+    rows, slow = {}, statistics.median(times["plain fp32 NCHW"])
+    for name in variants:
+        t, each = statistics.median(times[name]), [1e3 * statistics.median(p) for p in zip(*parts[name])]
+        rows[name] = dict(images_per_second=c.batch_size / t, speed=slow / t, step_ms=1e3 * t, **dict(zip(PARTS, each)),
+                          flops=flop / t, share_of_rate=flop / t / rate, warm_up_s=warm[name])
+        print(f"{name:18}{c.batch_size / t:9.1f}{slow / t:6.2f}x{1e3 * t:9.1f}" + "".join(f"{v:11.1f}" for v in each)
+              + f"{flop / t / 1e9:10.1f}{flop / t / rate:9.1%}{warm[name]:11.1f}")
+    memory = peak_memory(device)
+    print(f"\npeak memory {memory:.2f} GB" if memory else "")
+    print(json.dumps(dict(bench="train", preset=args.preset, batch=c.batch_size, device=where(device), torch=torch.__version__,
+                          clock=args.clock, gflop_per_image=flop / c.batch_size / 1e9, matrix_rate=rate, peak_memory_gb=memory,
+                          variants=rows, images_per_second=rows["train.py"]["images_per_second"])))
+
+
+def bench_sample(args):
+    c, device, dtype, why, codec, diffusion, network, net = setting(args)
+    net, n = net.eval().requires_grad_(False), args.n
+    data = train.datasets.load("shapes", "val", c.image_size, seed=c.seed)
+    images, _, sizes = data.get(list(range(args.images)))
+    x, inside = train.datasets.normalise(images.to(device), sizes.to(device))
+    which = [i for i in range(args.images) for _ in range(n)]
+    jobs = {"one image, one sample": [0], f"one image, {n} samples": which[:n], f"{args.images} images x {n} samples": which}
+    context = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    times = {k: [] for k in jobs}
+    for i in range(args.rounds + 1):
+        for name, job in jobs.items():
+            start = clock(device, args.clock)
+            with context:
+                sample(net, x[job], inside[job], codec.channels, range(len(job)), diffusion, codec.activate, args.steps, c.guidance)
+            if i > 0:                                                              # the first round warms up
+                times[name].append(clock(device, args.clock) - start)
+    print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, {str(dtype or torch.float32)[6:]} ({why}), "
+          f"on {where(device)}; medians of {args.rounds} rounds, {args.clock} clock\n")
+    rows = {}
+    for name, job in jobs.items():
+        t = statistics.median(times[name])
+        rows[name] = dict(seconds=t, samples_per_second=len(job) / t)
+        print(f"{name:24}{1e3 * t:10.0f} ms{len(job) / t:10.2f} samples/s")
+    print(json.dumps(dict(bench="sample", preset=args.preset, device=where(device), torch=torch.__version__, clock=args.clock,
+                          steps=args.steps, guidance=c.guidance, variants=rows, peak_memory_gb=peak_memory(device),
+                          samples_per_second=rows[f"{args.images} images x {n} samples"]["samples_per_second"],
+                          latency_s=rows["one image, one sample"]["seconds"])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = p.add_subparsers(dest="what", required=True)
+    k = what.add_parser("kernels", help="every fused kernel against PyTorch")
+    k.add_argument("--batch", type=int, nargs="+", default=[8, 64, 256], help="batch sizes, on CUDA")
+    k.set_defaults(run=bench_kernels)
+    t = what.add_parser("train", help="a training step")
+    t.add_argument("--batch", type=int, help="(default: the preset's)")
+    t.add_argument("--rounds", type=int, default=9)
+    t.set_defaults(run=bench_train)
+    s = what.add_parser("sample", help="sampling")
+    s.add_argument("--n", type=int, default=8, help="samples of an image")
+    s.add_argument("--images", type=int, default=4)
+    s.add_argument("--steps", type=int, default=8)
+    s.add_argument("--rounds", type=int, default=3)
+    s.set_defaults(run=bench_sample, batch=None)
+    for q in (t, s):
+        q.add_argument("--preset", default="tiny", choices=train.PRESETS)
+        q.add_argument("--device", default="auto")
+        q.add_argument("--precision", default="auto")
+        q.add_argument("--compile", default="auto")
+        q.add_argument("--clock", default="wall", choices=["wall", "cpu"])
+    args = p.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, OSError) as e:
+        print(f"bench.py: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

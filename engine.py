@@ -1,0 +1,211 @@
+"""What the training loop of any network needs: precision, EMA, steps that nobody waits for, what to do when things go wrong.
+
+What it is: small functions, each of which can be copied alone. What it is not: it knows nothing of segmentation, and
+nothing of checkpoints (checkpoint.py).
+
+Use it alone:
+    from engine import Step, update_ema
+    step = Step(net, lambda net, batch: F.mse_loss(net(batch["x"]), batch["y"]), torch.optim.AdamW(net.parameters(), fused=True))
+    loss, norm = step(batch, lr=1e-4)                        # on the device; nan or inf: nothing has changed
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def pick_precision(name, device):
+    """(autocast dtype or None, why)."""
+    if name != "auto":
+        known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+        if name not in known:
+            raise ValueError(f"precision '{name}' is not one of auto, {', '.join(known)}")
+        return known[name], "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU has bf16"
+        return torch.float16, "this GPU has no bf16; the loss is scaled"
+    return None, f"on {device.type}"
+
+
+@torch.no_grad()
+def update_ema(ema, net, step, decay):
+    """ema <- decay * ema + (1 - decay) * net, with a shorter memory in the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+class Step:
+    """One optimizer step: forward, backward, clip, update. step(batch, lr) -> (2,): the loss, the gradient's norm.
+
+    loss(net, batch) -> a scalar; batch: a dictionary of tensors with a row a sample. optimizer: one parameter group, fused on
+    CPU and CUDA (and capturable, for graph), so that a nan or infinite gradient changes nothing, without a wait. net: as
+    it is, compiled, or (model) under DistributedDataParallel. accumulate: parts of a batch, one after the other.
+    graph: after 3 steps all launches become one CUDA graph, which small batches gain from.
+    """
+
+    def __init__(self, net, loss, optimizer, dtype=None, accumulate=1, grad_clip=1.0, compiled=False, graph=False, world=1):
+        self.device = next(net.parameters()).device
+        self.net, self.loss, self.optimizer, self.dtype = net, loss, optimizer, dtype
+        self.accumulate, self.grad_clip = accumulate, grad_clip
+        self.fused = optimizer.defaults["fused"]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.lr = torch.zeros((), device=self.device) if self.fused else 0.0       # a graph reads it where it lies
+        self.model = torch.nn.parallel.DistributedDataParallel(
+            net, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False,
+            gradient_as_bucket_view=True) if world > 1 else net
+        self.fast = torch.compile(self.model) if compiled else self.model
+        self.no_sync = self.model.no_sync if world > 1 else contextlib.nullcontext
+        self.graph = graph and self.device.type == "cuda" and world == 1 and dtype != torch.float16
+        self.replay, self.count = None, 0
+
+    def autocast(self):
+        # no cache of cast weights: each is used once, and a graph must not find what lay there before
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=False) if self.dtype else contextlib.nullcontext()
+
+    def __call__(self, batch, lr):
+        self.lr = self.lr.fill_(lr) if self.fused else lr
+        self.count += 1
+        if self.graph and self.count == 4:                                         # the first three were real, and warmed up
+            try:
+                self.replay = as_cuda_graph(self.run, batch)
+            except RuntimeError as e:                                              # nothing of a failed capture was computed
+                print(f"no CUDA graph, single launches instead: {str(e).splitlines()[0]}", file=sys.stderr)
+        return (self.replay or self.run)(batch)
+
+    def run(self, batch):
+        mean = 0.0
+        for i in range(self.accumulate):
+            part = {k: v.chunk(self.accumulate)[i] for k, v in batch.items()}
+            last = i == self.accumulate - 1                                        # gradients travel once a step
+            with contextlib.nullcontext() if last else self.no_sync():
+                with self.autocast():
+                    loss = self.loss(self.fast, part) / self.accumulate
+                self.scaler.scale(loss).backward()
+            mean = mean + loss.detach()
+        return torch.stack([mean, self.finish()])
+
+    def finish(self):
+        """Clip and update. -> the gradients' norm before."""
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip)
+        self.optimizer.param_groups[0]["lr"] = self.lr
+        if self.fused:
+            self.optimizer.found_inf = (~norm.isfinite()).float()                  # the kernel looks at it
+        if self.fused or norm.isfinite():
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def fits(self, batch):
+        """How many rows go through forward and backward in the memory there is: a half, a quarter, ...; 0: not even one."""
+        rows = len(next(iter(batch.values()))) // self.accumulate
+        while rows := rows // 2:
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                with self.autocast():
+                    loss = self.loss(self.net, {k: v[:rows] for k, v in batch.items()})
+                loss.backward()
+                break
+            except RuntimeError as e:
+                if not out_of_memory(e):
+                    raise
+        return rows
+
+
+def as_cuda_graph(run, batch):
+    """run(batch) as one CUDA graph: a small batch waits for its thousands of launches, not for its arithmetic.
+
+    run must neither wait for the device nor read anything that does not lie at the same address every time. What it
+    returns is copied; the batch of the capture is not computed.
+    """
+    graph, fixed = torch.cuda.CUDAGraph(), {k: v.clone() for k, v in batch.items()}
+    with torch.cuda.graph(graph):
+        result = run(fixed)
+
+    def replay(batch):
+        for k, v in fixed.items():
+            v.copy_(batch[k])
+        graph.replay()
+        return result.clone()
+
+    return replay
+
+
+def out_of_memory(e):
+    """Whether an exception says so, on any device."""
+    return any(words in str(e) for words in ("out of memory", "allocate memory", "not enough memory"))
+
+
+def anyone(stop, world):
+    """Endless: is the list `stop` filled? Of several processes, in any, as of one step ago, so that none waits for the others."""
+    before = None
+    while True:
+        if world == 1:
+            yield bool(stop)
+        else:
+            told = torch.tensor(len(stop))
+            work = dist.all_reduce(told, async_op=True)
+            yield before is not None and before[1].wait() and bool(before[0])
+            before = told, work
+
+
+class Watch:
+    """What the losses (N,) and gradient norms (N,) of the last steps say: mean, skipped steps, spikes, steps lost in a row."""
+
+    def __init__(self, spike=5.0):
+        self.spike, self.mean, self.row, self.worst = spike, None, 0, 0
+
+    def __call__(self, losses, norms, first):
+        """-> dict(loss, skipped, spikes [(step, loss)]); self.worst: the longest row of steps without a finite gradient."""
+        ok = [abs(n) < float("inf") for n in norms]                                # False for nan, too
+        for good in ok:
+            self.row = 0 if good else self.row + 1
+            self.worst = max(self.worst, self.row)
+        finite = [v for v, good in zip(losses, ok) if good]
+        spikes = [(first + i, v) for i, (v, good) in enumerate(zip(losses, ok))
+                  if good and self.mean is not None and v > self.spike * self.mean]
+        mean = sum(finite) / len(finite) if finite else None
+        self.mean = self.mean if mean is None else mean
+        return dict(loss=mean, skipped=len(ok) - len(finite), spikes=spikes)
+
+
+def written(what, action):
+    """Whether action(), which writes a file, worked. A full disk is a warning, not the end of a run."""
+    try:
+        action()
+        return True
+    except OSError as e:
+        print(f"WARNING: {what} is not written ({e.strerror or e}). Training goes on; make room on the disk", file=sys.stderr)
+        return False
+
+
+def append(path, line):
+    """Add a dictionary to a .jsonl file."""
+    with open(path, "a") as f:
+        f.write(json.dumps(line) + "\n")
+
+
+def forget(path, step):
+    """Drop the lines of a .jsonl file that are of later steps than `step`, or half written: they will be written again."""
+    if Path(path).exists():
+        def old(line):
+            try:
+                return json.loads(line)["step"] <= step
+            except (ValueError, KeyError):
+                return False
+
+        with open(path) as f:
+            lines = [line for line in f if old(line)]
+        part = Path(path).with_suffix(".part")
+        part.write_text("".join(lines))
+        os.replace(part, path)

@@ -1,0 +1,361 @@
+"""Fused kernels for everything between a label map and the network's input, and between its output and the gradient.
+
+    import kernels
+    cells = kernels.locate(labels, side=8, dtype=torch.int8)                        # location-aware palette
+    x = kernels.network_input(cells, alpha, sigma, seeds, 6, image)                 # noisy bits and image
+    loss = kernels.loss(net(x, t), cells, weight).mean()                            # differentiable
+    xt = kernels.step(out, xt, alpha, sigma, a, b, c, guidance=1.0, seeds=seeds)    # one update of the sampler
+    cells = kernels.decode(xt)
+
+This file is the only door. Every function has a plain PyTorch twin of the same name in reference.py. Triton runs on CUDA,
+PyTorch elsewhere; use("triton" or "torch"), or the environment variable BITSEG_KERNELS, forces one. What is live is
+printed once. Forced and impossible is a RuntimeError with the reason; a failed launch is never hidden.
+
+The folder needs torch, and triton on CUDA, and nothing else: copy it. The operators are registered as bitseg::*, so they
+work inside torch.compile, and none of them waits for the device, so they work inside CUDA graphs (locate and contingency
+where labels_below and classes are given).
+
+Words: k bits, B samples, "main arrays" (B, k, H, W) in float32, float16 or bfloat16; NCHW and channels_last are used as
+they are, other strides are copied first. cells (B, H, W), any signed integer type, -1 = ignored.
+"""
+
+import os
+
+import torch
+
+from . import reference
+
+try:
+    import triton
+except ImportError as e:                                               # macOS, Windows, a CPU build
+    triton, why_not = None, f"triton cannot be imported ({e})"
+else:
+    from . import common as _common, contingency as _contingency, decode as _decode, locate as _locate, loss as _loss
+    from . import noise as _noise, step as _step
+    why_not = ""
+
+MODES, PREDICTIONS, ACTIVATIONS = ("auto", "triton", "torch"), ("x", "eps", "v"), ("tanh", "none")
+LIMIT = 2**30                                                          # elements of a sample: 32-bit offsets inside it
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+mode = os.environ.get("BITSEG_KERNELS", "auto")
+_said = set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which one runs
+
+
+def use(name):
+    """Force "triton" or "torch", or let the device decide ("auto"). Overrides BITSEG_KERNELS."""
+    global mode
+    if name not in MODES:
+        raise ValueError(f"kernels '{name}' is not one of {', '.join(MODES)}")
+    mode = name
+
+
+def live(device):
+    """("triton" or "torch", why) for tensors on a device. RuntimeError when Triton was forced and cannot run there."""
+    device = torch.device(device)
+    if mode not in MODES:
+        raise ValueError(f"BITSEG_KERNELS '{mode}' is not one of {', '.join(MODES)}")
+    if mode == "torch":
+        return "torch", "asked for"
+    reason = why_not
+    if not reason and device.type != "cuda" and not triton.knobs.runtime.interpret:
+        reason = f"the tensors are on {device.type}"
+    if not reason and device.type == "cuda" and mode == "auto" and torch.cuda.get_device_capability(device) < (8, 0):
+        reason = f"{torch.cuda.get_device_name(device)} is older than Ampere, for which they were written"
+    if mode == "triton":
+        if reason:
+            raise RuntimeError(f"Triton kernels were asked for, but {reason}: use 'auto' or 'torch'")
+        return "triton", "asked for"
+    if reason or device.type != "cuda":                                # the interpreter is for tests: only on demand
+        return "torch", reason or f"the tensors are on {device.type}"
+    return "triton", f"on {torch.cuda.get_device_name(device)}"
+
+
+@torch.compiler.assume_constant_result                                 # torch.compile asks once and does not look inside
+def _triton(device):
+    name, why = live(device)
+    if (name, why) not in _said:
+        _said.add((name, why))
+        print(f"kernels: {'Triton' if name == 'triton' else 'PyTorch'} ({why})", flush=True)
+    return name == "triton"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks. Every one names both sides.
+
+
+def _same(name, x, shape, device, kinds):
+    """x must have this shape, live on this device and have one of these dtypes."""
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device}, not on {x.device}")
+    if x.dtype not in kinds:
+        raise ValueError(f"{name} must be {' or '.join(str(k)[6:] for k in kinds)}, not {str(x.dtype)[6:]}")
+
+
+def _main(name, x, dims=4):
+    """x must be a main array, of 2 to 10 bits."""
+    if x.dim() != dims or x.dtype not in FLOATS or x.numel() == 0 or not 2 <= x.shape[-3] <= 10:
+        raise ValueError(f"{name} must be {'(B, k, H, W)' if dims == 4 else '(B, n, k, H, W)'}, not empty, k from 2 to 10, in "
+                         f"float32, float16 or bfloat16; not {tuple(x.shape)} in {str(x.dtype)[6:]}")
+    if x.shape[-3] * x.shape[-2] * x.shape[-1] >= LIMIT:
+        raise ValueError(f"{name} must have fewer than 2^30 elements a sample, not {tuple(x.shape[-3:])}")
+
+
+def _table(name, table, bits, device):
+    if table is not None:
+        _same(name, table, (2**bits,), device, INTEGERS)
+    elif bits % 2:
+        raise ValueError(f"{bits} bits have no square grid and so no 2D Gray code: pass {name}, ({2**bits},)")
+
+
+def _maps(name, x):
+    if x.dim() != 3 or x.numel() == 0 or x.dtype not in INTEGERS + (torch.uint8,):
+        raise ValueError(f"{name} must be integers of shape (B, H, W), not empty; not {tuple(x.shape)} in {str(x.dtype)[6:]}")
+
+
+def _known(**names):
+    for name, (value, known) in names.items():
+        if value not in known:
+            raise ValueError(f"{name} '{value}' is not one of {', '.join(known)}")
+
+
+def _float(x):
+    return x if x is None else x.float().contiguous()
+
+
+def _flat(x):
+    return x if x is None else x.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Label maps
+
+
+def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=None):
+    """Location-aware palette: every segment gets the cell nearest to its centroid, no two the same one.
+
+    labels (B, H, W) integers, any ids, -1 = ignore -> cells (B, H, W) in [0, side^2), -1 where ignored; side from 1 to 32.
+    labels_below: a promise that every id lies in [-1, labels_below), at most 1,024; then nothing waits for the device, and
+    an id that breaks the promise counts as ignored. Twin: bits.locate.
+    """
+    _maps("labels", labels)
+    if not 1 <= side <= 32:
+        raise ValueError(f"side must be from 1 to 32, not {side}")
+    if dtype not in INTEGERS or torch.iinfo(dtype).max < side * side - 1:
+        raise ValueError(f"cells up to {side * side - 1} do not fit into {str(dtype)[6:]}")
+    if labels_below is not None and not 1 <= labels_below <= 1024:
+        raise ValueError(f"labels_below must be from 1 to 1024, not {labels_below}")
+    if labels_below is not None and not _triton(labels.device):
+        labels = torch.where((labels < labels_below) & (labels >= 0), labels.long(), -1)
+    if not _triton(labels.device):
+        return reference.locate(labels, side, largest_first, dtype)
+    if labels_below is None:
+        low, high = (int(v) for v in labels.aminmax())
+        if low < -1 or high >= _locate.MAX_LABELS:
+            index, n = reference.compact(labels.flatten(1), ignore=-1)
+            index, n = (index, n) if n <= _locate.MAX_LABELS else reference.merged(index, n, side * side)
+            labels, high = index.view(labels.shape), n - 1
+        labels_below = max(1, high + 1)
+    return _locate.locate(labels.contiguous(), side, largest_first, dtype, labels_below)
+
+
+def contingency(pred, true, classes=None):
+    """Pixels of each pair (predicted segment, true segment): (B, P, T) float64. Pixels with true == -1 do not count.
+
+    pred, true (B, H, W) integers of any size, renumbered map by map. classes (P, T): instead, pred lies in [0, P) and true
+    in [-1, T), what does not is not counted, and nothing waits for the device. Twin: metrics.contingency.
+    """
+    _maps("pred", pred)
+    _same("true", true, pred.shape, pred.device, INTEGERS + (torch.uint8,))
+    if not _triton(pred.device):
+        return reference.contingency(pred, true, classes)
+    if classes is None:
+        unseen = true == -1
+        (pred, P), (true, T) = (reference.compact(x.flatten(1)) for x in (pred, true))
+        pred, true = pred.view(unseen.shape), true.view(unseen.shape).masked_fill(unseen, -1)
+    else:
+        P, T = classes
+    return _contingency.contingency(pred.contiguous(), true.contiguous(), P, T).double()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Into the network
+
+
+def normal(seeds, channels, height, width, stream=0, dtype=torch.float32):
+    """Standard normal numbers (B, channels, height, width), channels_last, a function of seed, stream and place alone.
+
+    seeds (B,) int64; stream: which of a seed's noises, a 32-bit number. Philox4x32-10 and Box-Muller: number
+    p * channels + c of a sample (p: raster index) is number f % 4 of Philox call f // 4. Equal on every device and for
+    every batch split, up to the rounding of log, sin and cos.
+    """
+    _same("seeds", seeds, (len(seeds),), seeds.device, (torch.int64,))
+    if not 0 <= stream < 2**31:
+        raise ValueError(f"stream must be from 0 to 2^31 - 1, not {stream}")
+    if not _triton(seeds.device):
+        return reference.normal(seeds, channels, height, width, stream, dtype)
+    return _noise.noise(seeds.contiguous(), stream, height, width, channels, dtype, True)
+
+
+def noise(cells, alpha, sigma, seeds, bits, stream=0, codes=None, dtype=torch.float32, channels_last=True):
+    """xt = alpha x0 + sigma eps (B, bits, H, W) of cells (B, H, W); x0 = 0 where a cell is -1; eps = normal(seeds, ...).
+
+    alpha, sigma (B,) floats; seeds (B,) int64. codes (2^bits,) integers: the code of each cell; None: 2D Gray.
+    Twin: alpha * codec.encode(cells) + sigma * eps.
+    """
+    return network_input(cells, alpha, sigma, seeds, bits, None, stream=stream, codes=codes, dtype=dtype,
+                         channels_last=channels_last)
+
+
+def network_input(cells, alpha, sigma, seeds, bits, image, sizes=None, keep=None, x_self=None, self_condition=False,
+                  stream=0, codes=None, dtype=torch.float32, channels_last=True):
+    """The network's whole input, cat(xt, image[, x_self]): (B, bits + 3 [+ bits], H, W). xt as of `noise`.
+
+    image (B, H, W, 3) uint8 and sizes (B, 2) integers, h and w: normalised, 0 beyond them; or (B, 3, H, W) floats, taken as
+    they are. keep (B,): factor on the image, 0 where it is dropped. self_condition: `bits` more channels, x_self
+    (B, bits, H, W), or zeros without it. Twin: diffusion.network_input.
+    """
+    _maps("cells", cells)
+    (B, H, W), device = cells.shape, cells.device
+    _same("cells", cells, cells.shape, device, INTEGERS)
+    if not 2 <= bits <= 10 or dtype not in FLOATS or H * W * (2 * bits + 3) >= LIMIT:
+        raise ValueError(f"bits from 2 to 10, a float dtype and below 2^30 elements a sample are possible, not {bits}, "
+                         f"{str(dtype)[6:]} and {H} x {W}")
+    for name, x in (("alpha", alpha), ("sigma", sigma)):
+        _same(name, x, (B,), device, FLOATS + (torch.float64,))
+    _same("seeds", seeds, (B,), device, (torch.int64,))
+    if not 0 <= stream < 2**31:
+        raise ValueError(f"stream must be from 0 to 2^31 - 1, not {stream}")
+    _table("codes", codes, bits, device)
+    if image is not None and image.dtype == torch.uint8:
+        _same("image", image, (B, H, W, 3), device, (torch.uint8,))
+        if sizes is None:
+            raise ValueError(f"a uint8 image needs sizes ({B}, 2)")
+        _same("sizes", sizes, (B, 2), device, INTEGERS)
+    elif image is not None:
+        _same("image", image, (B, 3, H, W), device, FLOATS)
+    if keep is not None:
+        _same("keep", keep, (B,), device, FLOATS + (torch.bool,))
+    if x_self is not None:
+        _same("x_self", x_self, (B, bits, H, W), device, FLOATS)
+    if not _triton(device):
+        if image is None:
+            return reference.noise(cells, alpha, sigma, seeds, bits, stream, codes, dtype, channels_last)
+        return reference.network_input(cells, alpha, sigma, seeds, bits, image, sizes, keep, x_self, self_condition, stream,
+                                       codes, dtype, channels_last)
+    if image is not None:
+        image = image.contiguous() if image.dtype == torch.uint8 else _common.like(image, channels_last)
+        keep = torch.ones_like(alpha) if keep is None else keep
+    x_self = None if x_self is None else _common.like(x_self, channels_last)
+    return _noise.noise(seeds.contiguous(), stream, H, W, bits, dtype, channels_last, cells.contiguous(), _float(alpha),
+                        _float(sigma), _flat(codes), image, _flat(sizes), _float(keep), x_self, self_condition)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out of the network
+
+
+def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=None, sigma=None, codes=None):
+    """weight * sum over bits of the mean over valid pixels of (x_hat - x0)^2: (B,) float32, differentiable in out, once.
+
+    out (B, k, H, W); cells (B, H, W), x0 is their bits; weight (B,). prediction: x (then activation is tanh or none), eps or
+    v; the last two need xt, like out but best in float32, and alpha and sigma (B,). codes: as of `noise`.
+    Two runs give the same bits. Twin: weight * per_sample_error(to_x0(...), codec.encode(cells), valid) in diffusion.py.
+    """
+    _main("out", out)
+    B, K, H, W = out.shape
+    _same("cells", cells, (B, H, W), out.device, INTEGERS)
+    _same("weight", weight, (B,), out.device, FLOATS + (torch.float64,))
+    _known(prediction=(prediction, PREDICTIONS), activation=(activation, ACTIVATIONS))
+    _table("codes", codes, K, out.device)
+    if prediction != "x":
+        if xt is None or alpha is None or sigma is None:
+            raise ValueError(f"prediction '{prediction}' needs xt {tuple(out.shape)}, alpha ({B},) and sigma ({B},)")
+        _same("xt", xt, out.shape, out.device, FLOATS)
+        for name, x in (("alpha", alpha), ("sigma", sigma)):
+            _same(name, x, (B,), out.device, FLOATS + (torch.float64,))
+    if not _triton(out.device):
+        return reference.loss(out, cells, weight, prediction, activation, xt, alpha, sigma, codes)
+    out = _common.dense(out)
+    last = _common.is_last(out)
+    xt = None if prediction == "x" else _common.like(xt, last)
+    return _loss.loss(out, cells.contiguous(), _float(weight), prediction, activation == "tanh", last, xt, _float(alpha),
+                      _float(sigma), _flat(codes))
+
+
+def decode(x, valid=None, cell_of_code=None, soft=False, dtype=torch.int64):
+    """Soft bits (B, k, H, W) -> cells (B, H, W), -1 outside valid (B, H, W) bool. cell_of_code (2^k,); None: 2D Gray.
+
+    soft: (cells, confidence, entropy), the last two (B, H, W) float32: the probability of the decoded code and the entropy
+    in bits of the code's distribution (paper, Eq. 3). Twins: Codec.decode, confidence and entropy in bits.py.
+    """
+    _main("x", x)
+    _check_decode(x[:, None], valid, cell_of_code, dtype)
+    if not _triton(x.device):
+        return reference.decode(x, valid, cell_of_code, soft, dtype)
+    x = _common.dense(x)
+    cells, _, confidence, entropy = _decode.decode(x[:, None], _common.is_last(x), _flat(valid), _flat(cell_of_code), dtype,
+                                                   soft, False)
+    return (cells, confidence, entropy) if soft else cells
+
+
+def vote(x, valid=None, cell_of_code=None, dtype=torch.int64):
+    """n samples (B, n, k, H, W) of each image -> cells (B, H, W), mean bits (B, k, H, W) float32, entropy (B, H, W).
+
+    The mean is over the samples, each clamped to [-1, 1]; cells and entropy are those of the mean: every bit is voted for
+    on its own. Twin: decode and entropy in bits.py, of x.clamp(-1, 1).mean(1).
+    """
+    _main("x", x, dims=5)
+    _check_decode(x, valid, cell_of_code, dtype)
+    if not _triton(x.device):
+        return reference.vote(x, valid, cell_of_code, dtype)
+    flat = _common.dense(x.flatten(0, 1))
+    cells, mean, _, entropy = _decode.decode(flat.unflatten(0, x.shape[:2]), _common.is_last(flat), _flat(valid),
+                                             _flat(cell_of_code), dtype, True, True)
+    return cells, mean, entropy
+
+
+def _check_decode(x, valid, cell_of_code, dtype):
+    B, _, K, H, W = x.shape
+    if dtype not in INTEGERS or torch.iinfo(dtype).max < 2**K - 1:
+        raise ValueError(f"cells up to {2**K - 1} do not fit into {str(dtype)[6:]}")
+    if valid is not None:
+        _same("valid", valid, (B, H, W), x.device, (torch.bool,))
+    _table("cell_of_code", cell_of_code, K, x.device)
+
+
+def step(out, xt, alpha, sigma, a, b, c=0.0, valid=None, guidance=0.0, seeds=None, stream=0, prediction="x",
+         activation="tanh", with_x_hat=False):
+    """One update of the sampler: a xt + b x_hat + c eps (B, k, H, W), in xt's dtype; with_x_hat: and x_hat, float32.
+
+    out (B, k, H, W); with guidance w (2B, k, H, W), both halves: x_hat = (1 + w) x_hat(image) - w x_hat(no image). Then x_hat
+    is clamped to [-1, 1] and 0 outside valid (B, H, W) bool. alpha, sigma, a, b, c: numbers, the first two of xt's time;
+    eps = normal(seeds, ..., stream), needed unless c is 0. Twin: the body of diffusion.sample; a, b, c:
+      ddpm: r alpha_s / alpha, (1 - r) alpha_s, std      ddim: sigma_s / sigma, alpha_s - sigma_s alpha / sigma, 0
+    """
+    _main("xt", xt)
+    B, K, H, W = xt.shape
+    _same("out", out, (2 * B if guidance else B, K, H, W), xt.device, FLOATS)
+    _known(prediction=(prediction, PREDICTIONS), activation=(activation, ACTIVATIONS))
+    if valid is not None:
+        _same("valid", valid, (B, H, W), xt.device, (torch.bool,))
+    if c:
+        if seeds is None:
+            raise ValueError(f"c = {c} needs seeds ({B},)")
+        _same("seeds", seeds, (B,), xt.device, (torch.int64,))
+    if not 0 <= stream < 2**31:
+        raise ValueError(f"stream must be from 0 to 2^31 - 1, not {stream}")
+    if not _triton(xt.device):
+        return reference.step(out, xt, alpha, sigma, a, b, c, valid, guidance, seeds, stream, prediction, activation,
+                              with_x_hat)
+    out = _common.dense(out)
+    last = _common.is_last(out)
+    after, x_hat = _step.step(out, _common.like(xt, last), last, alpha, sigma, a, b, c, _flat(valid), guidance,
+                              _flat(seeds) if c else None, stream, prediction, activation == "tanh", with_x_hat)
+    return (after, x_hat) if with_x_hat else after

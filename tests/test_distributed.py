@@ -1,0 +1,128 @@
+"""Several processes share one run: same losses, same weights, one writer; when one dies, none hangs."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+
+import pytest
+import torch
+
+import train
+from checkpoint import read
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not torch.distributed.is_available(), reason="needs fork and gloo")
+OPTIONS = ("--device cpu --image_size 16 --batch_size 4 --max_steps 6 --save_every 2 --eval_every 6 --eval_images 10 --steps 2 --log_every 1 "
+           "--lr 1e-3").split()
+
+
+def processes(world, out, *more, before=lambda rank: None):
+    """A run by `world` processes, with the environment that torchrun gives them: their numbers."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.dup2(os.open(f"{out}.{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+                os.dup2(1, 2)
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                                  MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo" if sys.platform == "linux" else "lo0")
+                before(rank)
+                status = train.main([*OPTIONS, "--out", str(out), *more])
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        children.append(child)
+    return children
+
+
+def ends(children, seconds=60):
+    """Exit statuses (negative: killed), in order. Fails when one is still there after so many seconds."""
+    left, statuses, until = dict(enumerate(children)), {}, time.time() + seconds
+    while left:
+        for i, child in list(left.items()):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                statuses[i] = os.waitstatus_to_exitcode(status)
+                del left[i]
+        if time.time() > until:
+            for child in left.values():
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            pytest.fail(f"processes {list(left)} still ran after {seconds} s")
+        time.sleep(0.01)
+    return [statuses[i] for i in range(len(children))]
+
+
+def losses(out):
+    return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
+
+
+def assert_same_run(a, b):
+    assert [line["step"] for line in losses(a)] == [line["step"] for line in losses(b)] == [1, 2, 3, 4, 5, 6]
+    torch.testing.assert_close(torch.tensor([line["loss"] for line in losses(a)]), torch.tensor([line["loss"] for line in losses(b)]),
+                               rtol=1e-4, atol=0)
+    one, two = read(a / "ckpt.pt"), read(b / "ckpt.pt")
+    for part in ("net", "ema"):
+        for k, v in one[part].items():
+            torch.testing.assert_close(v, two[part][k], rtol=1e-4, atol=2e-5, msg=lambda m: f"{part} {k}: {m}")
+    assert one["best"] == pytest.approx(two["best"], abs=0.02)                     # validation: every image once
+
+
+# Adam divides by the root of tiny second moments: rounding grows to a share of lr = 1e-3 where a gradient is all rounding.
+@pytest.mark.parametrize("more", [["--palette", "none", "--self_condition", "0.5"], ["--accumulate", "2"]])
+def test_two_processes_are_one(tmp_path, more):
+    assert train.main([*OPTIONS, "--out", str(tmp_path / "one"), *more[:2 * (more[0] != "--accumulate")], *more[2:]]) == 0
+    assert ends(processes(2, tmp_path / "two", *more)) == [0, 0], (tmp_path / "two.0.txt").read_text() + (tmp_path / "two.1.txt").read_text()
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert "images/s" in (tmp_path / "two.0.txt").read_text() and "images/s" not in (tmp_path / "two.1.txt").read_text()
+
+
+def test_a_dead_process_ends_the_others_and_the_run_goes_on(tmp_path):
+    def die(rank):
+        real = train.update_ema
+
+        def dies(*args):
+            real(*args)
+            if rank == 1 and args[2] == 3:                                         # the fourth step
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        train.update_ema = dies
+
+    first, second = ends(processes(2, tmp_path / "two", before=die))
+    assert second == -signal.SIGKILL and first not in (0, None)
+    assert "Traceback" in (tmp_path / "two.0.txt").read_text()                     # the error is shown
+    assert ends(processes(2, tmp_path / "two")) == [0, 0]
+    assert "going on from step 2" in (tmp_path / "two.0.txt").read_text()
+    assert train.main([*OPTIONS, "--out", str(tmp_path / "one")]) == 0
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
+    def interrupt(rank):
+        real = train.update_ema
+
+        def interrupts(*args):
+            real(*args)
+            if rank == 1 and args[2] == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        train.update_ema = interrupts
+
+    assert ends(processes(2, tmp_path / "two", before=interrupt)) == [143, 143]
+    assert read(tmp_path / "two" / "ckpt.pt")["step"] in (3, 4)
+    assert ends(processes(2, tmp_path / "two")) == [0, 0]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    assert ends(processes(2, tmp_path / "two", "--batch_size", "3")) == [2, 2]
+    assert "--batch_size 3 cannot be split among 2 processes" in (tmp_path / "two.0.txt").read_text()

@@ -1,0 +1,100 @@
+"""locate and contingency in Triton, and their twins, against bits.locate and metrics.contingency."""
+
+import pytest
+import torch
+
+import bits
+import kernels
+import metrics
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too slow in the interpreter")
+
+
+@pytest.fixture(params=["triton", "torch"], autouse=True)
+def either(request):
+    kernels.use(request.param)
+    yield request.param
+    kernels.use("auto")
+
+
+def maps(B, H, W, segments, patch=1, seed=0):
+    """Labels in [-1, segments), in patches."""
+    g = torch.Generator().manual_seed(seed)
+    small = torch.randint(-1, segments, (B, -(-H // patch), -(-W // patch)), generator=g)
+    return small.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, :H, :W].contiguous().to(DEVICE)
+
+
+LABELS = {
+    "patches":          (maps(3, 24, 40, 12, 6), 8),
+    "one pixel":        (maps(2, 1, 1, 3), 8),
+    "odd sizes":        (maps(1, 7, 13, 30), 8),
+    "collisions":       (maps(2, 16, 16, 60), 8),                      # noise: all centroids near the middle
+    "too many":         (maps(2, 16, 16, 100, seed=1), 4),             # for 16 cells
+    "two cells a side": (maps(2, 9, 9, 9), 2),
+    "11 a side":        (maps(1, 20, 20, 40, 2), 11),
+    "32 a side":        (maps(1, 24, 24, 50), 32),
+    "all ignored":      (torch.full((2, 5, 5), -1, device=DEVICE), 8),
+    "some ignored":     (torch.cat([maps(1, 5, 5, 4), torch.full((1, 5, 5), -1, device=DEVICE)]), 8),
+    "large ids":        (maps(2, 16, 16, 9, 4) * 10**12 + 7, 8),
+    "negative ids":     (maps(2, 16, 16, 9, 4) - 5, 8),                # -1 among them
+    "ties":             (torch.arange(4, device=DEVICE).view(1, 2, 2).repeat_interleave(4, 1).repeat_interleave(4, 2), 3),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize("largest_first", [False, True])
+def test_locate(name, largest_first):
+    labels, side = LABELS[name]
+    assert torch.equal(kernels.locate(labels, side, largest_first), bits.locate(labels, side, largest_first))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32])
+def test_locate_takes_every_integer_type_and_strides(kind):
+    labels = maps(1, 16, 20, 9, 4).clamp(min=0)
+    true = bits.locate(labels, 8)
+    assert torch.equal(kernels.locate(labels.to(kind), 8), true)
+    assert torch.equal(kernels.locate(labels.to(kind).transpose(1, 2).contiguous().transpose(1, 2), 8), true)
+    small = kernels.locate(labels.to(kind), 8, dtype=torch.int8)
+    assert small.dtype == torch.int8 and torch.equal(small.long(), true)
+
+
+def test_locate_with_a_bound_ignores_what_is_beyond_it():
+    labels = maps(2, 16, 16, 12, 4)
+    assert torch.equal(kernels.locate(labels, 8, labels_below=12), bits.locate(labels, 8))
+    assert torch.equal(kernels.locate(labels, 8, labels_below=6), bits.locate(labels.masked_fill(labels >= 6, -1), 8))
+    huge = labels.masked_fill(labels == 3, 2**32 + 3)                  # not to be taken for 3
+    assert torch.equal(kernels.locate(huge, 8, labels_below=12), bits.locate(labels.masked_fill(labels == 3, -1), 8))
+
+
+def test_locate_more_distinct_ids_than_the_kernel_holds():
+    labels = torch.randperm(40 * 40).view(1, 40, 40).to(DEVICE)
+    labels[0, :20, :20] = 7
+    assert torch.equal(kernels.locate(labels, 8), bits.locate(labels, 8))
+
+
+@gpu
+@pytest.mark.parametrize("B, H, W, segments, patch", [(257, 16, 16, 20, 4), (8, 128, 128, 64, 16), (2, 512, 512, 900, 3)])
+def test_locate_large(B, H, W, segments, patch):
+    labels = maps(B, H, W, segments, patch)
+    assert torch.equal(kernels.locate(labels, 8), bits.locate(labels, 8))
+
+
+@pytest.mark.parametrize("shape, ids, patch", [((2, 7, 13), 5, 1), ((1, 1, 1), 3, 1), ((2, 24, 40), 9, 6), ((257, 1, 2), 3, 1)])
+def test_contingency(shape, ids, patch):
+    pred, true = maps(*shape, ids, patch), maps(*shape, ids, patch, seed=1)
+    assert torch.equal(kernels.contingency(pred, true), metrics.contingency(pred, true))
+    assert torch.equal(kernels.contingency(pred * 10**12, true), metrics.contingency(pred * 10**12, true))
+
+
+def test_contingency_with_classes_counts_pixels():
+    pred, true = maps(2, 9, 11, 5).clamp(min=0), maps(2, 9, 11, 4, seed=1)
+    table = kernels.contingency(pred, true, classes=(6, 3))
+    counted = torch.stack([torch.stack([((pred == p) & (true == t)).sum((1, 2)) for t in range(3)], 1) for p in range(6)], 1)
+    assert torch.equal(table, counted.double())
+
+
+def test_contingency_where_nothing_counts_is_zero():
+    pred = maps(1, 4, 4, 3)
+    assert kernels.contingency(pred, torch.full_like(pred, -1)).sum() == 0

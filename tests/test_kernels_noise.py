@@ -1,0 +1,135 @@
+"""The noise: Philox against its published answers, the numbers' statistics, and the Triton kernel against plain Python."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+import bits
+import data
+import diffusion
+import kernels
+from kernels import reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(kernels.triton is None, reason="needs Triton"))]
+
+
+@pytest.fixture(params=BACKENDS)
+def either(request):
+    kernels.use(request.param)
+    yield request.param
+    kernels.use("auto")
+
+
+def seeds(*values):
+    return torch.tensor(values, device=DEVICE)
+
+
+def philox(counter, key):
+    """Philox4x32-10 in Python's integers, from the paper (Salmon et al. 2011, section 3.3)."""
+    (a, b, c, d), (k0, k1), M = counter, key, 2**32
+    for _ in range(10):
+        p, q = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = q // M ^ b ^ k0, q % M, p // M ^ d ^ k1, p % M
+        k0, k1 = (k0 + 0x9E3779B9) % M, (k1 + 0xBB67AE85) % M
+    return a, b, c, d
+
+
+def test_philox_known_answers():
+    """The answers that the authors' library (Random123) publishes; they hold our plain Python to the standard."""
+    ones, pi = 2**32 - 1, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    assert philox((0, 0, 0, 0), (0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert philox((ones,) * 4, (ones, ones)) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+    assert philox(pi, (0xA4093822, 0x299F31D0)) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+
+
+@pytest.mark.parametrize("seed, stream", [(0, 0), (-1, 2**31 - 1), (0x299F31D0A4093822, 7), (12345, 3)])
+def test_philox_twin(seed, stream):
+    words = reference.philox(torch.tensor([seed]), stream, 5)
+    for call in range(5):
+        true = philox((call, stream, 0, 0), (seed % 2**32, (seed >> 32) % 2**32))
+        assert tuple(int(w[0, call]) for w in words) == true
+
+
+@pytest.mark.parametrize("seed, stream", [(0, 0), (-1, 2**31 - 1), (12345, 3)])
+def test_every_number_is_where_the_documentation_says(either, seed, stream):
+    C, H, W = 3, 2, 3
+    x = kernels.normal(seeds(seed), C, H, W, stream)[0].double()
+    for c in range(C):
+        for p in range(H * W):
+            f = p * C + c
+            words = philox((f // 4, stream, 0, 0), (seed % 2**32, (seed >> 32) % 2**32))
+            u, angle = (words[f % 4 // 2 * 2] + 1) / 2**32, 2 * math.pi * words[f % 4 // 2 * 2 + 1] / 2**32
+            true = math.sqrt(-2 * math.log(u)) * (math.sin(angle) if f % 2 else math.cos(angle))
+            assert abs(float(x[c, p // W, p % W]) - true) < 2e-6 * max(1, abs(true)) + 3e-4 * (u > 0.99999)
+
+
+def test_same_seed_same_noise_in_every_batch(either):
+    s = seeds(5, 2**40, -3, 5)
+    together = kernels.normal(s, 6, 7, 13, stream=2)
+    apart = torch.cat([kernels.normal(s[i : i + 1], 6, 7, 13, stream=2) for i in range(4)])
+    assert torch.equal(together, apart) and torch.equal(together[0], together[3])
+    assert not torch.equal(together[0], together[1])
+    assert not torch.equal(together, kernels.normal(s, 6, 7, 13, stream=3))
+
+
+def test_statistics():
+    """Of the twin, to which the other tests hold the kernel; 3.1 million numbers, bounds at 5 standard errors."""
+    kernels.use("torch" if DEVICE == "cpu" else "triton")
+    x = kernels.normal(torch.arange(32, device=DEVICE), 6, 128, 128).double().cpu()
+    kernels.use("auto")
+    n = x.numel()
+    assert abs(x.mean()) < 5 / n**0.5
+    assert abs(x.var() - 1) < 5 * (2 / n) ** 0.5
+    assert abs((x**3).mean()) < 5 * (15 / n) ** 0.5
+    assert abs((x**4).mean() - 3) < 5 * (96 / n) ** 0.5
+    assert stats.kstest(x.flatten()[:200_000].numpy(), "norm").pvalue > 1e-4
+    assert 4.6 < x.abs().max() < 6.7                                   # tails are there; 2^-32 ends them at 6.66
+
+    def uncorrelated(a, b):
+        assert abs((a * b).mean()) < 5 / a.numel() ** 0.5
+        assert abs(((a**2 - 1) * (b**2 - 1)).mean()) < 5 * 2 / a.numel() ** 0.5
+
+    for c in range(1, 6):
+        uncorrelated(x[:, 0], x[:, c])                                 # channels
+    uncorrelated(x[..., :-1], x[..., 1:])                              # pixels
+    uncorrelated(x[..., :-1, :], x[..., 1:, :])
+    uncorrelated(x[:-1], x[1:])                                        # samples, of neighbouring seeds
+    uncorrelated(x, kernels.normal(torch.arange(32, device=DEVICE), 6, 128, 128, stream=1).double().cpu())       # streams
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("bits_, dtype", [(6, torch.float32), (6, torch.bfloat16), (2, torch.float16), (10, torch.float32)])
+def test_noise_is_alpha_x0_plus_sigma_eps(either, channels_last, bits_, dtype):
+    cells = torch.randint(-1, 2**bits_, (2, 7, 13), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    alpha, sigma, s = torch.tensor([0.8, 0.1], device=DEVICE), torch.tensor([0.6, 0.99], device=DEVICE), seeds(3, 4)
+    xt = kernels.noise(cells, alpha, sigma, s, bits_, 1, dtype=dtype, channels_last=channels_last)
+    eps = reference.normal(s, bits_, 7, 13, 1).double()
+    true = alpha.view(-1, 1, 1, 1) * bits.Codec(bits=bits_).encode(cells) + sigma.view(-1, 1, 1, 1) * eps
+    assert xt.dtype == dtype and xt.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    torch.testing.assert_close(xt.double(), true, **{torch.float32: dict(rtol=1e-5, atol=2e-6), torch.float16: dict(rtol=1e-3, atol=1e-3),
+                                                     torch.bfloat16: dict(rtol=8e-3, atol=1e-3)}[dtype])
+
+
+@pytest.mark.parametrize("channels_last, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize("x_self", ["", "zeros", "given"])
+@pytest.mark.parametrize("photo", [True, False])
+def test_network_input(either, channels_last, dtype, x_self, photo):
+    """Against data.normalise and diffusion.network_input; one image is dropped, one is padded."""
+    if either == "torch" and not photo:
+        pytest.skip("the kernel's matter")
+    g = torch.Generator().manual_seed(0)
+    cells = torch.randint(-1, 64, (2, 9, 9), generator=g).to(DEVICE)
+    image, sizes = torch.randint(0, 256, (2, 9, 9, 3), generator=g).byte().to(DEVICE), torch.tensor([[9, 6], [4, 9]], device=DEVICE)
+    alpha, sigma, keep, s = (torch.tensor(v, device=DEVICE) for v in ([0.8, 0.1], [0.6, 0.99], [True, False], [3, 4]))
+    previous = torch.rand(2, 6, 9, 9, generator=g).to(DEVICE)
+    normalised, _ = data.normalise(image, sizes)
+    xt = kernels.noise(cells, alpha, sigma, s, 6)
+    last = {"": None, "zeros": 0 * previous, "given": previous}[x_self]
+    true = diffusion.network_input(xt, normalised * keep.view(-1, 1, 1, 1), last)
+    out = kernels.network_input(cells, alpha, sigma, s, 6, image if photo else normalised, sizes if photo else None, keep,
+                                last if x_self == "given" else None, bool(x_self), dtype=dtype, channels_last=channels_last)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), true, rtol=8e-3 if dtype == torch.bfloat16 else 1e-5, atol=2e-6)

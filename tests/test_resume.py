@@ -1,0 +1,120 @@
+"""A run that is killed with SIGKILL at random moments ends with the same bits as one that is not.
+
+    python tests/test_resume.py 50                           # 50 kills; says how many runs ended as the uninterrupted one
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import pytest
+import torch
+
+import train
+from checkpoint import newest, read
+
+OPTIONS = ("--device cpu --image_size 16 --batch_size 2 --max_steps 12 --save_every 2 --eval_every 6 --eval_images 2 --steps 1 --log_every 3 "
+           "--self_condition 0.5 --dropout 0.1 --accumulate 2 --keep_every 5").split()
+
+
+def start(out):
+    """A run in a process of its own: its number."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.dup2(os.open(f"{out}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+            os.dup2(1, 2)
+            status = train.main([*OPTIONS, "--out", str(out)])
+        finally:
+            os._exit(status)
+    return child
+
+
+def whole_run(out):
+    """Seconds of a run that nobody disturbs."""
+    began = time.time()
+    _, status = os.waitpid(start(out), 0)
+    assert status == 0, Path(f"{out}.txt").read_text()
+    return time.time() - began
+
+
+def killed_run(out, seconds, rng, kills):
+    """Start, kill, start again, ... at random moments until `kills` kills are done or a run ends. -> number of kills."""
+    done = 0
+    while True:
+        child, until = start(out), time.time() + rng.uniform(0, seconds) if done < kills else float("inf")
+        while True:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                assert status == 0, Path(f"{out}.txt").read_text()
+                return done
+            if time.time() > until:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                done += 1
+                break
+            time.sleep(0.002)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def results(out):
+    """All that must not depend on the kills: checkpoints, without the name of the folder, and the log, without times."""
+    files = {name: read(out / name) for name in ("ckpt.pt", "best.pt", "ckpt_000005.pt", "ckpt_000010.pt")}
+    for content in files.values():
+        del content["config"]["out"]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return files, [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_three_kills_change_no_bit(tmp_path):
+    seconds = whole_run(tmp_path / "whole")
+    kills, rng = 0, random.Random(time.time())
+    while kills < 3:
+        out = tmp_path / f"killed{kills}"
+        kills += killed_run(out, 0.8 * seconds, rng, 3 - kills)
+        assert same(results(tmp_path / "whole"), results(out))
+
+
+def main(kills):
+    folder = Path(tempfile.mkdtemp())
+    try:
+        seconds, rng, done, runs, where = whole_run(folder / "whole"), random.Random(0), 0, 0, []
+        print(f"{seconds:.1f} s undisturbed")
+        while done < kills:
+            out = folder / f"killed{runs}"
+            done += killed_run(out, 0.8 * seconds, rng, min(10, kills - done))
+            runs += 1
+            if not same(results(folder / "whole"), results(out)):
+                print(f"run {runs}, after {done} kills: NOT the same")
+                return 1
+            shutil.rmtree(out)
+            print(f"{done} kills, {runs} runs, all with the bits of the undisturbed one", flush=True)
+        print(f"{done} of {kills}")
+        return 0
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 50))
