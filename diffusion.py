@@ -168,9 +168,9 @@ def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=No
     return (r["weight"].flatten() * per_sample_error(x_hat, x0, valid)).mean()
 
 
-def network_input(xt, image, x_self=None):
-    """cat(xt, image[, x_self]): (B, C + 3 [+ C], H, W)."""
-    return torch.cat([xt, image] if x_self is None else [xt, image, x_self], dim=1)
+def network_input(xt, image=None, x_self=None):
+    """cat(xt[, image][, x_self]): (B, C [+ 3] [+ C], H, W)."""
+    return torch.cat([v for v in (xt, image, x_self) if v is not None], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,38 +179,57 @@ def network_input(xt, image, x_self=None):
 
 @torch.no_grad()
 def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, guidance=1.0, sampler="ddpm",
-           variance="large", callback=None):
+           variance="large", known=None, resample=1, init=None, strength=1.0, callback=None):
     """Denoise Gaussian noise into x_hat (B, C, H, W) in [-1, 1] at N equidistant times from 1 to 0.
 
     image (B, 3, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random generator a sample, so
     the result for a seed is the same in every batch. guidance w: x_hat = (1 + w) x_hat(image) - w x_hat(no image).
     variance (ddpm): large or small. callback(i, t, xt, x_hat) sees every step.
+
+    known: x0 (B, C, H, W) and where it is known (B, H, W) bool. There x_hat is x0 and xt is x0 noised for its time; each
+    step is noised again and repeated until it was done `resample` times, so that the rest comes to agree with it
+    (RePaint, Lugmayr et al. 2022). init (B, C, H, W): start from it, noised for t = strength in (0, 1], not from t = 1
+    (SDEdit, Meng et al. 2022); N steps all the same. A model with image_part(image) sees the image once, not every step.
     """
     if sampler not in ("ddpm", "ddim") or variance not in ("large", "small"):
         raise ValueError(f"sampler is ddpm or ddim, variance large or small, not '{sampler}' and '{variance}'")
-    if steps < 1 or len(seeds) != len(image):
-        raise ValueError(f"at least 1 step and one seed an image are needed, not {steps} and {len(seeds)}")
+    if steps < 1 or resample < 1 or len(seeds) != len(image):
+        raise ValueError(f"at least 1 step, 1 resample and one seed an image are needed, not {steps}, {resample} and "
+                         f"{len(seeds)}")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1 (1: ignore init), not {strength}")
     d, (B, _, H, W), device = diffusion, image.shape, image.device
     generators = [torch.Generator(device).manual_seed(int(s)) for s in seeds]
 
     def noise():
         return torch.stack([torch.randn(channels, H, W, generator=g, device=device) for g in generators])
 
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    times = torch.linspace(strength if init is not None else 1, 0, steps + 1, dtype=torch.float64)
     lam, (alpha, sigma) = logsnr(times, d).tolist(), (v.tolist() for v in alpha_sigma(times, d))
     mask = valid[:, None]                                                          # (B, 1, H, W)
     xt, x_hat = noise(), torch.zeros(B, channels, H, W, device=device)
+    if init is not None:
+        xt = alpha[0] * init + sigma[0] * xt
+    fixed, where = (known[0], known[1][:, None]) if known is not None else (0, None)
     images = torch.cat([image, torch.zeros_like(image)]) if guidance else image    # both halves in one batch
-    halves = len(images) // B
+    halves, once = len(images) // B, getattr(model, "image_part", None)
+    images, extra = (images, ()) if once is None else (None, (once(images),))
 
-    for i in range(steps):
+    for i, again in [(i, again) for i in range(steps) for again in range(resample if i < steps - 1 else 1)]:
+        if again:                                                                  # one step of noising: q(xt | xs)
+            xt = alpha[i] / alpha[i + 1] * xt + math.sqrt(-math.expm1(lam[i] - lam[i + 1])) * sigma[i] * noise()
+        if where is not None:
+            xt = torch.where(where, alpha[i] * fixed + sigma[i] * noise(), xt)
         x_self = x_hat.repeat(halves, 1, 1, 1) if d.self_condition > 0 else None
         xs = xt.repeat(halves, 1, 1, 1)
         t = torch.full((len(xs),), times[i].item(), device=device)
-        x_hat = to_x0(model(network_input(xs, images, x_self), t), xs, alpha[i], sigma[i], d.prediction, activate)
+        out = model(network_input(xs, images, x_self), t, *extra)
+        x_hat = to_x0(out, xs, alpha[i], sigma[i], d.prediction, activate)
         if guidance:
             x_hat = (1 + guidance) * x_hat[:B] - guidance * x_hat[B:]
         x_hat = x_hat.clamp(-1, 1) * mask
+        if where is not None:
+            x_hat = torch.where(where, fixed, x_hat)
         if callback:
             callback(i, times[i].item(), xt, x_hat)
         if i == steps - 1:

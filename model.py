@@ -89,6 +89,7 @@ class UNet(nn.Module):
         if width % 32:
             raise ValueError(f"width {width} must be a multiple of 32, the number of normalisation groups")
         self.patch, self.multiple = patch, patch * 2 ** (len(mult) - 1)
+        self.parts = [n * patch**2 for n in (out_channels, 3, in_channels - out_channels - 3)]   # of the stem's input
         c_emb = 4 * width
         self.time = nn.Sequential(nn.Linear(64, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.stem = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
@@ -116,13 +117,21 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(c, out_channels * patch**2, 3, padding=1))
         self.to(memory_format=torch.channels_last)                                 # convolutions are faster in NHWC
 
-    def forward(self, x, t):
+    def image_part(self, image):
+        """The stem's output for the image alone, (B, width, H/p, W/p): the same at every step of sampling."""
+        return F.conv2d(F.pixel_unshuffle(image, self.patch), self.stem.weight.split(self.parts, 1)[1], padding=1)
+
+    def forward(self, x, t, image_part=None):                                      # given: x is without the image
         if x.shape[-2] % self.multiple or x.shape[-1] % self.multiple:
             raise ValueError(f"image size {x.shape[-2]} x {x.shape[-1]}: this network halves {self.multiple} pixels "
                              f"down to 1, so both sides must be multiples of {self.multiple}")
         emb = F.silu(self.time(time_features(t).to(self.stem.weight.dtype)))       # (B, 4 * width)
         x = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)   # (B, C p^2, H/p, W/p)
-        h = self.stem(x)
+        if image_part is None:
+            h = self.stem(x)
+        else:
+            rest = torch.cat(self.stem.weight.split(self.parts, 1)[::2], dim=1)
+            h = F.conv2d(x, rest, self.stem.bias, padding=1) + image_part
         skips = [h]
         for layer in self.down:
             h = layer(h, emb) if isinstance(layer, Stage) else layer(h)

@@ -1,36 +1,51 @@
-"""Segment images: python sample.py --n 8 photo.jpg
+"""Segment images: several plausible answers for each, where they agree, and a hand on the wheel.
 
-    python sample.py --n 8 photo.jpg                          # 8 plausible segmentations of one image
-    python sample.py --n 4 --out masks photos/ a.png          # a folder and a file
-    python sample.py --ckpt out/coco-paper/ckpt.pt --steps 8 --guidance 1 photo.jpg
+    python sample.py --n 8 photo.jpg                                           # with the newest checkpoint under out/
+    python sample.py --n 4 --out masks --resume photos/ a.png                  # a folder and a file; go on where it stopped
+    python sample.py --points "120,80 160,90; 30,200" photo.jpg                # the first two belong together, the third apart
+    python sample.py --init samples/photo/medoid.png --strength 0.4 photo.jpg  # correct a map by hand, sample again
+    torchrun --nproc_per_node 8 sample.py photos/                              # the images are shared among 8 GPUs
 
-For each image, in --out: <stem>_00.png ... (label maps, one id a pixel, at the image's own size), <stem>_00_overlay.png
-... and <stem>_panel.png (image, samples, and where the samples disagree). As a function, from Python:
+For each image a folder --out/<stem>/ (with suffix or parent where two stems are the same), everything at its own size:
+    labels_00.png ...  one id a pixel, coloured when looked at (16-bit grey from 255 ids); 0 is never used
+    overlay_00.png ... the same over the image; the same place has the same colour in every sample
+    medoid.png         the sample that agrees most with the others;  consensus.png: their mean soft bits, decoded
+    uncertainty.png    the share of samples that see a boundary, and the entropy of the mean bits (paper, Eq. 3)
+    panel.png          all of it in one picture
+    segments.json      the medoid's segments in COCO's format (pycocotools reads it): RLE, area, box, confidence = the mean
+                       over the other samples of the best IoU there
+--format coco_panoptic adds --out/panoptic.json and --out/panoptic/<name>.png. As a function, from Python:
 
     from sample import load_checkpoint, segment
-    model = load_checkpoint("out/shapes-tiny/ckpt.pt")
-    x_hat, sizes = segment([Image.open("photo.jpg")], model, n=8)          # soft bits; own_size(...) gives label maps
+    result = segment(Image.open("photo.jpg"), load_checkpoint("out/shapes-tiny/ckpt.pt"), n=8)
+    result.labels, result.consensus, result.boundary                           # (8, H, W), (H, W), (H, W)
 """
 
 import argparse
-import colorsys
+import json
+import os
 import sys
-import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from scipy.optimize import linear_sum_assignment
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
 
-from bits import Codec
+from bits import Codec, entropy
 from checkpoint import newest
-from data import IMAGE_TYPES, normalise, read_image, resize_image
+from data import IMAGE_TYPES, fitted, normalise, read_image, read_label, resize_image
 from diffusion import Diffusion, sample
-from metrics import contingency, iou_matrix
+from metrics import ari, contingency, iou_matrix
 from model import UNet
+
+MARK = "bitseg sample.py"                        # in every file written: others are never overwritten
 
 
 @dataclass
@@ -79,67 +94,258 @@ def newest_checkpoint(root="out"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From images to soft bits to label maps
+# Prompts. Hints and initial maps are label maps of the image's own size; 0 and below = not given.
 
 
-def segment(images, model, n=8, seed=0, batch=32, **sampling):
-    """n samples for each of a list of PIL images.
+def shrink(ids, height, width):
+    """(H, W) ids -> (height, width): the most frequent id above 0 of the pixels that fall there, 0 where there is none."""
+    rows, cols = (np.arange(max(a, b)) for a, b in zip(ids.shape, (height, width)))
+    ids = ids[rows * ids.shape[0] // len(rows)][:, cols * ids.shape[1] // len(cols)]           # only ever larger
+    place = (rows * height // len(rows))[:, None] * width + cols * width // len(cols)
+    names, rank = np.unique(ids[ids > 0], return_inverse=True)
+    votes, count = np.unique(rank * height * width + place[ids > 0], return_counts=True)
+    votes = votes[np.argsort(count, kind="stable")]
+    out = np.zeros(height * width, np.int64)
+    out[votes % (height * width)] = names[votes // (height * width)]               # the last one stays
+    return out.reshape(height, width)
 
-    -> x_hat (len(images), n, C, S, S) in [-1, 1] on the CPU and sizes, a list of (h, w): the valid part of S x S. Sample j
-    of every image has the seed `seed` + j. sampling: steps, guidance, sampler, variance (default: the checkpoint's).
+
+def hint_map(width, height, points="", boxes=(), drawn=None):
+    """Points, boxes and drawn hints (height, width) as one hint map (height, width) int64. Raises ValueError.
+
+    points: "x,y x,y;x,y": groups of clicks, each a disc of 2 % of the longer side or less if another group is near; boxes:
+    (x0, y0, x1, y1), each around one segment: the middle half of it is known. Small boxes lie over large ones, the rest
+    over boxes.
     """
-    device = next(model.net.parameters()).device
-    small, sizes = zip(*(resize_image(image, model.image_size) for image in images))
-    x, inside = normalise(torch.from_numpy(np.stack(small)).to(device), torch.tensor(sizes, device=device))
-    which = [(i, j) for i in range(len(images)) for j in range(n)]
-    parts = []
-    for start in range(0, len(which), batch):
-        some = which[start : start + batch]
-        i = [a for a, _ in some]
-        parts.append(sample(model.net, x[i], inside[i], model.codec.channels, [seed + j for _, j in some], model.diffusion,
-                            model.codec.activate, **{**model.sampling, **sampling}).cpu())
-    return torch.cat(parts).unflatten(0, (len(images), n)), list(sizes)
-
-
-def own_size(x_hat, size, width, height, codec):
-    """Label map (height, width) int64 of one image: x_hat (C, S, S) cut to size (h, w), upsampled and decoded.
-
-    Soft bits are interpolated bilinearly, then thresholded, in strips: a 10,000 x 10,000 image needs no 10,000 x 10,000
-    x C tensor. (rgb, which clusters, is decoded first.)
-    """
-    h, w = size
-    x = x_hat[None, :, :h, :w]                                                     # (1, C, h, w)
-    if codec.encoding == "rgb":
-        return F.interpolate(codec.decode(x)[None].float(), (height, width), mode="nearest")[0, 0].long()
-    x = F.interpolate(x, (h, width), mode="bilinear", align_corners=False)
-    row = ((torch.arange(height) + 0.5) * h / height - 0.5).clamp(0, h - 1)        # as interpolate does
-    low = row.floor().long()
-    out = torch.empty(height, width, dtype=torch.int64)
-    strip = max(1, 4_000_000 // width)
-    for s in range(0, height, strip):
-        a, b = low[s : s + strip], (low[s : s + strip] + 1).clamp(max=h - 1)
-        out[s : s + strip] = codec.decode(x[:, :, a].lerp(x[:, :, b], (row[s : s + strip] - a).view(-1, 1)))[0]
+    out, y, x = np.zeros((height, width), np.int64), np.arange(height)[:, None], np.arange(width)
+    drawn = np.zeros_like(out) if drawn is None else drawn
+    if drawn.shape != out.shape:
+        raise ValueError(f"the hint has {drawn.shape[1]} x {drawn.shape[0]} pixels, but the image {width} x {height}")
+    free = max(0, int(drawn.max())) + 1                                            # ids not taken
+    for x0, y0, x1, y1 in sorted(boxes, key=lambda b: (b[0] - b[2]) * (b[3] - b[1])):
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise ValueError(f"box {x0},{y0},{x1},{y1} does not lie inside the image's {width} x {height} pixels")
+        out[(abs(2 * y + 1 - y0 - y1) * 2 <= y1 - y0) & (abs(2 * x + 1 - x0 - x1) * 2 <= x1 - x0)] = free
+        free += 1
+    out = np.where(drawn > 0, drawn, out)
+    try:
+        clicks = [(g, *map(float, p.split(","))) for g, group in enumerate(points.split(";")) for p in group.split()]
+        clicks = [(g, px, py) for g, px, py in clicks]
+    except ValueError:
+        raise ValueError(f"points '{points}' are not of the form \"x,y x,y;x,y\"") from None
+    for g, px, py in clicks:
+        if not (0 <= px < width and 0 <= py < height):
+            raise ValueError(f"point {px:g},{py:g} lies outside the image's {width} x {height} pixels")
+        apart = min([np.hypot(px - qx, py - qy) for other, qx, qy in clicks if other != g], default=np.inf)
+        if apart < 1 or drawn[int(py), int(px)] > 0:
+            raise ValueError(f"contradictory hints: point {px:g},{py:g} has another id already")
+        radius = min(0.02 * max(width, height), apart / 2)
+        out[(np.hypot(y - int(py), x - int(px)) <= radius) & (drawn <= 0)] = free + g
     return out
 
 
-def disagreement(cells):
-    """Share of the pairs of samples that put a pixel into different segments, after matching segments by overlap.
+@dataclass
+class Job:
+    """An image in the network's frame of S x S pixels, what is known about it, and its samples so far."""
 
-    cells (n, h, w) -> (h, w) float in [0, 1]. Only the partition counts, not the numbers of the segments.
+    image: np.ndarray                            # (S, S, 3) uint8
+    size: tuple                                  # (h, w) of the valid part
+    x_hat: list                                  # of (C, h, w)
+    x0: torch.Tensor | None = None               # (C, S, S) of hints and initial map, 0 where there is neither
+    known: torch.Tensor | None = None            # (S, S) bool: where there are hints
+    held: torch.Tensor | None = None             # (H, W) int64, at the image's own size: cells of the hints, -1 elsewhere
+
+
+def prepare(image, model, hints=None, init=None):
+    """PIL image -> Job. Raises ValueError for an image without pixels and hints that do not fit."""
+    if 0 in image.size:
+        raise ValueError(f"an image of {image.width} x {image.height} pixels has nothing to segment")
+    small, (h, w) = resize_image(image, model.image_size)
+    job, codec = Job(small, (h, w), []), model.codec
+    if hints is None and init is None:
+        return job
+    for name, ids in (("hint", hints), ("initial map", init)):
+        if ids is not None and ids.shape != image.size[::-1]:
+            raise ValueError(f"the {name} has {ids.shape[1]} x {ids.shape[0]} pixels, but the image "
+                             f"{image.width} x {image.height}")
+    if codec.encoding == "rgb":
+        raise ValueError("hints and initial maps need a checkpoint with the encoding bits or onehot, this one has rgb")
+    hints, init = (np.zeros(image.size[::-1], np.int64) if v is None else np.asarray(v, np.int64) for v in (hints, init))
+    names, hint = np.unique(hints[hints > 0]), shrink(hints, h, w)                 # names: ascending
+    labels = np.full((model.image_size,) * 2, -1)
+    labels[:h, :w] = np.where(hint > 0, hint, shrink(init, h, w) + names.max(initial=0))
+    labels[:h, :w][(hint == 0) & (shrink(init, h, w) == 0)] = -1
+    if (labels < 0).all():
+        raise ValueError("hints and initial map are empty: no pixel has an id above 0")
+    if lost := sorted(set(names) - set(np.unique(hint))):
+        raise ValueError(f"contradictory hints: {lost[0]} shares all its pixels with others at the network's size of "
+                         f"{model.image_size}; make it larger or move it away from them")
+    if len(names) and len(np.unique(labels)) - 1 > codec.classes:
+        raise ValueError(f"{len(np.unique(labels)) - 1} segments in hints and initial map, but the network has {codec.classes} ids")
+    cells = codec.cells(torch.from_numpy(labels)[None], torch.Generator().manual_seed(0))      # (1, S, S)
+    job.x0, job.known = codec.encode(cells)[0], torch.zeros_like(cells[0], dtype=torch.bool)
+    job.known[:h, :w] = torch.from_numpy(hint > 0)
+    cell_of = np.array([int(cells[0, :h, :w][torch.from_numpy(hint == name)][0]) for name in names] + [-1])
+    job.held = torch.from_numpy(cell_of[np.where(hints > 0, np.searchsorted(names, hints), -1)])
+    return job
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From images to soft bits to label maps
+
+
+@dataclass
+class Segmentation:
+    """n answers for one image of H x W pixels. Labels are the palette's cells, from 0 (rgb: numbers of clusters)."""
+
+    labels: torch.Tensor                         # (n, H, W) uint8, int16 from 255 cells
+    consensus: torch.Tensor                      # (H, W): the mean of the samples' soft bits, decoded
+    medoid: int                                  # the sample with the highest mean ARI to the others
+    agreement: torch.Tensor                      # (n,): mean ARI of each sample to the others; nan if n = 1
+    boundary: torch.Tensor                       # (H, W) in [0, 1]: share of samples with a boundary here (a network pixel wide)
+    entropy: torch.Tensor | None                 # (H, W) in [0, k] bits: of the mean (Eq. 3); None without bits
+    segments: list                               # of the medoid: id = label + 1, area, bbox, segmentation (RLE), confidence
+    x_hat: torch.Tensor                          # (n, C, h, w) soft bits, at the network's resolution
+
+
+def segment(image, model, n=8, seed=0, **options):
+    """n answers for one PIL image: a Segmentation. Sample j has the seed `seed` + j. options: those of `denoise`.
+
+    The same seed gives the same map, whatever else is sampled beside it: on the CPU to the last bit at batch 1.
     """
-    n, (h, w) = len(cells), cells.shape[1:]
-    differ, pairs = torch.zeros(h * w), 0
-    for a in range(n):
-        for b in range(a + 1, n):
-            ids_a, p = cells[a].reshape(-1).unique(return_inverse=True)
-            ids_b, q = cells[b].reshape(-1).unique(return_inverse=True)
-            overlap = contingency(p.view(1, h, w), q.view(1, h, w))
-            rows, cols = linear_sum_assignment(iou_matrix(overlap)[0].numpy(), maximize=True)
-            partner = torch.full((len(ids_a),), -1)
-            partner[torch.from_numpy(rows)] = torch.from_numpy(cols)
-            differ += partner[p] != q
-            pairs += 1
-    return (differ / max(1, pairs)).view(h, w)
+    return summarise(next(denoise([image], model, n, seed, **options)), image, model.codec)
+
+
+def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, strength=0.4, **sampling):
+    """A Job with n samples for each PIL image of an iterable, in order; a batch holds samples of several images.
+
+    batch: samples at once (default 1 on the CPU, else 64); halved when the device's memory is not enough. hints: (H, W)
+    ids, pixels of one id belong together, of different ids apart; init: (H, W) ids to start from, forgotten the more the
+    larger strength is, in (0, 1]; both 0 where not given. sampling: steps, guidance, sampler, variance, resample (default:
+    the checkpoint's; resample: 4 with hints). Raises ValueError.
+    """
+    device = next(model.net.parameters()).device
+    batch = batch or (1 if device.type == "cpu" else 64)
+    sampling = {**model.sampling, **({"resample": 4} if hints is not None else {}), **sampling}
+
+    def run(part):
+        nonlocal batch
+        jobs, seeds = zip(*part)
+        given = {}
+        if hints is not None:
+            given["known"] = tuple(torch.stack([getattr(job, k) for job in jobs]).to(device) for k in ("x0", "known"))
+        if init is not None:
+            given.update(init=torch.stack([job.x0 for job in jobs]).to(device), strength=strength)
+        x, inside = normalise(torch.from_numpy(np.stack([job.image for job in jobs])).to(device),
+                              torch.tensor([job.size for job in jobs], device=device))
+        try:
+            x_hat = sample(model.net, x, inside, model.codec.channels, seeds, model.diffusion, model.codec.activate,
+                           **sampling, **given).cpu()
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise ValueError("the device's memory does not hold one sample: try --device cpu") from None
+            batch = len(part) // 2
+            run(part[:batch])
+            return run(part[batch:])
+        for job, one in zip(jobs, x_hat):
+            job.x_hat.append(one[:, : job.size[0], : job.size[1]])
+
+    queue, jobs = [], deque()
+    for image in images:
+        jobs.append(prepare(image, model, hints, init))
+        queue += [(jobs[-1], seed + j) for j in range(n)]
+        while len(queue) >= batch:
+            part, queue = queue[:batch], queue[batch:]
+            run(part)
+        while jobs and len(jobs[0].x_hat) == n:
+            yield jobs.popleft()
+    if queue:
+        run(queue)
+    yield from jobs
+
+
+def own_size(x_hat, size, width, height, codec, image=None, among=None):
+    """Label maps (..., height, width) int64 of one image: x_hat (..., C, S, S) cut to size (h, w), upsampled and decoded.
+
+    Each pixel gets the code nearest to its soft bits of those in `among`, a list of cells for each map (default: those of
+    the map at the network's size, so that no third code appears between two). Soft bits are interpolated bilinearly or,
+    with the PIL image, by joint bilateral upsampling (Kopf et al. 2007): of the 3 x 3 nearest network pixels, those of
+    like colour count more. In strips: a 10,000 x 10,000 image needs no 10,000 x 10,000 x C tensor. (rgb: nearest.)
+    """
+    h, w = size
+    x = x_hat[..., :h, :w].reshape(-1, *x_hat.shape[-3:-2], h, w)                  # (N, C, h, w)
+    cells = codec.decode(x)
+    if codec.encoding == "rgb":
+        return subsample(cells, height, width).view(*x_hat.shape[:-3], height, width)
+    among = [c.unique() for c in cells] if among is None else among                # N of (M,)
+    soft, out = x.flatten(0, 1), torch.empty(len(x), height, width, dtype=torch.int64)         # soft (N*C, h, w)
+    row, col = ((torch.arange(a) + 0.5) * b / a - 0.5 for a, b in ((height, h), (width, w)))   # as interpolate does
+    if image is not None:
+        colour = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BOX))).permute(2, 0, 1) / 255
+    strip = max(1, 16_000_000 // (width * (len(soft) + max(len(c) for c in among))))
+    for s in range(0, height, strip):
+        r, y = row[s : s + strip, None], 0
+        if image is not None:
+            own = torch.from_numpy(np.array(image.crop((0, s, width, s + len(r))))).permute(2, 0, 1) / 255
+        for dy, dx in product((-1, 0, 1), (-1, 0, 1)):
+            near_r, near_c = r.round() + dy, col.round() + dx
+            i, j = near_r.long().clamp(0, h - 1), near_c.long().clamp(0, w - 1)    # (rows, 1), (width,)
+            if image is None:                                                      # bilinear
+                weight = tent(r.clamp(0, h - 1) - near_r) * tent(col.clamp(0, w - 1) - near_c)
+            else:                                                                  # Gaussians of 0.7 pixels and 0.1 of the range
+                far = ((r - near_r) ** 2 + (col - near_c) ** 2) / 0.98 + ((own - colour[:, i, j]) ** 2).sum(0) / 0.02
+                weight = (-far).exp().clamp(min=1e-12)
+            y = y + soft[:, i, j] * weight                                          # (N*C, rows, width)
+        for k, choice in enumerate(among):
+            code = codec.table[choice] @ y.view(len(x), -1, y[0].numel())[k]       # (M, rows * width): alike, 1 for each bit
+            out[k, s : s + strip] = choice[code.argmax(0)].view(-1, width)
+    return out.view(*x_hat.shape[:-3], height, width)
+
+
+def tent(x):
+    return (1 - x.abs()).clamp(min=0)
+
+
+def summarise(job, image, codec):
+    """Job and its PIL image -> Segmentation. Agreement and confidence are measured at the network's resolution."""
+    x_hat, (width, height), (h, w) = torch.stack(job.x_hat), image.size, job.size
+    n, mean, cells = len(x_hat), x_hat.mean(0, keepdim=True), codec.decode(x_hat)
+    among = None if codec.encoding == "rgb" else [c.unique() for c in cells] + [cells.unique()]
+    labels = own_size(torch.cat([x_hat, mean]), job.size, width, height, codec, image, among)
+    labels = labels.to(torch.uint8 if codec.classes < 255 else torch.int16)
+    if job.held is not None:
+        labels = torch.where(job.held >= 0, job.held.to(labels.dtype), labels)
+
+    i, j = torch.triu_indices(n, n, 1)
+    every = torch.zeros(n, n, dtype=torch.float64)
+    if n > 1:
+        every[i, j] = every[j, i] = ari(contingency(cells[i], cells[j]))
+    agreement = every.sum(1) / (n - 1) if n > 1 else torch.full((1,), torch.nan)
+    medoid = int((agreement * 1e9).round().nan_to_num().argmax())                  # the first on ties
+
+    tall, wide = (max(1, min(v, round(v * 512 / max(width, height)))) for v in (height, width))      # 512 pixels are enough
+    reach = max(1, round(max(tall, wide) / max(h, w)))                             # a pixel of the network
+    edge = outline(subsample(labels[:n], tall, wide)).float()[:, None]             # (n, 1, tall, wide)
+    edge = F.max_pool2d(F.pad(edge, ((reach - 1) // 2, reach // 2) * 2), reach, 1).mean(0, keepdim=True)
+    own = dict(size=(height, width), mode="bilinear", align_corners=False)
+    bits = F.interpolate(entropy(mean)[None], **own)[0, 0] if codec.encoding == "bits" else None
+    return Segmentation(labels[:n], labels[n], medoid, agreement, F.interpolate(edge, **own)[0, 0], bits,
+                        coco_segments(labels[medoid].numpy(), cells, medoid), x_hat)
+
+
+def coco_segments(labels, cells, medoid):
+    """The segments of labels (H, W) as COCO annotations; cells (n, h, w): all samples at the network's resolution."""
+    best, others = {}, [j for j in range(len(cells)) if j != medoid]
+    if others:
+        iou = iou_matrix(contingency(cells[[medoid] * len(others)], cells[others])).amax(2).mean(0)      # (P,)
+        best = dict(zip(cells[medoid].unique().tolist(), iou.tolist()))
+    out = []
+    for cell in np.unique(labels).tolist():
+        rle = coco_mask.encode(np.asfortranarray(labels == cell).view(np.uint8))
+        out.append(dict(id=cell + 1, image_id=1, category_id=1, iscrowd=0, area=int(coco_mask.area(rle)),
+                        bbox=coco_mask.toBbox(rle).tolist(), confidence=best.get(cell),        # None: nothing to compare
+                        segmentation=dict(size=rle["size"], counts=rle["counts"].decode())))
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,42 +353,103 @@ def disagreement(cells):
 
 
 def colours(side):
-    """One colour for each cell of the palette, neighbours far apart in hue or lightness: (side^2, 3) uint8."""
-    table = []
-    for row in range(side):
-        for col in range(side):
-            hue, level = (0.7549 * row + 0.5698 * col) % 1, (row + 2 * col) % 3
-            table.append(colorsys.hls_to_rgb(hue, (0.42, 0.56, 0.70)[level], (0.85, 0.7, 0.8)[level]))
-    return (np.array(table) * 255).astype(np.uint8)
+    """One colour for each cell of the palette: (side^2, 3) uint8.
+
+    Nine hues that the colour-blind tell apart (eight as Okabe & Ito's, and brown) fill each block of 3 x 3 cells, so that
+    neighbours always differ in hue; blocks differ in lightness.
+    """
+    hues = np.array([(230, 159, 0), (86, 180, 233), (0, 140, 105), (90, 45, 15), (240, 228, 66), (0, 90, 180),
+                     (222, 150, 190), (110, 110, 110), (205, 70, 0)])
+    row, col = np.divmod(np.arange(side**2), side)
+    hue, block = hues[row % 3 * 3 + col % 3], (row // 3 + col // 3) % 3
+    tint = np.array([0, 0.3, 0.25])[block][:, None]                                # towards white, towards black
+    return (hue * (1 - tint) + np.where(block == 1, 255, 0)[:, None] * tint).round().astype(np.uint8)
+
+
+def outline(labels):
+    """(..., H, W) -> bool: pixels that differ from the one to the left or above."""
+    edge = torch.zeros(labels.shape, dtype=torch.bool)
+    edge[..., 1:] |= labels[..., 1:] != labels[..., :-1]
+    edge[..., 1:, :] |= labels[..., 1:, :] != labels[..., :-1, :]
+    return edge
 
 
 def overlay(image, cells, side, opacity=0.55):
-    """Coloured segments with thin dark outlines over an image: (H, W, 3) uint8, (H, W) cells; -1 stays plain."""
-    image, cells = np.asarray(image), np.asarray(cells)
-    colour = colours(side)[cells % side**2]
-    out = np.where((cells >= 0)[..., None], image * (1 - opacity) + colour * opacity, image)
-    edge = np.zeros(cells.shape, bool)
-    edge[:, 1:] |= cells[:, 1:] != cells[:, :-1]
-    edge[1:] |= cells[1:] != cells[:-1]
-    out[edge] *= 0.25
-    return out.round().astype(np.uint8)
+    """Coloured segments with thin outlines over an image: (H, W, 3) uint8; (H, W) cells, -1 stays plain."""
+    image, cells = np.asarray(image), torch.as_tensor(np.asarray(cells).astype(np.int64))
+    colour = Image.fromarray(np.where((cells >= 0)[..., None], colours(side)[cells % side**2], image))
+    out = np.array(Image.blend(Image.fromarray(image), colour, opacity))
+    edge = outline(cells)
+    for _ in range(round(max(cells.shape) / 1000)):                                # wider on large images
+        edge |= F.pad(edge[:, :-1], (1, 0)) | F.pad(edge[:-1], (0, 0, 1, 0))
+    out[edge] = 255
+    return out
 
 
-def heat(share):
-    """(H, W) in [0, 1] -> black, red, yellow, white (H, W, 3) uint8."""
-    share = np.asarray(share, np.float32)[..., None]
-    return ((share * 3 - np.array([0, 1, 2])).clip(0, 1) * 255).astype(np.uint8)
+def shade(share):
+    """(H, W) in [0, 1] -> white, blue, nearly black: (H, W, 3) uint8."""
+    stops = np.array([(255, 255, 255), (66, 130, 190), (8, 20, 60)])
+    return np.stack([np.interp(np.asarray(share), (0, 0.5, 1), stop) for stop in stops.T], -1).round().astype(np.uint8)
 
 
-def grid(tiles, columns, gap=4):
-    """Tiles (each (h, w, 3) uint8, all of one size) as one picture, row by row."""
-    rows = -(-len(tiles) // columns)
-    h, w = tiles[0].shape[:2]
-    sheet = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, np.uint8)
+def subsample(maps, height, width):
+    """(..., H, W) -> (..., height, width), by nearest."""
+    (H, W), rows, cols = maps.shape[-2:], torch.arange(height), torch.arange(width)
+    return maps[..., ((2 * rows + 1) * H // (2 * height))[:, None], (2 * cols + 1) * W // (2 * width)]
+
+
+def grid(tiles, columns, gap=4, captions=()):
+    """Tiles (each (h, w, 3) uint8, all of one size) as one picture, row by row, each under its caption if there are any.
+
+    A caption (text, low, high) is followed by the scale of `shade` between two words.
+    """
+    rows, (h, w) = -(-len(tiles) // columns), tiles[0].shape[:2]
+    top = 18 if captions else 0
+    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + top + gap) - gap), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for i, tile in enumerate(tiles):
-        y, x = i // columns * (h + gap), i % columns * (w + gap)
-        sheet[y : y + h, x : x + w] = tile
-    return sheet
+        x, y = i % columns * (w + gap), i // columns * (h + top + gap)
+        sheet.paste(Image.fromarray(tile), (x, y + top))
+        if captions:
+            text, *ends = (captions[i],) if isinstance(captions[i], str) else captions[i]
+            pen.text((x + 1, y + 2), text, (60, 60, 60), font)
+            if ends:
+                right = x + w - pen.textlength(ends[1], font) - 2
+                pen.text((right, y + 2), ends[1], (60, 60, 60), font)
+                sheet.paste(Image.fromarray(shade(np.tile(np.linspace(0, 1, 40), (9, 1)))), (int(right) - 45, y + 5))
+                pen.text((right - 49 - pen.textlength(ends[0], font), y + 2), ends[0], (60, 60, 60), font)
+    return np.array(sheet)
+
+
+def panel(image, result, codec, held=None, most=16):
+    """Image, prompt if any, samples (at most `most`), consensus and uncertainty in one picture: (h, w, 3) uint8."""
+    side, (w, h) = side_of(codec), fitted(*image.size, 320)
+    small = np.asarray(image.resize((w, h), Image.Resampling.LANCZOS))
+    tiles, captions, n = [small], ["image"], len(result.labels)
+
+    def add(caption, labels):
+        tiles.append(overlay(small, subsample(labels, h, w), side))
+        captions.append(caption)
+
+    if held is not None and (held >= 0).any():
+        add("hints", held)
+    for j in range(min(n, most)):
+        add(f"sample {j}" + (", medoid" if j == result.medoid and n > 1 else ""), result.labels[j])
+    if n > 1:
+        add("consensus", result.consensus)
+    for name, value, top, words in uncertainty(result, codec):
+        tiles.append(shade(F.interpolate(value[None, None], (h, w), mode="bilinear", antialias=True)[0, 0] / top))
+        captions.append((name, *words))
+    fits = max(1, round((len(tiles) * 1.6 * h / w) ** 0.5))                        # a sheet about 1.6 times as wide as high
+    rows = -(-len(tiles) // fits)
+    return grid(tiles, -(-len(tiles) // rows), 6, captions)                        # as few gaps as possible
+
+
+def uncertainty(result, codec):
+    """[(name, (H, W), its largest value, words for the scale's ends)]: boundaries, and the entropy if there are bits."""
+    rows = [("boundaries", result.boundary, 1, ("0", "all"))] if len(result.labels) > 1 else []
+    bits = [("entropy", result.entropy, codec.bits, ("0", f"{codec.bits} bits"))] if result.entropy is not None else []
+    return rows + bits
 
 
 def side_of(codec):
@@ -191,28 +458,112 @@ def side_of(codec):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def save(array, path, palette=None):
+    """An array as PNG with our mark: (H, W, 3) uint8, or (H, W) ids, 8 or 16 bit. All or nothing: written, then renamed."""
+    picture, text, part = Image.fromarray(array), PngImagePlugin.PngInfo(), path.with_suffix(".part")
+    text.add_text("Software", MARK)
+    if palette is not None and array.dtype == np.uint8:
+        picture.putpalette(palette.tobytes())
+    picture.save(part, "PNG", pnginfo=text, compress_level=1)
+    part.replace(path)
+
+
+def save_json(content, path):
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content))
+    part.replace(path)
+
+
+def read_ours(path):
+    """The info in a segments.json or panoptic.json of ours; None if it is not there. Raises ValueError if not ours."""
+    try:
+        info = json.loads(path.read_text())["info"]
+        if info["software"] == MARK:
+            return info
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path} was not written by sample.py and is not overwritten: choose another --out")
+
+
+def check(folder, info):
+    """Whether this is done already. Raises ValueError if something in the folder is not ours or of another image."""
+    done = read_ours(folder / "segments.json")
+    if done and done["image"] != info["image"]:
+        raise ValueError(f"{folder} holds the results of {done['image']}: choose another --out")
+    for path in folder.glob("*.png") if folder.is_dir() else ():
+        with Image.open(path) as picture:
+            if picture.info.get("Software") != MARK:
+                raise ValueError(f"{path} was not written by sample.py and is not overwritten: move it, or choose another --out")
+    return done == info
+
+
+def write(folder, image, result, model, info, held, panoptic):
+    """All files of one image; segments.json comes last. Returns a sentence about it."""
+    n, codec, side = len(result.labels), model.codec, side_of(model.codec)
+    digits, palette = max(2, len(str(n - 1))), np.concatenate([np.zeros((1, 3), np.uint8), colours(side)])
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in [folder / "segments.json", *folder.glob("*.png")]:                  # ours, see check
+        old.unlink(missing_ok=True)
+    kind = np.uint8 if codec.classes < 255 else np.uint16
+    save(panel(image, result, codec, held), folder / "panel.png")
+    for j in range(n):
+        save(result.labels[j].numpy().astype(kind) + kind(1), folder / f"labels_{j:0{digits}}.png", palette)
+        save(overlay(image, result.labels[j], side), folder / f"overlay_{j:0{digits}}.png")
+    for name, labels in (("medoid", result.labels[result.medoid]), ("consensus", result.consensus)):
+        save(labels.numpy().astype(kind) + kind(1), folder / f"{name}.png", palette)
+    if rows := uncertainty(result, codec):
+        save(grid([shade(value / top) for _, value, top, _ in rows], len(rows), 6,
+                  [(name, *words) for name, _, _, words in rows]), folder / "uncertainty.png")
+    segments = [{**s, "segmentation": s["segmentation"]} for s in result.segments]
+    if panoptic:
+        ids = result.labels[result.medoid].numpy().astype(np.uint32) + 1
+        (folder.parent / "panoptic").mkdir(exist_ok=True)
+        save(np.stack([ids & 255, ids >> 8, ids * 0], -1).astype(np.uint8), folder.parent / "panoptic" / f"{folder.name}.png")
+    W, H = image.size
+    save_json(dict(info=info, images=[dict(id=1, file_name=Path(info["image"]).name, width=W, height=H)],
+                   categories=[dict(id=1, name="segment", supercategory="segment")], annotations=segments),
+              folder / "segments.json")
+    counts = [len(m.unique()) for m in result.labels]
+    agree = f", agreement (ARI) {result.agreement.mean():.2f}" if n > 1 else ""
+    return f"{n} samples, {sum(counts) / n:.1f} segments on average{agree}"
+
+
+def write_panoptic(out):
+    """out/panoptic.json from every segments.json with a PNG in out/panoptic/: as several processes may, one after another."""
+    path, written, found = out / "panoptic.json", None, []
+    while found != written:
+        images, annotations = [], []
+        for i, name in enumerate(found := sorted(p.stem for p in (out / "panoptic").glob("*.png")
+                                                 if (out / p.stem / "segments.json").is_file()), 1):
+            content = json.loads((out / name / "segments.json").read_text())
+            images.append({**content["images"][0], "id": i})
+            annotations.append(dict(image_id=i, file_name=f"{name}.png", segments_info=[
+                {k: [round(v) for v in s[k]] if k == "bbox" else s[k] for k in ("id", "category_id", "area", "bbox", "iscrowd")}
+                for s in content["annotations"]]))
+        category = dict(id=1, name="segment", supercategory="segment", isthing=1, color=[0, 114, 178])
+        save_json(dict(info=dict(software=MARK), images=images, annotations=annotations, categories=[category]), path)
+        if found == written:
+            return
+        written = found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def write_outputs(path, image, x_hat, size, codec, out):
-    """The files for one image; returns the panel's path and the mean number of segments."""
-    n, side, (h, w) = len(x_hat), side_of(codec), size
-    panel_size = min(1.0, 320 / max(image.size))
-    small = image.resize([max(1, round(v * panel_size)) for v in image.size])
-    tiles, counts = [np.asarray(small)], []
-    for j in range(n):
-        cells = own_size(x_hat[j], size, *image.size, codec).numpy()
-        kind = np.uint8 if codec.classes < 256 else np.uint16
-        Image.fromarray((cells + 1).astype(kind)).save(out / f"{path.stem}_{j:02d}.png")     # 0 is never used
-        Image.fromarray(overlay(image, cells, side)).save(out / f"{path.stem}_{j:02d}_overlay.png")
-        tiles.append(overlay(small, own_size(x_hat[j], size, *small.size, codec), side))
-        counts.append(len(np.unique(cells)))
-    if n > 1:
-        apart = disagreement(torch.stack([codec.decode(x[None, :, :h, :w])[0] for x in x_hat]))
-        tiles.append(heat(F.interpolate(apart[None, None], small.size[::-1], mode="bilinear")[0, 0]))
-    panel = out / f"{path.stem}_panel.png"
-    Image.fromarray(grid(tiles, columns=min(len(tiles), 5))).save(panel)
-    return panel, sum(counts) / n
+def folder_names(files):
+    """A folder name for each file, all different: the stem, else the name, else the whole path."""
+    names, longer = {}, (lambda p: p.stem, lambda p: p.name.replace(".", "_"), lambda p: "_".join(p.resolve().parts[1:]))
+    for name in longer:
+        left = [p for p in files if p not in names]
+        taken = [name(p) for p in left] + list(names.values())
+        names.update({p: name(p) for p in left if taken.count(name(p)) == 1})
+    return names
 
 
 def find_images(names):
@@ -241,51 +592,142 @@ def pick_device(name):
         raise ValueError(f"device '{name}' is not usable here ({str(e).splitlines()[0][:80]}): try --device cpu") from None
 
 
+def ahead(function, items, count=4):
+    """Results of function(item), computed in a thread up to `count` items ahead."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("images", nargs="+", help="image files or folders")
     p.add_argument("--n", type=int, default=8, help="samples for each image")
     p.add_argument("--ckpt", help="checkpoint (default: the newest under out/)")
-    p.add_argument("--out", default="samples", help="where the pictures go")
+    p.add_argument("--out", default="samples", help="where the folders go")
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
-    p.add_argument("--guidance", type=float, help="guidance weight, 0 = none (default: the checkpoint's)")
+    p.add_argument("--guidance", type=float, help="guidance weight, 0 = none: half the time (default: the checkpoint's)")
     p.add_argument("--sampler", choices=["ddpm", "ddim"], help="(default: the checkpoint's)")
     p.add_argument("--seed", type=int, default=0, help="sample j of every image has the seed SEED + j")
-    p.add_argument("--batch", type=int, default=32, help="samples denoised at once: less needs less memory")
+    p.add_argument("--batch", type=int, help="samples denoised at once (default: 1 on the CPU, else 64, less if memory is short)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--resume", action="store_true", help="skip images that are done with the same settings")
+    p.add_argument("--format", choices=["coco", "coco_panoptic"], default="coco", help="coco: segments.json alone")
+    p.add_argument("--hint", help="label map: pixels of one id belong together, different ids apart, 0 is free")
+    p.add_argument("--points", default="", help='groups of clicks: "x,y x,y;x,y", from the top left corner')
+    p.add_argument("--box", action="append", default=[], help="x0,y0,x1,y1 around one segment; may be repeated")
+    p.add_argument("--resample", type=int, help="repeats of each step that make the rest agree with the hints (default: 4)")
+    p.add_argument("--init", help="label map to start from, 0 is free")
+    p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, at most 1")
+    p.error = fail
     a = p.parse_args(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        for name in ("n", "steps", "batch"):
-            if (getattr(a, name) or 1) < 1 or getattr(a, name) == 0:
+        for name in ("n", "steps", "batch", "resample"):
+            if getattr(a, name) is not None and getattr(a, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(a, name)}")
-        files = find_images(a.images)
-        device = pick_device(a.device)
+        files = list(dict.fromkeys(find_images(a.images)))
+        prompts = {k: getattr(a, k) for k in ("hint", "points", "box", "init") if getattr(a, k)}
+        if prompts and len(files) > 1:
+            raise ValueError(f"--{next(iter(prompts))} is for one image, not for {len(files)}")
+        local = torch.cuda.is_available() and a.device == "auto" and "LOCAL_RANK" in os.environ
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if local else a.device)
         ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
-        model = load_checkpoint(ckpt, device)
-        out = Path(a.out)
+        model, out, names = load_checkpoint(ckpt, device), Path(a.out), folder_names(files)
+        if a.format == "coco_panoptic":
+            read_ours(out / "panoptic.json")
         out.mkdir(parents=True, exist_ok=True)
+        given = read_prompts(a, files[0]) if prompts else {}
     except (ValueError, OSError) as e:
-        print(f"sample.py: {e}", file=sys.stderr)
-        return 2
+        fail(e)
 
-    chosen = {k: v for k in ("steps", "guidance", "sampler") if (v := getattr(a, k)) is not None}
-    settings = " ".join(f"{k} {v}" for k, v in {**model.sampling, **chosen}.items())
-    print(f"{ckpt}: trained on {model.dataset}, step {model.step}, {model.image_size} pixels; {settings}; on {device}")
-    stems, failed = {}, 0
-    for path in files:
-        start = time.time()
+    chosen = {k: v for k in ("steps", "guidance", "sampler", "resample") if (v := getattr(a, k)) is not None}
+    settings = {**model.sampling, **chosen, **prompts, **({"strength": a.strength} if a.init else {})}
+    info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, **settings)
+    if rank == 0:
+        print(f"{ckpt}: trained on {model.dataset}, step {model.step}, {model.image_size} pixels; "
+              f"{' '.join(f'{k} {v}' for k, v in settings.items())}; on {device}")
+        if model.dataset == "shapes":
+            print("This checkpoint has only seen synthetic shapes: in a photo it finds shapes, not objects. For photos, train "
+                  "on photos (see the README).")
+    bar = tqdm(total=len(files[rank::world]), unit="image", disable=rank > 0 or len(files) == 1)
+    failed, busy = [], deque()
+
+    def read(path):                                                                # -> image, or what to say instead
         try:
-            image = read_image(path)
-            if stems.setdefault(path.stem, path) != path:
-                raise ValueError(f"{path}: has the same stem as {stems[path.stem]}, whose results would be overwritten; "
-                                 f"run it with another --out")
-            x_hat, sizes = segment([image], model, a.n, a.seed, a.batch, **chosen)
-            panel, count = write_outputs(path, image, x_hat[0], sizes[0], model.codec, out)
-            print(f"{path} -> {panel} ({a.n} samples, {count:.1f} segments on average, {time.time() - start:.1f} s)")
+            if check(out / names[path], {**info, "image": str(path)}) and a.resume:
+                return f"{path}: done already"
+            return read_image(path)
         except (ValueError, OSError) as e:
-            print(f"sample.py: {e}", file=sys.stderr)
-            failed += 1
+            return e
+
+    def say(text, error=False):
+        if error:
+            failed.append(text)
+        tqdm.write(f"sample.py: {text}" if error else text, file=sys.stderr if error else sys.stdout)
+        bar.update()
+
+    def images():                                                                  # those that can be read
+        for path, image in zip(files[rank::world], ahead(read, files[rank::world])):
+            if isinstance(image, Image.Image):
+                current.append((path, image))
+                yield image
+            else:
+                say(image, isinstance(image, Exception))
+
+    def finish(path, image, job):                                                  # in a thread: the next one is sampled
+        result = summarise(job, image, model.codec)
+        folder = out / names[path]
+        words = write(folder, image, result, model, {**info, "image": str(path)}, job.held, a.format == "coco_panoptic")
+        return f"{path} -> {folder / 'panel.png'} ({words})"
+
+    def collect(most):
+        while len(busy) > most:
+            try:
+                say(busy.popleft().result())
+            except (ValueError, OSError) as e:
+                say(e, error=True)
+
+    current = deque()
+    with ThreadPoolExecutor(2) as writers:
+        try:
+            for job in denoise(images(), model, a.n, a.seed, a.batch, **given, **chosen):
+                busy.append(writers.submit(finish, *current.popleft(), job))
+                collect(most=4)
+        except ValueError as e:                                                    # hints that do not fit, too little memory
+            say(e, error=True)
+        collect(most=0)
+    bar.close()
+    if a.format == "coco_panoptic":
+        write_panoptic(out)
     return 2 if failed else 0
+
+
+def read_prompts(a, path):
+    """The options hints, init and strength of `denoise` from the command line's, for the image at path."""
+    given, (width, height) = {}, read_image(path).size
+    if a.hint or a.points or a.box:
+        try:
+            boxes = [tuple(map(float, box.split(","))) for box in a.box]
+            if any(len(box) != 4 for box in boxes):
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"--box {' '.join(a.box)} is not of the form x0,y0,x1,y1") from None
+        given["hints"] = hint_map(width, height, a.points, boxes, read_label(a.hint) if a.hint else None)
+    if a.init:
+        given.update(init=read_label(a.init), strength=a.strength)
+    return given
+
+
+def fail(message):
+    """Ends the program with a sentence and exit status 2."""
+    print(f"sample.py: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
