@@ -80,24 +80,27 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
         raise ValueError(f"split is train, val or test, not '{split}'")
     if name == "shapes":
         return Shapes(split, size, seed)
+    files, listing = find(name, split, root, split_seed)
+    options = dict(size=size, unlabelled=unlabelled, components=components, split_seed=split_seed)
+    return pack(files, listing, Path(cache), f"{Path(name).resolve().name}-{split}", options, workers, max_bad)
+
+
+def find(name, split, root="data", split_seed=0):
+    """(files, listing) of a data set of files; listing() gives its items. Raises ValueError or OSError with what to do."""
     formats = dict(coco=find_coco, entity=functools.partial(find_entity, seed=split_seed), ade20k=find_ade20k,
                    bsds500=find_bsds500)
-    home = Path(root) / name if name in formats else Path(name)
-    if name not in formats and not home.is_dir():
-        raise ValueError(f"data set '{name}' is neither shapes, nor coco, nor a folder with images/ and labels/, nor "
-                         f"{', '.join(formats)}")
+    if name not in formats:
+        if not Path(name).is_dir():
+            raise ValueError(f"data set '{name}' is neither shapes, nor coco, nor a folder with images/ and labels/, nor "
+                             f"{', '.join(formats)}")
+        return find_folder(Path(name), split)
     try:
-        files, listing = formats.get(name, find_folder)(home, split)
+        return formats[name](Path(root) / name, split)
     except FileNotFoundError as missing:
-        if name not in formats:
-            raise
         try:
-            files, listing = formats[name](Path(root), split)
+            return formats[name](Path(root), split)
         except FileNotFoundError:
             raise missing from None
-    options = dict(size=size, unlabelled=unlabelled, components=components, split_seed=split_seed)
-    name = name if name in formats else home.resolve().name
-    return pack(files, listing, Path(cache), f"{name}-{split}", options, workers, max_bad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

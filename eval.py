@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import metrics
 from bits import Codec
-from data import list_coco, list_folder, load, normalise, read_label
+from data import find, load, normalise
 from diffusion import network_input, sample
 from sample import grid, load_checkpoint, newest_checkpoint, overlay, own_size, pick_device, read_checkpoint
 
@@ -112,17 +112,13 @@ def draw(model, images, sizes, seeds, batch, setting):
 
 
 def originals(name, split, root):
-    """{file stem: (label files, ids)} of a data set of files; of shapes, which has none, {}."""
-    if name == "shapes":
-        return {}
-    items = list_coco(Path(root) / "coco", split) if name == "coco" else list_folder(Path(name), split)
-    return {path.stem: (labels, ids) for path, labels, ids in items}
+    """{file stem: item} of a data set of files; of shapes, which has none, {}."""
+    return {} if name == "shapes" else {Path(item.image).stem: item for item in find(name, split, root)[1]() if item.read}
 
 
 def own_maps(item, unlabelled):
     """All label maps of one image at its own size: (annotators, H, W) int64, -1 = ignore."""
-    labels, ids = item
-    maps = torch.from_numpy(np.stack([read_label(path, ids) for path in labels])).long()
+    maps = torch.from_numpy(np.stack(item.read(item))).long()
     return maps.masked_fill(maps == 0, -1) if unlabelled == "ignore" else maps
 
 
