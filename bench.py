@@ -35,7 +35,7 @@ import diffusion
 import kernels
 import metrics
 import train
-from diffusion import sample
+from diffusion import fused, sample
 from engine import Step, pick_precision, update_ema
 
 BITS, SIZE = 6, 128
@@ -336,7 +336,7 @@ def bench_train(args):
     c, device, dtype, why, codec, diffusion, network, net = setting(args)
     data = train.datasets.load("shapes", "train", c.image_size, seed=c.seed)
     compiled = c.compile == "on" or c.compile == "auto" and device.type == "cuda"
-    loss = train.loss_of(diffusion, codec)
+    loss = train.loss_of(diffusion, codec, device, dtype)
 
     def variant(net, dtype, compiled, fused):
         net = copy.deepcopy(net)
@@ -410,7 +410,8 @@ def bench_sample(args):
         for name, job in jobs.items():
             start = clock(device, args.clock)
             with context:
-                sample(net, x[job], inside[job], codec.channels, range(len(job)), diffusion, codec.activate, args.steps, c.guidance)
+                sample(net, x[job], inside[job], codec.channels, range(len(job)), diffusion, codec.activate, args.steps, c.guidance,
+                       fused=fused(codec, device))
             if i > 0:                                                              # the first round warms up
                 times[name].append(clock(device, args.clock) - start)
     print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, {str(dtype or torch.float32)[6:]} ({why}), "

@@ -32,10 +32,11 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.cluster.vq import kmeans2
 from tqdm import tqdm
 
+import kernels
 import metrics
 from bits import Codec
 from data import find, load, normalise
-from diffusion import network_input, sample
+from diffusion import fused, network_input, sample
 from sample import grid, load_checkpoint, newest_checkpoint, overlay, own_size, pick_device, read_checkpoint
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",
@@ -99,7 +100,8 @@ def draw(model, images, sizes, seeds, batch, setting):
         i = [a for a, _ in some]
         trace.clear()
         parts.append(sample(model.net, x[i], inside[i], model.codec.channels, [seeds[a][j] for a, j in some], model.diffusion,
-                            model.codec.activate, callback=remember, **setting).cpu())
+                            model.codec.activate, callback=remember,
+                            fused=fused(model.codec, device), **setting).cpu())
         first = [k for k, (_, j) in enumerate(some) if j == 0]
         if first:
             t, xt, x_hat = trace[-1]
@@ -400,6 +402,7 @@ def arguments(argv):
     p.add_argument("--variance", type=lambda text: words(text, ("large", "small")), help="of ddpm: large, small or large,small")
     p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
     p.add_argument("--device", default="auto")
+    p.add_argument("--kernels", choices=kernels.MODES, help="(default: BITSEG_KERNELS, or auto: Triton with CUDA)")
     return p.parse_args(argv)
 
 
@@ -412,6 +415,8 @@ def main(argv=None):
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():               # torchrun: the processes share the images
             dist.init_process_group("gloo")
         device = pick_device(f"cuda:{local}" if a.device == "auto" and torch.cuda.is_available() else a.device)
+        kernels.use(a.kernels or kernels.mode)
+        kernels.live(device)
         path = None if a.baseline else Path(a.ckpt or newest_checkpoint())
         model = None if a.baseline else load_checkpoint(path, device)
         if model and a.raw:
@@ -424,7 +429,7 @@ def main(argv=None):
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).name}-{a.split}")
         out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         print(f"eval.py: {e}", file=sys.stderr)
         return 2
 

@@ -31,9 +31,10 @@ import torch.distributed as dist
 from PIL import Image
 
 import data as datasets
+import kernels
 from bits import Codec
 from checkpoint import lock, newest, read, save
-from diffusion import Diffusion, draw, sample, training_loss
+from diffusion import Diffusion, draw, fused, fused_training_loss, sample, training_loss
 from engine import Step, Watch, anyone, append, forget, out_of_memory, pick_precision, update_ema, written
 from metrics import scores
 from model import SIZES, UNet
@@ -54,6 +55,7 @@ class Config:
     seed: int = 0                                # of everything random
     device: str = "auto"                         # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"                      # auto, fp32, bf16, fp16
+    kernels: str = ""                            # auto (Triton with CUDA), triton, torch; "": BITSEG_KERNELS, or auto
     compile: str = "auto"                        # on, off; auto: on with CUDA. A minute at the start, then faster steps
     init: str = ""                               # a checkpoint whose weights to start from (fine-tuning)
     export: str = ""                             # write the averaged weights of --out there, and do nothing else
@@ -110,7 +112,7 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
     "paper-fast": dict(network="paper", image_size=128, batch_size=128, max_steps=18_750, lr=4e-4, warmup_steps=500, decay_steps=3125, ema=0.9984, weighting="sigmoid", logsnr_space=True, guidance=1.0, bits=6, log_every=20, save_every=250, eval_every=625),
 }
 
-FREE = {"out", "root", "cache", "device", "compile", "workers", "init", "export", "accumulate", "max_steps", "eval_every",
+FREE = {"out", "root", "cache", "device", "kernels", "compile", "workers", "init", "export", "accumulate", "max_steps", "eval_every",
         "eval_images", "log_every", "save_every", "keep_every"}                    # may change on resume
 
 
@@ -191,7 +193,7 @@ def batches(data, step, c, codec, diffusion, device, rank, world):
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     source = datasets.batches(data, step * c.batch_size, c.batch_size, c.seed, c.workers, rank, world, pin=bool(stream))
-    mine = slice(rank, None, world)
+    mine, fast = slice(rank, None, world), fused(codec, device)
 
     def make(step):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
@@ -201,14 +203,23 @@ def batches(data, step, c, codec, diffusion, device, rank, world):
             else:
                 x, inside = datasets.normalise(images, sizes)
             labels = labels.masked_fill(~inside, -1)
+            generator = torch.Generator(device).manual_seed(c.seed * 2**32 + step)
+            drawn = draw((c.batch_size, codec.channels, *labels.shape[1:]), diffusion, generator, device, eps=not fast)
+            drawn = {k: v[mine] for k, v in drawn.items()}
+            numbers = range(step * c.batch_size, (step + 1) * c.batch_size)[mine]  # of the run's samples
             if codec.palette == "none":                                            # random codes, from each sample's number
-                own = [torch.Generator().manual_seed(c.seed * 2**40 + step * c.batch_size + i) for i in range(c.batch_size)[mine]]
+                own = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
                 cells = torch.cat([codec.cells(one[None], g) for one, g in zip(labels, own)])
+            elif fast:
+                below = data.segments if data.segments <= 1024 else None           # a promise, so that nothing waits
+                cells = kernels.locate(labels, codec.side, dtype=torch.int16, labels_below=below)
             else:
                 cells = codec.cells(labels)
-            generator = torch.Generator(device).manual_seed(c.seed * 2**32 + step)
-            drawn = draw((c.batch_size, codec.channels, *labels.shape[1:]), diffusion, generator, device)
-            batch = dict(x0=codec.encode(cells), image=x, valid=cells >= 0, **{k: v[mine] for k, v in drawn.items()})
+            if fast:
+                seeds = torch.arange(numbers.start, numbers.stop, numbers.step, device=device) + c.seed * 2**40
+                batch = dict(cells=cells, image=x, seeds=seeds, **drawn)
+            else:
+                batch = dict(x0=codec.encode(cells), image=x, valid=cells >= 0, **drawn)
             return batch, stream and stream.record_event()
 
     try:
@@ -244,7 +255,7 @@ def validate(net, data, codec, diffusion, c, device, autocast, stop, rank, world
 
         with autocast():
             x_hat = sample(net, x, inside, codec.channels, seeds, diffusion, codec.activate, c.steps, c.guidance, c.sampler,
-                           c.variance, callback=look)
+                           c.variance, callback=look, fused=fused(codec, device))
         return codec.decode(x_hat, inside).cpu()
 
     try:
@@ -329,6 +340,11 @@ def build(c, local=None):
         torch.cuda.set_stream(torch.cuda.Stream(device))                           # graphs cannot be made on the default one
         torch.backends.cudnn.benchmark = True
     dtype, why = pick_precision(c.precision, device)
+    try:
+        kernels.use(c.kernels or kernels.mode)
+        kernels.live(device)
+    except RuntimeError as e:
+        raise ValueError(e) from None
     if c.compile not in ("auto", "on", "off"):
         raise ValueError(f"compile is auto, on or off, not '{c.compile}'")
     codec = Codec(c.encoding, c.bits, c.palette, c.seed, c.activation)
@@ -344,11 +360,16 @@ def build(c, local=None):
     return device, dtype, why, codec, diffusion, network, net.to(device)
 
 
-def loss_of(diffusion, codec):
+def loss_of(diffusion, codec, device, dtype):
     """loss(net, batch) of a dictionary that `batches` yields."""
+    fast = fused(codec, device)
+
     def loss(net, batch):
-        drawn = {k: v for k, v in batch.items() if k not in ("x0", "image", "valid")}
-        return training_loss(net, batch["x0"], batch["image"], batch["valid"], diffusion, codec.activate, drawn=drawn)
+        if fast:
+            return fused_training_loss(net, batch["cells"], batch["image"], codec.channels, batch["seeds"], diffusion, batch,
+                                       codec.activate, **fast, dtype=dtype or torch.float32)
+        return training_loss(net, batch["x0"], batch["image"], batch["valid"], diffusion, codec.activate, drawn=batch)
+
     return loss
 
 
@@ -403,7 +424,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
     kind = dict(fused=device.type in ("cuda", "cpu"), capturable=device.type == "cuda")
     optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay, **kind)
     compiled = c.compile == "on" or c.compile == "auto" and device.type == "cuda"
-    update = Step(net, loss_of(diffusion, codec), optimizer, dtype, c.accumulate, c.grad_clip, compiled, graph=compiled, world=world)
+    update = Step(net, loss_of(diffusion, codec, device, dtype), optimizer, dtype, c.accumulate, c.grad_clip, compiled, graph=compiled, world=world)
     if resumed:
         step, best, validated = resumed["step"], resumed["best"], resumed["validated"]
         net.load_state_dict(resumed["net"])
@@ -436,7 +457,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
     size = "endless" if len(train_data) >= 2**31 else len(train_data)
     origin = f"going on from step {step}" if resumed else f"from the weights of {c.init}" if c.init else "from scratch"
     say(f"{sum(p.numel() for p in net.parameters()):,} parameters on {f'{world} x ' if world > 1 else ''}{device}, "
-        f"{str(dtype or torch.float32)[6:]} ({why}); {size} training images; {origin}; into {out}/")
+        f"{str(dtype or torch.float32)[6:]} ({why}); kernels: {' ('.join(kernels.live(device))}); {size} training images; {origin}; into {out}/")
     if step >= c.max_steps and validated == step:
         say(f"{out}/ckpt.pt is complete at step {step}: raise --max_steps to go on, or start anew with another --out")
         return 0
