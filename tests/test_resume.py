@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,9 +34,10 @@ def start(out):
     if child == 0:
         status = 1
         try:
-            os.dup2(os.open(f"{out}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-            os.dup2(1, 2)
+            sys.stdout = sys.stderr = open(f"{out}.txt", "a", buffering=1)
             status = train.main([*OPTIONS, "--out", str(out)])
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return child
