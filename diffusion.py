@@ -227,10 +227,11 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     the result for a seed is the same in every batch. guidance w: x_hat = (1 + w) x_hat(image) - w x_hat(no image).
     variance (ddpm): large or small. callback(i, t, xt, x_hat) sees every step.
 
-    known: x0 (B, C, H, W) and where it is known (B, H, W) bool. There x_hat is x0 and xt is x0 noised for its time; each
-    step is noised again and repeated until it was done `resample` times, so that the rest comes to agree with it
-    (RePaint, Lugmayr et al. 2022). init (B, C, H, W): start from it, noised for t = strength in (0, 1], not from t = 1
-    (SDEdit, Meng et al. 2022); N steps all the same. A model with image_part(image) sees the image once, not every step.
+    known: x0 (B, C, H, W) and hint (B, H, W) integers, the number of the hint that gives x0 there, 0 where unknown. There
+    x_hat is x0 and xt is x0 noised for its time (RePaint, Lugmayr et al. 2022); what resembles a hint follows it (`carry`).
+    resample: each step is noised again and repeated until it was done so often. init (B, C, H, W): start from it, noised
+    for t = strength in (0, 1], not from t = 1 (SDEdit, Meng et al. 2022); N steps all the same. A model with a method
+    image_part sees the image once, not at every step.
     fused: what `fused` returned: kernels draw the noise and take the steps (other numbers for a seed than without them).
     """
     if sampler not in ("ddpm", "ddim") or variance not in ("large", "small"):
@@ -266,7 +267,7 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     xt, x_hat = noise(), torch.zeros(B, channels, H, W, device=device)
     if init is not None:
         xt = alpha[0] * init + sigma[0] * xt
-    fixed, where = (known[0], known[1][:, None]) if known is not None else (0, None)
+    fixed, hint = known if known is not None else (None, None)
     images = torch.cat([image, torch.zeros_like(image)]) if guidance else image    # both halves in one batch
     halves, once = len(images) // B, getattr(model, "image_part", None)
     images, extra = (images, ()) if once is None else (None, (once(images),))
@@ -274,14 +275,14 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     for i, again in [(i, again) for i in range(steps) for again in range(resample if i < steps - 1 else 1)]:
         if again:                                                                  # one step of noising: q(xt | xs)
             xt = alpha[i] / alpha[i + 1] * xt + math.sqrt(-math.expm1(lam[i] - lam[i + 1])) * sigma[i] * noise()
-        if where is not None:
-            xt = torch.where(where, alpha[i] * fixed + sigma[i] * noise(), xt)
+        if known is not None:
+            xt = torch.where(hint[:, None] > 0, alpha[i] * fixed + sigma[i] * noise(), xt)
         x_self = x_hat.repeat(halves, 1, 1, 1) if d.self_condition > 0 else None
         xs = xt.repeat(halves, 1, 1, 1)
         t = torch.full((len(xs),), times[i].item(), device=device)
         out = model(network_input(xs, images, x_self), t, *extra)
         a, b, c = update(i)
-        if fused and where is None:
+        if fused and known is None:
             after, x_hat = kernels.step(out, xt, alpha[i], sigma[i], a, b, c, valid, guidance, keys, next(stream),
                                         d.prediction, fused["activation"], with_x_hat=True)
         else:
@@ -289,10 +290,26 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
             if guidance:
                 x_hat = (1 + guidance) * x_hat[:B] - guidance * x_hat[B:]
             x_hat = x_hat.clamp(-1, 1) * mask
-            if where is not None:
-                x_hat = torch.where(where, fixed, x_hat)
+            if known is not None:
+                x_hat = carry(x_hat, fixed, hint) * mask
             after = a * xt + b * x_hat + (c * noise() if c else 0)
         if callback:
             callback(i, times[i].item(), xt, x_hat)
         xt = after
     return x_hat
+
+
+def carry(x_hat, x0, hint, alike=0.5):
+    """x_hat with the hints in it: x0 where hint > 0, and also where x_hat is like what it is, on average, at a hint's pixels.
+
+    Alike: the mean over the channels of the product is above 0.5 (of 6 sure bits, 5 are the same); the hint most alike
+    wins. Holding the pixels alone changes nothing around them: at the noise of most steps a few pixels are not seen.
+    """
+    best, out = torch.full_like(x_hat[:, :1], alike), x_hat
+    for g in range(1, int(hint.max()) + 1):
+        here = (hint == g)[:, None]                                                # (B, 1, H, W)
+        size = here.sum((2, 3), keepdim=True).clamp(min=1)
+        middle, code = ((v * here).sum((2, 3), keepdim=True) / size for v in (x_hat, x0))      # (B, C, 1, 1)
+        like = (x_hat * middle).mean(1, keepdim=True)
+        best, out = torch.maximum(like, best), torch.where(like > best, code, out)
+    return torch.where(hint[:, None] > 0, x0, out)

@@ -100,49 +100,48 @@ def newest_checkpoint(root="out"):
 
 def shrink(ids, height, width):
     """(H, W) ids -> (height, width): the most frequent id above 0 of the pixels that fall there, 0 where there is none."""
-    rows, cols = (np.arange(max(a, b)) for a, b in zip(ids.shape, (height, width)))
-    ids = ids[rows * ids.shape[0] // len(rows)][:, cols * ids.shape[1] // len(cols)]           # only ever larger
+    (rows, cols), K = (np.arange(max(a, b)) for a, b in zip(ids.shape, (height, width))), height * width
+    ids = ids[rows * ids.shape[0] // len(rows)][:, cols * ids.shape[1] // len(cols)]           # at least height x width
     place = (rows * height // len(rows))[:, None] * width + cols * width // len(cols)
     names, rank = np.unique(ids[ids > 0], return_inverse=True)
-    votes, count = np.unique(rank * height * width + place[ids > 0], return_counts=True)
+    votes, count = np.unique(rank * K + place[ids > 0], return_counts=True)
     votes = votes[np.argsort(count, kind="stable")]
-    out = np.zeros(height * width, np.int64)
-    out[votes % (height * width)] = names[votes // (height * width)]               # the last one stays
+    out = np.zeros(K, np.int64)
+    out[votes % K] = names[votes // K]                                             # the last one stays
     return out.reshape(height, width)
 
 
 def hint_map(width, height, points="", boxes=(), drawn=None):
-    """Points, boxes and drawn hints (height, width) as one hint map (height, width) int64. Raises ValueError.
+    """Points, boxes and drawn hints as one hint map (height, width) int64. Raises ValueError.
 
-    points: "x,y x,y;x,y": groups of clicks, each a disc of 2 % of the longer side or less if another group is near; boxes:
-    (x0, y0, x1, y1), each around one segment: the middle half of it is known. Small boxes lie over large ones, the rest
-    over boxes.
+    points: "x,y x,y;x,y", groups of clicks: each is a disc of 2 % of the longer side, smaller if another group is near.
+    boxes: (x0, y0, x1, y1), each about one segment, whose middle half is then known; small boxes lie over large ones,
+    points and drawn (height, width) over all.
     """
     out, y, x = np.zeros((height, width), np.int64), np.arange(height)[:, None], np.arange(width)
-    drawn = np.zeros_like(out) if drawn is None else drawn
+    drawn = out if drawn is None else drawn
     if drawn.shape != out.shape:
         raise ValueError(f"the hint has {drawn.shape[1]} x {drawn.shape[0]} pixels, but the image {width} x {height}")
-    free = max(0, int(drawn.max())) + 1                                            # ids not taken
-    for x0, y0, x1, y1 in sorted(boxes, key=lambda b: (b[0] - b[2]) * (b[3] - b[1])):
+    first = max(0, int(drawn.max())) + 1                                           # the first id not taken
+    for i, (x0, y0, x1, y1) in enumerate(sorted(boxes, key=lambda b: (b[0] - b[2]) * (b[3] - b[1]))):
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise ValueError(f"box {x0},{y0},{x1},{y1} does not lie inside the image's {width} x {height} pixels")
-        out[(abs(2 * y + 1 - y0 - y1) * 2 <= y1 - y0) & (abs(2 * x + 1 - x0 - x1) * 2 <= x1 - x0)] = free
-        free += 1
-    out = np.where(drawn > 0, drawn, out)
+            raise ValueError(f"box {x0:g},{y0:g},{x1:g},{y1:g} does not lie in the image of {width} x {height} pixels")
+        core = (abs(2 * y + 1 - y0 - y1) * 2 <= y1 - y0) & (abs(2 * x + 1 - x0 - x1) * 2 <= x1 - x0)
+        core[int((y0 + y1) / 2), int((x0 + x1) / 2)] = True                        # at least one pixel
+        out = np.where(core, first + i, out)
     try:
         clicks = [(g, *map(float, p.split(","))) for g, group in enumerate(points.split(";")) for p in group.split()]
-        clicks = [(g, px, py) for g, px, py in clicks]
-    except ValueError:
+        clicks = [(first + len(boxes) + g, int(px), int(py)) for g, px, py in clicks]
+    except (ValueError, OverflowError):
         raise ValueError(f"points '{points}' are not of the form \"x,y x,y;x,y\"") from None
     for g, px, py in clicks:
         if not (0 <= px < width and 0 <= py < height):
-            raise ValueError(f"point {px:g},{py:g} lies outside the image's {width} x {height} pixels")
+            raise ValueError(f"point {px},{py} lies outside the image of {width} x {height} pixels")
         apart = min([np.hypot(px - qx, py - qy) for other, qx, qy in clicks if other != g], default=np.inf)
-        if apart < 1 or drawn[int(py), int(px)] > 0:
-            raise ValueError(f"contradictory hints: point {px:g},{py:g} has another id already")
-        radius = min(0.02 * max(width, height), apart / 2)
-        out[(np.hypot(y - int(py), x - int(px)) <= radius) & (drawn <= 0)] = free + g
-    return out
+        if apart == 0 or drawn[py, px] > 0:
+            raise ValueError(f"contradictory hints: point {px},{py} belongs to something else already")
+        out = np.where(np.hypot(y - py, x - px) <= min(0.02 * max(width, height), apart / 2.1), g, out)
+    return np.where(drawn > 0, drawn, out)
 
 
 @dataclass
@@ -153,41 +152,43 @@ class Job:
     size: tuple                                  # (h, w) of the valid part
     x_hat: list                                  # of (C, h, w)
     x0: torch.Tensor | None = None               # (C, S, S) of hints and initial map, 0 where there is neither
-    known: torch.Tensor | None = None            # (S, S) bool: where there are hints
-    held: torch.Tensor | None = None             # (H, W) int64, at the image's own size: cells of the hints, -1 elsewhere
+    hint: torch.Tensor | None = None             # (S, S): numbers of the hints, 0 = none
+    held: torch.Tensor | None = None             # (H, W), at the image's own size: cells of the hints, -1 = none
 
 
 def prepare(image, model, hints=None, init=None):
-    """PIL image -> Job. Raises ValueError for an image without pixels and hints that do not fit."""
+    """PIL image -> Job. Raises ValueError for an image without pixels and for prompts that do not fit."""
     if 0 in image.size:
         raise ValueError(f"an image of {image.width} x {image.height} pixels has nothing to segment")
     small, (h, w) = resize_image(image, model.image_size)
-    job, codec = Job(small, (h, w), []), model.codec
+    job, codec, none = Job(small, (h, w), []), model.codec, np.zeros(image.size[::-1], np.int64)
     if hints is None and init is None:
         return job
+    hints, init = (none if v is None else np.asarray(v, np.int64).clip(min=0) for v in (hints, init))
     for name, ids in (("hint", hints), ("initial map", init)):
-        if ids is not None and ids.shape != image.size[::-1]:
-            raise ValueError(f"the {name} has {ids.shape[1]} x {ids.shape[0]} pixels, but the image "
+        if ids.shape != none.shape:
+            raise ValueError(f"the {name} has {' x '.join(map(str, ids.shape[::-1]))} pixels, but the image "
                              f"{image.width} x {image.height}")
-    if codec.encoding == "rgb":
-        raise ValueError("hints and initial maps need a checkpoint with the encoding bits or onehot, this one has rgb")
-    hints, init = (np.zeros(image.size[::-1], np.int64) if v is None else np.asarray(v, np.int64) for v in (hints, init))
-    names, hint = np.unique(hints[hints > 0]), shrink(hints, h, w)                 # names: ascending
+    if codec.encoding != "bits":
+        raise ValueError(f"hints and initial maps need a checkpoint with the encoding bits, not {codec.encoding}")
+    names, hints = np.unique(np.append(hints, 0), return_inverse=True)             # hints 1, 2, ... in the order of ids
+    hints = hints[:-1].reshape(none.shape)
+    hint, start = shrink(hints, h, w), shrink(init, h, w)
     labels = np.full((model.image_size,) * 2, -1)
-    labels[:h, :w] = np.where(hint > 0, hint, shrink(init, h, w) + names.max(initial=0))
-    labels[:h, :w][(hint == 0) & (shrink(init, h, w) == 0)] = -1
-    if (labels < 0).all():
+    labels[:h, :w] = np.where(hint > 0, hint, np.where(start > 0, start + len(names), -1))
+    found = np.unique(labels[labels >= 0])
+    if not len(found):
         raise ValueError("hints and initial map are empty: no pixel has an id above 0")
-    if lost := sorted(set(names) - set(np.unique(hint))):
-        raise ValueError(f"contradictory hints: {lost[0]} shares all its pixels with others at the network's size of "
-                         f"{model.image_size}; make it larger or move it away from them")
-    if len(names) and len(np.unique(labels)) - 1 > codec.classes:
-        raise ValueError(f"{len(np.unique(labels)) - 1} segments in hints and initial map, but the network has {codec.classes} ids")
+    if len(found) > codec.classes:
+        raise ValueError(f"{len(found)} ids in hints and initial map are more than the {codec.classes} of this network")
+    if lost := [int(name) for i, name in enumerate(names) if i and i not in found]:
+        raise ValueError(f"contradictory hints: id {lost[0]} shares all its pixels with others at the network's "
+                         f"{model.image_size} pixels; make it larger or move it away")
     cells = codec.cells(torch.from_numpy(labels)[None], torch.Generator().manual_seed(0))      # (1, S, S)
-    job.x0, job.known = codec.encode(cells)[0], torch.zeros_like(cells[0], dtype=torch.bool)
-    job.known[:h, :w] = torch.from_numpy(hint > 0)
-    cell_of = np.array([int(cells[0, :h, :w][torch.from_numpy(hint == name)][0]) for name in names] + [-1])
-    job.held = torch.from_numpy(cell_of[np.where(hints > 0, np.searchsorted(names, hints), -1)])
+    job.x0, job.hint = codec.encode(cells)[0], torch.zeros_like(cells[0])
+    job.hint[:h, :w] = torch.from_numpy(hint)
+    cell_of = torch.tensor([-1] + [int(cells[0][job.hint == i][0]) for i in range(1, len(names))])
+    job.held = cell_of[torch.from_numpy(hints)]
     return job
 
 
@@ -222,19 +223,19 @@ def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, stren
 
     batch: samples at once (default 1 on the CPU, else 64); halved when the device's memory is not enough. hints: (H, W)
     ids, pixels of one id belong together, of different ids apart; init: (H, W) ids to start from, forgotten the more the
-    larger strength is, in (0, 1]; both 0 where not given. sampling: steps, guidance, sampler, variance, resample (default:
-    the checkpoint's; resample: 4 with hints). Raises ValueError.
+    larger strength is, in (0, 1]; both 0 where not given. sampling: steps, guidance, sampler, variance (default: the
+    checkpoint's) and resample (default: 1, with hints 2). Raises ValueError.
     """
     device = next(model.net.parameters()).device
     batch = batch or (1 if device.type == "cpu" else 64)
-    sampling = {**model.sampling, **({"resample": 4} if hints is not None else {}), **sampling}
+    sampling = {**model.sampling, **({"resample": 2} if hints is not None else {}), **sampling}
 
     def run(part):
         nonlocal batch
         jobs, seeds = zip(*part)
         given = {}
         if hints is not None:
-            given["known"] = tuple(torch.stack([getattr(job, k) for job in jobs]).to(device) for k in ("x0", "known"))
+            given["known"] = tuple(torch.stack([getattr(job, k) for job in jobs]).to(device) for k in ("x0", "hint"))
         if init is not None:
             given.update(init=torch.stack([job.x0 for job in jobs]).to(device), strength=strength)
         x, inside = normalise(torch.from_numpy(np.stack([job.image for job in jobs])).to(device),
@@ -293,8 +294,8 @@ def own_size(x_hat, size, width, height, codec, image=None, among=None):
             i, j = near_r.long().clamp(0, h - 1), near_c.long().clamp(0, w - 1)    # (rows, 1), (width,)
             if image is None:                                                      # bilinear
                 weight = tent(r.clamp(0, h - 1) - near_r) * tent(col.clamp(0, w - 1) - near_c)
-            else:                                                                  # Gaussians of 0.7 pixels and 0.1 of the range
-                far = ((r - near_r) ** 2 + (col - near_c) ** 2) / 0.98 + ((own - colour[:, i, j]) ** 2).sum(0) / 0.02
+            else:                                                                  # Gaussians: 0.5 pixels, 0.1 of the range
+                far = ((r - near_r) ** 2 + (col - near_c) ** 2) / 0.5 + ((own - colour[:, i, j]) ** 2).sum(0) / 0.02
                 weight = (-far).exp().clamp(min=1e-12)
             y = y + soft[:, i, j] * weight                                          # (N*C, rows, width)
         for k, choice in enumerate(among):
@@ -623,7 +624,7 @@ def main(argv=None):
     p.add_argument("--hint", help="label map: pixels of one id belong together, different ids apart, 0 is free")
     p.add_argument("--points", default="", help='groups of clicks: "x,y x,y;x,y", from the top left corner')
     p.add_argument("--box", action="append", default=[], help="x0,y0,x1,y1 around one segment; may be repeated")
-    p.add_argument("--resample", type=int, help="repeats of each step that make the rest agree with the hints (default: 4)")
+    p.add_argument("--resample", type=int, help="repeats of each step: more agreement, more time (default: 1, with hints 2)")
     p.add_argument("--init", help="label map to start from, 0 is free")
     p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, at most 1")
     p.error = fail
