@@ -35,7 +35,7 @@ from tqdm import tqdm
 import kernels
 import metrics
 from bits import Codec
-from data import find, load, normalise
+from data import connected, find, load, normalise
 from diffusion import fused, network_input, sample
 from sample import grid, load_checkpoint, newest_checkpoint, overlay, own_size, pick_device, read_checkpoint
 
@@ -118,9 +118,9 @@ def originals(name, split, root):
     return {} if name == "shapes" else {Path(item.image).stem: item for item in find(name, split, root)[1]() if item.read}
 
 
-def own_maps(item, unlabelled):
+def own_maps(item, unlabelled, components=False):
     """All label maps of one image at its own size: (annotators, H, W) int64, -1 = ignore."""
-    maps = torch.from_numpy(np.stack(item.read(item))).long()
+    maps = torch.from_numpy(np.stack([connected(v) if components else v for v in item.read(item)])).long()
     return maps.masked_fill(maps == 0, -1) if unlabelled == "ignore" else maps
 
 
@@ -219,7 +219,7 @@ def run(data, positions, model, a, setting, ns, files, full=True, keep=False):
                 continue
             row["network"] = judge(answers, maps)
             if files:
-                truth = own_maps(files[row["name"]], a.unlabelled)
+                truth = own_maps(files[row["name"]], a.unlabelled, a.components)
                 H, W = truth.shape[1:]
                 row["own"] = judge({k: own_size(v, (h, w), W, H, model.codec) if model else nearest(v, H, W)
                                     for k, v in own.items()}, truth)
@@ -388,6 +388,7 @@ def arguments(argv):
     p.add_argument("--baseline", choices=["grid", "kmeans", "human"], help="instead of a checkpoint")
     p.add_argument("--dataset", default="shapes", help="shapes, coco, or a folder")
     p.add_argument("--split", default="val")
+    p.add_argument("--components", action="store_true", help="label maps hold classes, whose connected parts are the segments")
     p.add_argument("--unlabelled", default="segment", choices=["segment", "ignore"], help="what id 0 is, as in training")
     p.add_argument("--size", type=int, default=128, help="longer side for a baseline; a network has its own")
     p.add_argument("--limit", type=int, default=256, help="at most so many images")
@@ -424,7 +425,8 @@ def main(argv=None):
             if "net" not in content:
                 raise ValueError(f"{path} holds averaged weights only (it was made by --export): leave out --raw")
             model.net.load_state_dict(content["net"])
-        data = load(a.dataset, a.split, model.image_size if model else a.size, a.root, a.cache, unlabelled=a.unlabelled)
+        data = load(a.dataset, a.split, model.image_size if model else a.size, a.root, a.cache, unlabelled=a.unlabelled,
+                    components=a.components)
         files = originals(a.dataset, a.split, a.root)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).name}-{a.split}")
