@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, PngImagePlugin
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
@@ -114,7 +114,7 @@ def hint_map(width, height, points="", boxes=(), drawn=None):
     """Points, boxes and drawn hints as one hint map (height, width) int64. Raises ValueError.
 
     points: "x,y x,y;x,y", groups of clicks: each is a disc of 2 % of the longer side, smaller if another group is near.
-    boxes: (x0, y0, x1, y1), each about one segment, whose middle half is then known; small boxes lie over large ones,
+    boxes: (x0, y0, x1, y1), each about one segment: an ellipse of half its size is known; small boxes lie over large ones,
     points and drawn (height, width) over all.
     """
     out, y, x = np.zeros((height, width), np.int64), np.arange(height)[:, None], np.arange(width)
@@ -125,7 +125,7 @@ def hint_map(width, height, points="", boxes=(), drawn=None):
     for i, (x0, y0, x1, y1) in enumerate(sorted(boxes, key=lambda b: (b[0] - b[2]) * (b[3] - b[1]))):
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise ValueError(f"box {x0:g},{y0:g},{x1:g},{y1:g} does not lie in the image of {width} x {height} pixels")
-        core = (abs(2 * y + 1 - y0 - y1) * 2 <= y1 - y0) & (abs(2 * x + 1 - x0 - x1) * 2 <= x1 - x0)
+        core = ((2 * y + 1 - y0 - y1) / (y1 - y0)) ** 2 + ((2 * x + 1 - x0 - x1) / (x1 - x0)) ** 2 <= 0.25
         core[int((y0 + y1) / 2), int((x0 + x1) / 2)] = True                        # at least one pixel
         out = np.where(core, first + i, out)
     try:
@@ -271,7 +271,8 @@ def own_size(x_hat, size, width, height, codec, image=None, among=None):
     Each pixel gets the code nearest to its soft bits of those in `among`, a list of cells for each map (default: those of
     the map at the network's size, so that no third code appears between two). Soft bits are interpolated bilinearly or,
     with the PIL image, by joint bilateral upsampling (Kopf et al. 2007): of the 3 x 3 nearest network pixels, those of
-    like colour count more. In strips: a 10,000 x 10,000 image needs no 10,000 x 10,000 x C tensor. (rgb: nearest.)
+    like colour count more; the image is blurred a little, for calm boundaries in texture. In strips: a 10,000 x 10,000
+    image needs no 10,000 x 10,000 x C tensor. (rgb: nearest.)
     """
     h, w = size
     x = x_hat[..., :h, :w].reshape(-1, *x_hat.shape[-3:-2], h, w)                  # (N, C, h, w)
@@ -283,6 +284,7 @@ def own_size(x_hat, size, width, height, codec, image=None, among=None):
     row, col = ((torch.arange(a) + 0.5) * b / a - 0.5 for a, b in ((height, h), (width, w)))   # as interpolate does
     if image is not None:
         colour = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BOX))).permute(2, 0, 1) / 255
+        image = image.filter(ImageFilter.GaussianBlur(0.2 * max(width, height) / max(w, h)))
     strip = max(1, 16_000_000 // (width * (len(soft) + max(len(c) for c in among))))
     for s in range(0, height, strip):
         r, y = row[s : s + strip, None], 0
