@@ -1,6 +1,7 @@
 """How fast is it here? A table, and one JSON line last.
 
     python bench.py kernels                      # every fused kernel against PyTorch and torch.compile of the same PyTorch
+    python bench.py data                         # from the files to the network's input, stage by stage
     python bench.py train --preset tiny          # images a second, and where a step's time goes
     python bench.py train --preset paper --batch 2
     python bench.py sample --preset tiny         # images x samples a second, latency of one image
@@ -19,9 +20,13 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import bits
@@ -30,7 +35,7 @@ import diffusion
 import kernels
 import metrics
 import train
-from diffusion import sample
+from diffusion import fused, sample
 from engine import Step, pick_precision, update_ema
 
 BITS, SIZE = 6, 128
@@ -192,6 +197,89 @@ def bench_kernels(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def write_scenes(root, n=16, width=640, height=480):
+    """A folder of synthetic scenes as JPEG and PNG, of the size of COCO's images."""
+    for part in ("images", "labels"):
+        (root / part / "train").mkdir(parents=True)
+    for i in range(n):
+        image, label, _ = data.Shapes("train", width).get([i])
+        Image.fromarray(image[0, :height].numpy()).save(root / f"images/train/{i:03}.jpg", quality=90)
+        Image.fromarray(label[0, :height].numpy().astype(np.uint8)).save(root / f"labels/train/{i:03}.png")
+    return root
+
+
+def bench_data(args):
+    """Each stage between the files and x0, and all that a training step needs together; the last line is JSON."""
+    torch.set_num_threads(args.threads)
+    device, codec, B = torch.device(args.device), bits.Codec(bits=BITS), args.batch
+
+    def clocks():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
+
+    def seconds(work):
+        """Median seconds an image: by the clock, and of this process' CPU time, which other processes disturb less."""
+        for _ in range(3):
+            work()
+        times, until = [], time.perf_counter() + args.seconds
+        while len(times) < 5 or time.perf_counter() < until:
+            start = clocks()
+            work()
+            times.append(clocks() - start)
+        return (torch.stack(times).median(0).values / B).tolist()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        name = args.dataset or str(write_scenes(Path(scratch) / "scenes"))
+        start = clocks()
+        packed = data.load(name, "train", SIZE, args.root, Path(scratch) / "cache", workers=1)
+        prepare = ((clocks() - start) / len(packed)).tolist()
+        batch = next(data.batches(packed, 0, B, 0, workers=0))
+        there = [part.to(device) for part in batch]
+
+        def palette(labels):
+            return kernels.locate(labels, codec.side, labels_below=packed.segments) if device.type == "cuda" else codec.cells(labels)
+
+        source = data.batches(packed, 0, B, 0, args.workers, pin=device.type == "cuda")
+
+        def step():
+            images, labels, sizes, u = (part.to(device, non_blocking=True) for part in next(source))
+            x, inside, labels = data.augment(images, labels, sizes, u)
+            return x, codec.encode(palette(labels))
+
+        labels = data.augment(*there)[2]
+        cells = palette(labels)
+        stages = {
+            "prepare, once (1 process)": prepare,
+            "order, random numbers": seconds(lambda: (data.order(0, B, len(packed), 0), data.uniforms(0, B, 0, 20))),
+            "read": seconds(lambda: packed.get(np.arange(B))),
+            "copy to the device": seconds(lambda: [part.to(device) for part in batch]),
+            "augment": seconds(lambda: data.augment(*there)),
+            "palette": seconds(lambda: palette(labels)),
+            "encode": seconds(lambda: codec.encode(cells)),
+            "all but prepare": seconds(step),
+        }
+        source.close()
+    about = machine(device.type)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"{args.dataset or 'scenes of 640 x 480'}: {len(packed)} images at {SIZE} x {SIZE}, batch {B}, on {device}; {args.workers} "
+          f"threads read ahead\n")
+    print(f"| {'stage':<26}| us an image | images/s | CPU us an image | images a CPU second |")
+    print(f"|{'-' * 27}|-------------|----------|-----------------|---------------------|")
+    for stage, (wall, cpu) in stages.items():
+        print(f"| {stage:<26}| {wall * 1e6:<12.1f}| {1 / max(wall, 1e-9):<9.0f}| {cpu * 1e6:<16.1f}| {1 / max(cpu, 1e-9):<20.0f}|")
+    wall, cpu = stages["all but prepare"]
+    print()
+    print(json.dumps(dict(bench="data", machine=about, device=str(device), dataset=args.dataset or "scenes", size=SIZE, batch=B,
+                          workers=args.workers, images_per_second=1 / wall, images_per_cpu_second=1 / cpu, prepared_per_second=1 / prepare[0],
+                          prepared_per_cpu_second=1 / prepare[1], stages={stage: t[0] for stage, t in stages.items()})))
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # train, sample
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -248,7 +336,7 @@ def bench_train(args):
     c, device, dtype, why, codec, diffusion, network, net = setting(args)
     data = train.datasets.load("shapes", "train", c.image_size, seed=c.seed)
     compiled = c.compile == "on" or c.compile == "auto" and device.type == "cuda"
-    loss = train.loss_of(diffusion, codec)
+    loss = train.loss_of(diffusion, codec, device, dtype)
 
     def variant(net, dtype, compiled, fused):
         net = copy.deepcopy(net)
@@ -322,7 +410,8 @@ def bench_sample(args):
         for name, job in jobs.items():
             start = clock(device, args.clock)
             with context:
-                sample(net, x[job], inside[job], codec.channels, range(len(job)), diffusion, codec.activate, args.steps, c.guidance)
+                sample(net, x[job], inside[job], codec.channels, range(len(job)), diffusion, codec.activate, args.steps, c.guidance,
+                       fused=fused(codec, device))
             if i > 0:                                                              # the first round warms up
                 times[name].append(clock(device, args.clock) - start)
     print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, {str(dtype or torch.float32)[6:]} ({why}), "
@@ -347,6 +436,15 @@ def main(argv=None):
     k = what.add_parser("kernels", help="every fused kernel against PyTorch")
     k.add_argument("--batch", type=int, nargs="+", default=[8, 64, 256], help="batch sizes, on CUDA")
     k.set_defaults(run=bench_kernels)
+    d = what.add_parser("data", help="reading, augmentation, palette")
+    d.add_argument("--dataset", default="", help="as in train.py (default: synthetic scenes, made for this)")
+    d.add_argument("--root", default="data", help="as in train.py")
+    d.add_argument("--batch", type=int, default=8)
+    d.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    d.add_argument("--threads", type=int, default=1, help="that compute on the CPU")
+    d.add_argument("--workers", type=int, default=0, help="threads that read ahead")
+    d.add_argument("--seconds", type=float, default=2.0, help="for each stage")
+    d.set_defaults(run=bench_data)
     t = what.add_parser("train", help="a training step")
     t.add_argument("--batch", type=int, help="(default: the preset's)")
     t.add_argument("--rounds", type=int, default=9)

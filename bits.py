@@ -106,26 +106,24 @@ def locate(labels, side, largest_first=False):
     a_row, a_col = (2 * rows + n) * side - n * H, (2 * cols + n) * side - n * W    # (B, n)
     wanted = round_half_even(a_row, 2 * n * H) * side + round_half_even(a_col, 2 * n * W)
 
-    # 3) the segments choose one after the other, all images at once. Column K of `free` takes absent segments.
+    # 3) the segments choose one after the other, all images at once
     key = torch.where(kept, -counts if largest_first else -torch.ones_like(counts), 1)
     turn = key.argsort(dim=1, stable=True)[:, : max(1, int(kept.sum(1).max()))]        # (B, M), ascending labels on ties
     r, c = torch.arange(K, device=device) // side, torch.arange(K, device=device) % side
-    free = torch.ones(B, K + 1, dtype=torch.bool, device=device)
-    cell_of = torch.full_like(wanted, -1)                                          # (B, n)
-    for j in range(turn.shape[1]):
-        who = turn[:, j : j + 1]                                                   # (B, 1)
-        want = wanted.gather(1, who)
-        # squared distance to every cell, less |p|^2, times nHW: (B, K)
-        distance = n.gather(1, who) * (H * W) * (r**2 + c**2) - W * a_row.gather(1, who) * r - H * a_col.gather(1, who) * c
-        nearest = distance.masked_fill(~free[:, :K], torch.iinfo(torch.int64).max).argmin(1, keepdim=True)
-        cell = torch.where(free.gather(1, want), want, nearest)
-        present = kept.gather(1, who)
-        cell_of.scatter_(1, who, torch.where(present, cell, -1))
-        free.scatter_(1, torch.where(present, cell, K), False)
+    # squared distance to every cell, less |p|^2, times nHW: (B, M, K); none is nearer than a free cell that is wanted
+    mine = [v.gather(1, turn)[..., None] for v in (n * (H * W), W * a_row, H * a_col)]
+    distance = mine[0] * (r**2 + c**2) - mine[1] * r - mine[2] * c
+    distance.scatter_(2, wanted.gather(1, turn)[..., None], torch.iinfo(torch.int64).min)
+    taken = torch.zeros(B, K, dtype=torch.bool, device=device)
+    chosen = torch.empty_like(turn)
+    for j in range(turn.shape[1]):                                                 # absent segments come last, and take what is left
+        chosen[:, j] = cell = distance[:, j].masked_fill(taken, torch.iinfo(torch.int64).max).argmin(1)
+        taken.scatter_(1, cell[:, None], True)
+    cell_of = torch.full_like(wanted, -1).scatter_(1, turn, chosen.masked_fill(~kept.gather(1, turn), -1))
     if by_size is not None:
         merged = ~kept & (cell_of < 0)
         cell_of = torch.where(merged, cell_of.gather(1, by_size[:, :1]), cell_of)
-    return torch.where(index < 0, -1, cell_of.gather(1, index.clamp(min=0))).view(B, H, W)
+    return paint(cell_of, index, labels.shape)
 
 
 def round_half_even(a, b):
@@ -134,15 +132,20 @@ def round_half_even(a, b):
     return up - ((a + b // 2) % b == 0) * (up % 2)
 
 
+def paint(cells, index, shape):
+    """Each pixel's cell, from each segment's: cells (B, n), index (B, H*W) in [0, n], where n stands for ignored, -1."""
+    return torch.cat([cells, torch.full_like(cells[:, :1], -1)], dim=1).gather(1, index).view(shape)
+
+
 def segments(labels):
     """Pixel count and sums of the coordinates of every segment.
 
-    (B, H, W) integers -> index (B, H*W) int64 of each pixel's segment, in ascending label order, -1 where ignored; and
+    (B, H, W) integers -> index (B, H*W) int64 of each pixel's segment, in ascending label order, n where ignored; and
     count, sum of rows, sum of columns, each (B, n) int64, where n covers every label of the batch (count 0: absent).
     """
     if labels.dim() != 3 or labels.is_floating_point() or labels.numel() == 0:
         raise ValueError(f"labels must be integers of shape (B, H, W), not {labels.dtype} {tuple(labels.shape)}")
-    B, H, W = labels.shape
+    (B, H, W), device = labels.shape, labels.device
     flat = labels.reshape(B, H * W).long()
     low, high = (int(v) for v in flat.aminmax())
     if high - low < 4096:                                                          # small ids: no sort needed
@@ -150,13 +153,15 @@ def segments(labels):
     else:
         unique, index = flat.unique(return_inverse=True)
         n = len(unique)
-    key = (index + n * torch.arange(B, device=labels.device)[:, None]).reshape(-1).masked_fill((flat == -1).view(-1), B * n)
-    pixel = torch.arange(H * W, device=labels.device).expand(B, -1)
+    index.masked_fill_(flat == -1, n)
+    key = (index + (n + 1) * torch.arange(B, device=device)[:, None]).view(-1)
 
-    def total(weights):                                                            # (B, n); the extra bin: ignored
-        return torch.bincount(key, weights.reshape(-1).double(), minlength=B * n + 1)[:-1].long().view(B, n)
+    def total(weights=None):                                                       # (B, n); float64 is exact
+        weights = weights if weights is None else weights.expand(B, H, W).reshape(-1)
+        return torch.bincount(key, weights, minlength=B * (n + 1)).view(B, n + 1)[:, :n].long()
 
-    return (index.masked_fill(flat == -1, -1), total(torch.ones_like(pixel)), total(pixel // W), total(pixel % W))
+    row, col = (torch.arange(side, device=device, dtype=torch.float64) for side in (H, W))
+    return index, total(), total(row[:, None]), total(col)
 
 
 def random_cells(labels, classes, generator=None):
@@ -167,8 +172,8 @@ def random_cells(labels, classes, generator=None):
     rank = torch.where(rank < classes, rank, 0)                                    # too many: into the largest
     gen_device = generator.device if generator is not None else labels.device
     codes = torch.rand(B, classes, generator=generator, device=gen_device).argsort(1).to(labels.device)
-    cells = codes.gather(1, rank).gather(1, index.clamp(min=0))
-    return torch.where(index < 0, -1, cells).view(labels.shape)
+    cells = codes.gather(1, rank)                                                  # (B, n)
+    return paint(cells, index, labels.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Images with label maps: synthetic scenes, folders, COCO panoptic; resizing, packing, augmentation.
+"""Images with label maps: synthetic scenes, folders, COCO, EntitySeg, ADE20K, BSDS500; packing, augmentation, batches.
 
-What it is: `load(name, split, size, ...)` returns a data set with len() and get(positions); `augment` and `normalise` work on
-batches on any device. What it is not: it knows nothing of bits, noise or networks.
+What it is: `load(name, split, size, ...)` returns a data set with len() and get(positions); `augment` and `normalise`
+work on batches on any device. What it is not: it knows nothing of bits, noise or networks.
 
     data = load("shapes", "train", 64)
     images, labels, sizes = data.get([0, 1, 2, 3])           # (4, 64, 64, 3) uint8, (4, 64, 64) int64, (4, 2) h and w
@@ -9,44 +9,98 @@ batches on any device. What it is not: it knows nothing of bits, noise or networ
 
 Label maps hold any ids, -1 = ignore. Images keep their shape: the longer side becomes `size`, placed top-left, the rest
 is padding (zero after normalisation, ignored in the labels).
+
+    python data.py coco --download --root data               # fetch COCO into data/coco
+    python data.py coco --root data --size 128               # decode and resize it once, into cache/; train.py does so too
+    python data.py path/to/folder                            # the same for a folder with images/ and labels/
 """
 
+import argparse
+import errno
+import functools
 import hashlib
 import json
+import mmap
+import multiprocessing
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import signal
+import stat
+import struct
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import scipy.io
+import scipy.ndimage
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from pycocotools import mask as coco_mask
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:                                                    # Windows: no lock between processes that pack
+    fcntl = None
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)               # ImageNet
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
 IGNORE = 65535                                                         # in packed uint16 label maps; -1 everywhere else
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+VERSION = 2                                                            # of packed data sets
+SAVE_EVERY = 5.0                                                       # seconds of packing that a kill can cost
 
 
-def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segment"):
-    """The data set `name`: "shapes", "coco", or a folder with images/ and labels/. split: train, val or test.
+def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segment", components=False, workers=CORES,
+         max_bad=0.01, split_seed=0):
+    """The data set `name`: shapes, coco, entity, ade20k, bsds500, or a folder. split: train, val or test.
 
-    root: where COCO lies (root/coco); cache: where packed copies go; unlabelled: whether id 0 is a segment or ignored.
-    Raises ValueError or FileNotFoundError with what to do.
+    root: where the set lies, as root/name or itself; cache: where packed copies go; seed: of shapes; unlabelled: whether
+    id 0 is a segment or ignored; components: label maps hold classes, whose connected parts are the segments; workers:
+    processes that pack; max_bad: share of unusable items from which on packing fails; split_seed: of entity's split.
+    Raises ValueError or OSError with what to do.
     """
     if unlabelled not in ("segment", "ignore"):
         raise ValueError(f"unlabelled is 'segment' or 'ignore', not '{unlabelled}'")
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"split is train, val or test, not '{split}'")
     if name == "shapes":
         return Shapes(split, size, seed)
-    if name == "coco":
-        items = list_coco(Path(root) / "coco", split)
-    elif Path(name).is_dir():
-        items = list_folder(Path(name), split)
-    else:
-        raise ValueError(f"data set '{name}' is neither shapes, nor coco, nor a folder with images/ and labels/")
-    return pack(items, size, Path(cache), unlabelled, f"{Path(name).name}-{split}-{size}")
+    files, listing = find(name, split, root, split_seed)
+    options = dict(size=size, unlabelled=unlabelled, components=components, split_seed=split_seed)
+    return pack(files, listing, Path(cache), f"{Path(name).resolve().name}-{split}", options, workers, max_bad)
+
+
+def find(name, split, root="data", split_seed=0):
+    """(files, listing) of a data set of files; listing() gives its items. Raises ValueError or OSError with what to do."""
+    formats = dict(coco=find_coco, entity=functools.partial(find_entity, seed=split_seed), ade20k=find_ade20k,
+                   bsds500=find_bsds500)
+    if name not in formats:
+        if not Path(name).is_dir():
+            raise ValueError(f"data set '{name}' is neither shapes, nor coco, nor a folder with images/ and labels/, nor "
+                             f"{', '.join(formats)}")
+        return find_folder(Path(name), split)
+    try:
+        return formats[name](Path(root) / name, split)
+    except FileNotFoundError as missing:
+        try:
+            return formats[name](Path(root), split)
+        except FileNotFoundError:
+            raise missing from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,6 +115,7 @@ class Shapes:
     size: int
     seed: int = 0
     name = "shapes"
+    segments = 9                                 # at most, in one label map
 
     def __len__(self):
         return 2**31
@@ -117,95 +172,359 @@ def paint(labels, params, noise):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files. An item is (image path, [label paths], how to read a label: None or the ids that count).
+# Formats. Each is one function find_*(home, split) -> (files, listing): the files that images and labels come from, which
+# tell whether a packed copy is still good, and a function that lists the items if they have to be packed.
 
 
-def list_folder(root, split):
-    """Items of root/images[/split] and root/labels[/split]; labels are <stem>.png or <stem>_a0.png, <stem>_a1.png, ..."""
+class Item(NamedTuple):
+    """An image and its label maps: read(item) gives (H, W) integers for each label; 0 = unlabelled, -1 = ignore."""
+
+    image: str
+    labels: list                                 # file names, one a label map
+    read: Callable | None                        # None: the item is bad, and arg says why
+    arg: object = None
+
+
+def bad(reason):
+    return Item("", [], None, reason)
+
+
+def scan(*paths, keep=lambda name: True):
+    """The files of folders and their subfolders, and files themselves, sorted: [(path, size, mtime)]."""
+    found = []
+    for path in paths:
+        for e in sorted(os.scandir(path), key=lambda e: e.name) if os.path.isdir(path) else [Path(path)]:
+            if not keep(e.name):
+                continue
+            try:
+                info = e.stat()
+            except FileNotFoundError:                                              # a link into nothing
+                info = None
+            if info and stat.S_ISDIR(info.st_mode):
+                found += scan(e, keep=keep)
+            else:
+                found.append((os.fspath(e), info.st_size, info.st_mtime_ns) if info else (os.fspath(e), -1, 0))
+    return found
+
+
+def first_of(paths):
+    return next((p for p in paths if p.exists()), None)
+
+
+def find_folder(home, split):
+    """home/images[/split] and home/labels[/split]; labels are <stem>.png or <stem>_a0.png, <stem>_a1.png, ..."""
     for part in ("images", "labels"):
-        if not (root / part).is_dir():
-            raise FileNotFoundError(f"{root} has no folder {part}/: put images into images/ and label PNGs of the same "
+        if not (home / part).is_dir():
+            raise FileNotFoundError(f"{home} has no folder {part}/: put images into images/ and label PNGs of the same "
                                     f"stem into labels/ (or images/train, images/val, labels/train, labels/val)")
-    splits = {d.name for d in (root / "images").iterdir() if d.is_dir()}
+    splits = {d.name for d in (home / "images").iterdir() if d.is_dir()}
     if splits and split not in splits:
-        raise FileNotFoundError(f"{root}/images has {', '.join(sorted(splits))}, but no {split}/")
-    folder = split if splits else "."
-    images = sorted(p for p in (root / "images" / folder).iterdir() if p.suffix.lower() in IMAGE_TYPES)
-    labels, stems = {}, {p.stem for p in images}
-    for p in sorted((root / "labels" / folder).glob("*.png")):
-        stem, _, annotator = p.stem.rpartition("_a")
-        one_of_several = annotator.isdigit() and stem and p.stem not in stems      # else an image is itself named x_a1
-        labels.setdefault(stem if one_of_several else p.stem, []).append(p)
-    for p in images:
-        if p.stem not in labels:
-            raise ValueError(f"{p} has no label: expected {root / 'labels' / folder / p.stem}.png or {p.stem}_a0.png")
-    missing = sorted(set(labels) - {p.stem for p in images})
-    if missing:
-        raise ValueError(f"{labels[missing[0]][0]} has no image of the same stem in {root / 'images' / folder}")
-    if not splits:                                                                 # no split given: every 10th is val
-        images = [p for i, p in enumerate(images) if (i % 10 == 9) == (split != "train")]
+        raise FileNotFoundError(f"{home}/images has {', '.join(sorted(splits))}, but no {split}/")
+    folders = [home / part / split if splits else home / part for part in ("images", "labels")]
+    images, labels = ([f for f in (scan(part) if part.is_dir() else [])
+                       if Path(f[0]).parent == part and Path(f[0]).suffix.lower() in types]
+                      for part, types in zip(folders, (IMAGE_TYPES, {".png"})))
+
+    def listing():
+        stems, maps = {Path(path).stem for path, _, _ in images}, {}
+        for path, _, _ in labels:
+            whole, (stem, _, annotator) = Path(path).stem, Path(path).stem.rpartition("_a")
+            one_of_several = annotator.isdigit() and stem and whole not in stems   # else an image is itself named x_a1
+            maps.setdefault(stem if one_of_several else whole, []).append(path)
+        lonely = [bad(f"{maps[stem][0]} has no image of the same stem in {folders[0]}")
+                  for stem in sorted(set(maps) - stems)]
+        items = [Item(path, maps[stem], read_pngs) if (stem := Path(path).stem) in maps else
+                 bad(f"{path} has no label: expected {folders[1] / stem}.png or {stem}_a0.png") for path, _, _ in images]
+        if not splits:                                                             # no split given: every 10th is val
+            items = [item for i, item in enumerate(items) if (i % 10 == 9) == (split != "train")]
+        return items + lonely
+
+    return images + labels, listing
+
+
+def find_coco(home, split):
+    """COCO in its own layout: panoptic JSON and PNGs or, where these are missing, instances JSON."""
+    if split == "test":
+        raise ValueError("COCO publishes no labels of its test images: use split val")
+    year, notes = f"{split}2017", home / "annotations"
+    panoptic, instances = notes / f"panoptic_{year}.json", notes / f"instances_{year}.json"
+    images = first_of([home / year, home / "images" / year])
+    maps = first_of([notes / panoptic.stem, home / panoptic.stem])
+    if images and maps and panoptic.is_file():
+        return scan(images, maps, panoptic), lambda: list_panoptic(panoptic, images, maps)
+    if images and instances.is_file():
+        return scan(images, instances), lambda: list_instances(instances, images)
+    raise FileNotFoundError(f"COCO is not complete: {home / year}/*.jpg, {panoptic} and {notes / panoptic.stem}/*.png are "
+                            f"needed; fetch them from cocodataset.org: python data.py coco --download --root {home.parent}")
+
+
+def find_entity(home, split, seed=0):
+    """EntitySeg: its two JSON files and images. 80-10-10 by seed, the official validation images all in test."""
+    train, val = (first_of(home / sub / name.format(part) for sub in (".", "annotations", "annotations/entity_segmentation")
+                           for name in ("entityseg_{}_lr.json", "entityseg_{}.json", "entityv2_010203_entity_{}_lr.json",
+                                        "entityv2_010203_entity_{}.json")) for part in ("train", "val"))
+    if not train or not val:
+        raise FileNotFoundError(f"EntitySeg is not complete: {home}/entityseg_train_lr.json, entityseg_val_lr.json and the "
+                                f"image folders that they name are needed (github.com/adobe-research/EntitySeg-Dataset)")
+    images = first_of([home / ("images_lr" if "_lr" in train.name else "images"), home])
+
+    def listing():
+        pool, official = (list_instances(file, images) for file in (train, val))
+        twice = {item.image for item in official if item.read}
+        pool = sorted((item for item in pool if item.image not in twice), key=lambda item: item.image)
+        pool = [pool[i] for i in np.random.default_rng(seed).permutation(len(pool))]
+        tenth = round(0.1 * (len(pool) + len(official)))
+        more = max(0, tenth - len(official))                                       # test images besides the official ones
+        return dict(test=official + pool[:more], val=pool[more : more + tenth], train=pool[more + tenth :])[split]
+
+    return scan(images, train, val), listing
+
+
+def find_ade20k(home, split):
+    """ADE20K in any subfolders: full (<image>_seg.png beside it) or scene parsing (annotations/ beside images/)."""
+    if split == "test":
+        raise ValueError("ADE20K publishes no labels of its test images: use split val")
+    files = []
+    if home.is_dir():
+        files = scan(home, keep=lambda name: name[:4] != "ADE_" or "." in name)    # not the folders of instance masks
+    images = [f[0] for f in files if Path(f[0]).name.startswith(f"ADE_{split}_") and f[0].endswith(".jpg")]
+    there = {f[0] for f in files}
     if not images:
-        raise ValueError(f"{root / 'images' / folder} holds no images for split {split}")
-    return [(p, labels[p.stem], None) for p in images]
+        raise FileNotFoundError(f"{home} holds no ADE_{split}_*.jpg: ADE20K is needed there, full (with *_seg.png) or scene "
+                                f"parsing (images/ and annotations/), from ade20k.csail.mit.edu")
+
+    def listing():
+        items = []
+        for image in images:
+            above, _, below = image.rpartition("images" + os.sep)
+            full, parsing = f"{image[:-4]}_seg.png", f"{above}annotations{os.sep}{below[:-4]}.png"
+            items.append(Item(image, [full], read_ade) if full in there else
+                         Item(image, [parsing], read_pngs) if parsing in there else
+                         bad(f"{image} has no label: expected {full} or {parsing}"))
+        return items
+
+    return files, listing
 
 
-def list_coco(root, split):
-    """Items of COCO panoptic in COCO's own layout."""
-    year = f"{split}2017"
-    folder, file = root / year, root / "annotations" / f"panoptic_{year}.json"
-    maps = next((d for d in (root / "annotations" / f"panoptic_{year}", root / f"panoptic_{year}") if d.is_dir()), None)
-    if not folder.is_dir() or not file.is_file() or maps is None:
-        raise FileNotFoundError(f"COCO is not complete: {folder}/*.jpg, {file} and {file.with_suffix('')}/*.png are needed "
-                                f"({year}.zip and panoptic_annotations_trainval2017.zip of cocodataset.org, unpacked)")
-    with open(file) as f:
-        content = json.load(f)
-    names = {image["id"]: image["file_name"] for image in content["images"]}
-    items = []
-    for a in content["annotations"]:
-        ids = [s["id"] for s in a["segments_info"]]
-        items.append((folder / names[a["image_id"]], [maps / a["file_name"]], ids))
-    return items
+def find_bsds500(home, split):
+    """BSDS500 as published: images/<split>/*.jpg, groundTruth/<split>/*.mat with 4 to 9 people's segmentations each."""
+    truth = first_of(home / sub / "groundTruth" / split for sub in (".", "data", "BSDS500/data", "BSR/BSDS500/data"))
+    if not truth or not (images := truth.parent.parent / "images" / split).is_dir():
+        raise FileNotFoundError(f"BSDS500 is not complete in {home}: images/{split}/*.jpg and groundTruth/{split}/*.mat are needed "
+                                f"(www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/resources.html)")
+
+    def listing():
+        items = []
+        for image in sorted(images.glob("*.jpg")):
+            mat = truth / f"{image.stem}.mat"
+            try:
+                people = scipy.io.whosmat(mat)[0][1][1]                            # ("groundTruth", (1, people), "cell")
+                items.append(Item(str(image), [str(mat)] * people, read_mat))
+            except Exception as e:                                                 # whatever scipy says of a bad file
+                items.append(bad(f"{mat}: not a readable .mat file ({e or type(e).__name__})"))
+        return items
+
+    return scan(images, truth), listing
 
 
-def read_image(path):
-    """Any image that Pillow reads, as an upright 8-bit RGB image. Raises ValueError with the file's name."""
+def read_json(path):
+    """The lists images and annotations of a COCO-like JSON file."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+    except ValueError as e:
+        raise ValueError(f"{path}: cut off, or no JSON ({e})") from None
+    for key in ("images", "annotations"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise ValueError(f"{path}: it has no list '{key}'")
+    return content["images"], content["annotations"]
+
+
+def each(file, entries, make):
+    """make(k, entry) for every entry of a JSON list; what is wrong with an entry becomes a bad item."""
+    for k, entry in enumerate(entries):
+        try:
+            yield make(k, entry)
+        except (KeyError, TypeError, ValueError) as e:
+            yield bad(f"{file}: entry {k} has no key {e}" if isinstance(e, KeyError) else f"{file}: entry {k}: {e}")
+
+
+def within(folder, name):
+    """folder/name, for a name out of a JSON file, which must not lead elsewhere."""
+    parts = str(name).replace("\\", "/").split("/")
+    if ".." in parts or parts[0] == "" or ":" in parts[0]:
+        raise ValueError(f"file_name '{name}' is absolute or has '..' in it: refused")
+    return str(Path(folder, *parts))
+
+
+def list_panoptic(file, folder, maps):
+    images, annotations = read_json(file)
+    paths = {}
+
+    def image(k, entry):
+        paths[entry["id"]] = within(folder, entry["file_name"])
+
+    def annotation(k, entry):
+        if entry["image_id"] not in paths:
+            raise ValueError(f"unknown image id {entry['image_id']}")
+        crowds = {s["id"]: bool(s.get("iscrowd")) for s in entry["segments_info"]}
+        return Item(paths[entry["image_id"]], [within(maps, entry["file_name"])], read_panoptic, crowds)
+
+    return [item for item in (*each(file, images, image), *each(file, annotations, annotation)) if item]
+
+
+def list_instances(file, folder):
+    images, annotations = read_json(file)
+    ids, objects = {entry["id"] for entry in images if isinstance(entry, dict) and "id" in entry}, {}
+
+    def annotation(k, entry):
+        if entry["image_id"] not in ids:
+            raise ValueError(f"unknown image id {entry['image_id']}")
+        objects.setdefault(entry["image_id"], []).append((k, bool(entry.get("iscrowd")), entry["segmentation"]))
+
+    def image(k, entry):
+        return Item(within(folder, entry["file_name"]), [str(file)], read_instances,
+                    (entry["height"], entry["width"], objects.get(entry["id"], [])))
+
+    return [item for item in (*each(file, annotations, annotation), *each(file, images, image)) if item]
+
+
+def read_pngs(item):
+    """Label PNGs as they are: 8-bit, 16-bit or palette."""
+    return [read_label(path) for path in item.labels]
+
+
+def read_label(path, rgb=False):
+    """A label PNG as (H, W) int32; rgb: as R + 256 G + 65536 B."""
+    with pillow(path, "label map") as f:
+        value, mode = np.asarray(f.convert("RGBA") if rgb and f.mode == "RGB" else f), f.mode
+    if rgb and mode != "RGB":
+        raise ValueError(f"{path}: an RGB PNG with ids in its colours is needed, this one is {mode}")
+    if not rgb and value.ndim != 2:
+        raise ValueError(f"{path}: a label map has one id a pixel (8-bit, 16-bit or palette PNG), this one is {mode}")
+    return (value.view("<u4")[..., 0] & 0xFFFFFF).astype(np.int32) if rgb else value.astype(np.int32)
+
+
+def read_panoptic(item):
+    """COCO panoptic: the ids of segments_info; crowds are ignored."""
+    label = read_label(item.labels[0], rgb=True)
+    flat = label.ravel()
+    there = np.unique(flat[np.flatnonzero(np.diff(flat, prepend=flat[0] - 1))])    # of the pixels that differ from the last
+    unknown = sorted(set(there.tolist()) - set(item.arg) - {0})
+    if unknown:
+        raise ValueError(f"{item.labels[0]}: no id encoding of its segments_info: {unknown[0]} (R + 256 G + 65536 B) is not "
+                         f"there")
+    crowds = [i for i, crowd in item.arg.items() if crowd]
+    return [np.where(np.isin(label, crowds), -1, label) if crowds else label]
+
+
+def read_ade(item):
+    """ADE20K full: class (R // 10 * 256 + G) and instance (B); class 0 is unlabelled."""
+    value = read_label(item.labels[0], rgb=True)
+    r, g, b = value & 255, value >> 8 & 255, value >> 16
+    name = r // 10 * 256 + g
+    return [np.where(name == 0, 0, name << 8 | b)]
+
+
+def read_mat(item):
+    """BSDS500: every annotator's segmentation."""
+    try:
+        cells = scipy.io.loadmat(item.labels[0])["groundTruth"][0]
+        return [cell["Segmentation"][0, 0].astype(np.int32) for cell in cells]
+    except Exception as e:                                                         # whatever scipy says of a bad file
+        raise ValueError(f"{item.labels[0]}: not a readable .mat file ({e or type(e).__name__})") from None
+
+
+def read_instances(item):
+    """COCO instances: polygons, uncompressed and compressed RLE. Smaller objects over larger ones, crowds ignored."""
+    H, W, objects = item.arg
+    masks = []
+    for k, crowd, segmentation in objects:
+        try:
+            rle = run_lengths(segmentation, H, W)
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{item.labels[0]}: annotation {k}, of {item.image}: {e or type(e).__name__}") from None
+        masks.append((not crowd, -int(coco_mask.area(rle)), k, rle))
+    label = np.zeros((W, H), np.int32)                                             # transposed, as pycocotools keeps masks
+    for j, (real, _, _, rle) in enumerate(sorted(masks, key=lambda m: m[:3]), 1):  # crowds first, then the largest
+        np.putmask(label, coco_mask.decode(rle).T, j if real else -1)
+    return [label.T]
+
+
+def run_lengths(segmentation, H, W):
+    """A COCO segmentation as pycocotools' compressed RLE. Raises ValueError where that would draw nonsense."""
+    if isinstance(segmentation, list):
+        for polygon in segmentation:
+            xy = np.array(polygon, float).reshape(-1)
+            if len(xy) < 6 or len(xy) % 2:
+                raise ValueError(f"a polygon of {len(xy) / 2:g} points: 3 are needed")
+            x, y = xy[::2], xy[1::2]
+            if not (x.max() > 0 and x.min() < W and y.max() > 0 and y.min() < H and np.abs(xy).max() < 2 * max(H, W)):
+                raise ValueError(f"a polygon outside the image of {W} x {H} pixels")
+        if not segmentation:
+            raise ValueError("no polygon in it")
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, H, W))
+    if list(segmentation["size"]) != [H, W]:
+        raise ValueError(f"an RLE of {segmentation['size']} for an image of {[H, W]} (height, width)")
+    counts = segmentation["counts"]
+    total = int(np.sum(counts)) if isinstance(counts, list) else rle_total(counts)
+    if total != H * W or isinstance(counts, list) and min(counts) < 0:
+        raise ValueError(f"an RLE whose counts add up to {total}, not to {H} * {W} = {H * W} pixels")
+    return coco_mask.frPyObjects(segmentation, H, W) if isinstance(counts, list) else segmentation
+
+
+def rle_total(counts):
+    """Number of pixels of a compressed COCO RLE: 5 bits a character, 32 = more follow, 16 in the last = negative; from the
+    fourth on, numbers are differences to the last but one."""
+    c = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero((c & 32) == 0)
+    if len(c) == 0 or ends[-1:] != len(c) - 1 or (c < 0).any() or (c > 63).any():
+        raise ValueError("an RLE that is cut off or has characters that do not belong there")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    digit = np.arange(len(c)) - np.repeat(starts, ends - starts + 1)
+    x = np.add.reduceat((c & 31) << (5 * digit), starts) - np.where(c[ends] & 16, 32 << (5 * digit[ends]), 0)
+    return int(x[0] + np.cumsum(x[1::2]).sum() + np.cumsum(x[2::2]).sum())
+
+
+@contextmanager
+def pillow(path, what="image"):
+    """Image.open(path); whatever Pillow has to say of a bad file becomes a ValueError with the file's name."""
     try:
         with Image.open(path) as f:
-            image = ImageOps.exif_transpose(f)
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):          # 16-bit and float grey
-                value = np.asarray(image).astype(np.float64)
-                top = 65535 if image.mode != "F" else max(float(value.max()), 1e-9)
-                image = Image.fromarray((value / top * 255).clip(0, 255).round().astype(np.uint8))
-            if "A" in image.getbands() or "transparency" in image.info:            # on white
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-            return image.convert("RGB")
+            yield f
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS} pixels; scale it down first") from None
-    except (OSError, SyntaxError, ValueError) as e:
-        raise ValueError(f"{path}: not a readable image ({e or type(e).__name__})") from None
+    except UnidentifiedImageError:
+        why = "the file is empty" if os.path.getsize(path) == 0 else "no image format that Pillow knows"
+        raise ValueError(f"{path}: not a readable {what} ({why})") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as e:
+        raise ValueError(f"{path}: not a readable {what} ({e or type(e).__name__})") from None
 
 
-def read_label(path, ids=None):
-    """A label PNG as (H, W) int64: 8-bit, 16-bit or palette, as it is; with ids, COCO's R + 256 G + 65536 B.
+def read_image(path):
+    """Any image that Pillow reads, as an upright 8-bit RGB image. Raises ValueError with the file's name."""
+    return open_image(path)[0]
 
-    With ids, pixels of no id become 0 and the others 1, 2, ... in the order of ids.
-    """
-    try:
-        with Image.open(path) as f:
-            value, mode = np.array(f).astype(np.int64), f.mode
-    except (OSError, SyntaxError, ValueError) as e:
-        raise ValueError(f"{path}: not a readable label map ({e or type(e).__name__})") from None
-    if ids is not None:
-        if value.ndim != 3:
-            raise ValueError(f"{path}: a COCO panoptic map is an RGB PNG, this one is {mode}")
-        value = value[..., 0] + 256 * value[..., 1] + 65536 * value[..., 2]
-        return np.where(np.isin(value, ids), np.searchsorted(np.sort(ids), value) + 1, 0)
-    if value.ndim != 2:
-        raise ValueError(f"{path}: a label map has one id a pixel (8-bit, 16-bit or palette PNG), this one is {mode}")
-    return value
+
+def open_image(path, size=None):
+    """Upright 8-bit RGB image, and its (W, H). With size, a JPEG may come out smaller, its longer side at least 3 `size`."""
+    with pillow(path) as image:
+        full, turned = image.size, image.getexif().get(0x0112, 1) >= 5             # orientations 5 to 8 swap the sides
+        if size:
+            # decoded at 1/2, 1/4 or 1/8; at 2 `size`, the area filter after it would err twice as much
+            image.draft(None, tuple(3 * side for side in fitted(*full, size)))
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):              # 16-bit and float grey
+            value = np.asarray(image).astype(np.float64)
+            top = 65535 if image.mode != "F" else max(float(value.max()), 1e-9)
+            image = Image.fromarray((value / top * 255).clip(0, 255).round().astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:                # on white
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        return image if image.mode == "RGB" else image.convert("RGB"), full[::-1] if turned else full
 
 
 def fitted(width, height, size):
@@ -214,9 +533,9 @@ def fitted(width, height, size):
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def resize_image(image, size):
-    """A PIL image as (S, S, 3) uint8, area-averaged to `size` on the longer side, placed top-left; and (h, w)."""
-    w, h = fitted(*image.size, size)
+def resize_image(image, size, fit=None):
+    """A PIL image as (S, S, 3) uint8, area-averaged to `size` on the longer side (or to fit: w, h), top-left; and (h, w)."""
+    w, h = fit or fitted(*image.size, size)
     out = np.zeros((size, size, 3), np.uint8)
     out[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BOX))
     return out, (h, w)
@@ -236,12 +555,12 @@ def resize_label(label, size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Packing: every item decoded and resized once, into arrays that are mapped, not read, afterwards.
+# Packing: every item decoded and resized once, and appended to two files that are mapped, not read, afterwards.
 
 
 @dataclass
 class Packed:
-    """A data set in four arrays. get(positions, draws) picks label map floor(draw * count) where there are several."""
+    """A data set in memory-mapped arrays. get(positions, draws) picks label map floor(draw * count) of several."""
 
     name: str
     images: np.ndarray                           # (N, S, S, 3) uint8
@@ -249,6 +568,9 @@ class Packed:
     first: np.ndarray                            # (N + 1,): the label maps of image i are first[i] to first[i + 1]
     sizes: np.ndarray                            # (N, 2): h, w of the valid part
     names: list                                  # N file stems
+    folder: Path                                 # where the arrays lie
+    segments: int                                # most in one label map: all ids are below it
+    mapped = 0                                   # bytes touched since the pages were last let go
 
     def __len__(self):
         return len(self.images)
@@ -257,71 +579,259 @@ class Packed:
         """positions (B,) modulo len; draws (B,) in [0, 1): images (B, S, S, 3) uint8, labels (B, S, S) int64, sizes."""
         i = np.asarray(positions) % len(self)
         pick = self.first[i] + ((draws if draws is not None else 0) * (self.first[i + 1] - self.first[i])).astype(int)
-        return torch.from_numpy(self.images[i]), unpack(self.labels[pick]), torch.from_numpy(self.sizes[i]).long()
+        images, labels = torch.from_numpy(self.images[i]), unpack(self.labels[pick])
+        self.let_go(images.numel() + 2 * labels.numel())
+        return images, labels, torch.from_numpy(self.sizes[i]).long()
 
     def maps(self, i):
         """All label maps of image i: (annotators, S, S) int64."""
+        i %= len(self)
         return unpack(self.labels[self.first[i] : self.first[i + 1]])
+
+    def let_go(self, size, limit=2**28):
+        """Unmap the pages now and then (they stay in the system's cache), so that resident memory does not grow."""
+        self.mapped += size
+        if self.mapped > limit and hasattr(mmap, "MADV_DONTNEED"):
+            for array in (self.images, self.labels):
+                if getattr(array, "_mmap", None) is not None:
+                    array._mmap.madvise(mmap.MADV_DONTNEED)
+            self.mapped = 0
 
 
 def unpack(labels):
     return torch.from_numpy(np.where(labels == IGNORE, -1, labels.astype(np.int64)))   # numpy: no second team of threads
 
 
-def pack(items, size, cache, unlabelled, name):
-    """Decode and resize all items once, into the cache; the same items again are mapped from there."""
-    stamp = [([(str(q), q.stat().st_mtime_ns if q.exists() else 0) for q in (p, *maps)], ids) for p, maps, ids in items]
-    key = hashlib.sha256(json.dumps([2, stamp, size, unlabelled]).encode()).hexdigest()[:12]
-    folder = cache / f"{name}-{key}"
-    first = np.cumsum([0] + [len(maps) for _, maps, _ in items])
-    if not folder.is_dir():
-        part = folder.with_name(f"{folder.name}.part{os.getpid()}")
-        part.mkdir(parents=True)
+def connected(label):
+    """Classes -> segments: the 4-connected parts of each class, numbered from 1. 0 (unlabelled) and -1 stay."""
+    H, W = label.shape
+    links = np.zeros((2 * H - 1, 2 * W - 1), bool)                                 # pixels, and links between equal ones
+    links[::2, ::2] = True
+    links[::2, 1::2] = label[:, 1:] == label[:, :-1]
+    links[1::2, ::2] = label[1:] == label[:-1]
+    return np.where(label > 0, scipy.ndimage.label(links)[0][::2, ::2], label)
+
+
+DONE, EMPTY, BAD = range(3)
+
+
+def convert(item, size, unlabelled, components):
+    """One item -> (DONE, image (S, S, 3) uint8, (h, w), label maps (n, S, S) uint16), or (EMPTY or BAD, reason)."""
+    if item.read is None:
+        return BAD, item.arg
+    try:
+        image, (W, H) = open_image(item.image, size)
+        if item.read is read_instances and item.arg[:2] != (H, W):                 # before masks of a wrong size are drawn
+            raise ValueError(f"{item.image} is {W} x {H} pixels, but {item.arg[1]} x {item.arg[0]} in {item.labels[0]}")
+        labels = []
+        for path, label in zip(item.labels, item.read(item), strict=True):
+            if label.shape != (H, W):
+                raise ValueError(f"{path} is {label.shape[1]} x {label.shape[0]} pixels, its image {item.image} {W} x {H}: "
+                                 f"they must agree")
+            label = connected(label) if components else label
+            labels.append(resize_label(np.where(label == 0, -1, label) if unlabelled == "ignore" else label, size))
+        labels = np.stack(labels)
+    except (ValueError, OSError, MemoryError) as e:
+        return BAD, str(e) or f"{item.image}: {type(e).__name__}"
+    if (labels == IGNORE).all():
+        return EMPTY, f"{item.labels[0]}: nothing labelled in {item.image}"
+    return DONE, *resize_image(image, size, fitted(W, H, size)), labels
+
+
+def pack(files, listing, cache, name, options, workers, max_bad):
+    """The packed copy of these files with these options: made if it is not there, mapped if it is."""
+    home = os.path.commonpath([path for path, _, _ in files]) if files else ""
+    print_of = json.dumps([(os.path.relpath(path, home), *rest) for path, *rest in files])
+    fingerprint = hashlib.sha256(print_of.encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([VERSION, fingerprint, options]).encode()).hexdigest()[:8]
+    target = cache / f"{name}-{options['size']}-{key}"
+    if not whole(target):
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(f"{target}.lock", "w") as lock:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX)                                   # another process may be packing the same
+            if not whole(target):
+                shutil.rmtree(target, ignore_errors=True)                          # cut off from outside
+                prepare(target, listing(), name, options, fingerprint, workers, max_bad)
+        Path(f"{target}.lock").unlink(missing_ok=True)
+    index = json.loads((target / "index.json").read_text())
+    if index["bad"] > max_bad * (index["bad"] + index["images"]):
+        raise too_bad(target, index["bad"], index["bad"] + index["images"], max_bad, index["example"])
+    rows, S = np.load(target / "rows.npy"), options["size"]                        # (N, 5), see prepare
+    images = np.memmap(target / "images.u8", np.uint8, "r", shape=(len(rows), S, S, 3))
+    labels = np.memmap(target / "labels.u16", np.uint16, "r", shape=(index["label_maps"], S, S))
+    return Packed(name, images, labels, np.concatenate([[0], rows[:, 3].cumsum()]), rows[:, 1:3],
+                  (target / "names.txt").read_text().splitlines(), target, index["segments"])
+
+
+def whole(folder):
+    """Whether a packed copy is complete: the index is written last, and says how long the files are."""
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        return all((folder / file).stat().st_size == size for file, size in index["bytes"].items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def too_bad(folder, bad, total, max_bad, example):
+    return ValueError(f"{example} ({bad} of {total} items cannot be used, more than --max_bad {max_bad:g} allows; "
+                      f"{folder / 'skipped.txt'} lists them)")
+
+
+def prepare(target, items, name, options, fingerprint, workers, max_bad):
+    """Pack items into target.part, going on from what an earlier call left there, and rename it when it is complete."""
+    part, S = target.with_name(target.name + ".part"), options["size"]
+    part.mkdir(exist_ok=True)
+    rows = np.load(part / "rows.npy").tolist() if (part / "rows.npy").exists() else []     # item, h, w, maps, segments
+    if any(not (part / file).exists() or (part / file).stat().st_size < length
+           for file, length in zip(("images.u8", "labels.u16"), lengths(rows, S))):
+        rows = []                                                                  # cut off from outside
+    todo = sorted(set(range(len(items))) - {row[0] for row in rows})
+    need, there = 3 * S * S * len(items) + 2 * S * S * sum(len(item.labels) for item in items), lengths(rows, S)
+    full = OSError(f"{name} needs {need / 1e9:.2f} GB in {target.parent} when packed, and the disk is full; what was "
+                   f"written is kept: free some space, or give another --cache, and run the same command again")
+    if shutil.disk_usage(part).free < need - sum(there):
+        raise full
+    reasons, started, saved, already = {EMPTY: [], BAD: []}, time.monotonic(), time.monotonic(), len(rows)
+    task = functools.partial(convert, size=S, unlabelled=options["unlabelled"], components=options["components"])
+    workers = max(1, min(workers, len(todo) // 16))
+    pool = None
+    with open(part / "images.u8", "ab", 0) as images, open(part / "labels.u16", "ab", 0) as labels:
+        def truncate():
+            """Cut off what no row tells of."""
+            for file, length in zip((images, labels), lengths(rows, S)):
+                file.truncate(length)
+
+        def commit():
+            """Only rows whose pixels are surely on the disk count as done."""
+            os.fsync(images.fileno())
+            os.fsync(labels.fileno())
+            with open(part / "rows.tmp", "wb") as f:
+                np.save(f, np.array(rows, np.int64).reshape(-1, 5))
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part / "rows.tmp", part / "rows.npy")
+
+        truncate()
         try:
-            shape = (size, size)
-            images = np.lib.format.open_memmap(part / "images.npy", "w+", np.uint8, (len(items), *shape, 3))
-            labels = np.lib.format.open_memmap(part / "labels.npy", "w+", np.uint16, (int(first[-1]), *shape))
-            sizes = np.lib.format.open_memmap(part / "sizes.npy", "w+", np.int32, (len(items), 2))
-
-            def convert(i):
-                image_path, label_paths, ids = items[i]
-                image = read_image(image_path)
-                images[i], sizes[i] = resize_image(image, size)
-                for j, path in enumerate(label_paths):
-                    label = read_label(path, ids)
-                    if label.shape != image.size[::-1]:
-                        raise ValueError(f"{path} is {label.shape[1]} x {label.shape[0]} pixels, its image {image_path} "
-                                         f"{image.size[0]} x {image.size[1]}: they must agree")
-                    if unlabelled == "ignore":
-                        label = np.where(label == 0, -1, label)
-                    labels[first[i] + j] = resize_label(label, size)
-
-            with ThreadPoolExecutor(os.cpu_count()) as pool:                       # Pillow decodes without the GIL
-                for _ in tqdm(pool.map(convert, range(len(items))), f"packing {name}", len(items), leave=False):
-                    pass
-            os.replace(part, folder)
+            if workers > 1:                                                        # not threads: no lock limits them
+                context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+                pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+                results = pool.map(task, [items[i] for i in todo], chunksize=8)
+            else:
+                results = map(task, (items[i] for i in todo))
+            bar = tqdm(results, f"packing {name}", len(items), initial=len(rows), unit="image", leave=False)
+            for i, (outcome, *result) in zip(todo, bar):
+                if outcome != DONE:
+                    reasons[outcome].append(result[0])
+                    continue
+                image, (h, w), segmentations = result
+                append(images, image)
+                append(labels, segmentations)
+                rows.append([i, h, w, len(segmentations), 1 + int(segmentations[segmentations != IGNORE].max())])
+                if time.monotonic() - saved > SAVE_EVERY:
+                    commit()
+                    saved = time.monotonic()
+            commit()
+        except BrokenProcessPool:
+            raise OSError(f"a process that packed {name} was killed, perhaps for lack of memory: run again with fewer "
+                          f"--workers; what was written is kept") from None
+        except OSError as e:
+            raise full if e.errno == errno.ENOSPC else e from None
         finally:
-            shutil.rmtree(part, ignore_errors=True)
-    mapped = [np.load(folder / f"{array}.npy", mmap_mode="r") for array in ("images", "labels", "sizes")]
-    return Packed(name, mapped[0], mapped[1], first, mapped[2], [p.stem for p, _, _ in items])
+            if pool:
+                pool.shutdown(cancel_futures=True)
+            while True:
+                try:
+                    commit()
+                    break
+                except OSError as e:
+                    if e.errno != errno.ENOSPC or not rows:
+                        break
+                    del rows[-1 - len(rows) // 20 :]                               # makes room for the list of the others
+                    truncate()
+    skipped = reasons[BAD] + reasons[EMPTY]
+    (part / "skipped.txt").write_text("".join(reason.replace("\n", " ") + "\n" for reason in skipped))
+    if len(reasons[BAD]) > max_bad * len(items):
+        raise too_bad(part, len(reasons[BAD]), len(items), max_bad, reasons[BAD][0])
+    if not rows:
+        raise ValueError(f"{name} holds no image that can be used" + (f": {skipped[0]}" if skipped else ""))
+    (part / "names.txt").write_text("".join(Path(items[row[0]].image).stem + "\n" for row in rows))
+    sizes = {file: (part / file).stat().st_size for file in ("images.u8", "labels.u16", "rows.npy", "names.txt")}
+    index = dict(version=VERSION, name=name, options=options, fingerprint=fingerprint, images=len(rows), bytes=sizes,
+                 label_maps=sum(row[3] for row in rows), segments=max(row[4] for row in rows), bad=len(reasons[BAD]),
+                 empty=len(reasons[EMPTY]), example=reasons[BAD][0] if reasons[BAD] else "")
+    (part / "index.json").write_text(json.dumps(index, indent=1))
+    os.replace(part, target)
+    spent = time.monotonic() - started
+    new = len(rows) - already
+    print(f"packed {name}: {len(rows):,} images into {target} ({sum(sizes.values()) / 1e9:.2f} GB), {new:,} of them now in "
+          f"{spent:.1f} s = {new / spent:.0f} a second with {workers} process{'es' * (workers > 1)}; {len(reasons[BAD])} skipped "
+          f"as bad, {len(reasons[EMPTY])} without labels" + f" ({target / 'skipped.txt'})" * bool(skipped))
+
+
+def lengths(rows, S):
+    """Bytes of the images and of the label maps of these rows."""
+    return 3 * S * S * len(rows), 2 * S * S * sum(row[3] for row in rows)
+
+
+def append(file, array):
+    """Write all of an array, or raise: an unbuffered write may stop halfway."""
+    rest = memoryview(np.ascontiguousarray(array)).cast("B")
+    while rest:
+        rest = rest[file.write(rest):]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
 
-def order(start, count, n, seed):
-    """Sample numbers `start` to `start + count` of an endless run over n items, shuffled anew in every epoch."""
-    at = np.arange(start, start + count)
+def order(start, count, n, seed, rank=0, ranks=1):
+    """Sample numbers `start` to `start + count` of an endless run over n items, shuffled anew in every epoch.
+
+    Of several ranks, each gets every ranks-th sample: no two the same one.
+    """
+    at = np.arange(start + rank, start + count, ranks)
     if n >= 2**31:
         return at
-    return np.concatenate([np.random.default_rng([seed, e]).permutation(n)[at[at // n == e] % n] for e in np.unique(at // n)])
+    return np.concatenate([shuffled(n, seed, int(e))[at[at // n == e] % n] for e in np.unique(at // n)])
 
 
-def uniforms(start, count, seed, n=16):
+@functools.lru_cache(4)
+def shuffled(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def uniforms(start, count, seed, n=16, rank=0, ranks=1):
     """n uniform numbers for each of the samples `start` to `start + count`, from a seed each: (count, n) float32."""
     return np.stack([np.random.Generator(np.random.Philox(key=[2**32 + seed, i])).random(n, np.float32)
-                     for i in range(start, start + count)])
+                     for i in range(start + rank, start + count, ranks)])
+
+
+def batches(data, start, count, seed, workers=1, rank=0, ranks=1, pin=False):
+    """Endless batches of `count` samples (over all ranks), from sample number `start` on: images, labels, sizes, u.
+
+    u (B, 19): the samples' uniform numbers, for `augment`. Batches depend on start, count, seed and rank alone, not on
+    the number of workers: threads that read ahead (0: none). pin: in page-locked memory, for CUDA.
+    """
+    if count % ranks:
+        raise ValueError(f"a batch of {count} samples cannot be shared by {ranks} processes equally")
+
+    def make(start):
+        u = uniforms(start, count, seed, 20, rank, ranks)
+        batch = *data.get(order(start, count, len(data), seed, rank, ranks), u[:, 19]), torch.from_numpy(u[:, :19])
+        return tuple(part.pin_memory() for part in batch) if pin else batch
+
+    pool = ThreadPoolExecutor(max(1, workers))
+    ahead = deque()
+    try:
+        while True:
+            while len(ahead) < workers + 1 and workers:
+                ahead.append(pool.submit(make, start + len(ahead) * count))
+            yield ahead.popleft().result() if workers else make(start)
+            start += count
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def inside_mask(sizes, size):
@@ -332,55 +842,190 @@ def inside_mask(sizes, size):
 
 def normalise(images, sizes):
     """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, ImageNet mean and deviation, 0 outside; and inside (B, S, S)."""
-    return standardise(images.permute(0, 3, 1, 2).float() / 255, inside_mask(sizes, images.shape[1]))
+    return standardise(images.permute(0, 3, 1, 2).contiguous().float() / 255, inside_mask(sizes, images.shape[1]))
 
 
 def standardise(x, inside):
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return (x - mean) / std * inside[:, None], inside
+    for channel, mean, std in zip(x.unbind(1), MEAN, STD):                         # in place; no tensor made on the host
+        channel.sub_(mean).div_(std)
+    return x.mul_(inside[:, None].float()), inside
 
 
-def augment(images, labels, sizes, u):
-    """The paper's augmentation, each sample by its own 16 uniform numbers u (B, 16), on the tensors' device.
+def packed_side(size, crop):
+    """Side of packed images, for random crops that keep at least the share `crop` of it: midway between both scales."""
+    return round(size / crop**0.5)
+
+
+def augment(images, labels, sizes, u, size=None, crop=1.0):
+    """The paper's augmentation, each sample by its own uniform numbers u (B, 16), on the images' device.
 
     Horizontal flip (p 0.5); gamma, brightness and contrast, hue/saturation/value (p 0.3 each); RGB shift (p 0.1); rotation
-    within +-20 degrees (p 0.3). Returns what `normalise` does, and the labels; new pixels are outside and -1.
+    within +-20 degrees (p 0.3); with crop < 1 and u (B, 19), a random part of at least the share `crop` of the sides.
+    size: side of the result, the images' own by default. Returns what `normalise` does, and the labels; new pixels are
+    outside and -1.
     """
-    B, S = images.shape[:2]
-    x = images.permute(0, 3, 1, 2).float() / 255
-    u = u.to(x.device)
-    on = u[:, :6] < torch.tensor([0.5, 0.3, 0.3, 0.3, 0.1, 0.3], device=x.device)
-    r = 2 * u[:, 6:] - 1                                                           # (B, 10) in [-1, 1]
+    B, T = images.shape[:2]
+    S, device = size or T, images.device
+    if B > 8 and device.type == "cpu":                                             # pieces that fit the processor's cache
+        pieces = zip(*(v.split(8) for v in (images, labels, sizes, u)))
+        return tuple(torch.cat(v) for v in zip(*(augment(*piece, size, crop) for piece in pieces)))
+    u = u.to(device, non_blocking=True).T                                          # (16 or 19, B)
+    on = [u[i] < p for i, p in enumerate((0.5, 0.3, 0.3, 0.3, 0.1, 0.3))]
+    r = 2 * u[6:16] - 1                                                            # (10, B) in [-1, 1]
 
-    def when(i, amount, neutral=0.0):                                              # (B, 1, 1, 1)
-        return torch.where(on[:, i], amount, neutral).view(B, 1, 1, 1)
+    def when(i, amount, neutral=0.0):                                              # (B,)
+        return torch.where(on[i], amount, neutral)
 
-    x = x.clamp(min=1e-6) ** when(1, 2 ** (0.5 * r[:, 0]), 1.0)                    # gamma 0.7 to 1.4
-    x = (x - 0.5) * when(2, 1 + 0.2 * r[:, 1], 1.0) + 0.5 + when(2, 0.2 * r[:, 2])
-    turn, chroma, value = when(3, 0.35 * r[:, 3]), when(3, 1 + 0.3 * r[:, 4], 1.0), when(3, 1 + 0.15 * r[:, 5], 1.0)
-    grey = x.mean(1, keepdim=True)                                                 # hue: a rotation about the grey axis
-    c = x - grey
-    c = c * turn.cos() + torch.stack([c[:, 2] - c[:, 1], c[:, 0] - c[:, 2], c[:, 1] - c[:, 0]], 1) * turn.sin() / 3**0.5
-    x = (grey + c * chroma) * value
-    x = x + torch.where(on[:, 4, None], 0.08 * r[:, 6:9], 0.0)[:, :, None, None]   # RGB shift
-    x = x.clamp(0, 1)
+    # colours: a power, then brightness, contrast, hue, saturation, value and shift as one affine map. A turn of the hue is
+    # a rotation about the grey axis, whose matrix is circulant: rows (a, b, c), (c, a, b), (b, c, a)
+    gamma, contrast, brightness = when(1, 2 ** (0.5 * r[0]), 1.0), when(2, 1 + 0.2 * r[1], 1.0), when(2, 0.2 * r[2])
+    turn, chroma, value = when(3, 0.35 * r[3]), when(3, 1 + 0.3 * r[4], 1.0), when(3, 1 + 0.15 * r[5], 1.0)
+    near, across = chroma * turn.cos() / 3, chroma * turn.sin() / 3**0.5
+    a, b, c = (value * v for v in (1 / 3 + 2 * near, 1 / 3 - near - across, 1 / 3 - near + across))
+    matrix = contrast * torch.stack([a, b, c, c, a, b, b, c, a])                   # (9, B)
+    offset = value * (0.5 - 0.5 * contrast + brightness) + when(4, 0.08 * r[6:9])  # (3, B)
+    powers = (torch.arange(256, device=device) / 255) ** gamma[:, None]            # (B, 256): a table spares a power a pixel
+    x = powers.gather(1, images.permute(0, 3, 1, 2).reshape(B, -1).long())
+    x = torch.baddbmm(offset.T[..., None], matrix.T.reshape(B, 3, 3), x.view(B, 3, -1)).clamp_(0, 1).view(B, 3, T, T)
 
-    # flip and rotation about the middle of the valid part, as one map from new to old pixels
-    flip, angle = torch.where(on[:, 0], -1.0, 1.0), torch.where(on[:, 5], r[:, 9] * torch.pi / 9, 0.0)
-    middle = (sizes.to(x.device).float() - 1) / 2                                  # (B, 2): row, column
-    axis = torch.arange(S, device=x.device, dtype=torch.float32)
-    dy, dx = axis.view(1, S, 1) - middle[:, 0].view(B, 1, 1), axis.view(1, 1, S) - middle[:, 1].view(B, 1, 1)
-    cos, sin, flip = angle.cos().view(B, 1, 1), angle.sin().view(B, 1, 1), flip.view(B, 1, 1)
-    row = middle[:, 0].view(B, 1, 1) + cos * dy + sin * dx
-    col = middle[:, 1].view(B, 1, 1) + flip * (cos * dx - sin * dy)
+    # flip, rotation and crop about the middle of the valid part, as one map from new to old pixels
+    old = sizes.to(device, non_blocking=True).T.float()                                               # (2, B): h, w
+    new = old if S == T else (old * (S / T)).round().clamp(1, S)
+    cos, sin = (f(when(5, r[9] * torch.pi / 9)) for f in (torch.cos, torch.sin))
+    middle, scale = (old - 1) / 2, old / new
+    if crop < 1:
+        zoom = 1 - (1 - crop) * u[16]
+        middle, scale = middle + (1 - zoom) * old * (u[17:19] - 0.5), scale * zoom
+    axis = torch.arange(S, device=device)
+    dy, dx = (axis - (side[:, None] - 1) / 2 for side in new)                      # (B, S)
+    sy, sx = scale[0], scale[1] * when(0, -1.0, 1.0)
+    far = [torch.where(axis < side[:, None], 0.0, 1e6) for side in new]            # beyond the valid part: from nowhere
+    row_y, row_x = (sy * cos)[:, None] * dy + middle[0][:, None] + far[0], (sy * sin)[:, None] * dx
+    col_x, col_y = (sx * cos)[:, None] * dx + middle[1][:, None] + far[1], (sx * sin)[:, None] * dy
+    row, col = row_y[:, :, None] + row_x[:, None], col_x[:, None] - col_y[:, :, None]  # (B, S, S)
+    height, width = old.view(2, B, 1, 1)
+    r_, c_ = row.round(), col.round()
+    inside = (r_ >= 0) & (r_ < height) & (c_ >= 0) & (c_ < width)
+    nearest = (r_.clamp_(0, T - 1) * T).add_(c_.clamp_(0, T - 1)).long()           # (B, S, S)
+    labels = torch.where(inside, labels.view(B, -1).gather(1, nearest.view(B, -1)).view(B, S, S), -1)
     # clamped to the valid part, so that the padding's black does not bleed in at its border
-    near_row, near_col = row.round().long(), col.round().long()
-    height, width = (sizes[:, i].to(x.device).view(B, 1, 1) for i in (0, 1))
-    inside = (near_row >= 0) & (near_row < height) & (near_col >= 0) & (near_col < width)
-    inside = inside & inside_mask(sizes.to(x.device), S)
-    row, col = torch.minimum(row.clamp(min=0), height - 1.0), torch.minimum(col.clamp(min=0), width - 1.0)
-    grid = torch.stack([col, row], dim=-1) * (2 / (S - 1)) - 1                     # (B, S, S, 2), x before y
-    x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    flat = near_row.clamp(0, S - 1) * S + near_col.clamp(0, S - 1)                 # (B, S, S)
-    labels = labels.view(B, -1).gather(1, flat.view(B, -1)).view(B, S, S).masked_fill(~inside, -1)
+    row, col = torch.minimum(row.clamp_(min=0), height - 1), torch.minimum(col.clamp_(min=0), width - 1)
+    # (B, S, S, 2), x before y, in [-1, 1]; 5 times faster than stack
+    grid = torch.view_as_real(torch.complex(col, row)).mul_(2 / T).add_(1 / T - 1)
+    x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return *standardise(x, inside), labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line: fetch COCO, pack a data set
+
+
+def download(home, splits, server):
+    """COCO's images and panoptic annotations into home: what is there stays, what broke off goes on."""
+    for name in [f"zips/{split}2017.zip" for split in splits] + ["annotations/panoptic_annotations_trainval2017.zip"]:
+        file, done = home / Path(name).name, home / f".{Path(name).name}.done"
+        if not done.exists():
+            home.mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                fetch(f"{server}/{name}", file)
+            unpack_zip(file, home)
+            for inner in sorted((home / "annotations").glob("panoptic_*2017.zip")):
+                unpack_zip(inner, home / "annotations")
+                inner.unlink()
+            done.touch()
+            file.unlink()
+
+
+def fetch(url, file, tries=5):
+    """Download url to file, going on where an earlier call or a broken connection stopped. Raises OSError."""
+    part, why, total = Path(f"{file}.part"), "", -1
+    for attempt in range(tries):
+        have = part.stat().st_size if part.exists() else 0
+        try:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                have = have if answer.status == 206 else 0                         # else the server sends all of it
+                total = have + int(answer.headers.get("Content-Length", -1))
+                free, need = shutil.disk_usage(file.parent).free, 2 * total - have
+                if free < need:
+                    raise OSError(errno.ENOSPC, f"{need / 1e9:.1f} GB are needed to fetch and unpack it, {free / 1e9:.1f} GB are "
+                                                f"free in {file.parent}")
+                with (open(part, "ab" if have else "wb") as f,
+                      tqdm(total=total, initial=have, desc=file.name, unit="B", unit_scale=True, leave=False) as bar):
+                    while chunk := answer.read(2**20):
+                        f.write(chunk)
+                        bar.update(len(chunk))
+            why = f"{part.stat().st_size} of {total} bytes came"
+        except urllib.error.HTTPError as e:
+            if e.code == 416:                                                      # nothing more: complete, or another file
+                total = int(e.headers.get("Content-Range", "*/0").rpartition("/")[2])
+                if total != have:
+                    part.unlink()
+            elif e.code < 500:
+                raise OSError(f"{url}: {e}") from None
+            why = e
+        except (OSError, HTTPException) as e:
+            if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+                raise OSError(f"{url}: {e.strerror}; what came is kept, run the same command again to go on") from None
+            why = e
+        if part.exists() and part.stat().st_size == total:
+            os.replace(part, file)
+            return
+        time.sleep(2**attempt / 8)
+    raise OSError(f"{url} could not be fetched ({why}); what came is kept, run the same command again to go on")
+
+
+def unpack_zip(file, folder):
+    """Unpack a zip file, but for what is there in full; its checksums are checked. Raises OSError."""
+    try:
+        with zipfile.ZipFile(file) as z:
+            for member in tqdm(z.infolist(), f"unpacking {file.name}", unit="file", leave=False):
+                there, junk = folder / member.filename, member.filename.startswith("__MACOSX")
+                if not junk and not (there.is_file() and there.stat().st_size == member.file_size):
+                    z.extract(member, folder)
+    except (zipfile.BadZipFile, zlib.error) as e:
+        file.unlink()
+        raise OSError(f"{file} was damaged and is deleted ({e}): run the same command again to fetch it anew") from None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Fetch COCO, or decode and resize a data set, for training to read it fast.")
+    option = parser.add_argument
+    option("name", help="coco, entity, ade20k, bsds500, or a folder with images/ and labels/")
+    option("--root", default="data", help="the data set lies in ROOT/NAME or in ROOT itself (%(default)s)")
+    option("--split", nargs="+", default=["train", "val"], choices=["train", "val", "test"], help="(train val)")
+    option("--size", type=int, default=128, help="longer side, in pixels (%(default)s)")
+    option("--crop", type=float, default=1.0, help="as in train.py: crops need larger training images (%(default)s)")
+    option("--cache", default="cache", help="where packed copies go (%(default)s)")
+    option("--unlabelled", default="segment", help="id 0: one segment, or ignore (%(default)s)")
+    option("--components", action="store_true", help="labels are classes: their connected parts become the segments")
+    option("--workers", type=int, default=CORES, help="processes (%(default)s)")
+    option("--max_bad", "--max-bad", type=float, default=0.01, help="share of unusable items that is too much (%(default)s)")
+    option("--download", action="store_true", help="only fetch COCO, into ROOT/coco; goes on where it stopped")
+    option("--server", default="http://images.cocodataset.org", help="where from (%(default)s)")
+    a = parser.parse_args(argv)
+    try:
+        if a.download:
+            if a.name != "coco":
+                raise ValueError(f"--download fetches coco only; get {a.name} from its authors")
+            download(Path(a.root) / "coco", a.split, a.server)
+            print(f"COCO is in {Path(a.root) / 'coco'}; now try: python train.py --dataset coco --root {a.root}")
+            return 0
+        if a.name == "shapes":
+            raise ValueError("shapes are drawn while training: there is nothing to prepare")
+        for split in a.split:
+            side = packed_side(a.size, a.crop) if split == "train" else a.size
+            data = load(a.name, split, side, a.root, a.cache, 0, a.unlabelled, a.components, a.workers, a.max_bad)
+            print(f"{a.name} {split}: {len(data):,} images, {len(data.labels):,} label maps of {side} x {side} pixels, in "
+                  f"{data.folder}")
+    except (ValueError, OSError) as e:
+        print(f"data.py: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped: run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,10 +13,16 @@ form and samplers: Kingma et al. 2021 (VDM), Ho et al. 2020 (DDPM), Song et al. 
 2022; input scale: Chen 2023 (arXiv 2301.10972); sigmoid weighting: Kingma & Gao 2023, Hoogeboom et al. 2024.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
+
+try:
+    import kernels                               # fused, for CUDA; this file works without the folder
+except ImportError:
+    kernels = None
 
 SCHEDULES = ("cosine", "linear", "linear_simple", "parabola")
 WEIGHTINGS = ("sigmoid", "snr", "snr+1", "snr_trunc", "uniform")
@@ -131,16 +137,28 @@ def per_sample_error(x_hat, x0, valid):
     return error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
 
 
-def draw(shape, d, generator=None, device=None):
+def fused(codec, device):
+    """What the kernels have to know of a codec, dict(activation, codes), if they are live on this device; else None.
+
+    They do analog bits with tanh or no activation; codes: of each cell, None for the 2D Gray palette. Raises RuntimeError if
+    Triton was forced and cannot run there.
+    """
+    if kernels is None or kernels.live(device)[0] == "torch" or codec.encoding != "bits" or codec.activation not in ("tanh", "none"):
+        return None
+    return dict(activation=codec.activation, codes=None if codec.palette == "similar" else codec.cell_of_code.argsort().to(device))
+
+
+def draw(shape, d, generator=None, device=None, eps=True):
     """The random part of training samples of shape (B, C, H, W) and what follows from it, as a dictionary of rows of samples.
 
-    t, alpha, sigma and weight (of the loss), (B, 1, 1, 1) float32; eps (B, C, H, W); keep, the image, and chosen, for
-    self-conditioning, (B, 1, 1, 1) bool. Draw for a whole batch, then share the rows out: t is stratified over the batch.
+    t, alpha, sigma and weight (of the loss), (B, 1, 1, 1) float32; eps (B, C, H, W), if asked for; keep, the image, and
+    chosen, for self-conditioning, (B, 1, 1, 1) bool. Draw for a whole batch, then share the rows out: t is stratified over
+    the batch.
     """
     one = (shape[0], 1, 1, 1)
     t = stratified_t(shape[0], generator, device)
-    drawn = dict(eps=torch.randn(shape, generator=generator, device=device),
-                 keep=torch.rand(one, generator=generator, device=device) >= d.image_drop)
+    drawn = dict(eps=torch.randn(shape, generator=generator, device=device)) if eps else {}
+    drawn["keep"] = torch.rand(one, generator=generator, device=device) >= d.image_drop
     if d.self_condition > 0:
         drawn["chosen"] = torch.rand(one, generator=generator, device=device) < d.self_condition
     for name, value in zip(("t", "alpha", "sigma", "weight"), (t, *alpha_sigma(t, d), loss_weight(t, d))):
@@ -168,6 +186,29 @@ def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=No
     return (r["weight"].flatten() * per_sample_error(x_hat, x0, valid)).mean()
 
 
+def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, activation, codes=None, dtype=torch.float32):
+    """training_loss, by the kernels: neither x0 nor eps nor x_hat is ever in memory.
+
+    cells (B, H, W) integers, -1 = ignored; seeds (B,) int64, of each sample's noise; drawn as of `draw`, without eps;
+    activation and codes as of `fused`; dtype: of the network's input.
+    """
+    alpha, sigma, weight, keep, t = (drawn[name].flatten() for name in ("alpha", "sigma", "weight", "keep", "t"))
+    again = d.self_condition > 0
+
+    def run(x_self=None):
+        return model(kernels.network_input(cells, alpha, sigma, seeds, bits, image, keep=keep, x_self=x_self,
+                                           self_condition=again, codes=codes, dtype=dtype), t)
+
+    x_self = xt = None
+    if d.prediction != "x":                                                        # float32: eps divides by alpha
+        xt = kernels.noise(cells, alpha, sigma, seeds, bits, codes=codes)
+    if again:
+        with torch.no_grad():
+            first = to_x0(run(), xt, drawn["alpha"], drawn["sigma"], d.prediction, activate)
+        x_self = first.clamp(-1, 1) * drawn["chosen"]
+    return kernels.loss(run(x_self), cells, weight, d.prediction, activation, xt, alpha, sigma, codes).mean()
+
+
 def network_input(xt, image=None, x_self=None):
     """cat(xt[, image][, x_self]): (B, C [+ 3] [+ C], H, W)."""
     return torch.cat([v for v in (xt, image, x_self) if v is not None], dim=1)
@@ -179,7 +220,7 @@ def network_input(xt, image=None, x_self=None):
 
 @torch.no_grad()
 def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, guidance=1.0, sampler="ddpm",
-           variance="large", known=None, resample=1, init=None, strength=1.0, callback=None):
+           variance="large", known=None, resample=1, init=None, strength=1.0, callback=None, fused=None):
     """Denoise Gaussian noise into x_hat (B, C, H, W) in [-1, 1] at N equidistant times from 1 to 0.
 
     image (B, 3, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random generator a sample, so
@@ -191,6 +232,7 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     resample: each step is noised again and repeated until it was done so often. init (B, C, H, W): start from it, noised
     for t = strength in (0, 1], not from t = 1 (SDEdit, Meng et al. 2022); N steps all the same. A model with a method
     image_part sees the image once, not at every step.
+    fused: what `fused` returned: kernels draw the noise and take the steps (other numbers for a seed than without them).
     """
     if sampler not in ("ddpm", "ddim") or variance not in ("large", "small"):
         raise ValueError(f"sampler is ddpm or ddim, variance large or small, not '{sampler}' and '{variance}'")
@@ -201,13 +243,27 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
         raise ValueError(f"strength must be above 0 and at most 1 (1: ignore init), not {strength}")
     d, (B, _, H, W), device = diffusion, image.shape, image.device
     generators = [torch.Generator(device).manual_seed(int(s)) for s in seeds]
+    keys, stream = torch.tensor([int(s) for s in seeds], device=device), itertools.count()
 
     def noise():
+        if fused:
+            return kernels.normal(keys, channels, H, W, next(stream))
         return torch.stack([torch.randn(channels, H, W, generator=g, device=device) for g in generators])
 
     times = torch.linspace(strength if init is not None else 1, 0, steps + 1, dtype=torch.float64)
     lam, (alpha, sigma) = logsnr(times, d).tolist(), (v.tolist() for v in alpha_sigma(times, d))
     mask = valid[:, None]                                                          # (B, 1, H, W)
+
+    def update(i):                                                                 # xs = a xt + b x_hat + c eps
+        if i == steps - 1:
+            return 0.0, 1.0, 0.0
+        if sampler == "ddim":
+            a = sigma[i + 1] / sigma[i]
+            return a, alpha[i + 1] - a * alpha[i], 0.0
+        r, one_minus_r = math.exp(lam[i] - lam[i + 1]), -math.expm1(lam[i] - lam[i + 1])       # r = e^(lambda_t - lambda_s)
+        return (r * alpha[i + 1] / alpha[i], one_minus_r * alpha[i + 1],
+                math.sqrt(one_minus_r) * sigma[i if variance == "large" else i + 1])
+
     xt, x_hat = noise(), torch.zeros(B, channels, H, W, device=device)
     if init is not None:
         xt = alpha[0] * init + sigma[0] * xt
@@ -225,24 +281,22 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
         xs = xt.repeat(halves, 1, 1, 1)
         t = torch.full((len(xs),), times[i].item(), device=device)
         out = model(network_input(xs, images, x_self), t, *extra)
-        x_hat = to_x0(out, xs, alpha[i], sigma[i], d.prediction, activate)
-        if guidance:
-            x_hat = (1 + guidance) * x_hat[:B] - guidance * x_hat[B:]
-        x_hat = x_hat.clamp(-1, 1) * mask
-        if known is not None:
-            x_hat = carry(x_hat, fixed, hint) * mask
+        a, b, c = update(i)
+        if fused and known is None:
+            after, x_hat = kernels.step(out, xt, alpha[i], sigma[i], a, b, c, valid, guidance, keys, next(stream),
+                                        d.prediction, fused["activation"], with_x_hat=True)
+        else:
+            x_hat = to_x0(out, xs, alpha[i], sigma[i], d.prediction, activate)
+            if guidance:
+                x_hat = (1 + guidance) * x_hat[:B] - guidance * x_hat[B:]
+            x_hat = x_hat.clamp(-1, 1) * mask
+            if known is not None:
+                x_hat = carry(x_hat, fixed, hint) * mask
+            after = a * xt + b * x_hat + (c * noise() if c else 0)
         if callback:
             callback(i, times[i].item(), xt, x_hat)
-        if i == steps - 1:
-            return x_hat
-        if sampler == "ddim":
-            eps = (xt - alpha[i] * x_hat) / sigma[i]
-            xt = alpha[i + 1] * x_hat + sigma[i + 1] * eps
-        else:                                                                      # r = e^(lambda_t - lambda_s)
-            r, one_minus_r = math.exp(lam[i] - lam[i + 1]), -math.expm1(lam[i] - lam[i + 1])
-            mean = r * alpha[i + 1] / alpha[i] * xt + one_minus_r * alpha[i + 1] * x_hat
-            std = math.sqrt(one_minus_r) * sigma[i if variance == "large" else i + 1]
-            xt = mean + std * noise()
+        xt = after
+    return x_hat
 
 
 def carry(x_hat, x0, hint, alike=0.5):

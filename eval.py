@@ -1,27 +1,53 @@
-"""How good is a checkpoint? One command, a table, and one JSON line last.
+"""How good is a checkpoint, and does it know that people segment differently? Tables, pictures, and one JSON line last.
 
-    python eval.py --dataset path/to/folder --split val                           # the newest checkpoint under out/
-    python eval.py --ckpt out/shapes-tiny/ckpt.pt --dataset shapes --limit 256
+    python eval.py --dataset path/to/folder --n 8                                 # the newest checkpoint under out/
+    python eval.py --ckpt out/shapes-tiny/ckpt.pt --limit 64 --n 1,2,4,8,16       # best of n, medoid, consensus
+    python eval.py --steps 1,2,4,8,16,50 --guidance 0,1,2,3 --sampler ddpm,ddim   # sweeps: a table and a plot
     python eval.py --baseline grid --dataset path/to/folder --size 128            # what needs no training
 
-One sample an image, at the network's resolution. With several annotators, every score is the mean over them.
-Baselines: grid (3 x 3 rectangles), kmeans (colour in Lab and position, 8 clusters), human (each annotator in turn against
-the others).
+Three answers an image: the first of n samples, the medoid (the sample with the highest mean ARI to the others) and the
+consensus (the mean of the n samples' soft bits, decoded), at the network's resolution and, where the label maps are
+files, at the images' own. With several annotators every score is the mean over them, and every annotator is scored
+against the others ("human"). Brackets: 95 % bootstrap interval over images. Into --out: images.csv (a row an image),
+report.json, examples.png (best, median and worst images) and, for sweeps, sweep.png.
+
+Sweeps: each setting of steps, guidance, sampler and variance is run with one sample an image; those with the checkpoint's
+own steps, sampler and variance (or the first given) with all n. All but the sweep's table is of the checkpoint's own.
+Baselines: grid (3 x 3 rectangles), kmeans (colour in Lab and position, 8 clusters), human (the annotators only).
 """
 
 import argparse
+import csv
+import itertools
 import json
+import math
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 from scipy.cluster.vq import kmeans2
 from tqdm import tqdm
 
-from data import load, normalise
-from metrics import scores
-from sample import load_checkpoint, newest_checkpoint, pick_device
-from diffusion import sample
+import kernels
+import metrics
+from bits import Codec
+from data import find, load, normalise
+from diffusion import fused, network_input, sample
+from sample import grid, load_checkpoint, newest_checkpoint, overlay, own_size, pick_device, read_checkpoint
+
+ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",
+        "voi": "VoI (bits)", "boundary": "boundary F", "pred": "segments predicted", "true": "segments true"}
+PUBLISHED = [  # covering, PRI, VoI on the BSDS500 test images, best single scale (Arbelaez et al. 2011)
+    ("human", 0.72, 0.88, 1.17), ("gPb-owt-ucm", 0.59, 0.83, 1.69), ("mean shift", 0.54, 0.79, 1.85),
+    ("Felzenszwalb-Huttenlocher", 0.52, 0.80, 2.21), ("normalised cuts", 0.45, 0.78, 2.23), ("quad-tree", 0.32, 0.73, 2.46)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Baselines
 
 
 def regular_grid(h, w, side=3):
@@ -45,67 +71,449 @@ def kmeans(image, k=8, position=60.0):
     return torch.from_numpy(kmeans2(features, k, minit="++", seed=0)[1].reshape(h, w)).long()
 
 
-def predict(baseline, model, images, sizes, seeds, device):
-    """One label map an image: (B, S, S) int64."""
-    if baseline:
-        out = torch.zeros(images.shape[:3], dtype=torch.int64)
-        for one, image, (h, w) in zip(out, images, sizes.tolist()):
-            one[:h, :w] = regular_grid(h, w) if baseline == "grid" else kmeans(image[:h, :w].numpy())
-        return out
+def nearest(labels, height, width):
+    """(h, w) -> (height, width), each pixel from the one at the same place."""
+    h, w = labels.shape
+    rows, cols = ((torch.arange(n) + 0.5) * old / n for n, old in ((height, h), (width, w)))
+    return labels[rows.long()][:, cols.long()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def draw(model, images, sizes, seeds, batch, setting):
+    """Samples of a few images and, for calibration, the last step's network output for the first sample of each.
+
+    images (B, S, S, 3) uint8, sizes (B, 2), seeds (B, n) -> x_hat (B, n, C, S, S), out (B, C, S, S), on the CPU.
+    """
+    device = next(model.net.parameters()).device
     x, inside = normalise(images.to(device), sizes.to(device))
-    x_hat = sample(model.net, x, inside, model.codec.channels, seeds, model.diffusion, model.codec.activate, **model.sampling)
-    return model.codec.decode(x_hat, inside).cpu()
+    n, trace, parts, outs = len(seeds[0]), [], [], []
+
+    def remember(step, t, xt, x_hat):                                              # the last two steps
+        trace[:] = [*trace[-1:], (t, xt, x_hat)]
+
+    which = [(i, j) for i in range(len(images)) for j in range(n)]
+    for start in range(0, len(which), batch):
+        some = which[start : start + batch]
+        i = [a for a, _ in some]
+        trace.clear()
+        parts.append(sample(model.net, x[i], inside[i], model.codec.channels, [seeds[a][j] for a, j in some], model.diffusion,
+                            model.codec.activate, callback=remember,
+                            fused=fused(model.codec, device), **setting).cpu())
+        first = [k for k, (_, j) in enumerate(some) if j == 0]
+        if first:
+            t, xt, x_hat = trace[-1]
+            before = trace[0][2] if len(trace) > 1 else torch.zeros_like(x_hat)    # for self-conditioning
+            x_self = before[first] if model.diffusion.self_condition > 0 else None
+            with torch.no_grad():
+                out = model.net(network_input(xt[first], x[i][first], x_self), torch.full((len(first),), t, device=device))
+            outs.append(out.float().cpu())
+    return torch.cat(parts).unflatten(0, (len(images), n)), torch.cat(outs)
 
 
-def main(argv=None):
+def originals(name, split, root):
+    """{file stem: item} of a data set of files; of shapes, which has none, {}."""
+    return {} if name == "shapes" else {Path(item.image).stem: item for item in find(name, split, root)[1]() if item.read}
+
+
+def own_maps(item, unlabelled):
+    """All label maps of one image at its own size: (annotators, H, W) int64, -1 = ignore."""
+    maps = torch.from_numpy(np.stack(item.read(item))).long()
+    return maps.masked_fill(maps == 0, -1) if unlabelled == "ignore" else maps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One image
+
+
+def judge(answers, maps):
+    """{answer: {metric: mean over annotators}} of answers {name: (H, W)} and label maps (m, H, W); and of each annotator
+    against the others, as "human"."""
+    result, m = {}, len(maps)
+    if answers:
+        s = metrics.all_scores(torch.stack(list(answers.values())).repeat_interleave(m, 0), maps.repeat(len(answers), 1, 1))
+        for i, name in enumerate(answers):
+            result[name] = {key: float(v[i * m : i * m + m].nanmean()) for key, v in s.items()}
+    if m > 1:
+        a, b = (~torch.eye(m, dtype=torch.bool)).nonzero(as_tuple=True)
+        s = metrics.all_scores(maps[a], maps[b].masked_fill(maps[a] == -1, -1))
+        result["human"] = {key: float(v.nanmean()) for key, v in s.items()}
+    return result
+
+
+def best_of(cells, consensus, maps, agreement, ns):
+    """{n: {answer: (ARI, IoU)}} for the first n of the samples cells (N, S, S); consensus (len(ns), S, S), one for each n.
+
+    Answers: one (the mean over n samples), oracle (the best of n for this image), medoid, consensus.
+    """
+    every, m = torch.cat([cells, consensus]), len(maps)
+    s = metrics.scores(every.repeat_interleave(m, 0), maps.repeat(len(every), 1, 1))
+    s = torch.stack([s["ari"], s["iou"]]).view(2, len(every), m).nanmean(2)        # (2, N + len(ns))
+    curve = {}
+    for k, n in enumerate(ns):
+        curve[n] = {"one": s[:, :n].mean(1), "oracle": s[:, :n].amax(1), "medoid": s[:, metrics.medoid(agreement[:n, :n])],
+                    "consensus": s[:, len(cells) + k]}
+    return {n: {name: v.tolist() for name, v in c.items()} for n, c in curve.items()}
+
+
+def bit_tables(x_hat, out, maps, codec, tanh):
+    """Reliability of Eq. 3's bits against every annotator's: {name: (10, 3)} over confidences from 0.5 to 1.
+
+    x_hat, out (k, S, S): the sample, and the last step's network output of the conditional half, before any activation.
+    """
+    cells = codec.cells(maps)                                                      # (m, S, S)
+    truth, valid = codec.encode(cells) > 0, (cells >= 0)[:, None].expand(-1, len(x_hat), -1, -1)
+
+    def table(x):
+        x = x.clamp(-1, 1).expand_as(truth)
+        return metrics.reliability(((1 + x.abs()) / 2)[valid], ((x > 0) == truth)[valid], low=0.5)
+
+    tables = {"sample": table(x_hat)}
+    return {**tables, "last step, tanh": table(out.tanh()), "last step, no tanh": table(out)} if tanh else tables
+
+
+def joined_table(cells, maps):
+    """Of every two neighbouring pixels: the share of n samples that join them, against that of the annotators: (n + 1, 3)."""
+    valid, pairs = (maps != -1).all(0), []
+    for a, b in (((..., slice(1, None), slice(None)), (..., slice(-1), slice(None))), ((..., slice(1, None)), (..., slice(-1)))):
+        both = valid[a] & valid[b]
+        pairs.append([(x[a] == x[b]).double().mean(0)[both] for x in (cells, maps)])
+    samples, annotators = (torch.cat(p) for p in zip(*pairs))
+    return metrics.reliability(samples, annotators, bins=len(cells) + 1)
+
+
+def run(data, positions, model, a, setting, ns, files, full=True, keep=False):
+    """A row (dictionary) for each image: "curve", see best_of; if full, the scores; if keep, the label maps."""
+    rows, n = [], max(ns)
+    per = max(1, a.batch // n)
+    for start in tqdm(range(0, len(positions), per), " ".join(map(str, setting.values())), leave=False):
+        at = positions[start : start + per]
+        images, _, sizes = data.get(at)
+        if model:
+            seeds = [[(a.seed * 10**6 + i) * 1000 + j for j in range(n)] for i in at]
+            x_hat, out = draw(model, images, sizes, seeds, a.batch, setting)
+        for b, i in enumerate(at):
+            maps, (h, w) = data.maps(i), sizes[b].tolist()
+            row = dict(position=i, name=data.names[i] if hasattr(data, "names") else str(i), annotators=len(maps))
+            answers, own = {}, {}
+            if model:
+                inside = torch.zeros(maps.shape[1:], dtype=torch.bool)
+                inside[:h, :w] = True
+                mean = torch.stack([x_hat[b, :k].mean(0) for k in ns])             # soft consensus of the first k
+                cells = model.codec.decode(torch.cat([x_hat[b], mean]), inside.expand(n + len(ns), -1, -1))
+                every = metrics.pairwise(torch.cat([cells[:n], maps]) if full else cells[:n])
+                row["curve"] = best_of(cells[:n], cells[n:], maps, every[0][:n, :n], ns)
+                middle = metrics.medoid(every[0][:n, :n])
+                answers["sample"], own["sample"] = cells[0], x_hat[b, 0]
+                if n > 1:
+                    answers["medoid"], own["medoid"] = cells[middle], x_hat[b, middle]
+                    answers["consensus"], own["consensus"] = cells[-1], mean[-1]
+            elif a.baseline != "human":
+                answers[a.baseline] = torch.zeros(maps.shape[1:], dtype=torch.int64)
+                own[a.baseline] = regular_grid(h, w) if a.baseline == "grid" else kmeans(images[b, :h, :w].numpy())
+                answers[a.baseline][:h, :w] = own[a.baseline]
+            rows.append(row)
+            if not full:
+                continue
+            row["network"] = judge(answers, maps)
+            if files:
+                truth = own_maps(files[row["name"]], a.unlabelled)
+                H, W = truth.shape[1:]
+                row["own"] = judge({k: own_size(v, (h, w), W, H, model.codec) if model else nearest(v, H, W)
+                                    for k, v in own.items()}, truth)
+            if model and n > 1 and len(maps) > 1:
+                row["spread"] = {name: [metrics.energy_distance(1 - e, n), metrics.diversity(1 - e[:n, :n]),
+                                        metrics.diversity(1 - e[n:, n:])] for name, e in zip(("ARI", "covering"), every)}
+            if model and n > 1:
+                row["joined"] = joined_table(cells[:n], maps)
+            if model and model.codec.encoding == "bits" and model.codec.palette != "none":
+                row["bits"] = bit_tables(x_hat[b, 0], out[b], maps, model.codec, model.diffusion.prediction == "x"
+                                         and model.codec.activation == "tanh")
+            if keep:
+                row["tiles"] = [images[b, :h, :w], *(v[:h, :w] for v in (*maps[:2], *answers.values()))]
+    return rows
+
+
+def shared(rows):
+    """The rows of all processes of torchrun, in order."""
+    if not dist.is_initialized():
+        return rows
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return sorted(itertools.chain(*parts), key=lambda row: row["position"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All images
+
+
+def summary(rows, where):
+    """{answer: {metric: (mean, low, high)}} over images; PQ, SQ and RQ of all images' segments together."""
+    result = {}
+    for answer in dict.fromkeys(name for row in rows for name in row[where]):      # "human" may not be in every row
+        some = [row[where][answer] for row in rows if answer in row[where]]
+        s = {key: np.array([one[key] for one in some]) for key in some[0]}
+        value = {key: metrics.bootstrap(s[key]) for key in ROWS if key in s}
+        value |= {key: metrics.bootstrap(*parts) for key, parts in metrics.quality(s).items()}
+        result[answer] = {key: value[key] for key in ROWS}
+    return result
+
+
+def print_summary(title, result):
+    print(f"\n{title:<28}" + "".join(f"{answer:<24}" for answer in result))
+    for key, name in ROWS.items():
+        digits = 1 if key in ("pred", "true") else 3
+        cells = (f"{m:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" for m, low, high in (r[key] for r in result.values()))
+        print(f"  {name:<26}" + "".join(f"{cell:<24}" for cell in cells))
+
+
+def sweep_table(sweep):
+    """Print the table of the settings and return it as a list of {setting and n: ..., answer: [ARI, IoU]}."""
+    print("\none: the mean of n samples; oracle: the best of n; gain: the share of (oracle - one) in ARI that an answer realises\n"
+          f"{'':<36}{'ARI':<38}{'gain':<20}IoU\nsampler variance steps guidance   n   one    oracle medoid consensus   "
+          "medoid consensus    one    oracle medoid consensus")
+    table = []
+    for setting, rows in sweep:
+        for n in rows[0]["curve"]:
+            mean = {key: np.nanmean([row["curve"][n][key] for row in rows], axis=0).tolist() for key in rows[0]["curve"][n]}
+            one, oracle, *rest = (v[0] for v in mean.values())
+            gain = [f"{(v - one) / (oracle - one):.0%}" if oracle > one else "-" for v in rest]
+            ari, iou = ("".join(f"{v[i]:<7.3f}" for v in list(mean.values())[: 1 if n == 1 else 4]) for i in (0, 1))
+            print(f"{setting['sampler']:<7} {setting['variance']:<8} {setting['steps']:>5} {setting['guidance']:>8g} {n:>3}   "
+                  f"{ari:<34}" + (f"{gain[0]:>6} {gain[1]:>9}    " if n > 1 else " " * 20) + iou)
+            table.append({**setting, "n": n, **mean})
+    return table
+
+
+def sweep_panels(table, home):
+    """The paper's figures 4 (steps), 5 (guidance) and 6 (best of n), for ARI and IoU, as panels of `plot`."""
+    panels = []
+    for metric, name in enumerate(("ARI", "IoU")):
+        steps, guidance, n = {}, {}, {}
+        for p in table:
+            kind = " ".join([p["sampler"]] + [p["variance"]] * (p["variance"] != home["variance"]))
+            at_home = all(p[key] == home[key] for key in ("steps", "sampler", "variance"))
+            if p["n"] == 1:
+                steps.setdefault(f"{kind}, guidance {p['guidance']:g}", []).append((p["steps"], p["one"][metric]))
+                if p["steps"] == home["steps"]:
+                    guidance.setdefault(kind, []).append((p["guidance"], p["one"][metric]))
+            if at_home:
+                for answer in ("oracle", "medoid", "consensus") if p["guidance"] == home["guidance"] else ("oracle",):
+                    n.setdefault(f"{answer}, guidance {p['guidance']:g}", []).append((p["n"], p[answer][metric]))
+        panels += [(f"{name} of one sample", "steps", steps), (f"{name} of one sample, {home['steps']} steps", "guidance", guidance),
+                   (f"{name}, {home['steps']} steps", "samples n", n)]
+    return [p for p in panels if any(len({x for x, _ in line}) > 1 for line in p[2].values())]
+
+
+def plot(path, panels, width=460, h=250):
+    """Line plots: panels [(title, x label, {line: [(x, y), ...]})] in two rows; x at equal distances."""
+    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+    columns, font = len(panels) // 2 or 1, ImageFont.load_default(13)
+    height = h + 90 + 16 * max(len(lines) for _, _, lines in panels)
+    sheet = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, (title, label, lines) in enumerate(panels):
+        x0, y0, w = k % columns * width + 52, k // columns * height + 28, width - 70
+        xs = sorted({x for line in lines.values() for x, _ in line})
+        ys = [y for line in lines.values() for _, y in line if not math.isnan(y)] or [0.0]
+        step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if (max(ys) - min(ys)) / s <= 5 or s == 1)
+        low, high = math.floor(min(ys) / step) * step, math.floor(max(ys) / step + 1) * step
+        across = {x: x0 + w * (i + 0.5) / len(xs) for i, x in enumerate(xs)}
+
+        def down(y):
+            return y0 + h * (high - y) / (high - low)
+
+        pen.text((x0, y0 - 20), title, "black", font)
+        for i in range(round((high - low) / step) + 1):
+            y = low + i * step
+            pen.line([(x0, down(y)), (x0 + w, down(y))], "#dddddd")
+            pen.text((x0 - 6, down(y)), f"{y:.2f}", "black", font, "rm")
+        for x in xs:
+            pen.text((across[x], y0 + h + 5), f"{x:g}", "black", font, "ma")
+        pen.text((x0 + w / 2, y0 + h + 24), label, "black", font, "ma")
+        for i, (name, line) in enumerate(lines.items()):
+            colour, points = colours[i % len(colours)], [(across[x], down(y)) for x, y in sorted(line)]
+            pen.line(points, colour, 2)
+            for x, y in points:
+                pen.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
+            pen.text((x0, y0 + h + 46 + 16 * i), name, colour, font)
+    sheet.save(path)
+
+
+def examples(path, rows, titles, height=160):
+    """A picture: for each row its image, up to two annotators, and the answers."""
+    palette, font, strips = Codec(bits=8), ImageFont.load_default(13), []
+    for row, title in zip(rows, titles):
+        image, *maps = row["tiles"]
+        k = max(1, round(height / max(image.shape[:2])))
+        tiles = [image.numpy(), *(overlay(image, palette.cells(m[None])[0], 16, 0.8) for m in maps)]
+        tiles = grid([np.asarray(t).repeat(k, 0).repeat(k, 1) for t in tiles], len(tiles))
+        strip = Image.new("RGB", (tiles.shape[1], tiles.shape[0] + 22), "white")
+        strip.paste(Image.fromarray(tiles), (0, 22))
+        ImageDraw.Draw(strip).text((2, 3), title, "black", font)
+        strips.append(strip)
+    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    for i, strip in enumerate(strips):
+        sheet.paste(strip, (0, sum(s.height for s in strips[:i])))
+    sheet.save(path)
+
+
+def numbers(text, kind, least):
+    """'1,2,4' -> [1, 2, 4], each at least `least`. For argparse."""
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not min(values) >= least:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from {least} up, or several separated by commas")
+    return list(dict.fromkeys(values))
+
+
+def words(text, known):
+    if unknown := [part for part in text.split(",") if part not in known]:
+        raise argparse.ArgumentTypeError(f"'{unknown[0]}' is not one of {', '.join(known)}")
+    return list(dict.fromkeys(text.split(",")))
+
+
+def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def whole(text):
+        return numbers(text, int, 1)
+
     p.add_argument("--ckpt", help="checkpoint (default: the newest under out/)")
+    p.add_argument("--raw", action="store_true", help="the network's last weights instead of their average")
     p.add_argument("--baseline", choices=["grid", "kmeans", "human"], help="instead of a checkpoint")
     p.add_argument("--dataset", default="shapes", help="shapes, coco, or a folder")
     p.add_argument("--split", default="val")
+    p.add_argument("--unlabelled", default="segment", choices=["segment", "ignore"], help="what id 0 is, as in training")
     p.add_argument("--size", type=int, default=128, help="longer side for a baseline; a network has its own")
     p.add_argument("--limit", type=int, default=256, help="at most so many images")
     p.add_argument("--root", default="data")
     p.add_argument("--cache", default="cache")
-    p.add_argument("--seed", type=int, default=0, help="image i is sampled with the seed SEED + i")
-    p.add_argument("--steps", type=int)
-    p.add_argument("--guidance", type=float)
-    p.add_argument("--sampler", choices=["ddpm", "ddim"])
-    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--out", help="where the files go (default: out/eval/<checkpoint>-<dataset>-<split>)")
+    p.add_argument("--seed", type=int, default=0, help="sample j of image i has the seed (SEED 10^6 + i) 1000 + j")
+    p.add_argument("--n", type=whole, default=[1], help="samples an image, e.g. 8, or 1,2,4,8,16")
+    p.add_argument("--steps", type=whole, help="denoising steps, e.g. 8, or 1,2,4,8,16")
+    p.add_argument("--guidance", type=lambda text: numbers(text, float, 0), help="e.g. 1, or 0,1,2,3")
+    p.add_argument("--sampler", type=lambda text: words(text, ("ddpm", "ddim")), help="ddpm, ddim or ddpm,ddim")
+    p.add_argument("--variance", type=lambda text: words(text, ("large", "small")), help="of ddpm: large, small or large,small")
+    p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
     p.add_argument("--device", default="auto")
-    a = p.parse_args(argv)
+    p.add_argument("--kernels", choices=kernels.MODES, help="(default: BITSEG_KERNELS, or auto: Triton with CUDA)")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    a = arguments(argv)
     try:
-        device = pick_device(a.device)
-        path = None if a.baseline else a.ckpt or newest_checkpoint()
+        if a.limit < 1 or a.batch < 1 or a.size < 8:
+            raise ValueError(f"--limit and --batch must be at least 1 and --size 8, not {a.limit}, {a.batch} and {a.size}")
+        rank, local = int(os.environ.get("RANK", 0)), os.environ.get("LOCAL_RANK", "0")
+        if "WORLD_SIZE" in os.environ and not dist.is_initialized():               # torchrun: the processes share the images
+            dist.init_process_group("gloo")
+        device = pick_device(f"cuda:{local}" if a.device == "auto" and torch.cuda.is_available() else a.device)
+        kernels.use(a.kernels or kernels.mode)
+        kernels.live(device)
+        path = None if a.baseline else Path(a.ckpt or newest_checkpoint())
         model = None if a.baseline else load_checkpoint(path, device)
-        data = load(a.dataset, a.split, model.image_size if model else a.size, a.root, a.cache)
-    except (ValueError, OSError) as e:
+        if model and a.raw:
+            content = read_checkpoint(path, device)
+            if "net" not in content:
+                raise ValueError(f"{path} holds averaged weights only (it was made by --export): leave out --raw")
+            model.net.load_state_dict(content["net"])
+        data = load(a.dataset, a.split, model.image_size if model else a.size, a.root, a.cache, unlabelled=a.unlabelled)
+        files = originals(a.dataset, a.split, a.root)
+        name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
+        out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).name}-{a.split}")
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError, RuntimeError) as e:
         print(f"eval.py: {e}", file=sys.stderr)
         return 2
-    if model:
-        model.sampling.update({k: v for k in ("steps", "guidance", "sampler") if (v := getattr(a, k)) is not None})
 
-    rows = []                                                                      # (ari, iou, hiou) of each image
-    count = min(a.limit, len(data))
-    for start in tqdm(range(0, count, a.batch), leave=False):
-        at = list(range(start, min(start + a.batch, count)))
-        images, _, sizes = data.get(at)
-        if a.baseline != "human":
-            predicted = predict(a.baseline, model, images, sizes, [a.seed + i for i in at], device)
-        for row, i in enumerate(at):
-            maps = data.maps(i)
-            if a.baseline == "human":
-                first, second = (~torch.eye(len(maps), dtype=torch.bool)).nonzero(as_tuple=True)
-                pred, true = maps[first], maps[second]
-            else:
-                pred, true = predicted[row].expand(len(maps), -1, -1), maps
-            if len(true):                                                          # one annotator alone has no others
-                rows.append([float(v.nanmean()) for v in scores(pred, true).values()])
-    mean = torch.tensor(rows, dtype=torch.float64).nanmean(0).tolist() if rows else [float("nan")] * 3
-    name = a.baseline or str(path)
-    print(f"{name} on {a.dataset} {a.split}, {len(rows)} images, {data.images.shape[1] if hasattr(data, 'images') else data.size} pixels")
-    print(f"ARI {mean[0]:.3f}   IoU {mean[1]:.3f}   hIoU {mean[2]:.3f}")
-    print(json.dumps(dict(name=name, dataset=a.dataset, split=a.split, images=len(rows), ari=mean[0], iou=mean[1], hiou=mean[2])))
+    home, settings, ns = {}, [{}], sorted(a.n)
+    if model:
+        axes = {key: getattr(a, key) or [value] for key, value in model.sampling.items()}
+        home = {key: model.sampling[key] if model.sampling[key] in axes[key] else axes[key][0] for key in axes}
+        settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+        settings = [s for s in settings if s["sampler"] == "ddpm" or s["variance"] == home["variance"]]   # ddim has none
+    positions, sweep = list(range(min(a.limit, len(data)))), []
+    mine = positions[rank :: dist.get_world_size()] if dist.is_initialized() else positions
+    for setting in settings:
+        many = all(setting[key] == home[key] for key in setting if key != "guidance")
+        sweep.append((setting, shared(run(data, mine, model, a, setting, ns if many else [1], files, full=setting == home))))
+    if rank > 0:
+        return 0
+    rows = next(result for setting, result in sweep if setting == home)
+
+    if not any(row["network"] for row in rows):
+        print(f"eval.py: --baseline human needs several annotators, {a.dataset} {a.split} has one an image", file=sys.stderr)
+        return 2
+
+    # tables
+    people = np.mean([row["annotators"] for row in rows])
+    print(f"{name} on {a.dataset} {a.split}: {len(rows)} images, {people:.1f} annotators; "
+          + " ".join(f"{key} {value}" for key, value in home.items()))
+    result = dict(name=str(path or name), dataset=a.dataset, split=a.split, images=len(rows), annotators=people, **home, n=ns)
+    for where in [w for w in ("network", "own") if w in rows[0]]:
+        result[where] = summary(rows, where)
+        pixels = f"{model.image_size if model else a.size} pixels" if where == "network" else "the images' own size"
+        print_summary(pixels, result[where])
+    if people > 1 and "bsds" in Path(a.dataset).name.lower():
+        print("  published, BSDS500 test, best single scale (Arbelaez et al. 2011): covering / PRI / VoI")
+        print("\n".join(f"    {who:<28}{c:.2f} / {p:.2f} / {v:.2f}" for who, c, p, v in PUBLISHED))
+    answer = next(iter(result["network"]))
+    result.update({key: result["network"][answer][key][0] for key in ("ari", "iou", "hiou")})
+    if model:
+        result["sweep"] = sweep_table(sweep)
+    if spread := [row["spread"] for row in rows if "spread" in row]:
+        print(f"\n{max(ns)} samples and the annotators        energy distance          diversity of samples     of annotators")
+        for d in spread[0]:
+            result[f"spread_{d}"] = values = [metrics.bootstrap([s[d][k] for s in spread]) for k in range(3)]
+            print(f"  d = 1 - {d:<24}" + "".join(f"{f'{m:.3f} [{low:.3f}, {high:.3f}]':<25}" for m, low, high in values))
+    if bits := [row["bits"] for row in rows if "bits" in row]:
+        tables = {key: sum(b[key] for b in bits) for key in bits[0]}
+        result["bits_ece"] = {key: metrics.calibration_error(t) for key, t in tables.items()}
+        print("\nbits (Eq. 3): share of the bits, and how many of them are right, by confidence (1 + |x|) / 2\n"
+              f"{'':<15}" + "".join(f"{key:<22}" for key in tables))
+        for k in range(10):
+            cells = (f"{t[k, 0] / t[:, 0].sum():>6.1%} {t[k, 2] / t[k, 0]:>7.3f}" if t[k, 0] else f"{'-':>6}" for t in tables.values())
+            print(f"  {0.5 + 0.05 * k:.2f} - {0.55 + 0.05 * k:.2f} " + "".join(f"{cell:<22}" for cell in cells))
+        print("  expected calibration error: " + ", ".join(f"{key} {e:.4f}" for key, e in result["bits_ece"].items()))
+    if "joined" in rows[0]:
+        t = sum(row["joined"] for row in rows)
+        result["joined_ece"] = metrics.calibration_error(t)
+        print("\nneighbouring pixels: share of samples that join them, share of such pairs, share of annotators that join them")
+        print("\n".join(f"  {k / max(ns):.3f} {t[k, 0] / t[:, 0].sum():>8.2%} {t[k, 2] / t[k, 0]:>7.3f}" for k in range(len(t)) if t[k, 0]))
+        print(f"  expected calibration error: {result['joined_ece']:.4f}")
+
+    for old in ("examples.png", "sweep.png"):
+        (out / old).unlink(missing_ok=True)
+    flat = [{"name": row["name"], "annotators": row["annotators"]} | {f"{where}_{who}_{key}": v for where in ("network", "own")
+            for who, s in row.get(where, {}).items() for key, v in s.items()} for row in rows]
+    with open(out / "images.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(key for row in flat for key in row)))
+        writer.writeheader()
+        writer.writerows(flat)
+    ranking = sorted((row for row in rows if answer in row["network"] and not math.isnan(row["network"][answer]["ari"])),
+                     key=lambda row: -row["network"][answer]["ari"])
+    if ranking and answer != "human":
+        which = {k: kind for kind, k in (("worst", -1), ("worst", -2), ("median", len(ranking) // 2), ("best", 1), ("best", 0))
+                 if -len(ranking) <= k < len(ranking)}
+        chosen = [(kind, ranking[k]) for k, kind in reversed(which.items())]
+        again = run(data, [row["position"] for _, row in chosen], model, a, home, ns, {}, keep=True)
+        titles = [f"{kind}: {row['name']}, ARI {row['network'][answer]['ari']:.3f}, IoU {row['network'][answer]['iou']:.3f}; image, "
+                  + ", ".join(["annotator"] * min(2, row["annotators"]) + [s for s in row["network"] if s != "human"])
+                  for kind, row in chosen]
+        examples(out / "examples.png", again, titles)
+    if model and (panels := sweep_panels(result["sweep"], home)):
+        plot(out / "sweep.png", panels)
+    line = json.dumps(json.loads(json.dumps(result), parse_constant=lambda nan: None))
+    (out / "report.part").write_text(line)
+    os.replace(out / "report.part", out / "report.json")
+    print(f"\nin {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}\n{line}")
     return 0
 
 

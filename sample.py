@@ -38,10 +38,11 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, PngImagePlugin
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+import kernels
 from bits import Codec, entropy
 from checkpoint import newest
 from data import IMAGE_TYPES, fitted, normalise, read_image, read_label, resize_image
-from diffusion import Diffusion, sample
+from diffusion import Diffusion, fused, sample
 from metrics import ari, contingency, iou_matrix
 from model import UNet
 
@@ -241,7 +242,7 @@ def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, stren
                               torch.tensor([job.size for job in jobs], device=device))
         try:
             x_hat = sample(model.net, x, inside, model.codec.channels, seeds, model.diffusion, model.codec.activate,
-                           **sampling, **given).cpu()
+                           fused=fused(model.codec, device), **sampling, **given).cpu()
         except torch.OutOfMemoryError:
             if len(part) == 1:
                 raise ValueError("the device's memory does not hold one sample: try --device cpu") from None
@@ -619,6 +620,7 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0, help="sample j of every image has the seed SEED + j")
     p.add_argument("--batch", type=int, help="samples denoised at once (default: 1 on the CPU, else 64, less if memory is short)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--kernels", choices=kernels.MODES, help="(default: BITSEG_KERNELS, or auto: Triton with CUDA)")
     p.add_argument("--resume", action="store_true", help="skip images that are done with the same settings")
     p.add_argument("--format", choices=["coco", "coco_panoptic"], default="coco", help="coco: segments.json alone")
     p.add_argument("--hint", help="label map: pixels of one id belong together, different ids apart, 0 is free")
@@ -640,13 +642,15 @@ def main(argv=None):
             raise ValueError(f"--{next(iter(prompts))} is for one image, not for {len(files)}")
         local = torch.cuda.is_available() and a.device == "auto" and "LOCAL_RANK" in os.environ
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if local else a.device)
+        kernels.use(a.kernels or kernels.mode)
+        kernels.live(device)
         ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
         model, out, names = load_checkpoint(ckpt, device), Path(a.out), folder_names(files)
         if a.format == "coco_panoptic":
             read_ours(out / "panoptic.json")
         out.mkdir(parents=True, exist_ok=True)
         given = read_prompts(a, files[0]) if prompts else {}
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         fail(e)
 
     chosen = {k: v for k in ("steps", "guidance", "sampler", "resample") if (v := getattr(a, k)) is not None}

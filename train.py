@@ -23,7 +23,6 @@ import signal
 import sys
 import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +31,10 @@ import torch.distributed as dist
 from PIL import Image
 
 import data as datasets
+import kernels
 from bits import Codec
 from checkpoint import lock, newest, read, save
-from diffusion import Diffusion, draw, sample, training_loss
+from diffusion import Diffusion, draw, fused, fused_training_loss, sample, training_loss
 from engine import Step, Watch, anyone, append, forget, out_of_memory, pick_precision, update_ema, written
 from metrics import scores
 from model import SIZES, UNet
@@ -46,15 +46,16 @@ class Config:
     # The defaults are the paper's. A preset (below) changes some, the command line has the last word: --lr 3e-4
 
     # what and where
-    dataset: str = "shapes"                      # shapes, coco, or a folder with images/ and labels/
-    preset: str = ""                             # a row of PRESETS; "": tiny for shapes, paper for coco, else small
+    dataset: str = "shapes"                      # shapes, coco, entity, ade20k, bsds500, or a folder with images/ and labels/
+    preset: str = ""                             # a row of PRESETS; "": tiny for shapes, paper for coco and entity, else small
     network: str = ""                            # tiny, small or paper (model.SIZES); "": the preset's
     out: str = ""                                # "": out/<dataset>-<preset>
-    root: str = "data"                           # coco is expected in <root>/coco
+    root: str = "data"                           # coco is expected in <root>/coco, and so on
     cache: str = "cache"                         # resized copies of the data set; safe to delete
     seed: int = 0                                # of everything random
     device: str = "auto"                         # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"                      # auto, fp32, bf16, fp16
+    kernels: str = ""                            # auto (Triton with CUDA), triton, torch; "": BITSEG_KERNELS, or auto
     compile: str = "auto"                        # on, off; auto: on with CUDA. A minute at the start, then faster steps
     init: str = ""                               # a checkpoint whose weights to start from (fine-tuning)
     export: str = ""                             # write the averaged weights of --out there, and do nothing else
@@ -62,6 +63,9 @@ class Config:
     image_size: int = 128                        # longer side, in pixels; cost grows with its square
     augment: bool = True                         # of real images; off only to see a model overfit
     unlabelled: str = "segment"                  # id 0: one segment (as in the paper), or ignore
+    components: bool = False                     # labels are classes: their connected parts become the segments
+    crop: float = 1.0                            # smallest share of the sides that random crops keep; 1: none
+    workers: int = 1                             # threads that read ahead; 0: none
     # encoding
     encoding: str = "bits"                       # bits, onehot, rgb (the last two are the paper's baselines)
     bits: int = 6                                # 2^bits segments at most; 8 or 10 for very crowded images
@@ -108,8 +112,8 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
     "paper-fast": dict(network="paper", image_size=128, batch_size=128, max_steps=18_750, lr=4e-4, warmup_steps=500, decay_steps=3125, ema=0.9984, weighting="sigmoid", logsnr_space=True, guidance=1.0, bits=6, log_every=20, save_every=250, eval_every=625),
 }
 
-FREE = {"out", "root", "cache", "device", "compile", "init", "export", "accumulate", "max_steps", "eval_every", "eval_images",
-        "log_every", "save_every", "keep_every"}                                   # may change on resume
+FREE = {"out", "root", "cache", "device", "kernels", "compile", "workers", "init", "export", "accumulate", "max_steps", "eval_every",
+        "eval_images", "log_every", "save_every", "keep_every"}                    # may change on resume
 
 
 def parse(argv):
@@ -130,7 +134,7 @@ def parse(argv):
         given[key] = convert(key, value, fields[key].type)
         i += 1
     dataset = given.get("dataset", Config.dataset)
-    preset = given.get("preset") or {"shapes": "tiny", "coco": "paper"}.get(dataset, "small")
+    preset = given.get("preset") or {"shapes": "tiny", "coco": "paper", "entity": "paper"}.get(dataset, "small")
     if preset not in PRESETS:
         raise ValueError(f"preset '{preset}' is not one of {', '.join(PRESETS)}")
     c = Config(**{**PRESETS[preset], **given, "preset": preset})
@@ -144,6 +148,10 @@ def parse(argv):
             raise ValueError(f"--{key} must be at least 1, not {getattr(c, key)}")
     if c.keep_every < 0:
         raise ValueError(f"--keep_every must be 0 (none) or more, not {c.keep_every}")
+    if c.workers < 0 or not 0 < c.crop <= 1:
+        raise ValueError(f"--workers is 0 or more, and --crop above 0 and at most 1, not {c.workers} and {c.crop}")
+    if c.crop < 1 and (not c.augment or dataset == "shapes"):
+        raise ValueError("--crop belongs to the augmentation of real images: not with shapes, nor with --augment false")
     if c.batch_size % c.accumulate:
         raise ValueError(f"--batch_size {c.batch_size} cannot be split into --accumulate {c.accumulate} equal parts")
     return c
@@ -178,48 +186,56 @@ def learning_rate(step, c):
 
 
 def batches(data, step, c, codec, diffusion, device, rank, world):
-    """What the steps from number `step` on need, each made in a thread (on CUDA: on a stream) of its own while another runs.
+    """What the steps from number `step` on need: files are read ahead in threads; on CUDA, the rest on a stream of its own.
 
     Yields dictionaries of what `training_loss` takes and `draw` draws, on the device, one row a sample: every world-th
     sample of the global batch. All of it depends on the seed and on the step alone, whoever computes it.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    mine = slice(rank, None, world)
+    source = datasets.batches(data, step * c.batch_size, c.batch_size, c.seed, c.workers, rank, world, pin=bool(stream))
+    mine, fast = slice(rank, None, world), fused(codec, device)
 
     def make(step):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-            numbers = range(step * c.batch_size, (step + 1) * c.batch_size)        # of the run's samples
-            u = datasets.uniforms(numbers[0], c.batch_size, c.seed, 17)[mine]
-            positions = datasets.order(numbers[0], c.batch_size, len(data), c.seed)[mine]
-            host = *data.get(positions, u[:, 16]), torch.from_numpy(u[:, :16])
-            host = [v.pin_memory() for v in host] if stream else host
-            images, labels, sizes, u = (v.to(device, non_blocking=True) for v in host)
+            images, labels, sizes, u = (v.to(device, non_blocking=True) for v in next(source))
             if c.augment and c.dataset != "shapes":
-                x, inside, labels = datasets.augment(images, labels, sizes, u)
+                x, inside, labels = datasets.augment(images, labels, sizes, u, c.image_size, c.crop)
             else:
                 x, inside = datasets.normalise(images, sizes)
             labels = labels.masked_fill(~inside, -1)
+            generator = torch.Generator(device).manual_seed(c.seed * 2**32 + step)
+            drawn = draw((c.batch_size, codec.channels, *labels.shape[1:]), diffusion, generator, device, eps=not fast)
+            drawn = {k: v[mine] for k, v in drawn.items()}
+            numbers = range(step * c.batch_size, (step + 1) * c.batch_size)[mine]  # of the run's samples
             if codec.palette == "none":                                            # random codes, from each sample's number
-                own = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers[mine]]
+                own = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
                 cells = torch.cat([codec.cells(one[None], g) for one, g in zip(labels, own)])
+            elif fast:
+                below = data.segments if data.segments <= 1024 else None           # a promise, so that nothing waits
+                cells = kernels.locate(labels, codec.side, dtype=torch.int16, labels_below=below)
             else:
                 cells = codec.cells(labels)
-            generator = torch.Generator(device).manual_seed(c.seed * 2**32 + step)
-            drawn = draw((c.batch_size, codec.channels, *labels.shape[1:]), diffusion, generator, device)
-            batch = dict(x0=codec.encode(cells), image=x, valid=cells >= 0, **{k: v[mine] for k, v in drawn.items()})
+            if fast:
+                seeds = torch.arange(numbers.start, numbers.stop, numbers.step, device=device) + c.seed * 2**40
+                batch = dict(cells=cells, image=x, seeds=seeds, **drawn)
+            else:
+                batch = dict(x0=codec.encode(cells), image=x, valid=cells >= 0, **drawn)
             return batch, stream and stream.record_event()
 
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(make, step)
+    try:
+        coming = make(step)
         while True:
-            batch, ready = coming.result()
-            step += 1
-            coming = pool.submit(make, step)
+            (batch, ready), step = coming, step + 1
             if stream:
                 torch.cuda.current_stream().wait_event(ready)
                 for v in batch.values():
                     v.record_stream(torch.cuda.current_stream())                   # not reused before this stream is done
+                coming = make(step)                                                # while the network works on this one
             yield batch
+            if not stream:                                                         # a CPU's cores are busy with the network
+                coming = make(step)
+    finally:
+        source.close()
 
 
 class Stopped(Exception):
@@ -239,7 +255,7 @@ def validate(net, data, codec, diffusion, c, device, autocast, stop, rank, world
 
         with autocast():
             x_hat = sample(net, x, inside, codec.channels, seeds, diffusion, codec.activate, c.steps, c.guidance, c.sampler,
-                           c.variance, callback=look)
+                           c.variance, callback=look, fused=fused(codec, device))
         return codec.decode(x_hat, inside).cpu()
 
     try:
@@ -290,6 +306,9 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: run the same command again to go on", file=sys.stderr)
+        return 130
     status = train(c, *run)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -321,6 +340,11 @@ def build(c, local=None):
         torch.cuda.set_stream(torch.cuda.Stream(device))                           # graphs cannot be made on the default one
         torch.backends.cudnn.benchmark = True
     dtype, why = pick_precision(c.precision, device)
+    try:
+        kernels.use(c.kernels or kernels.mode)
+        kernels.live(device)
+    except RuntimeError as e:
+        raise ValueError(e) from None
     if c.compile not in ("auto", "on", "off"):
         raise ValueError(f"compile is auto, on or off, not '{c.compile}'")
     codec = Codec(c.encoding, c.bits, c.palette, c.seed, c.activation)
@@ -336,11 +360,16 @@ def build(c, local=None):
     return device, dtype, why, codec, diffusion, network, net.to(device)
 
 
-def loss_of(diffusion, codec):
+def loss_of(diffusion, codec, device, dtype):
     """loss(net, batch) of a dictionary that `batches` yields."""
+    fast = fused(codec, device)
+
     def loss(net, batch):
-        drawn = {k: v for k, v in batch.items() if k not in ("x0", "image", "valid")}
-        return training_loss(net, batch["x0"], batch["image"], batch["valid"], diffusion, codec.activate, drawn=drawn)
+        if fast:
+            return fused_training_loss(net, batch["cells"], batch["image"], codec.channels, batch["seeds"], diffusion, batch,
+                                       codec.activate, **fast, dtype=dtype or torch.float32)
+        return training_loss(net, batch["x0"], batch["image"], batch["valid"], diffusion, codec.activate, drawn=batch)
+
     return loss
 
 
@@ -358,8 +387,8 @@ def prepare(c):
             raise ValueError(f"--init {c.init} is another network ({'; '.join(differ)}): choose --network, --bits and "
                              f"--encoding as it has them")
         net.load_state_dict(source["ema"])
-    common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled)
-    train_data = datasets.load(c.dataset, "train", c.image_size, **common)
+    common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled, components=c.components)
+    train_data = datasets.load(c.dataset, "train", datasets.packed_side(c.image_size, c.crop), **common)
     val_data = datasets.load(c.dataset, "val", c.image_size, **common)
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -395,7 +424,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
     kind = dict(fused=device.type in ("cuda", "cpu"), capturable=device.type == "cuda")
     optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay, **kind)
     compiled = c.compile == "on" or c.compile == "auto" and device.type == "cuda"
-    update = Step(net, loss_of(diffusion, codec), optimizer, dtype, c.accumulate, c.grad_clip, compiled, graph=compiled, world=world)
+    update = Step(net, loss_of(diffusion, codec, device, dtype), optimizer, dtype, c.accumulate, c.grad_clip, compiled, graph=compiled, world=world)
     if resumed:
         step, best, validated = resumed["step"], resumed["best"], resumed["validated"]
         net.load_state_dict(resumed["net"])
@@ -428,7 +457,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
     size = "endless" if len(train_data) >= 2**31 else len(train_data)
     origin = f"going on from step {step}" if resumed else f"from the weights of {c.init}" if c.init else "from scratch"
     say(f"{sum(p.numel() for p in net.parameters()):,} parameters on {f'{world} x ' if world > 1 else ''}{device}, "
-        f"{str(dtype or torch.float32)[6:]} ({why}); {size} training images; {origin}; into {out}/")
+        f"{str(dtype or torch.float32)[6:]} ({why}); kernels: {' ('.join(kernels.live(device))}); {size} training images; {origin}; into {out}/")
     if step >= c.max_steps and validated == step:
         say(f"{out}/ckpt.pt is complete at step {step}: raise --max_steps to go on, or start anew with another --out")
         return 0

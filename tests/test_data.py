@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import data
-from data import draw_scene, list_folder, load, order, paint, read_image, read_label, uniforms
+from data import draw_scene, find_folder, load, order, paint, read_image, read_label, uniforms
 
 PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)                      # 8 wide, 6 high
 LABEL = np.repeat(np.arange(8, dtype=np.uint8)[None] // 3 * 50, 6, 0)              # three bands: 0, 50, 100
@@ -91,7 +91,7 @@ def test_folder_with_splits(tmp_path):
 
 def test_folder_without_splits_keeps_every_tenth_for_val(tmp_path):
     root = folder(tmp_path / "d", [f"i{n:02}" for n in range(21)])
-    train, val = ([p.stem for p, _, _ in list_folder(root, split)] for split in ("train", "val"))
+    train, val = (load(str(root), split, 8, cache=tmp_path).names for split in ("train", "val"))
     assert val == ["i09", "i19"] and sorted(train + val) == [f"i{n:02}" for n in range(21)]
 
 
@@ -104,8 +104,8 @@ def test_annotators_are_drawn(tmp_path):
 
 
 def test_a_stem_that_looks_like_an_annotator(tmp_path):
-    items = list_folder(folder(tmp_path / "d", ["img_a1", "img_a2"], "val"), "val")
-    assert [[p.name for p in (image, *maps)] for image, maps, _ in items] == [["img_a1.png"] * 2, ["img_a2.png"] * 2]
+    items = find_folder(folder(tmp_path / "d", ["img_a1", "img_a2"], "val"), "val")[1]()
+    assert [[os.path.basename(p) for p in (i.image, *i.labels)] for i in items] == [["img_a1.png"] * 2, ["img_a2.png"] * 2]
 
 
 def test_unlabelled_zero(tmp_path):
@@ -132,8 +132,8 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 @pytest.mark.parametrize("index", sorted(SHARED.glob("*/index.json")), ids=lambda p: p.parent.name)
 def test_real_folders_as_their_index_says(index):
     entries = {(e["split"], e["id"]): e for e in json.loads(index.read_text())["items"]}
-    found = {(split.name, image.stem): (image, maps) for split in (index.parent / "images").iterdir()
-             for image, maps, _ in list_folder(index.parent, split.name)}
+    found = {(split.name, Path(item.image).stem): (item.image, item.labels) for split in (index.parent / "images").iterdir()
+             for item in find_folder(index.parent, split.name)[1]()}
     assert found.keys() == entries.keys()
     for key in sorted(found)[::100]:                                               # reading all would take a minute
         (image, maps), entry = found[key], entries[key]
@@ -195,7 +195,7 @@ def test_wrong_use_names_the_thing(tmp_path):
     fails("images/train/y.png: not a readable image")
     (root / "images/train/y.png").unlink()
     fails("y.png has no image")
-    assert not list((tmp_path / "cache").glob("*"))                                # nothing half-made stays behind
+    assert not list((tmp_path / "cache").glob("*/index.json"))                     # nothing half-made passes for whole
 
 
 def test_order_is_a_permutation_in_every_epoch_and_resumes():

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 
 import pytest
 import torch
@@ -29,14 +30,12 @@ def processes(world, out, *more, before=lambda rank: None):
         if child == 0:
             status = 1
             try:
-                os.dup2(os.open(f"{out}.{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-                os.dup2(1, 2)
+                sys.stdout = sys.stderr = open(f"{out}.{rank}.txt", "w")
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                                   MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo" if sys.platform == "linux" else "lo0")
                 before(rank)
                 status = train.main([*OPTIONS, "--out", str(out), *more])
             except BaseException:
-                import traceback
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()

@@ -1,0 +1,230 @@
+"""eval.py as a user runs it, on label maps whose scores are known, and its parts against loops."""
+
+import csv
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import eval as evaluation
+import train
+from bits import Codec
+from diffusion import sample
+from metrics import calibration_error
+from sample import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    options = "--preset tiny --device cpu --max_steps 2 --batch_size 2 --image_size 16 --bits 4 --eval_images 1 --steps 2 --guidance 0"
+    assert train.main([*options.split(), "--out", str(out)]) == 0
+    return out / "ckpt.pt"
+
+
+def folder(path, maps, split="val"):
+    """A data set: maps {stem: [label map, ...]}, with noise for images."""
+    for part in ("images", "labels"):
+        (path / part / split).mkdir(parents=True, exist_ok=True)
+    for stem, several in maps.items():
+        noise = np.random.default_rng(0).integers(0, 256, (*several[0].shape, 3), np.uint8)
+        Image.fromarray(noise).save(path / "images" / split / f"{stem}.png")
+        for j, one in enumerate(several):
+            Image.fromarray(one.astype(np.uint8)).save(path / "labels" / split / f"{stem}_a{j}.png")
+    return path
+
+
+def run(capsys, tmp_path, *arguments):
+    """main's exit status and its last line."""
+    given = [str(v) for v in arguments]
+    status = evaluation.main([*given, "--device", "cpu", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")])
+    return status, json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def thirds(h, w):
+    return np.arange(h)[:, None] * 3 // h * 3 + np.arange(w) * 3 // w
+
+
+def halves(h, w):
+    return np.broadcast_to(np.arange(w) * 2 // w, (h, w))
+
+
+def test_a_baseline_on_known_maps(tmp_path, capsys):
+    """The 3 x 3 grid on its own picture, and on two halves: middle column split, so 6 of 9 cells are whole."""
+    d = folder(tmp_path / "d", {"a": [thirds(48, 48)], "b": [halves(48, 48)]})
+    status, report = run(capsys, tmp_path, "--baseline", "grid", "--dataset", d, "--size", 24)
+    assert status == 0 and report["images"] == 2
+    for where in ("network", "own"):
+        got = {key: report[where]["grid"][key][0] for key in ("iou", "hiou", "covering", "pq", "pred", "true")}
+        cell, half = 1 / 9, 1 / 2                                                  # the best cell has IoU 2/9 with its half
+        assert got == pytest.approx({"iou": (1 + cell / half) / 2, "hiou": (1 + 2 * cell / half / 9) / 2, "covering": (1 + 2 / 9) / 2,
+                                     "pq": 9 / ((9 + 9) / 2 + (9 + 2) / 2), "pred": 9, "true": 5.5}, abs=1e-9)
+    assert report["iou"] == report["network"]["grid"]["iou"][0] and (tmp_path / "out/examples.png").exists()
+    rows = list(csv.DictReader(open(tmp_path / "out/images.csv")))
+    assert [row["name"] for row in rows] == ["a", "b"] and float(rows[0]["own_grid_ari"]) == 1
+    assert json.loads((tmp_path / "out/report.json").read_text()) == report
+
+
+def test_humans_against_each_other(tmp_path, capsys):
+    """Annotators A, A, B: of the six ordered pairs two are equal."""
+    d = folder(tmp_path / "d", {"a": [halves(20, 40), halves(20, 40), np.zeros((20, 40))]})
+    status, report = run(capsys, tmp_path, "--baseline", "human", "--dataset", d, "--size", 40)
+    human = {key: v[0] for key, v in report["own"]["human"].items()}
+    n = 20 * 40
+    same = 2 * math.comb(n // 2, 2) / math.comb(n, 2)                              # pairs of pixels in one half
+    assert status == 0 and report["annotators"] == 3 and human["voi"] == pytest.approx(4 / 6 * 1)
+    assert human["pri"] == pytest.approx(2 / 6 + 4 / 6 * same) and human["ari"] == pytest.approx(2 / 6)
+    assert human["covering"] == pytest.approx(2 / 6 + 2 / 6 * 0.5 + 2 / 6 * 0.5)
+
+
+def test_a_checkpoint_with_several_annotators_and_a_sweep(ckpt, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    d = folder(tmp_path / "bsds-like", {f"i{k}": [rng.integers(1, 4, (4, 5)).repeat(8, 0).repeat(8, 1) for _ in range(k + 1)]
+                                        for k in range(3)})
+    status, report = run(capsys, tmp_path, "--ckpt", ckpt, "--dataset", d, "--n", "1,3", "--steps", "1,2", "--guidance", "0,1",
+                         "--sampler", "ddpm,ddim", "--batch", 2)
+    assert status == 0 and (report["images"], report["annotators"], report["steps"]) == (3, 2, 2)
+    settings = [(s["sampler"], s["steps"], s["guidance"], s["n"]) for s in report["sweep"]]
+    expected = [(sampler, steps, guidance, n) for sampler in ("ddpm", "ddim") for steps in (1, 2) for guidance in (0, 1)
+                for n in ((1, 3) if (sampler, steps) == ("ddpm", 2) else (1,))]
+    assert sorted(settings) == sorted(expected)
+    for s in report["sweep"]:
+        assert s["oracle"][0] >= s["one"][0] and (s["n"] > 1 or s["one"] == s["oracle"] == s["medoid"])
+    home = next(s for s in report["sweep"] if (s["sampler"], s["steps"], s["guidance"], s["n"]) == ("ddpm", 2, 0, 3))
+    assert report["network"]["medoid"]["ari"][0] == pytest.approx(home["medoid"][0])
+    assert report["network"]["consensus"]["iou"][0] == pytest.approx(home["consensus"][1])
+    for where, answer in itertools.product(("network", "own"), ("sample", "medoid", "consensus", "human")):
+        for key, (mean, low, high) in report[where][answer].items():
+            assert low <= mean <= high if mean is not None else key == "sq", (where, answer, key)   # sq: no match at all
+    assert set(report["bits_ece"]) == {"sample", "last step, tanh", "last step, no tanh"} and 0 <= report["joined_ece"] <= 1
+    assert len(report["spread_ARI"]) == 3
+    rows = list(csv.DictReader(open(tmp_path / "out/images.csv")))
+    values = [float(row["network_sample_ari"]) for row in rows]
+    assert np.mean(values) == pytest.approx(report["ari"]) and rows[0]["own_human_ari"] == ""    # a single annotator
+    assert Image.open(tmp_path / "out/sweep.png").width > 1000 and (tmp_path / "out/examples.png").exists()
+
+
+def test_the_same_answers_in_every_batch(ckpt, tmp_path, capsys):
+    reports = [run(capsys, tmp_path, "--ckpt", ckpt, "--limit", 3, "--n", 2, "--batch", batch)[1] for batch in (1, 5)]
+    for key in ("ari", "iou", "hiou"):
+        assert reports[0][key] == pytest.approx(reports[1][key], abs=1e-6)
+    assert "own" not in reports[0]                                                 # shapes has no files
+
+
+def test_draw_is_plain_sampling(ckpt):
+    """Sample j of image i is what `sample` gives alone for its seed; out is the last step's output before tanh."""
+    model = load_checkpoint(ckpt)
+    torch.manual_seed(0)
+    for p in model.net.parameters():                                               # zero-initialised layers: let them speak
+        p.data += 0.05 * torch.randn_like(p)
+    images, _, sizes = data.load("shapes", "val", 16).get([0, 1])
+    sizes = torch.tensor([[16, 16], [16, 9]])
+    x_hat, out = evaluation.draw(model, images, sizes, [[5, 6, 7], [8, 9, 10]], 4, model.sampling)
+    x, inside = data.normalise(images, sizes)
+    for i, j in itertools.product(range(2), range(3)):
+        alone = sample(model.net, x[i : i + 1], inside[i : i + 1], 4, [5 + 3 * i + j], model.diffusion, torch.tanh, **model.sampling)
+        assert torch.allclose(x_hat[i, j], alone[0], atol=1e-5)
+    assert out.std() > 0.01 and torch.allclose(out.tanh() * inside[:, None], x_hat[:, 0], atol=1e-5)      # guidance is 0
+
+
+def test_best_of(ckpt):
+    g = torch.Generator().manual_seed(0)
+    cells, consensus = torch.randint(0, 4, (4, 6, 6), generator=g), torch.randint(0, 4, (2, 6, 6), generator=g)
+    maps = torch.randint(0, 3, (3, 6, 6), generator=g)
+
+    def score(a):
+        s = evaluation.metrics.scores(a.expand(3, -1, -1), maps)
+        return float(s["ari"].mean()), float(s["iou"].mean())
+
+    agreement = evaluation.metrics.pairwise(cells)[0]
+    curve = evaluation.best_of(cells, consensus, maps, agreement, [1, 3])
+    each = [score(c) for c in cells]
+    assert curve[3]["one"] == pytest.approx(np.mean(each[:3], 0)) and curve[3]["oracle"] == pytest.approx(np.max(each[:3], 0))
+    others = [agreement[i, :3].sum() for i in range(3)]                            # of the first three only
+    assert curve[3]["medoid"] == pytest.approx(each[int(np.argmax(others))])
+    assert curve[3]["consensus"] == pytest.approx(score(consensus[1])) and curve[1]["one"] == pytest.approx(each[0])
+
+
+def test_bit_tables():
+    codec, g = Codec(bits=4), torch.Generator().manual_seed(0)
+    maps = torch.randint(0, 5, (2, 8, 8), generator=g)
+    maps[:, :2] = -1
+    truth = codec.encode(codec.cells(maps))                                        # (2, 4, 8, 8)
+    sure = evaluation.bit_tables(truth[0], truth[0] * 3, maps[:1], codec, True)
+    assert calibration_error(sure["sample"]) == 0 and calibration_error(sure["last step, no tanh"]) == 0
+    assert sure["sample"][9].tolist() == [6 * 8 * 4] * 3 and sure["last step, tanh"][9, 1] < 6 * 8 * 4    # tanh(3) < 1
+    table = evaluation.bit_tables(0.6 * truth[0], truth[0], maps, codec, False)["sample"]                  # against both
+    right = int((truth[0] == truth[1])[:, 2:].sum()) + 6 * 8 * 4
+    assert table[6].tolist() == pytest.approx([2 * 6 * 8 * 4, 0.8 * 2 * 6 * 8 * 4, right], rel=1e-6) or \
+        table[5].tolist() == pytest.approx([2 * 6 * 8 * 4, 0.8 * 2 * 6 * 8 * 4, right], rel=1e-6)          # 0.8 is an edge
+
+
+def test_joined_table():
+    g = torch.Generator().manual_seed(0)
+    cells, maps = torch.randint(0, 2, (3, 5, 4), generator=g), torch.randint(0, 2, (2, 5, 4), generator=g)
+    maps[1, 0, 0] = -1
+    expected = np.zeros((4, 3))
+    for y, x, (dy, dx) in itertools.product(range(5), range(4), ((0, 1), (1, 0))):
+        if y + dy < 5 and x + dx < 4 and (y, x) != (0, 0):
+            s, t = (sum(bool(m[y, x] == m[y + dy, x + dx]) for m in several) for several in (cells, maps))
+            expected[s] += [1, s / 3, t / 2]
+    assert np.allclose(evaluation.joined_table(cells, maps), expected)
+
+
+def test_maps_at_their_own_size(tmp_path):
+    rng = np.random.default_rng(0)
+    several = [rng.integers(0, 9, (30, 20)) for _ in range(2)]
+    folder(tmp_path, {"a": several, "b": several[:1]})
+    files = evaluation.originals(str(tmp_path), "val", "data")
+    assert sorted(files) == ["a", "b"] and np.array_equal(evaluation.own_maps(files["a"], "segment"), several)
+    assert np.array_equal(evaluation.own_maps(files["b"], "ignore")[0], np.where(several[0] == 0, -1, several[0]))
+    small = torch.tensor([[1, 2], [3, 4]])
+    assert torch.equal(evaluation.nearest(small, 4, 6), small.repeat_interleave(2, 0).repeat_interleave(3, 1))
+
+
+def test_pooled_quality_and_missing_humans():
+    rows = [{"network": {"sample": dict(ari=0.5, overlap=1.5, matched=2.0, pred=4.0, true=2.0)}},
+            {"network": {"sample": dict(ari=1.0, overlap=0.0, matched=0.0, pred=1.0, true=3.0), "human": dict(
+                ari=0.25, overlap=1.0, matched=1.0, pred=1.0, true=1.0)}}]
+    for row in rows:
+        for s in row["network"].values():
+            s.update({key: 0.0 for key in evaluation.ROWS if key not in s and key not in ("pq", "sq", "rq")})
+    s = evaluation.summary(rows, "network")
+    assert s["sample"]["pq"][0] == pytest.approx(1.5 / (3 + 2)) and s["sample"]["sq"][0] == 0.75 and s["sample"]["ari"][0] == 0.75
+    assert s["human"]["ari"] == (0.25, 0.25, 0.25) and list(s["sample"]) == list(evaluation.ROWS)
+
+
+def test_shared_rows_without_torchrun():
+    rows = [{"position": 1}, {"position": 0}]
+    assert evaluation.shared(rows) is rows
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("--ckpt nowhere.pt", "nowhere.pt"), ("--baseline grid --dataset nowhere", "nowhere"), ("--baseline grid --limit 0", "--limit"),
+    ("--n 0", "'0' is not a number from 1 up"), ("--steps 4,x", "'4,x'"), ("--guidance -1", "-1"), ("--sampler euler", "'euler'"),
+    ("--variance tiny", "'tiny'"), ("--baseline human --limit 2 --out o", "several annotators"), ("--baseline grid --dataset shapes --device cuda:99", "cuda:99")])
+def test_wrong_use(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = evaluation.main(arguments.split())
+    except SystemExit as e:                                                        # argparse's own
+        status = e.code
+    error = capsys.readouterr().err
+    assert status == 2 and words in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists()                                         # nothing is left behind
+
+
+def test_raw_weights(ckpt, tmp_path, capsys):
+    """--raw takes the last weights; a file made by --export has only the averaged ones."""
+    assert train.main(["--export", str(tmp_path / "model.pt"), "--out", str(ckpt.parent)]) == 0
+    few = ("--limit", 2, "--steps", 1)
+    averaged, exported, raw = (run(capsys, tmp_path, "--ckpt", path, *few, *more)[1]["sweep"] for path, more in (
+        (ckpt, ()), (tmp_path / "model.pt", ()), (ckpt, ("--raw",))))
+    assert averaged == exported and raw != averaged
+    assert evaluation.main(["--ckpt", str(tmp_path / "model.pt"), "--raw", "--device", "cpu", "--out", str(tmp_path / "o")]) == 2
+    assert "averaged weights only" in capsys.readouterr().err

@@ -1,0 +1,93 @@
+"""The kernels' path through diffusion.py and the scripts: the same as the plain path, for the same noise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from bits import Codec
+from diffusion import Diffusion, draw, fused_training_loss, sample, training_loss
+from model import UNet
+
+ROOT = Path(__file__).parent.parent
+SIZE = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=2, patch=2)
+
+
+@pytest.fixture
+def scene():
+    torch.manual_seed(0)
+    labels = torch.randint(-1, 5, (3, 8, 8)).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return labels, torch.randn(3, 3, 16, 16), torch.tensor([5, 2**40, 7])
+
+
+def network(d, channels):
+    net = UNet(channels * (2 if d.self_condition else 1) + 3, channels, **SIZE)
+    torch.nn.init.normal_(net.head.weight, std=0.05)                               # it starts at zero
+    return net
+
+
+@pytest.mark.parametrize("prediction, again, palette, activation", [
+    ("x", 0.0, "similar", "tanh"), ("x", 1.0, "random", "none"), ("eps", 0.0, "none", ""), ("v", 0.5, "different", "")])
+def test_fused_training_loss_is_training_loss(scene, prediction, again, palette, activation):
+    labels, image, seeds = scene
+    codec = Codec(bits=4, palette=palette, activation=activation)
+    d = Diffusion(prediction=prediction, self_condition=again, image_drop=0.3, logsnr_min=-8)      # eps / alpha(1) is noise
+    net, cells = network(d, 4), codec.cells(labels)
+    drawn = draw((3, 4, 16, 16), d, torch.Generator().manual_seed(1))
+    drawn["eps"] = kernels.normal(seeds, 4, 16, 16)
+    expected = training_loss(net, codec.encode(cells), image, cells >= 0, d, codec.activate, drawn=drawn)
+    codes = None if palette == "similar" else codec.cell_of_code.argsort()
+    loss = fused_training_loss(net, cells, image, 4, seeds, d, drawn, codec.activate, codec.activation, codes)
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    want = torch.autograd.grad(expected, net.parameters())
+    for a, b in zip(torch.autograd.grad(loss, net.parameters()), want):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * want[-1].abs().max())
+
+
+@pytest.mark.parametrize("sampler, variance, guidance", [("ddpm", "large", 1.0), ("ddpm", "small", 0.0), ("ddim", "large", 1.0)])
+def test_fused_steps_are_plain_steps(scene, monkeypatch, sampler, variance, guidance):
+    """The plain loop with the kernels' noise in place of torch.randn."""
+    _, image, seeds = scene
+    codec, d = Codec(bits=4), Diffusion()
+    net, valid = network(d, 4), torch.rand(3, 16, 16) < 0.8
+    options = dict(steps=4, sampler=sampler, variance=variance, guidance=guidance)
+    given = dict(activation="tanh", codes=None)
+    result = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, fused=given, **options)
+    monkeypatch.setattr(kernels, "step", None)                                     # hints: the plain update, the same noise
+    nothing = torch.zeros(3, 4, 16, 16), torch.zeros(3, 16, 16, dtype=torch.bool)
+    drawn, real = iter(range(100)), kernels.normal
+    order = [0, *(k for i in range(4) for k in (None, i + 1))]                     # None: the hints' own noise, not used
+
+    def normal(seeds, channels, height, width, stream):
+        stream = order[next(drawn)]
+        return real(seeds, channels, height, width, 50 if stream is None else stream)
+
+    monkeypatch.setattr(kernels, "normal", normal)
+    if sampler == "ddim":
+        order[:] = [0, None, None, None, None]
+    plain = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, fused=given, known=nothing, **options)
+    assert torch.allclose(result, plain, atol=1e-5)
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+def test_training_and_sampling_through_triton(tmp_path):
+    """train.py and sample.py with the kernels forced; without a GPU in Triton's interpreter."""
+    env = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "TRITON_INTERPRET": "1"}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = "--max_steps 2 --batch_size 2 --image_size 8 --eval_images 2 --steps 2 --log_every 1 --compile off --kernels triton"
+    run = [sys.executable, ROOT / "train.py", *options.split(), "--device", device, "--out", tmp_path / "run"]
+    done = subprocess.run(run, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "kernels: triton (asked for)" in done.stdout, done.stderr
+
+
+def test_forced_triton_without_a_gpu_says_why(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = [sys.executable, ROOT / "train.py", "--kernels", "triton", "--device", "cpu", "--out", tmp_path]
+    done = subprocess.run(run, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "Triton kernels were asked for, but" in done.stderr and "Traceback" not in done.stderr
