@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, PngImagePlugin
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
@@ -43,7 +43,7 @@ from bits import Codec, entropy
 from checkpoint import newest
 from data import IMAGE_TYPES, fitted, normalise, read_image, read_label, resize_image
 from diffusion import Diffusion, fused, sample
-from metrics import ari, contingency, iou_matrix
+from metrics import contingency, iou_matrix, medoid, pairwise
 from model import UNet
 
 MARK = "bitseg sample.py"                        # in every file written: others are never overwritten
@@ -115,7 +115,7 @@ def hint_map(width, height, points="", boxes=(), drawn=None):
     """Points, boxes and drawn hints as one hint map (height, width) int64. Raises ValueError.
 
     points: "x,y x,y;x,y", groups of clicks: each is a disc of 2 % of the longer side, smaller if another group is near.
-    boxes: (x0, y0, x1, y1), each about one segment, whose middle half is then known; small boxes lie over large ones,
+    boxes: (x0, y0, x1, y1), each about one segment: an ellipse of half its size is known; small boxes lie over large ones,
     points and drawn (height, width) over all.
     """
     out, y, x = np.zeros((height, width), np.int64), np.arange(height)[:, None], np.arange(width)
@@ -126,7 +126,7 @@ def hint_map(width, height, points="", boxes=(), drawn=None):
     for i, (x0, y0, x1, y1) in enumerate(sorted(boxes, key=lambda b: (b[0] - b[2]) * (b[3] - b[1]))):
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise ValueError(f"box {x0:g},{y0:g},{x1:g},{y1:g} does not lie in the image of {width} x {height} pixels")
-        core = (abs(2 * y + 1 - y0 - y1) * 2 <= y1 - y0) & (abs(2 * x + 1 - x0 - x1) * 2 <= x1 - x0)
+        core = ((2 * y + 1 - y0 - y1) / (y1 - y0)) ** 2 + ((2 * x + 1 - x0 - x1) / (x1 - x0)) ** 2 <= 0.25
         core[int((y0 + y1) / 2), int((x0 + x1) / 2)] = True                        # at least one pixel
         out = np.where(core, first + i, out)
     try:
@@ -272,7 +272,8 @@ def own_size(x_hat, size, width, height, codec, image=None, among=None):
     Each pixel gets the code nearest to its soft bits of those in `among`, a list of cells for each map (default: those of
     the map at the network's size, so that no third code appears between two). Soft bits are interpolated bilinearly or,
     with the PIL image, by joint bilateral upsampling (Kopf et al. 2007): of the 3 x 3 nearest network pixels, those of
-    like colour count more. In strips: a 10,000 x 10,000 image needs no 10,000 x 10,000 x C tensor. (rgb: nearest.)
+    like colour count more; the image is blurred a little, for calm boundaries in texture. In strips: a 10,000 x 10,000
+    image needs no 10,000 x 10,000 x C tensor. (rgb: nearest.)
     """
     h, w = size
     x = x_hat[..., :h, :w].reshape(-1, *x_hat.shape[-3:-2], h, w)                  # (N, C, h, w)
@@ -284,6 +285,7 @@ def own_size(x_hat, size, width, height, codec, image=None, among=None):
     row, col = ((torch.arange(a) + 0.5) * b / a - 0.5 for a, b in ((height, h), (width, w)))   # as interpolate does
     if image is not None:
         colour = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BOX))).permute(2, 0, 1) / 255
+        image = image.filter(ImageFilter.GaussianBlur(0.2 * max(width, height) / max(w, h)))
     strip = max(1, 16_000_000 // (width * (len(soft) + max(len(c) for c in among))))
     for s in range(0, height, strip):
         r, y = row[s : s + strip, None], 0
@@ -318,34 +320,29 @@ def summarise(job, image, codec):
     if job.held is not None:
         labels = torch.where(job.held >= 0, job.held.to(labels.dtype), labels)
 
-    i, j = torch.triu_indices(n, n, 1)
-    every = torch.zeros(n, n, dtype=torch.float64)
-    if n > 1:
-        every[i, j] = every[j, i] = ari(contingency(cells[i], cells[j]))
-    agreement = every.sum(1) / (n - 1) if n > 1 else torch.full((1,), torch.nan)
-    medoid = int((agreement * 1e9).round().nan_to_num().argmax())                  # the first on ties
-
+    every = pairwise(cells)[0]                                                     # (n, n) ARI, 1 on the diagonal
+    middle, agreement = medoid(every), (every.sum(1) - 1) / (n - 1)                # 0 / 0 = nan if n = 1
     tall, wide = (max(1, min(v, round(v * 512 / max(width, height)))) for v in (height, width))      # 512 pixels are enough
     reach = max(1, round(max(tall, wide) / max(h, w)))                             # a pixel of the network
     edge = outline(subsample(labels[:n], tall, wide)).float()[:, None]             # (n, 1, tall, wide)
     edge = F.max_pool2d(F.pad(edge, ((reach - 1) // 2, reach // 2) * 2), reach, 1).mean(0, keepdim=True)
     own = dict(size=(height, width), mode="bilinear", align_corners=False)
     bits = F.interpolate(entropy(mean)[None], **own)[0, 0] if codec.encoding == "bits" else None
-    return Segmentation(labels[:n], labels[n], medoid, agreement, F.interpolate(edge, **own)[0, 0], bits,
-                        coco_segments(labels[medoid].numpy(), cells, medoid), x_hat)
+    return Segmentation(labels[:n], labels[n], middle, agreement, F.interpolate(edge, **own)[0, 0], bits,
+                        coco_segments(labels[middle].numpy(), cells, middle), x_hat)
 
 
-def coco_segments(labels, cells, medoid):
-    """The segments of labels (H, W) as COCO annotations; cells (n, h, w): all samples at the network's resolution."""
-    best, others = {}, [j for j in range(len(cells)) if j != medoid]
+def coco_segments(labels, cells, middle):
+    """The segments of labels (H, W) as COCO annotations; cells (n, h, w): all samples at the network's size, `middle` ours."""
+    best, others = {}, [j for j in range(len(cells)) if j != middle]
     if others:
-        iou = iou_matrix(contingency(cells[[medoid] * len(others)], cells[others])).amax(2).mean(0)      # (P,)
-        best = dict(zip(cells[medoid].unique().tolist(), iou.tolist()))
+        iou = iou_matrix(contingency(cells[[middle] * len(others)], cells[others])).amax(2).mean(0)      # (P,)
+        best = dict(zip(cells[middle].unique().tolist(), iou.tolist()))
     out = []
     for cell in np.unique(labels).tolist():
         rle = coco_mask.encode(np.asfortranarray(labels == cell).view(np.uint8))
         out.append(dict(id=cell + 1, image_id=1, category_id=1, iscrowd=0, area=int(coco_mask.area(rle)),
-                        bbox=coco_mask.toBbox(rle).tolist(), confidence=best.get(cell),        # None: nothing to compare
+                        bbox=[int(v) for v in coco_mask.toBbox(rle)], confidence=best.get(cell),        # None: nothing to compare
                         segmentation=dict(size=rle["size"], counts=rle["counts"].decode())))
     return out
 
@@ -460,11 +457,11 @@ def side_of(codec):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
+# Files. All or nothing: each is written under another name, then renamed; segments.json comes last.
 
 
 def save(array, path, palette=None):
-    """An array as PNG with our mark: (H, W, 3) uint8, or (H, W) ids, 8 or 16 bit. All or nothing: written, then renamed."""
+    """An array as PNG with our mark: (H, W, 3) uint8, or (H, W) ids, 8 bit and coloured by the palette, or 16 bit."""
     picture, text, part = Image.fromarray(array), PngImagePlugin.PngInfo(), path.with_suffix(".part")
     text.add_text("Software", MARK)
     if palette is not None and array.dtype == np.uint8:
@@ -473,85 +470,80 @@ def save(array, path, palette=None):
     part.replace(path)
 
 
-def save_json(content, path):
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content))
-    part.replace(path)
+def save_json(path, info, images, annotations, category):
+    content = dict(info=info, images=images, annotations=annotations,
+                   categories=[dict(id=1, name="segment", supercategory="segment", **category)])
+    path.with_suffix(".part").write_text(json.dumps(content))
+    path.with_suffix(".part").replace(path)
 
 
-def read_ours(path):
-    """The info in a segments.json or panoptic.json of ours; None if it is not there. Raises ValueError if not ours."""
+def info_of(path):
+    """The info in a file of ours, {} where there is none. Raises ValueError for a file of others."""
     try:
-        info = json.loads(path.read_text())["info"]
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                info = {"software": picture.info.get("Software")}
+        else:
+            info = json.loads(path.read_text())["info"]
         if info["software"] == MARK:
             return info
     except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"{path} was not written by sample.py and is not overwritten: choose another --out")
+    raise ValueError(f"{path} was not written by sample.py and is not overwritten: move it, or choose another --out")
 
 
-def check(folder, info):
-    """Whether this is done already. Raises ValueError if something in the folder is not ours or of another image."""
-    done = read_ours(folder / "segments.json")
-    if done and done["image"] != info["image"]:
-        raise ValueError(f"{folder} holds the results of {done['image']}: choose another --out")
-    for path in folder.glob("*.png") if folder.is_dir() else ():
-        with Image.open(path) as picture:
-            if picture.info.get("Software") != MARK:
-                raise ValueError(f"{path} was not written by sample.py and is not overwritten: move it, or choose another --out")
-    return done == info
+def done(folder, info):
+    """Whether this image is done with these settings. Raises ValueError if the folder holds anything else than its results."""
+    found = info_of(folder / "segments.json")
+    if found and found["image"] != info["image"]:
+        raise ValueError(f"{folder} holds the results of {found['image']}: choose another --out")
+    for path in (folder.parent / "panoptic" / f"{folder.name}.png", *folder.glob("*.png")):
+        info_of(path)
+    return found == info
 
 
-def write(folder, image, result, model, info, held, panoptic):
-    """All files of one image; segments.json comes last. Returns a sentence about it."""
+def write(folder, image, result, model, info, held=None, panoptic=False):
+    """All files of one image. Returns a few words about it."""
     n, codec, side = len(result.labels), model.codec, side_of(model.codec)
-    digits, palette = max(2, len(str(n - 1))), np.concatenate([np.zeros((1, 3), np.uint8), colours(side)])
+    kind, digits = np.uint8 if codec.classes < 255 else np.uint16, max(2, len(str(n - 1)))
+    palette = np.concatenate([np.zeros((1, 3), np.uint8), colours(side)])
+    maps = {f"labels_{j:0{digits}}": labels for j, labels in enumerate(result.labels)}
     folder.mkdir(parents=True, exist_ok=True)
-    for old in [folder / "segments.json", *folder.glob("*.png")]:                  # ours, see check
+    for old in (folder / "segments.json", *folder.glob("*.png")):                  # ours, see `done`; perhaps of more samples
         old.unlink(missing_ok=True)
-    kind = np.uint8 if codec.classes < 255 else np.uint16
     save(panel(image, result, codec, held), folder / "panel.png")
-    for j in range(n):
-        save(result.labels[j].numpy().astype(kind) + kind(1), folder / f"labels_{j:0{digits}}.png", palette)
-        save(overlay(image, result.labels[j], side), folder / f"overlay_{j:0{digits}}.png")
-    for name, labels in (("medoid", result.labels[result.medoid]), ("consensus", result.consensus)):
+    for name, labels in {**maps, "medoid": result.labels[result.medoid], "consensus": result.consensus}.items():
         save(labels.numpy().astype(kind) + kind(1), folder / f"{name}.png", palette)
+    for name, labels in maps.items():
+        save(overlay(image, labels, side), folder / f"{name.replace('labels', 'overlay')}.png")
     if rows := uncertainty(result, codec):
-        save(grid([shade(value / top) for _, value, top, _ in rows], len(rows), 6,
-                  [(name, *words) for name, _, _, words in rows]), folder / "uncertainty.png")
-    segments = [{**s, "segmentation": s["segmentation"]} for s in result.segments]
-    if panoptic:
-        ids = result.labels[result.medoid].numpy().astype(np.uint32) + 1
+        tiles, captions = [shade(value / top) for _, value, top, _ in rows], [(name, *ends) for name, _, _, ends in rows]
+        save(grid(tiles, len(rows), 6, captions), folder / "uncertainty.png")
+    if panoptic:                                                                   # id = R + 256 G + 65536 B
         (folder.parent / "panoptic").mkdir(exist_ok=True)
-        save(np.stack([ids & 255, ids >> 8, ids * 0], -1).astype(np.uint8), folder.parent / "panoptic" / f"{folder.name}.png")
-    W, H = image.size
-    save_json(dict(info=info, images=[dict(id=1, file_name=Path(info["image"]).name, width=W, height=H)],
-                   categories=[dict(id=1, name="segment", supercategory="segment")], annotations=segments),
-              folder / "segments.json")
-    counts = [len(m.unique()) for m in result.labels]
-    agree = f", agreement (ARI) {result.agreement.mean():.2f}" if n > 1 else ""
-    return f"{n} samples, {sum(counts) / n:.1f} segments on average{agree}"
+        ids = result.labels[result.medoid].numpy().astype(np.uint32) + 1
+        save(np.stack([ids & 255, ids >> 8, ids >> 16], -1).astype(np.uint8), folder.parent / "panoptic" / f"{folder.name}.png")
+    about = dict(id=1, file_name=Path(info["image"]).name, width=image.width, height=image.height)
+    save_json(folder / "segments.json", info, [about], result.segments, {})
+    mean = sum(len(labels.unique()) for labels in result.labels) / n
+    return f"{n} samples, {mean:.1f} segments on average" + (f", ARI {result.agreement.mean():.2f} to each other" if n > 1 else "")
 
 
 def write_panoptic(out):
-    """out/panoptic.json from every segments.json with a PNG in out/panoptic/: as several processes may, one after another."""
-    path, written, found = out / "panoptic.json", None, []
-    while found != written:
-        images, annotations = [], []
-        for i, name in enumerate(found := sorted(p.stem for p in (out / "panoptic").glob("*.png")
-                                                 if (out / p.stem / "segments.json").is_file()), 1):
+    """out/panoptic.json: every PNG in out/panoptic/ with its segments.json. Several processes may end with it."""
+    written, found = None, []
+    while written != found or written is None:                                     # again if others came meanwhile
+        written, images, annotations = found, [], []
+        for i, name in enumerate(found, 1):
             content = json.loads((out / name / "segments.json").read_text())
+            keys = ("id", "category_id", "area", "bbox", "iscrowd")
             images.append({**content["images"][0], "id": i})
-            annotations.append(dict(image_id=i, file_name=f"{name}.png", segments_info=[
-                {k: [round(v) for v in s[k]] if k == "bbox" else s[k] for k in ("id", "category_id", "area", "bbox", "iscrowd")}
-                for s in content["annotations"]]))
-        category = dict(id=1, name="segment", supercategory="segment", isthing=1, color=[0, 114, 178])
-        save_json(dict(info=dict(software=MARK), images=images, annotations=annotations, categories=[category]), path)
-        if found == written:
-            return
-        written = found
+            annotations.append(dict(image_id=i, file_name=f"{name}.png",
+                                    segments_info=[{k: s[k] for k in keys} for s in content["annotations"]]))
+        save_json(out / "panoptic.json", dict(software=MARK), images, annotations, dict(isthing=1, color=[0, 114, 178]))
+        found = sorted(p.stem for p in (out / "panoptic").glob("*.png") if (out / p.stem / "segments.json").is_file())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -559,12 +551,12 @@ def write_panoptic(out):
 
 
 def folder_names(files):
-    """A folder name for each file, all different: the stem, else the name, else the whole path."""
-    names, longer = {}, (lambda p: p.stem, lambda p: p.name.replace(".", "_"), lambda p: "_".join(p.resolve().parts[1:]))
-    for name in longer:
+    """A folder for each file, all different: the stem, else the name, else the whole path."""
+    names = {}
+    for name in (lambda p: p.stem, lambda p: p.name.replace(".", "_"), lambda p: "_".join(p.resolve().parts[1:])):
         left = [p for p in files if p not in names]
-        taken = [name(p) for p in left] + list(names.values())
-        names.update({p: name(p) for p in left if taken.count(name(p)) == 1})
+        taken = [n.casefold() for n in ["panoptic", *names.values(), *map(name, left)]]        # macOS, Windows: a is A
+        names.update({p: name(p) for p in left if taken.count(name(p).casefold()) == 1})
     return names
 
 
@@ -606,121 +598,12 @@ def ahead(function, items, count=4):
             yield waiting.popleft().result()
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("images", nargs="+", help="image files or folders")
-    p.add_argument("--n", type=int, default=8, help="samples for each image")
-    p.add_argument("--ckpt", help="checkpoint (default: the newest under out/)")
-    p.add_argument("--out", default="samples", help="where the folders go")
-    p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
-    p.add_argument("--guidance", type=float, help="guidance weight, 0 = none: half the time (default: the checkpoint's)")
-    p.add_argument("--sampler", choices=["ddpm", "ddim"], help="(default: the checkpoint's)")
-    p.add_argument("--seed", type=int, default=0, help="sample j of every image has the seed SEED + j")
-    p.add_argument("--batch", type=int, help="samples denoised at once (default: 1 on the CPU, else 64, less if memory is short)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument("--kernels", choices=kernels.MODES, help="(default: BITSEG_KERNELS, or auto: Triton with CUDA)")
-    p.add_argument("--resume", action="store_true", help="skip images that are done with the same settings")
-    p.add_argument("--format", choices=["coco", "coco_panoptic"], default="coco", help="coco: segments.json alone")
-    p.add_argument("--hint", help="label map: pixels of one id belong together, different ids apart, 0 is free")
-    p.add_argument("--points", default="", help='groups of clicks: "x,y x,y;x,y", from the top left corner')
-    p.add_argument("--box", action="append", default=[], help="x0,y0,x1,y1 around one segment; may be repeated")
-    p.add_argument("--resample", type=int, help="repeats of each step: more agreement, more time (default: 1, with hints 2)")
-    p.add_argument("--init", help="label map to start from, 0 is free")
-    p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, at most 1")
-    p.error = fail
-    a = p.parse_args(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        for name in ("n", "steps", "batch", "resample"):
-            if getattr(a, name) is not None and getattr(a, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(a, name)}")
-        files = list(dict.fromkeys(find_images(a.images)))
-        prompts = {k: getattr(a, k) for k in ("hint", "points", "box", "init") if getattr(a, k)}
-        if prompts and len(files) > 1:
-            raise ValueError(f"--{next(iter(prompts))} is for one image, not for {len(files)}")
-        local = torch.cuda.is_available() and a.device == "auto" and "LOCAL_RANK" in os.environ
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if local else a.device)
-        kernels.use(a.kernels or kernels.mode)
-        kernels.live(device)
-        ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
-        model, out, names = load_checkpoint(ckpt, device), Path(a.out), folder_names(files)
-        if a.format == "coco_panoptic":
-            read_ours(out / "panoptic.json")
-        out.mkdir(parents=True, exist_ok=True)
-        given = read_prompts(a, files[0]) if prompts else {}
-    except (ValueError, OSError, RuntimeError) as e:
-        fail(e)
-
-    chosen = {k: v for k in ("steps", "guidance", "sampler", "resample") if (v := getattr(a, k)) is not None}
-    settings = {**model.sampling, **chosen, **prompts, **({"strength": a.strength} if a.init else {})}
-    info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, **settings)
-    if rank == 0:
-        print(f"{ckpt}: trained on {model.dataset}, step {model.step}, {model.image_size} pixels; "
-              f"{' '.join(f'{k} {v}' for k, v in settings.items())}; on {device}")
-        if model.dataset == "shapes":
-            print("This checkpoint has only seen synthetic shapes: in a photo it finds shapes, not objects. For photos, train "
-                  "on photos (see the README).")
-    bar = tqdm(total=len(files[rank::world]), unit="image", disable=rank > 0 or len(files) == 1)
-    failed, busy = [], deque()
-
-    def read(path):                                                                # -> image, or what to say instead
-        try:
-            if check(out / names[path], {**info, "image": str(path)}) and a.resume:
-                return f"{path}: done already"
-            return read_image(path)
-        except (ValueError, OSError) as e:
-            return e
-
-    def say(text, error=False):
-        if error:
-            failed.append(text)
-        tqdm.write(f"sample.py: {text}" if error else text, file=sys.stderr if error else sys.stdout)
-        bar.update()
-
-    def images():                                                                  # those that can be read
-        for path, image in zip(files[rank::world], ahead(read, files[rank::world])):
-            if isinstance(image, Image.Image):
-                current.append((path, image))
-                yield image
-            else:
-                say(image, isinstance(image, Exception))
-
-    def finish(path, image, job):                                                  # in a thread: the next one is sampled
-        result = summarise(job, image, model.codec)
-        folder = out / names[path]
-        words = write(folder, image, result, model, {**info, "image": str(path)}, job.held, a.format == "coco_panoptic")
-        return f"{path} -> {folder / 'panel.png'} ({words})"
-
-    def collect(most):
-        while len(busy) > most:
-            try:
-                say(busy.popleft().result())
-            except (ValueError, OSError) as e:
-                say(e, error=True)
-
-    current = deque()
-    with ThreadPoolExecutor(2) as writers:
-        try:
-            for job in denoise(images(), model, a.n, a.seed, a.batch, **given, **chosen):
-                busy.append(writers.submit(finish, *current.popleft(), job))
-                collect(most=4)
-        except ValueError as e:                                                    # hints that do not fit, too little memory
-            say(e, error=True)
-        collect(most=0)
-    bar.close()
-    if a.format == "coco_panoptic":
-        write_panoptic(out)
-    return 2 if failed else 0
-
-
 def read_prompts(a, path):
     """The options hints, init and strength of `denoise` from the command line's, for the image at path."""
     given, (width, height) = {}, read_image(path).size
     if a.hint or a.points or a.box:
         try:
-            boxes = [tuple(map(float, box.split(","))) for box in a.box]
-            if any(len(box) != 4 for box in boxes):
-                raise ValueError
+            boxes = [(x0, y0, x1, y1) for x0, y0, x1, y1 in (map(float, box.split(",")) for box in a.box)]
         except ValueError:
             raise ValueError(f"--box {' '.join(a.box)} is not of the form x0,y0,x1,y1") from None
         given["hints"] = hint_map(width, height, a.points, boxes, read_label(a.hint) if a.hint else None)
@@ -733,6 +616,108 @@ def fail(message):
     """Ends the program with a sentence and exit status 2."""
     print(f"sample.py: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("images", nargs="+", help="image files or folders")
+    p.add_argument("--n", type=int, default=8, help="samples for each image")
+    p.add_argument("--ckpt", help="checkpoint (default: the newest under out/)")
+    p.add_argument("--out", default="samples", help="where the folders go")
+    p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
+    p.add_argument("--guidance", type=float, help="guidance weight, 0 = none: half the time (default: the checkpoint's)")
+    p.add_argument("--sampler", choices=["ddpm", "ddim"], help="(default: the checkpoint's)")
+    p.add_argument("--seed", type=int, default=0, help="sample j of every image has the seed SEED + j")
+    p.add_argument("--batch", type=int, help="samples at once (default: 1 on the CPU, else 64, or as many as memory holds)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--resume", action="store_true", help="skip images that are done with the same settings")
+    p.add_argument("--format", choices=["coco", "coco_panoptic"], default="coco", help="coco: segments.json alone")
+    p.add_argument("--hint", help="label map: pixels of one id belong together, of different ids apart; 0 is free")
+    p.add_argument("--points", default="", help='groups of clicks "x,y x,y;x,y", in pixels from the top left corner')
+    p.add_argument("--box", action="append", default=[], help="x0,y0,x1,y1 about one segment; may be repeated")
+    p.add_argument("--init", help="label map to start from; 0 is free")
+    p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, at most 1")
+    p.add_argument("--resample", type=int, help="repeats of each step: slower, follows hints better (default: 1, with hints 2)")
+    p.error = fail
+    a = p.parse_args(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        for name in ("n", "steps", "batch", "resample"):
+            if getattr(a, name) is not None and getattr(a, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(a, name)}")
+        if not 0 < a.strength <= 1:
+            raise ValueError(f"--strength must be above 0 and at most 1, not {a.strength}")
+        files = list({path.resolve(): path for path in find_images(a.images)}.values())
+        prompts = {k: getattr(a, k) for k in ("hint", "points", "box", "init") if getattr(a, k)}
+        if prompts and len(files) > 1:
+            raise ValueError(f"--{next(iter(prompts))} is for one image, not for {len(files)}")
+        own_gpu = a.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else a.device)
+        ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
+        model, out, names = load_checkpoint(ckpt, device), Path(a.out), folder_names(files)
+        if a.format == "coco_panoptic":
+            info_of(out / "panoptic.json")
+        out.mkdir(parents=True, exist_ok=True)
+        given = read_prompts(a, files[0]) if prompts else {}
+    except (ValueError, OSError) as e:
+        fail(e)
+
+    files = files[rank::world]
+    chosen = {k: v for k in ("steps", "guidance", "sampler", "resample") if (v := getattr(a, k)) is not None}
+    settings = {**model.sampling, **chosen, **prompts, **({"strength": a.strength} if a.init else {})}
+    info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, **settings)
+    if rank == 0:
+        print(f"{ckpt}: trained on {model.dataset}, step {model.step}, {model.image_size} pixels; "
+              f"{' '.join(f'{k} {v}' for k, v in settings.items())}; on {device}")
+        if model.dataset == "shapes":
+            print("This checkpoint has only seen synthetic shapes: in a photo it finds shapes. For objects, train on photos.")
+
+    bar = tqdm(total=len(files), unit="image", disable=rank > 0 or len(files) == 1)
+    failed, read, writing = [], deque(), deque()
+
+    def say(text):
+        error = isinstance(text, Exception)
+        failed.extend([text] if error else [])
+        tqdm.write(f"sample.py: {text}" if error else text, file=sys.stderr if error else sys.stdout)
+        bar.update()
+
+    def load(path):                                                                # -> an image, or what to say instead
+        try:
+            skip = done(out / names[path], {**info, "image": str(path)}) and a.resume
+            return f"{path}: done already" if skip else read_image(path)
+        except (ValueError, OSError) as e:
+            return e
+
+    def images():
+        for path, image in zip(files, ahead(load, files)):
+            if isinstance(image, Image.Image):
+                read.append((path, image))
+                yield image
+            else:
+                say(image)
+
+    def finish(job, path, image):
+        try:
+            folder, result = out / names[path], summarise(job, image, model.codec)
+            words = write(folder, image, result, model, {**info, "image": str(path)}, job.held, a.format == "coco_panoptic")
+            return f"{path} -> {folder / 'panel.png'} ({words})"
+        except (ValueError, OSError) as e:
+            return e
+
+    with ThreadPoolExecutor(2) as writers:                                         # reading, sampling, writing overlap
+        try:
+            for job in denoise(images(), model, a.n, a.seed, a.batch, **given, **chosen):
+                writing.append(writers.submit(finish, job, *read.popleft()))
+                while len(writing) > 4:
+                    say(writing.popleft().result())
+        except ValueError as e:                                                    # prompts that do not fit, too little memory
+            say(e)
+        for one in writing:
+            say(one.result())
+    bar.close()
+    if a.format == "coco_panoptic":
+        write_panoptic(out)
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":
