@@ -325,13 +325,6 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-def plain_nchw(net):
-    """The same network computed in NCHW, as it would be without a thought about memory."""
-    net = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
-    net.stem.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    return net
-
-
 def bench_train(args):
     c, device, dtype, why, codec, diffusion, network, net = setting(args)
     data = train.datasets.load("shapes", "train", c.image_size, seed=c.seed)
@@ -345,8 +338,9 @@ def bench_train(args):
         return Step(net, loss, optimizer, dtype, 1, c.grad_clip, compiled, graph=compiled), copy.deepcopy(net)
 
     low = dtype or torch.bfloat16
-    variants = {"plain fp32 NCHW": variant(plain_nchw(net), None, False, False),
-                f"eager {str(low)[6:]}": variant(net, low, False, True),
+    nchw, nhwc = (copy.deepcopy(net).to(memory_format=f) for f in (torch.contiguous_format, torch.channels_last))
+    variants = {"plain fp32 NCHW": variant(nchw, None, False, False),
+                f"eager {str(low)[6:]} NHWC": variant(nhwc, low, False, True),
                 "train.py": variant(net, dtype, compiled, True)}
     coming = train.batches(data, 0, c, codec, diffusion, device, 0, 1)
     times, parts, warm = {k: [] for k in variants}, {k: [] for k in variants}, {}

@@ -126,7 +126,10 @@ class UNet(nn.Module):
             raise ValueError(f"image size {x.shape[-2]} x {x.shape[-1]}: this network halves {self.multiple} pixels "
                              f"down to 1, so both sides must be multiples of {self.multiple}")
         emb = F.silu(self.time(time_features(t).to(self.stem.weight.dtype)))       # (B, 4 * width)
-        x = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)   # (B, C p^2, H/p, W/p)
+        # NHWC or NCHW, as the weights are: net.to(memory_format=torch.contiguous_format) is faster for bf16 on a CPU
+        nhwc = self.stem.weight.is_contiguous(memory_format=torch.channels_last)
+        x = F.pixel_unshuffle(x, self.patch).contiguous(                           # (B, C p^2, H/p, W/p)
+            memory_format=torch.channels_last if nhwc else torch.contiguous_format)
         if image_part is None:
             h = self.stem(x)
         else:

@@ -35,7 +35,7 @@ import kernels
 from bits import Codec
 from checkpoint import lock, newest, read, save
 from diffusion import Diffusion, draw, fused, fused_training_loss, sample, training_loss
-from engine import Step, Watch, anyone, append, forget, out_of_memory, pick_precision, update_ema, written
+from engine import Step, Watch, anyone, append, forget, layout, out_of_memory, pick_precision, update_ema, written
 from metrics import scores
 from model import SIZES, UNet
 from sample import grid, overlay, pick_device, side_of
@@ -357,7 +357,7 @@ def build(c, local=None):
     if c.image_size % net.multiple:
         near = max(1, round(c.image_size / net.multiple)) * net.multiple
         raise ValueError(f"--image_size {c.image_size}: network {c.network} needs a multiple of {net.multiple}, e.g. {near}")
-    return device, dtype, why, codec, diffusion, network, net.to(device)
+    return device, dtype, why, codec, diffusion, network, net.to(device, memory_format=layout(device))
 
 
 def loss_of(diffusion, codec, device, dtype):
@@ -461,7 +461,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
     if step >= c.max_steps and validated == step:
         say(f"{out}/ckpt.pt is complete at step {step}: raise --max_steps to go on, or start anew with another --out")
         return 0
-    put("log.jsonl", lambda path: forget(path, step))
+    put("log.jsonl", lambda path: forget(path, lambda line: line["step"] <= (validated if "ari" in line else step)))
 
     stop, first, started, saved = [], step, time.time(), True                      # stop: signals; looked at between steps
 
@@ -529,10 +529,10 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
                     say(f"stopped at step {step}: {watch.worst} steps in a row had no finite gradient, and changed nothing. Try a lower "
                         f"--lr, --precision fp32 or more --warmup_steps, from the last checkpoint or into another --out")
                     return 1
+            if c.keep_every and step % c.keep_every == 0:                          # before ckpt.pt: a run goes on behind that
+                put(f"ckpt_{step:06d}.pt", lambda path: save(path, content()))
             if step % c.save_every == 0:
                 saved = checkpoint()
-            if c.keep_every and step % c.keep_every == 0:
-                put(f"ckpt_{step:06d}.pt", lambda path: save(path, content()))
         saved = checkpoint()
         say(f"\nstopped{' and saved' if saved else ''} at step {step}: run the same command again to go on")
         return 128 + (stop[0] if stop else signal.SIGTERM)
