@@ -3,6 +3,7 @@
     python eval.py --dataset path/to/folder --n 8                                 # the newest checkpoint under out/
     python eval.py --ckpt out/shapes-tiny/ckpt.pt --limit 64 --n 1,2,4,8,16       # best of n, medoid, consensus
     python eval.py --steps 1,2,4,8,16,50 --guidance 0,1,2,3 --sampler ddpm,ddim   # sweeps: a table and a plot
+    python eval.py --clicks 0,1,2,4,8 --dataset path/to/folder                    # what do hints bring?
     python eval.py --baseline grid --dataset path/to/folder --size 128            # what needs no training
 
 Three answers an image: the first of n samples, the medoid (the sample with the highest mean ARI to the others) and the
@@ -30,6 +31,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from scipy.cluster.vq import kmeans2
+from scipy.ndimage import distance_transform_edt
 from tqdm import tqdm
 
 import kernels
@@ -37,7 +39,8 @@ import metrics
 from bits import Codec
 from data import connected, find, load, normalise
 from diffusion import fused, network_input, sample
-from sample import grid, load_checkpoint, newest_checkpoint, overlay, own_size, pick_device, read_checkpoint
+from sample import (grid, hint_map, load_checkpoint, newest_checkpoint, overlay, own_size, pick_device, read_checkpoint,
+                    segment)
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",
         "voi": "VoI (bits)", "boundary": "boundary F", "pred": "segments predicted", "true": "segments true"}
@@ -236,6 +239,34 @@ def run(data, positions, model, a, setting, ns, files, full=True, keep=False):
     return rows
 
 
+def clicks_curve(model, data, positions, ks, n=1, seed=0):
+    """ARI to the annotator who clicks, after k clicks: {k: [(mean over n samples, medoid) for each image]}.
+
+    Simulated: an annotator clicks into k of their segments, the largest first, each at the pixel farthest from its border.
+    Mean over annotators; image i has the seeds from (seed 10^6 + i) 1000 on, with as many resampling steps at k = 0.
+    """
+    curve = {k: [] for k in ks}
+    for i in tqdm(positions, "clicks", leave=False):
+        images, _, sizes = data.get([i])
+        h, w = sizes[0].tolist()
+        image, scored = Image.fromarray(images[0, :h, :w].numpy()), {k: [] for k in ks}
+        for true in data.maps(i)[:, :h, :w]:
+            ids, area = true[true >= 0].unique(return_counts=True)
+            points = []
+            for label in ids[area.argsort(descending=True, stable=True)][: max(ks)]:
+                depth = distance_transform_edt(np.pad(true == label, 1))[1:-1, 1:-1]
+                y, x = np.unravel_index(depth.argmax(), depth.shape)
+                points.append(f"{x},{y}")
+            for k in ks:
+                hints = hint_map(w, h, ";".join(points[:k])) if k else None
+                result = segment(image, model, n, (seed * 10**6 + i) * 1000, hints=hints, resample=2)
+                ari = metrics.scores(result.labels.long(), true.expand(n, -1, -1))["ari"]
+                scored[k].append((float(ari.mean()), float(ari[result.medoid])))
+        for k in ks:
+            curve[k].append(np.nanmean(scored[k], axis=0).tolist())
+    return curve
+
+
 def shared(rows):
     """The rows of all processes of torchrun, in order."""
     if not dist.is_initialized():
@@ -397,6 +428,7 @@ def arguments(argv):
     p.add_argument("--out", help="where the files go (default: out/eval/<checkpoint>-<dataset>-<split>)")
     p.add_argument("--seed", type=int, default=0, help="sample j of image i has the seed (SEED 10^6 + i) 1000 + j")
     p.add_argument("--n", type=whole, default=[1], help="samples an image, e.g. 8, or 1,2,4,8,16")
+    p.add_argument("--clicks", type=lambda text: numbers(text, int, 0), help="instead: ARI after so many clicks, e.g. 0,1,2,4,8")
     p.add_argument("--steps", type=whole, help="denoising steps, e.g. 8, or 1,2,4,8,16")
     p.add_argument("--guidance", type=lambda text: numbers(text, float, 0), help="e.g. 1, or 0,1,2,3")
     p.add_argument("--sampler", type=lambda text: words(text, ("ddpm", "ddim")), help="ddpm, ddim or ddpm,ddim")
@@ -442,6 +474,15 @@ def main(argv=None):
         settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
         settings = [s for s in settings if s["sampler"] == "ddpm" or s["variance"] == home["variance"]]   # ddim has none
     positions, sweep = list(range(min(a.limit, len(data)))), []
+    if model and a.clicks:
+        model.sampling.update(home)
+        curve = clicks_curve(model, data, positions, a.clicks, max(ns), a.seed)
+        print(f"{name} on {a.dataset} {a.split}, {len(positions)} images: ARI to the annotator who clicks, one sample / medoid of {max(ns)}")
+        table = {k: [metrics.bootstrap(column) for column in zip(*rows)] for k, rows in curve.items()}
+        for k, values in table.items():
+            print(f"  {k:>3} clicks   " + "   ".join(f"{m:.3f} [{low:.3f}, {high:.3f}]" for m, low, high in values))
+        print(json.dumps(dict(name=str(path), dataset=a.dataset, split=a.split, images=len(positions), n=max(ns), clicks=table)))
+        return 0
     mine = positions[rank :: dist.get_world_size()] if dist.is_initialized() else positions
     for setting in settings:
         many = all(setting[key] == home[key] for key in setting if key != "guidance")

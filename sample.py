@@ -174,16 +174,17 @@ def prepare(image, model, hints=None, init=None):
     names, hints = np.unique(np.append(hints, 0), return_inverse=True)             # hints 1, 2, ... in the order of ids
     hints = hints[:-1].reshape(none.shape)
     hint, start = shrink(hints, h, w), shrink(init, h, w)
-    labels = np.full((model.image_size,) * 2, -1)
-    labels[:h, :w] = np.where(hint > 0, hint, np.where(start > 0, start + len(names), -1))
-    found = np.unique(labels[labels >= 0])
-    if not len(found):
+    if not (hint.any() or start.any()):
         raise ValueError("hints and initial map are empty: no pixel has an id above 0")
-    if len(found) > codec.classes:
-        raise ValueError(f"{len(found)} ids in hints and initial map are more than the {codec.classes} of this network")
-    if lost := [int(name) for i, name in enumerate(names) if i and i not in found]:
-        raise ValueError(f"contradictory hints: id {lost[0]} shares all its pixels with others at the network's "
+    if len(names) - 1 > codec.classes:
+        raise ValueError(f"{len(names) - 1} ids in the hints are more than the {codec.classes} of this network")
+    if lost := set(range(1, len(names))) - set(hint.flat):
+        raise ValueError(f"contradictory hints: id {names[min(lost)]} shares all its pixels with others at the network's "
                          f"{model.image_size} pixels; make it larger or move it away")
+    ids, area = np.unique(start[(hint == 0) & (start > 0)], return_counts=True)    # what has no cell left is not given
+    ids = ids[np.argsort(-area, kind="stable")][: codec.classes + 1 - len(names)]
+    labels = np.full((model.image_size,) * 2, -1)
+    labels[:h, :w] = np.where(hint > 0, hint, np.where(np.isin(start, ids), start + len(names), -1))
     cells = codec.cells(torch.from_numpy(labels)[None], torch.Generator().manual_seed(0))      # (1, S, S)
     job.x0, job.hint = codec.encode(cells)[0], torch.zeros_like(cells[0])
     job.hint[:h, :w] = torch.from_numpy(hint)
