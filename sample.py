@@ -6,7 +6,7 @@
     python sample.py --init samples/photo/medoid.png --strength 0.4 photo.jpg  # correct a map by hand, sample again
     torchrun --nproc_per_node 8 sample.py photos/                              # the images are shared among 8 GPUs
 
-For each image a folder --out/<stem>/ (with suffix or parent where two stems are the same), everything at its own size:
+For each image a folder --out/<stem>/ (<name>_<suffix> where two stems are the same), everything at its own size:
     labels_00.png ...  one id a pixel, coloured when looked at (16-bit grey from 255 ids); 0 is never used
     overlay_00.png ... the same over the image; the same place has the same colour in every sample
     medoid.png         the sample that agrees most with the others;  consensus.png: their mean soft bits, decoded
@@ -247,9 +247,9 @@ def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, stren
         except torch.OutOfMemoryError:
             if len(part) == 1:
                 raise ValueError("the device's memory does not hold one sample: try --device cpu") from None
-            batch = len(part) // 2
-            run(part[:batch])
-            return run(part[batch:])
+            batch = half = len(part) // 2
+            run(part[:half])
+            return run(part[half:])
         for job, one in zip(jobs, x_hat):
             job.x_hat.append(one[:, : job.size[0], : job.size[1]])
 
@@ -355,11 +355,11 @@ def coco_segments(labels, cells, middle):
 def colours(side):
     """One colour for each cell of the palette: (side^2, 3) uint8.
 
-    Nine hues that the colour-blind tell apart (eight as Okabe & Ito's, and brown) fill each block of 3 x 3 cells, so that
-    neighbours always differ in hue; blocks differ in lightness.
+    Nine hues, near to Okabe & Ito's, fill each block of 3 x 3 cells; blocks differ in lightness. Neighbours differ by 15 or
+    more in CIE Lab, in normal, protan, deutan and tritan vision (Machado et al. 2009): a search moved the hues until then.
     """
-    hues = np.array([(230, 159, 0), (86, 180, 233), (0, 140, 105), (90, 45, 15), (240, 228, 66), (0, 90, 180),
-                     (222, 150, 190), (110, 110, 110), (205, 70, 0)])
+    hues = np.array([(251, 186, 19), (107, 195, 240), (0, 144, 116), (81, 16, 0), (227, 221, 110), (3, 82, 179),
+                     (225, 150, 188), (110, 110, 110), (194, 55, 20)])
     row, col = np.divmod(np.arange(side**2), side)
     hue, block = hues[row % 3 * 3 + col % 3], (row // 3 + col // 3) % 3
     tint = np.array([0, 0.3, 0.25])[block][:, None]                                # towards white, towards black
@@ -552,12 +552,15 @@ def write_panoptic(out):
 
 
 def folder_names(files):
-    """A folder for each file, all different: the stem, else the name, else the whole path."""
-    names = {}
-    for name in (lambda p: p.stem, lambda p: p.name.replace(".", "_"), lambda p: "_".join(p.resolve().parts[1:])):
-        left = [p for p in files if p not in names]
-        taken = [n.casefold() for n in ["panoptic", *names.values(), *map(name, left)]]        # macOS, Windows: a is A
-        names.update({p: name(p) for p in left if taken.count(name(p).casefold()) == 1})
+    """A folder for each file, all different: the stem; else the name, with as many of its parents as it takes."""
+    names, depth = {}, 0
+    while left := [p for p in files if p not in names]:
+        parts = {p: p.resolve().parts[-depth:] for p in left}
+        name = {p: "_".join(parts[p]).replace(".", "_") if depth else p.stem for p in left}
+        name = {p: f"{name[p]}_{files.index(p)}" if depth > len(parts[p]) else name[p] for p in left}
+        taken = [n.casefold() for n in ("panoptic", *names.values(), *name.values())]          # a is A on some systems
+        names.update({p: n for p, n in name.items() if taken.count(n.casefold()) == 1})
+        depth += 1
     return names
 
 
@@ -640,7 +643,7 @@ def main(argv=None):
     p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, at most 1")
     p.add_argument("--resample", type=int, help="repeats of each step: slower, follows hints better (default: 1, with hints 2)")
     p.error = fail
-    a = p.parse_args(argv)
+    a = p.parse_intermixed_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         for name in ("n", "steps", "batch", "resample"):
