@@ -300,10 +300,11 @@ def own_size(x_hat, size, width, height, codec, image=None, among=None):
             else:                                                                  # Gaussians: 0.5 pixels, 0.1 of the range
                 far = ((r - near_r) ** 2 + (col - near_c) ** 2) / 0.5 + ((own - colour[:, i, j]) ** 2).sum(0) / 0.02
                 weight = (-far).exp().clamp(min=1e-12)
-            y = y + soft[:, i, j] * weight                                          # (N*C, rows, width)
+            wide = soft[:, i[0, 0] : i[-1, 0] + 1][:, :, j]                        # columns first: then rows are copied whole
+            y = y + wide[:, i[:, 0] - i[0, 0]] * weight                            # (N*C, rows, width)
         for k, choice in enumerate(among):
-            code = codec.table[choice] @ y.view(len(x), -1, y[0].numel())[k]       # (M, rows * width): alike, 1 for each bit
-            out[k, s : s + strip] = choice[code.argmax(0)].view(-1, width)
+            like = y.view(len(x), -1, y[0].numel())[k].T @ codec.table[choice].T   # (rows * width, M): 1 for each bit alike
+            out[k, s : s + strip] = choice[like.argmax(1)].view(-1, width)
     return out.view(*x_hat.shape[:-3], height, width)
 
 
