@@ -208,3 +208,31 @@ def test_the_weaker_the_strength_the_more_of_init_is_left():
         job = next(denoise([picture(16, 16)], model, 1, init=init, strength=strength))
         kept.append(float((codec.decode(job.x_hat[0][None]) == codec.decode(job.x0[None])).float().mean()))
     assert kept[0] == 1 and kept[0] > kept[1] > kept[2] and kept[2] < 0.2
+
+
+def test_simulated_clicks_lie_deep_in_the_largest_segments(model, monkeypatch):
+    import eval as evaluation
+
+    class Data:
+        def get(self, positions):
+            return torch.zeros(1, 16, 16, 3, dtype=torch.uint8), None, torch.tensor([[12, 16]])
+
+        def maps(self, i):
+            out = torch.full((2, 16, 16), -1)
+            out[:, :12], out[0, 2:7, 9:14], out[1, 0, 0] = 4, 9, 3
+            return out
+
+    seen = []
+
+    def answer(image, model, n, seed, hints, resample):
+        seen.append((image.size, seed, hints))
+        return type("Result", (), dict(labels=torch.zeros(n, 12, 16, dtype=torch.uint8), medoid=1))
+
+    monkeypatch.setattr(evaluation, "segment", answer)
+    curve = evaluation.clicks_curve(model, Data(), [5], [0, 1, 2, 8], n=2)
+    assert list(curve) == [0, 1, 2, 8] and curve[2] == [[0.0, 0.0]]                # one segment for all: ARI 0
+    assert {(size, seed) for size, seed, _ in seen} == {((16, 12), 5000)} and len(seen) == 2 * 4
+    (none, one, two, all_), (_, _, tiny, _) = [h for _, _, h in seen[:4]], [h for _, _, h in seen[4:]]
+    assert none is None and len(np.unique(one)) == 2 and np.array_equal(two, all_)
+    y, x = np.argwhere(two == two[4, 11])[0]                                       # the middle of the small square
+    assert two[4, 11] > 0 and (y, x) == (4, 11) and tiny[0, 0] > 0
