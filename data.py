@@ -66,23 +66,54 @@ SAVE_EVERY = 5.0                                                       # seconds
 
 
 def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segment", components=False, workers=CORES,
-         max_bad=0.01, split_seed=0):
+         max_bad=0.01, split_seed=0, compose=0.0):
     """The data set `name`: shapes, coco, entity, ade20k, bsds500, or a folder. split: train, val or test.
+
+    Several, with commas between them, are a mixture: "photos:3,streets:components:ignore,shapes:0.5". After the name may
+    stand its weight (1), `components` and `ignore` (unlabelled pixels), for this set alone. Of a mixture, only the training
+    split is one: val and test are the first set's.
 
     root: where the set lies, as root/name or itself; cache: where packed copies go; seed: of shapes; unlabelled: whether
     id 0 is a segment or ignored; components: label maps hold classes, whose connected parts are the segments; workers:
-    processes that pack; max_bad: share of unusable items from which on packing fails; split_seed: of entity's split.
+    processes that pack; max_bad: share of unusable items from which on packing fails; split_seed: of entity's split;
+    compose: share of training samples that are scenes composed of pieces of the images (`compose`).
     Raises ValueError or OSError with what to do.
     """
     if unlabelled not in ("segment", "ignore"):
         raise ValueError(f"unlabelled is 'segment' or 'ignore', not '{unlabelled}'")
     if split not in ("train", "val", "test"):
         raise ValueError(f"split is train, val or test, not '{split}'")
+    parts = [parse_part(part) for part in name.split(",")]
+    sets = [load_one(part, split, size, root, cache, seed, own["unlabelled"] or unlabelled, own["components"] or components,
+                     workers, max_bad, split_seed) for part, _, own in (parts if split == "train" else parts[:1])]
+    mixed = split == "train" and (len(parts) > 1 or compose)
+    return Mixture(sets, [weight for _, weight, _ in parts], seed, compose) if mixed else sets[0]
+
+
+def load_one(name, split, size, root, cache, seed, unlabelled, components, workers, max_bad, split_seed):
     if name == "shapes":
         return Shapes(split, size, seed)
     files, listing = find(name, split, root, split_seed)
     options = dict(size=size, unlabelled=unlabelled, components=components, split_seed=split_seed)
     return pack(files, listing, Path(cache), f"{Path(name).resolve().name}-{split}", options, workers, max_bad)
+
+
+def parse_part(text):
+    """name[:weight][:components][:ignore] -> name, weight, dict(components, unlabelled). Raises ValueError."""
+    words, own, weight = text.split(":"), dict(components=False, unlabelled=None), 1.0
+    while len(words) > 1:
+        if words[-1] == "components":
+            own["components"] = True
+        elif words[-1] == "ignore":
+            own["unlabelled"] = "ignore"
+        elif words[-1].replace(".", "", 1).isdigit() and float(words[-1]) > 0:
+            weight = float(words[-1])
+        else:
+            break                                                              # a part of the name: C:\\photos
+        words.pop()
+    if not words[0]:
+        raise ValueError(f"'{text}' is not a data set: of several, each is name[:weight][:components][:ignore]")
+    return ":".join(words), weight, own
 
 
 def find(name, split, root="data", split_seed=0):
@@ -169,6 +200,122 @@ def paint(labels, params, noise):
     contrast = (p[..., 3:6] - 0.5) * 0.6                                           # stripes, checks, dots
     colour = 0.08 + 0.84 * p[..., :3] + contrast * (mix[..., None] - 0.5) + noise * (0.08 * p[..., 11:12])
     return (colour.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixtures: several sets at once, and compositions: segments and textures of their images, pasted over each other.
+
+
+@dataclass
+class Mixture:
+    """An endless data set: sample i comes from one of the sets, in proportion to their weights, or is a composition."""
+
+    sets: list                                   # Packed or Shapes, all of one size
+    weights: list
+    seed: int = 0
+    compose: float = 0.0                         # share of compositions
+
+    def __post_init__(self):
+        self.name = "+".join(one.name for one in self.sets)
+        self.segments = max(one.segments for one in self.sets) + 10                # at most, in one label map
+        self.shares = np.array(self.weights) / sum(self.weights)
+        self.photos = self.shares * [isinstance(one, Packed) for one in self.sets]
+        if self.compose and not self.photos.any():
+            raise ValueError("compositions need real images: add a data set of files, or leave out --compose")
+
+    def __len__(self):
+        return 2**31
+
+    def get(self, positions, draws=None):
+        images, labels, sizes = zip(*map(self.one, positions))
+        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels).astype(np.int64)), torch.tensor(np.array(sizes))
+
+    def one(self, i):
+        """Sample number i: image (S, S, 3) uint8, labels (S, S), (h, w). The same on every machine."""
+        rng = np.random.Generator(np.random.Philox(key=[2**33 + self.seed, int(i)]))
+        chosen = self.sets[rng.choice(len(self.sets), p=self.shares)]
+        if rng.random() < self.compose:
+            return compose(rng, lambda: self.photo(rng, self.sets[rng.choice(len(self.sets), p=self.photos / self.photos.sum())]))
+        if isinstance(chosen, Shapes):
+            return [part[0].numpy() for part in chosen.get([i])]
+        return self.photo(rng, chosen)
+
+    @staticmethod
+    def photo(rng, packed):
+        return [part[0].numpy() for part in packed.get([int(rng.integers(len(packed)))], rng.random(1))]
+
+
+def compose(rng, photo, most=8):
+    """A scene of real textures: image (S, S, 3) uint8, labels (S, S), (S, S). photo() draws an image, labels and (h, w).
+
+    The background is a photo or one of its textures; over it come 1 to `most` pieces: segments cut out of photos, or
+    polygons and ellipses filled with a texture. Every piece hides what is below it.
+    """
+    image, labels, (h, w) = photo()
+    S = len(image)
+    if rng.random() < 0.5 and h > S // 2 < w:                                      # a part of a photo, with its own labels
+        image, labels = (cut_out(v, 0, 0, h, w, S, S) for v in (image, labels))
+    else:
+        image, labels = texture(rng, image, labels, S), np.zeros((S, S), np.int64)
+    outlines = draw_scene(rng, S, most)[0]
+    for j in range(1, int(rng.integers(1, most + 1)) + 1):
+        source, ids, _ = photo()
+        if rng.random() < 0.5:
+            mask, fill = outlines == j, texture(rng, source, ids, S)
+        else:
+            mask, fill = piece(rng, source, ids, S)
+        light = rng.uniform(0.75, 1.25)
+        image = np.where(mask[..., None], (fill * light).clip(0, 255).astype(np.uint8), image)
+        labels = np.where(mask, 100_000 + j, labels)
+    return image, np.where(labels < 0, -1, np.unique(labels, return_inverse=True)[1].reshape(S, S)), np.array([S, S])
+
+
+def one_of(rng, labels, least=0.01):
+    """The mask of one segment, larger ones more likely; of the whole map if it has none of that share."""
+    ids, counts = np.unique(labels[labels >= 0], return_counts=True)
+    ids, counts = ids[counts >= least * labels.size], counts[counts >= least * labels.size]
+    return labels == rng.choice(ids, p=counts**0.5 / (counts**0.5).sum()) if len(ids) else labels >= 0
+
+
+def texture(rng, image, labels, S):
+    """A canvas (S, S, 3) filled with the largest square inside one segment, mirrored and repeated."""
+    depth = scipy.ndimage.distance_transform_cdt(np.pad(one_of(rng, labels), 1), "chessboard")[1:-1, 1:-1]
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    r = max(1, int(depth[y, x]) - 1)
+    square = image[max(0, y - r) : y + r + 1, max(0, x - r) : x + r + 1]
+    zoom = rng.uniform(0.7, 1.5)
+    side = max(4, int(2 * r * zoom))
+    square = cut_out(square, 0, 0, *square.shape[:2], side, side)
+    canvas = np.pad(square, [(0, S), (0, S), (0, 0)], mode="symmetric")
+    y, x = rng.integers(0, side + 1, 2)
+    return np.rot90(canvas[y : y + S, x : x + S], int(rng.integers(4)))
+
+
+def piece(rng, image, labels, S):
+    """A segment of the photo, resized, turned over and moved: mask (S, S), fill (S, S, 3)."""
+    mask = one_of(rng, labels)
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return mask, image
+    top, left, h, w = rows[0], columns[0], rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+    zoom = rng.uniform(0.15, 0.7) * S / max(h, w)
+    H, W = max(2, round(h * zoom)), max(2, round(w * zoom))
+    fill, part = (cut_out(v, top, left, h, w, H, W) for v in (image, mask))
+    if rng.random() < 0.5:
+        fill, part = fill[:, ::-1], part[:, ::-1]
+    full, out = np.zeros((S, S), bool), np.zeros((S, S, 3), np.uint8)
+    y, x = int(rng.integers(-H // 3, S - 2 * H // 3)), int(rng.integers(-W // 3, S - 2 * W // 3))
+    to = slice(max(0, y), min(S, y + H)), slice(max(0, x), min(S, x + W))
+    of = slice(to[0].start - y, to[0].stop - y), slice(to[1].start - x, to[1].stop - x)
+    full[to], out[to] = part[of], fill[of]
+    return full, out
+
+
+def cut_out(array, top, left, h, w, H, W):
+    """The part (h, w) of an array, resized to (H, W): nearest pixels (maps and photos must move alike)."""
+    rows = (top + (np.arange(H) + 0.5) * h / H).astype(int)
+    columns = (left + (np.arange(W) + 0.5) * w / W).astype(int)
+    return array[rows[:, None], columns]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

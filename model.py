@@ -25,6 +25,7 @@ from einops import rearrange
 # levels have attention; heads: attention heads.
 SIZES = {                                                                          # at k = 6, RGB:  parameters
     "tiny":  dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2),
+    "photo": dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2, position=3),
     "small": dict(width=64, mult=(1, 2, 3, 4),    blocks=2, attn=2, heads=4, patch=1),
     "paper": dict(width=64, mult=(1, 2, 2, 4, 4), blocks=3, attn=2, heads=4, patch=1),          # 38,496,262
 }
@@ -39,6 +40,17 @@ def time_features(t, dim=64, max_period=10.0):
     freqs = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device, dtype=torch.float32))
     angle = t.float()[:, None] * freqs                                             # (B, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def position_features(height, width, octaves, device=None):
+    """Cosines and sines of pi, 2 pi, 4 pi, ... times row and column, each in (0, 1): (1, 4 * octaves, height, width).
+
+    A cosine of octave j changes its sign where bit k/2 - 1 - j of a Gray code does.
+    """
+    freqs = math.pi * 2.0 ** torch.arange(octaves, device=device)[:, None]
+    y, x = (freqs * (torch.arange(n, device=device) + 0.5) / n for n in (height, width))   # (octaves, n)
+    y, x = torch.cat([y.cos(), y.sin()])[:, :, None], torch.cat([x.cos(), x.sin()])[:, None]
+    return torch.cat([y.expand(-1, -1, width), x.expand(-1, height, -1)])[None]
 
 
 class ResBlock(nn.Module):
@@ -84,7 +96,7 @@ class UNet(nn.Module):
     Raises ValueError for an H or W that the levels cannot halve (a multiple of patch * 2^(levels - 1) is needed).
     """
 
-    def __init__(self, in_channels, out_channels, width, mult, blocks, attn, heads, patch=1, dropout=0.0):
+    def __init__(self, in_channels, out_channels, width, mult, blocks, attn, heads, patch=1, dropout=0.0, position=0):
         super().__init__()
         if width % 32:
             raise ValueError(f"width {width} must be a multiple of 32, the number of normalisation groups")
@@ -93,6 +105,8 @@ class UNet(nn.Module):
         c_emb = 4 * width
         self.time = nn.Sequential(nn.Linear(64, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.stem = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
+        self.position = position
+        self.place = nn.Conv2d(4 * position, width, 1) if position else None
 
         c, skips = width, [width]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -135,6 +149,8 @@ class UNet(nn.Module):
         else:
             rest = torch.cat(self.stem.weight.split(self.parts, 1)[::2], dim=1)
             h = F.conv2d(x, rest, self.stem.bias, padding=1) + image_part
+        if self.place is not None:
+            h = h + self.place(position_features(*h.shape[-2:], self.position, h.device).to(h.dtype))
         skips = [h]
         for layer in self.down:
             h = layer(h, emb) if isinstance(layer, Stage) else layer(h)

@@ -46,7 +46,9 @@ class Config:
     # The defaults are the paper's. A preset (below) changes some, the command line has the last word: --lr 3e-4
 
     # what and where
-    dataset: str = "shapes"                      # shapes, coco, entity, ade20k, bsds500, or a folder with images/ and labels/
+    dataset: str = "shapes"                      # shapes, coco, entity, ade20k, bsds500, or a folder with images/ and labels/;
+                                                 # several: photos:3,streets:components:ignore,shapes (a number: its weight)
+    compose: float = 0.0                         # share of training scenes pasted together from pieces of the images
     preset: str = ""                             # a row of PRESETS; "": tiny for shapes, paper for coco and entity, else small
     network: str = ""                            # tiny, small or paper (model.SIZES); "": the preset's
     out: str = ""                                # "": out/<dataset>-<preset>
@@ -138,7 +140,8 @@ def parse(argv):
     if preset not in PRESETS:
         raise ValueError(f"preset '{preset}' is not one of {', '.join(PRESETS)}")
     c = Config(**{**PRESETS[preset], **given, "preset": preset})
-    c.out = c.out or f"out/{Path(dataset).name}-{preset}"
+    first, *more = dataset.split(",")
+    c.out = c.out or f"out/{Path(datasets.parse_part(first)[0]).name}{'-and-more' if more else ''}-{preset}"
     c.network = c.network or preset
     if c.network not in SIZES:
         raise ValueError(f"network '{c.network}' is not one of {', '.join(SIZES)}")
@@ -150,6 +153,8 @@ def parse(argv):
         raise ValueError(f"--keep_every must be 0 (none) or more, not {c.keep_every}")
     if c.workers < 0 or not 0 < c.crop <= 1:
         raise ValueError(f"--workers is 0 or more, and --crop above 0 and at most 1, not {c.workers} and {c.crop}")
+    if not 0 <= c.compose <= 1:
+        raise ValueError(f"--compose is a share of the samples, from 0 to 1, not {c.compose}")
     if c.crop < 1 and (not c.augment or dataset == "shapes"):
         raise ValueError("--crop belongs to the augmentation of real images: not with shapes, nor with --augment false")
     if c.batch_size % c.accumulate:
@@ -388,7 +393,7 @@ def prepare(c):
                              f"--encoding as it has them")
         net.load_state_dict(source["ema"])
     common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled, components=c.components)
-    train_data = datasets.load(c.dataset, "train", datasets.packed_side(c.image_size, c.crop), **common)
+    train_data = datasets.load(c.dataset, "train", datasets.packed_side(c.image_size, c.crop), compose=c.compose, **common)
     val_data = datasets.load(c.dataset, "val", c.image_size, **common)
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
