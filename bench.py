@@ -372,27 +372,29 @@ def bench_train(args):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         loss(net, batch)
     flop, rate = 3 * counter.get_total_flops(), matrix_rate(device, torch.bfloat16, args.clock)
-    print(f"{args.preset}: batch {c.batch_size} of {c.image_size} x {c.image_size}, {flop / c.batch_size / 1e9:.1f} GFLOP an image and step, "
-          f"on {where(device)}; bf16 matrix rate {rate / 1e12:.2f} TFLOP/s; train.py: {str(dtype or torch.float32)[6:]} ({why}), "
-          f"{'compiled' if compiled else 'not compiled'}; medians of {args.rounds} rounds, {args.clock} clock\n")
-    print(f"{'':18}{'images/s':>9}{'speed':>7}{'step ms':>9}" + "".join(f"{p:>11}" for p in PARTS) + f"{'GFLOP/s':>10}{'of rate':>9}{'warm-up s':>11}")
+    print(f"{args.preset}: batch {c.batch_size} of {c.image_size} x {c.image_size}, {flop / c.batch_size / 1e9:.1f} GFLOP an image "
+          f"and step, on {where(device)};\nbf16 matrix rate {rate / 1e12:.2f} TFLOP/s; train.py: {str(dtype or torch.float32)[6:]} "
+          f"({why}), {'compiled' if compiled else 'not compiled'}; medians of {args.rounds} rounds, {args.clock} clock\n")
+    print(f"{'':20}{'images/s':>9}{'speed':>7}{'step ms':>9}" + "".join(f"{p:>11}" for p in PARTS)
+          + f"{'GFLOP/s':>10}{'of rate':>9}{'warm-up s':>11}")
     rows, slow = {}, statistics.median(times["plain fp32 NCHW"])
     for name in variants:
         t, each = statistics.median(times[name]), [1e3 * statistics.median(p) for p in zip(*parts[name])]
         rows[name] = dict(images_per_second=c.batch_size / t, speed=slow / t, step_ms=1e3 * t, **dict(zip(PARTS, each)),
                           flops=flop / t, share_of_rate=flop / t / rate, warm_up_s=warm[name])
-        print(f"{name:18}{c.batch_size / t:9.1f}{slow / t:6.2f}x{1e3 * t:9.1f}" + "".join(f"{v:11.1f}" for v in each)
+        print(f"{name:20}{c.batch_size / t:9.1f}{slow / t:6.2f}x{1e3 * t:9.1f}" + "".join(f"{v:11.1f}" for v in each)
               + f"{flop / t / 1e9:10.1f}{flop / t / rate:9.1%}{warm[name]:11.1f}")
     memory = peak_memory(device)
     print(f"\npeak memory {memory:.2f} GB" if memory else "")
-    print(json.dumps(dict(bench="train", preset=args.preset, batch=c.batch_size, device=where(device), torch=torch.__version__,
-                          clock=args.clock, gflop_per_image=flop / c.batch_size / 1e9, matrix_rate=rate, peak_memory_gb=memory,
-                          variants=rows, images_per_second=rows["train.py"]["images_per_second"])))
+    print(json.dumps(dict(bench="train", preset=args.preset, batch=c.batch_size, device=where(device),
+                          torch=torch.__version__, clock=args.clock, gflop_per_image=flop / c.batch_size / 1e9,
+                          matrix_rate=rate, peak_memory_gb=memory, variants=rows,
+                          images_per_second=rows["train.py"]["images_per_second"])))
 
 
 def bench_sample(args):
     c, device, dtype, why, codec, diffusion, network, net = setting(args)
-    net, n = net.eval().requires_grad_(False), args.n
+    net, n = net.to(memory_format=torch.channels_last).eval().requires_grad_(False), args.n      # as sample.py has it
     data = train.datasets.load("shapes", "val", c.image_size, seed=c.seed)
     images, _, sizes = data.get(list(range(args.images)))
     x, inside = train.datasets.normalise(images.to(device), sizes.to(device))
@@ -404,12 +406,12 @@ def bench_sample(args):
         for name, job in jobs.items():
             start = clock(device, args.clock)
             with context:
-                sample(net, x[job], inside[job], codec.channels, range(len(job)), diffusion, codec.activate, args.steps, c.guidance,
-                       fused=fused(codec, device))
+                sample(net, x[job], inside[job], codec.channels, range(len(job)), diffusion, codec.activate, args.steps,
+                       c.guidance, fused=fused(codec, device))
             if i > 0:                                                              # the first round warms up
                 times[name].append(clock(device, args.clock) - start)
-    print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, {str(dtype or torch.float32)[6:]} ({why}), "
-          f"on {where(device)}; medians of {args.rounds} rounds, {args.clock} clock\n")
+    print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, "
+          f"{str(dtype or torch.float32)[6:]} ({why}), on {where(device)}; medians of {args.rounds} rounds, {args.clock} clock\n")
     rows = {}
     for name, job in jobs.items():
         t = statistics.median(times[name])
@@ -452,7 +454,7 @@ def main(argv=None):
     for q in (t, s):
         q.add_argument("--preset", default="tiny", choices=train.PRESETS)
         q.add_argument("--device", default="auto")
-        q.add_argument("--precision", default="auto")
+        q.add_argument("--precision", default="auto" if q is t else "fp32")
         q.add_argument("--compile", default="auto")
         q.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     args = p.parse_args(argv)

@@ -71,8 +71,8 @@ class Step:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.lr = torch.zeros((), device=self.device) if self.fused else 0.0       # a graph reads it where it lies
         self.model = torch.nn.parallel.DistributedDataParallel(
-            net, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False,
-            gradient_as_bucket_view=True) if world > 1 else net
+            net, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True
+        ) if world > 1 else net
         self.fast = torch.compile(self.model) if compiled else self.model
         self.no_sync = self.model.no_sync if world > 1 else contextlib.nullcontext
         self.graph = graph and self.device.type == "cuda" and world == 1 and dtype != torch.float16
@@ -157,6 +157,15 @@ def as_cuda_graph(run, batch):
 def out_of_memory(e):
     """Whether an exception says so, on any device."""
     return any(words in str(e) for words in ("out of memory", "allocate memory", "not enough memory"))
+
+
+def join(rank, world, backend):
+    """Make this one of `world` processes that torchrun started."""
+    host, port, env = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ.get
+    store = dist.TCPStore(host, port, world, is_master=rank == 0 and env("TORCHELASTIC_USE_AGENT_STORE") != "True")
+    # after a restart the store still holds the addresses of the dead processes
+    store = dist.PrefixStore(env("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def anyone(stop, world):

@@ -16,7 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-import json
+import getpass
 import math
 import os
 import signal
@@ -28,17 +28,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 import data as datasets
 import kernels
 from bits import Codec
 from checkpoint import lock, newest, read, save
-from diffusion import Diffusion, draw, fused, fused_training_loss, sample, training_loss
-from engine import Step, Watch, anyone, append, forget, layout, out_of_memory, pick_precision, update_ema, written
-from metrics import scores
+from diffusion import Diffusion, draw, fused, fused_training_loss, training_loss
+from engine import Step, Watch, anyone, append, forget, join, layout, out_of_memory, pick_precision, update_ema, written
 from model import SIZES, UNet
-from sample import grid, overlay, pick_device, side_of
+from sample import pick_device
+from validate import validate
 
 
 @dataclass
@@ -243,58 +242,6 @@ def batches(data, step, c, codec, diffusion, device, rank, world):
         source.close()
 
 
-class Stopped(Exception):
-    pass
-
-
-@torch.no_grad()
-def validate(net, data, codec, diffusion, c, device, autocast, stop, rank, world):
-    """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None if stopped."""
-    n, totals, tiles, side = min(c.eval_images, len(data)), [], [], side_of(codec)
-    size = min(32, c.batch_size) if device.type == "cpu" else 32                   # small: a signal is looked at in between
-
-    def cells_of(x, inside, seeds):
-        def look(*_):
-            if stop:
-                raise Stopped
-
-        with autocast():
-            x_hat = sample(net, x, inside, codec.channels, seeds, diffusion, codec.activate, c.steps, c.guidance, c.sampler,
-                           c.variance, callback=look, fused=fused(codec, device))
-        return codec.decode(x_hat, inside).cpu()
-
-    try:
-        for start in range(size * rank, n, size * world):
-            at = list(range(start, min(start + size, n)))
-            images, labels, sizes = data.get(at)
-            x, inside = datasets.normalise(images.to(device), sizes.to(device))
-            cells = cells_of(x, inside, at)
-            for i, one in zip(at, cells):
-                maps = data.maps(i)
-                s = scores(one.expand(len(maps), -1, -1), maps)
-                totals.append([float(s["ari"].nanmean()), float(s["iou"].nanmean())])
-            m = min(8 - len(tiles), len(at)) if rank == 0 else 0
-            if m > 0:
-                truth = Codec(bits=codec.bits).cells(labels[:m]) if codec.palette == "none" else codec.cells(labels[:m])
-                more = [cells_of(x[:m], inside[:m], [1000 * j + i for i in at[:m]]) for j in (1, 2)]
-                for image, true, *three in zip(images[:m], truth, cells, *more):
-                    tiles.append([image.numpy(), overlay(image, true, side, 0.8), *(overlay(image, v, side, 0.8) for v in three)])
-    except Stopped:
-        pass
-    scored = torch.tensor(totals, dtype=torch.float64).reshape(-1, 2)
-    sums = torch.cat([scored.nansum(0), (~scored.isnan()).sum(0), torch.tensor([len(stop)])]).double()
-    if world > 1:
-        dist.all_reduce(sums)
-    if sums[4]:
-        return None
-    ari, iou = (sums[:2] / sums[2:4]).tolist()
-    if rank > 0:
-        return ari, iou, None
-    scale = max(1, 128 // c.image_size)
-    sheet = grid([tile.repeat(scale, 0).repeat(scale, 1) for row in tiles for tile in row], columns=2 * len(tiles[0]))
-    return ari, iou, Image.fromarray(sheet)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -380,7 +327,7 @@ def loss_of(diffusion, codec, device, dtype):
 
 def prepare(c):
     """All that can be wrong with the user's input goes wrong here. Raises ValueError or OSError."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))   # torchrun
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if c.batch_size % (c.accumulate * world):
         raise ValueError(f"--batch_size {c.batch_size} cannot be split among {world} processes x --accumulate {c.accumulate}")
     device, dtype, why, codec, diffusion, network, net = build(c, local if world > 1 else None)
@@ -410,7 +357,7 @@ def prepare(c):
         if differ:
             raise ValueError(f"{path} was made with other options ({'; '.join(differ)}): use the same, or another --out")
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        join(rank, world, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         step = torch.tensor([resumed["step"] if resumed else 0])
         steps = [torch.zeros_like(step) for _ in range(world)]
         dist.all_gather(steps, step)                                               # all have read: now files may change
@@ -440,7 +387,8 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
 
     def content():
         return dict(
-            step=step, best=best, validated=validated, dataset=c.dataset, image_size=c.image_size, config=vars(c), network=network,
+            step=step, best=best, validated=validated, config=vars(c), dataset=c.dataset, image_size=c.image_size,
+            network=network,
             codec=dict(encoding=c.encoding, bits=c.bits, palette=c.palette, seed=c.seed, activation=c.activation),
             diffusion=dataclasses.asdict(diffusion),
             sampling=dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance),
@@ -479,7 +427,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
 
     handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     coming = batches(train_data, step, c, codec, diffusion, device, rank, world)
-    stopped, watch, seen = anyone(stop, world), Watch(), []
+    stopped, watch, seen = anyone(stop, world), Watch(), []                        # seen: losses and norms since the last line
     try:
         while not next(stopped):
             if step > validated and (step % c.eval_every == 0 or step == c.max_steps):
@@ -496,7 +444,8 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
                     put("best.pt", lambda path: save(path, portable(content())))
             if step >= c.max_steps:
                 saved = checkpoint()
-                say(f"done: {out}/ckpt.pt; now try: python sample.py --n 8 photo.jpg")
+                say(f"done: {out}/ckpt.pt; now try: python sample.py --n 8 photo.jpg" if saved else
+                    f"done, but {out}/ckpt.pt is an older one: make room, and run the same command again")
                 return 0 if saved else 1
 
             batch, full = next(coming), False
@@ -506,13 +455,17 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
                 seen.append(update(batch, learning_rate(step, c)))
             except RuntimeError as e:
                 full = out_of_memory(e)
+                if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                    print(f"train.py: torch.compile failed ({str(e).strip().splitlines()[0]}): use --compile off; or, if it worked "
+                          f"before, delete its cache, the folder torchinductor_{getpass.getuser()} among the temporary files", file=sys.stderr)
+                    return 2
                 if not full:
                     raise
             if full:                                                               # here the failed step's memory is free again
                 fits, tried = update.fits(batch), len(batch["x0"]) // c.accumulate
-                remedy = f"add --accumulate {c.batch_size // world // fits}" if fits else "take a smaller --network or --image_size"
-                print(f"train.py: out of memory on {device} with {tried} images at once; {fits or 'not even one'} would fit: {remedy} "
-                      f"and run the same command again", file=sys.stderr)
+                remedy = f"add --accumulate {c.batch_size // world // fits}" if fits else "choose a smaller --network"
+                print(f"train.py: out of memory on {device} with {tried} images at once; {fits or 'not even one'} would fit: "
+                      f"{remedy} and run the same command again", file=sys.stderr)
                 return 2
             update_ema(ema, net, step, c.ema)
             step += 1
@@ -531,8 +484,8 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
                     step=step, loss=report["loss"], lr=learning_rate(step - 1, c), images_per_second=rate * c.batch_size,
                     seconds=spent, **more)
                 if watch.worst >= 20:
-                    say(f"stopped at step {step}: {watch.worst} steps in a row had no finite gradient, and changed nothing. Try a lower "
-                        f"--lr, --precision fp32 or more --warmup_steps, from the last checkpoint or into another --out")
+                    say(f"stopped at step {step}: {watch.worst} steps in a row had no finite gradient, and changed nothing. "
+                        f"Try a lower --lr, --precision fp32 or more --warmup_steps, into another --out")
                     return 1
             if c.keep_every and step % c.keep_every == 0:                          # before ckpt.pt: a run goes on behind that
                 put(f"ckpt_{step:06d}.pt", lambda path: save(path, content()))
