@@ -37,7 +37,7 @@ from diffusion import Diffusion, draw, fused, fused_training_loss, training_loss
 from engine import Step, Watch, anyone, append, forget, join, layout, out_of_memory, pick_precision, update_ema, written
 from model import SIZES, UNet
 from sample import pick_device
-from validate import validate
+from validate import save_picture, validate
 
 
 @dataclass
@@ -436,8 +436,8 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
                     continue
                 ari, iou, picture = result
                 validated = step
-                put(f"samples_{step:06d}.png", lambda path: picture.save(path))
-                say(f"step {step:>6}  validation ARI {ari:.3f}  IoU {iou:.3f}  -> {out}/samples_{step:06d}.png",
+                drawn = put(f"samples_{step:06d}.png", lambda path: save_picture(picture, path))
+                say(f"step {step:>6}  validation ARI {ari:.3f}  IoU {iou:.3f}" + f"  -> {out}/samples_{step:06d}.png" * drawn,
                     step=step, ari=ari, iou=iou, seconds=time.time() - started)
                 if ari > best:
                     best = ari
@@ -445,7 +445,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
             if step >= c.max_steps:
                 saved = checkpoint()
                 say(f"done: {out}/ckpt.pt; now try: python sample.py --n 8 photo.jpg" if saved else
-                    f"done, but {out}/ckpt.pt is an older one: make room, and run the same command again")
+                    f"done, but not saved in {out}/ckpt.pt: make room, and run the same command again")
                 return 0 if saved else 1
 
             batch, full = next(coming), False

@@ -1,6 +1,6 @@
 """Validation during training: scores by real sampling, and a picture.
 
-What it is: `validate`, which any number of processes share. What it is not: the evaluation of a finished network, with
+What it is: `validate`, which any number of processes share, and `save_picture`. What it is not: the evaluation of a finished network, with
 intervals, sweeps and several samples an image, is eval.py.
 """
 
@@ -65,3 +65,12 @@ def validate(net, data, codec, diffusion, c, device, autocast, stop, rank, world
     scale = max(1, 128 // c.image_size)
     sheet = grid([tile.repeat(scale, 0).repeat(scale, 1) for row in tiles for tile in row], columns=2 * len(tiles[0]))
     return ari, iou, Image.fromarray(sheet)
+
+
+def save_picture(picture, path):
+    """Write it, or raise OSError and leave no half of it."""
+    try:
+        picture.save(path)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
