@@ -1,13 +1,13 @@
 """How good is a checkpoint, and does it know that people segment differently? Tables, pictures, and one JSON line last.
 
     python eval.py --dataset path/to/folder --n 8                                 # the newest checkpoint under out/
-    python eval.py --ckpt out/shapes-tiny/ckpt.pt --limit 64 --n 1,2,4,8,16       # best of n, medoid, consensus
+    python eval.py --ckpt out/shapes-tiny/ckpt.pt --limit 64 --n 1,2,4,8,16       # best of n, medoid, ...
     python eval.py --steps 1,2,4,8,16,50 --guidance 0,1,2,3 --sampler ddpm,ddim   # sweeps: a table and a plot
     python eval.py --clicks 0,1,2,4,8 --dataset path/to/folder                    # what do hints bring?
     python eval.py --baseline grid --dataset path/to/folder --size 128            # what needs no training
 
-Three answers an image: the first of n samples, the medoid (the sample with the highest mean ARI to the others) and the
-consensus (the mean of the n samples' soft bits, decoded), at the network's resolution and, where the label maps are
+Four answers an image: the first of n samples, the medoid (the sample with the highest mean ARI to the others), the
+consensus (the mean of the n samples' soft bits, decoded) and the grouping (pixels that enough samples put together), at the network's resolution and, where the label maps are
 files, at the images' own. With several annotators every score is the mean over them, and every annotator is scored
 against the others ("human"). Brackets: 95 % bootstrap interval over images. Into --out: images.csv (a row an image),
 report.json, examples.png (best, median and worst images) and, for sweeps, sweep.png.
@@ -146,18 +146,18 @@ def judge(answers, maps):
     return result
 
 
-def best_of(cells, consensus, maps, agreement, ns):
-    """{n: {answer: (ARI, IoU)}} for the first n of the samples cells (N, S, S); consensus (len(ns), S, S), one for each n.
+def best_of(cells, consensus, groups, maps, agreement, ns):
+    """{n: {answer: (ARI, IoU)}} for the first n of the samples cells (N, S, S); consensus, groups (len(ns), S, S), for each n.
 
-    Answers: one (the mean over n samples), oracle (the best of n for this image), medoid, consensus.
+    Answers: one (the mean over n samples), oracle (the best of n for this image), medoid, consensus, grouping.
     """
-    every, m = torch.cat([cells, consensus]), len(maps)
+    every, m = torch.cat([cells, consensus, groups]), len(maps)
     s = metrics.scores(every.repeat_interleave(m, 0), maps.repeat(len(every), 1, 1))
-    s = torch.stack([s["ari"], s["iou"]]).view(2, len(every), m).nanmean(2)        # (2, N + len(ns))
+    s = torch.stack([s["ari"], s["iou"]]).view(2, len(every), m).nanmean(2)        # (2, N + 2 len(ns))
     curve = {}
     for k, n in enumerate(ns):
         curve[n] = {"one": s[:, :n].mean(1), "oracle": s[:, :n].amax(1), "medoid": s[:, metrics.medoid(agreement[:n, :n])],
-                    "consensus": s[:, len(cells) + k]}
+                    "consensus": s[:, len(cells) + k], "grouping": s[:, len(cells) + len(ns) + k]}
     return {n: {name: v.tolist() for name, v in c.items()} for n, c in curve.items()}
 
 
@@ -207,12 +207,15 @@ def run(data, positions, model, a, setting, ns, files, full=True, keep=False):
                 mean = torch.stack([x_hat[b, :k].mean(0) for k in ns])             # soft consensus of the first k
                 cells = model.codec.decode(torch.cat([x_hat[b], mean]), inside.expand(n + len(ns), -1, -1))
                 every = metrics.pairwise(torch.cat([cells[:n], maps]) if full else cells[:n])
-                row["curve"] = best_of(cells[:n], cells[n:], maps, every[0][:n, :n], ns)
+                groups = torch.stack([metrics.grouping(cells[:k]) for k in ns])
+                row["curve"] = best_of(cells[:n], cells[n:], groups, maps, every[0][:n, :n], ns)
                 middle = metrics.medoid(every[0][:n, :n])
                 answers["sample"], own["sample"] = cells[0], x_hat[b, 0]
                 if n > 1:
                     answers["medoid"], own["medoid"] = cells[middle], x_hat[b, middle]
                     answers["consensus"], own["consensus"] = cells[-1], mean[-1]
+                    answers["grouping"] = groups[-1]
+                    own["grouping"] = model.codec.encode(model.codec.cells(groups[-1:], torch.Generator().manual_seed(0)))[0]
             elif a.baseline != "human":
                 answers[a.baseline] = torch.zeros(maps.shape[1:], dtype=torch.int64)
                 own[a.baseline] = regular_grid(h, w) if a.baseline == "grid" else kmeans(images[b, :h, :w].numpy())
@@ -303,17 +306,17 @@ def print_summary(title, result):
 def sweep_table(sweep):
     """Print the table of the settings and return it as a list of {setting and n: ..., answer: [ARI, IoU]}."""
     print("\none: the mean of n samples; oracle: the best of n; gain: the share of (oracle - one) in ARI that an answer realises\n"
-          f"{'':<36}{'ARI':<38}{'gain':<20}IoU\nsampler variance steps guidance   n   one    oracle medoid consensus   "
-          "medoid consensus    one    oracle medoid consensus")
+          f"{'':<36}{'ARI':<41}{'gain':<28}IoU\nsampler variance steps guidance   n   one    oracle medoid cons.  group.     "
+          "medoid  cons. group.    one    oracle medoid cons.  group.")
     table = []
     for setting, rows in sweep:
         for n in rows[0]["curve"]:
             mean = {key: np.nanmean([row["curve"][n][key] for row in rows], axis=0).tolist() for key in rows[0]["curve"][n]}
             one, oracle, *rest = (v[0] for v in mean.values())
             gain = [f"{(v - one) / (oracle - one):.0%}" if oracle > one else "-" for v in rest]
-            ari, iou = ("".join(f"{v[i]:<7.3f}" for v in list(mean.values())[: 1 if n == 1 else 4]) for i in (0, 1))
+            ari, iou = ("".join(f"{v[i]:<7.3f}" for v in list(mean.values())[: 1 if n == 1 else 5]) for i in (0, 1))
             print(f"{setting['sampler']:<7} {setting['variance']:<8} {setting['steps']:>5} {setting['guidance']:>8g} {n:>3}   "
-                  f"{ari:<34}" + (f"{gain[0]:>6} {gain[1]:>9}    " if n > 1 else " " * 20) + iou)
+                  f"{ari:<41}" + ("".join(f"{v:>7}" for v in gain) + "    " if n > 1 else " " * 25) + iou)
             table.append({**setting, "n": n, **mean})
     return table
 
@@ -331,7 +334,7 @@ def sweep_panels(table, home):
                 if p["steps"] == home["steps"]:
                     guidance.setdefault(kind, []).append((p["guidance"], p["one"][metric]))
             if at_home:
-                for answer in ("oracle", "medoid", "consensus") if p["guidance"] == home["guidance"] else ("oracle",):
+                for answer in ("oracle", "medoid", "consensus", "grouping") if p["guidance"] == home["guidance"] else ("oracle",):
                     n.setdefault(f"{answer}, guidance {p['guidance']:g}", []).append((p["n"], p[answer][metric]))
         panels += [(f"{name} of one sample", "steps", steps), (f"{name} of one sample, {home['steps']} steps", "guidance", guidance),
                    (f"{name}, {home['steps']} steps", "samples n", n)]

@@ -9,7 +9,9 @@
 For each image a folder --out/<stem>/ (<name>_<suffix> where two stems are the same), everything at its own size:
     labels_00.png ...  one id a pixel, coloured when looked at (16-bit grey from 255 ids); 0 is never used
     overlay_00.png ... the same over the image; the same place has the same colour in every sample
-    medoid.png         the sample that agrees most with the others;  consensus.png: their mean soft bits, decoded
+    medoid.png         the sample that agrees most with the others
+    consensus.png      the mean of their soft bits, decoded
+    grouping.png       one map of all: pixels are together that enough samples put together
     uncertainty.png    the share of samples that see a boundary, and the entropy of the mean bits (paper, Eq. 3)
     panel.png          all of it in one picture
     segments.json      the medoid's segments in COCO's format (pycocotools reads it): RLE, area, box, confidence = the mean
@@ -18,7 +20,7 @@ For each image a folder --out/<stem>/ (<name>_<suffix> where two stems are the s
 
     from sample import load_checkpoint, segment
     result = segment(Image.open("photo.jpg"), load_checkpoint("out/shapes-tiny/ckpt.pt"), n=8)
-    result.labels, result.consensus, result.boundary                           # (8, H, W), (H, W), (H, W)
+    result.labels, result.grouping, result.boundary                            # (8, H, W), (H, W), (H, W)
 """
 
 import argparse
@@ -43,7 +45,7 @@ from bits import Codec, entropy
 from checkpoint import newest
 from data import IMAGE_TYPES, fitted, normalise, read_image, read_label, resize_image
 from diffusion import Diffusion, fused, sample
-from metrics import contingency, iou_matrix, medoid, pairwise
+from metrics import contingency, grouping, iou_matrix, medoid, pairwise
 from model import UNet
 
 MARK = "bitseg sample.py"                        # in every file written: others are never overwritten
@@ -203,6 +205,7 @@ class Segmentation:
 
     labels: torch.Tensor                         # (n, H, W) uint8, int16 from 255 cells
     consensus: torch.Tensor                      # (H, W): the mean of the samples' soft bits, decoded
+    grouping: torch.Tensor                       # (H, W): pixels are together that enough samples put together
     medoid: int                                  # the sample with the highest mean ARI to the others
     agreement: torch.Tensor                      # (n,): mean ARI of each sample to the others; nan if n = 1
     boundary: torch.Tensor                       # (H, W) in [0, 1]: share of samples with a boundary here (a network pixel wide)
@@ -316,8 +319,9 @@ def summarise(job, image, codec):
     """Job and its PIL image -> Segmentation. Agreement and confidence are measured at the network's resolution."""
     x_hat, (width, height), (h, w) = torch.stack(job.x_hat), image.size, job.size
     n, mean, cells = len(x_hat), x_hat.mean(0, keepdim=True), codec.decode(x_hat)
-    among = None if codec.encoding == "rgb" else [c.unique() for c in cells] + [cells.unique()]
-    labels = own_size(torch.cat([x_hat, mean]), job.size, width, height, codec, image, among)
+    groups = codec.cells(grouping(cells)[None], torch.Generator().manual_seed(0))  # (1, h, w): placed as segments are
+    among = None if codec.encoding == "rgb" else [c.unique() for c in cells] + [cells.unique(), groups.unique()]
+    labels = own_size(torch.cat([x_hat, mean, codec.encode(groups)]), job.size, width, height, codec, image, among)
     labels = labels.to(torch.uint8 if codec.classes < 255 else torch.int16)
     if job.held is not None:
         labels = torch.where(job.held >= 0, job.held.to(labels.dtype), labels)
@@ -330,7 +334,7 @@ def summarise(job, image, codec):
     edge = F.max_pool2d(F.pad(edge, ((reach - 1) // 2, reach // 2) * 2), reach, 1).mean(0, keepdim=True)
     own = dict(size=(height, width), mode="bilinear", align_corners=False)
     bits = F.interpolate(entropy(mean)[None], **own)[0, 0] if codec.encoding == "bits" else None
-    return Segmentation(labels[:n], labels[n], middle, agreement, F.interpolate(edge, **own)[0, 0], bits,
+    return Segmentation(labels[:n], labels[n], labels[n + 1], middle, agreement, F.interpolate(edge, **own)[0, 0], bits,
                         coco_segments(labels[middle].numpy(), cells, middle), x_hat)
 
 
@@ -423,7 +427,7 @@ def grid(tiles, columns, gap=4, captions=()):
 
 
 def panel(image, result, codec, held=None, most=16):
-    """Image, prompt if any, samples (at most `most`), consensus and uncertainty in one picture: (h, w, 3) uint8."""
+    """Image, prompt if any, samples (at most `most`), consensus, grouping and uncertainty in one picture: (h, w, 3) uint8."""
     side, (w, h) = side_of(codec), fitted(*image.size, 320)
     small = np.asarray(image.resize((w, h), Image.Resampling.LANCZOS))
     tiles, captions, n = [small], ["image"], len(result.labels)
@@ -438,6 +442,7 @@ def panel(image, result, codec, held=None, most=16):
         add(f"sample {j}" + (", medoid" if j == result.medoid and n > 1 else ""), result.labels[j])
     if n > 1:
         add("consensus", result.consensus)
+        add("grouping", result.grouping)
     for name, value, top, words in uncertainty(result, codec):
         tiles.append(shade(F.interpolate(value[None, None], (h, w), mode="bilinear", antialias=True)[0, 0] / top))
         captions.append((name, *words))
@@ -516,7 +521,8 @@ def write(folder, image, result, model, info, held=None, panoptic=False):
     for old in (folder / "segments.json", *folder.glob("*.png")):                  # ours, see `done`; perhaps of more samples
         old.unlink(missing_ok=True)
     save(panel(image, result, codec, held), folder / "panel.png")
-    for name, labels in {**maps, "medoid": result.labels[result.medoid], "consensus": result.consensus}.items():
+    for name, labels in {**maps, "medoid": result.labels[result.medoid], "consensus": result.consensus,
+                         "grouping": result.grouping}.items():
         save(labels.numpy().astype(kind) + kind(1), folder / f"{name}.png", palette)
     for name, labels in maps.items():
         save(overlay(image, labels, side), folder / f"{name.replace('labels', 'overlay')}.png")

@@ -98,7 +98,7 @@ def test_a_checkpoint_with_several_annotators_and_a_sweep(ckpt, tmp_path, capsys
     home = next(s for s in report["sweep"] if (s["sampler"], s["steps"], s["guidance"], s["n"]) == ("ddpm", 2, 0, 3))
     assert report["network"]["medoid"]["ari"][0] == pytest.approx(home["medoid"][0])
     assert report["network"]["consensus"]["iou"][0] == pytest.approx(home["consensus"][1])
-    for where, answer in itertools.product(("network", "own"), ("sample", "medoid", "consensus", "human")):
+    for where, answer in itertools.product(("network", "own"), ("sample", "medoid", "consensus", "grouping", "human")):
         for key, (mean, low, high) in report[where][answer].items():
             assert low <= mean <= high if mean is not None else key == "sq", (where, answer, key)   # sq: no match at all
     assert set(report["bits_ece"]) == {"sample", "last step, tanh", "last step, no tanh"} and 0 <= report["joined_ece"] <= 1
@@ -142,11 +142,13 @@ def test_best_of(ckpt):
         return float(s["ari"].mean()), float(s["iou"].mean())
 
     agreement = evaluation.metrics.pairwise(cells)[0]
-    curve = evaluation.best_of(cells, consensus, maps, agreement, [1, 3])
+    groups = torch.stack([cells[0], consensus[0]])
+    curve = evaluation.best_of(cells, consensus, groups, maps, agreement, [1, 3])
     each = [score(c) for c in cells]
     assert curve[3]["one"] == pytest.approx(np.mean(each[:3], 0)) and curve[3]["oracle"] == pytest.approx(np.max(each[:3], 0))
     others = [agreement[i, :3].sum() for i in range(3)]                            # of the first three only
     assert curve[3]["medoid"] == pytest.approx(each[int(np.argmax(others))])
+    assert curve[3]["grouping"] == pytest.approx(score(groups[1]))
     assert curve[3]["consensus"] == pytest.approx(score(consensus[1])) and curve[1]["one"] == pytest.approx(each[0])
 
 

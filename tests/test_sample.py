@@ -38,8 +38,8 @@ def test_one_image_gives_everything_at_its_own_size(ckpt, tmp_path, capsys):
     assert run(ckpt, tmp_path, tmp_path / "a.png", "--n", 3) == 0
     out = tmp_path / "out" / "a"
     maps = [f"{kind}_{j:02d}.png" for kind in ("labels", "overlay") for j in range(3)]
-    assert {p.name for p in out.iterdir()} == {*maps, "medoid.png", "consensus.png", "uncertainty.png", "panel.png", "segments.json"}
-    assert all(Image.open(out / name).size == (40, 30) for name in (*maps, "medoid.png", "consensus.png"))
+    assert {p.name for p in out.iterdir()} == {*maps, "medoid.png", "consensus.png", "grouping.png", "uncertainty.png", "panel.png", "segments.json"}
+    assert all(Image.open(out / name).size == (40, 30) for name in (*maps, "medoid.png", "consensus.png", "grouping.png"))
     label = np.array(Image.open(out / "labels_00.png"))
     assert label.ndim == 2 and label.min() >= 1 and label.max() <= 16
     text = capsys.readouterr().out
