@@ -220,12 +220,13 @@ def network_input(xt, image=None, x_self=None):
 
 @torch.no_grad()
 def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, guidance=1.0, sampler="ddpm",
-           variance="large", known=None, resample=1, init=None, strength=1.0, callback=None, fused=None):
+           variance="large", smooth=0.0, known=None, resample=1, init=None, strength=1.0, callback=None, fused=None):
     """Denoise Gaussian noise into x_hat (B, C, H, W) in [-1, 1] at N equidistant times from 1 to 0.
 
     image (B, 3, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random generator a sample, so
     the result for a seed is the same in every batch. guidance w: x_hat = (1 + w) x_hat(image) - w x_hat(no image).
-    variance (ddpm): large or small. callback(i, t, xt, x_hat) sees every step.
+    variance (ddpm): large or small. callback(i, t, xt, x_hat) sees every step. smooth: x_hat is averaged over about this
+    share of the longer side at every step, but not across edges of the image (`edge_aware`); 0: not at all, as in the paper.
 
     known: x0 (B, C, H, W) and hint (B, H, W) integers, the number of the hint that gives x0 there, 0 where unknown. There
     x_hat is x0 and xt is x0 noised for its time (RePaint, Lugmayr et al. 2022); what resembles a hint follows it (`carry`).
@@ -241,6 +242,8 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
                          f"{len(seeds)}")
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be above 0 and at most 1 (1: ignore init), not {strength}")
+    if smooth < 0:
+        raise ValueError(f"smooth must be 0 (off) or a share of the image's side, not {smooth}")
     d, (B, _, H, W), device = diffusion, image.shape, image.device
     generators = [torch.Generator(device).manual_seed(int(s)) for s in seeds]
     keys, stream = torch.tensor([int(s) for s in seeds], device=device), itertools.count()
@@ -253,6 +256,7 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     times = torch.linspace(strength if init is not None else 1, 0, steps + 1, dtype=torch.float64)
     lam, (alpha, sigma) = logsnr(times, d).tolist(), (v.tolist() for v in alpha_sigma(times, d))
     mask = valid[:, None]                                                          # (B, 1, H, W)
+    filters = edge_aware(image, valid, smooth) if smooth else None
 
     def update(i):                                                                 # xs = a xt + b x_hat + c eps
         if i == steps - 1:
@@ -282,14 +286,14 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
         t = torch.full((len(xs),), times[i].item(), device=device)
         out = model(network_input(xs, images, x_self), t, *extra)
         a, b, c = update(i)
-        if fused and known is None:
+        if fused and known is None and not smooth:
             after, x_hat = kernels.step(out, xt, alpha[i], sigma[i], a, b, c, valid, guidance, keys, next(stream),
                                         d.prediction, fused["activation"], with_x_hat=True)
         else:
             x_hat = to_x0(out, xs, alpha[i], sigma[i], d.prediction, activate)
             if guidance:
                 x_hat = (1 + guidance) * x_hat[:B] - guidance * x_hat[B:]
-            x_hat = x_hat.clamp(-1, 1) * mask
+            x_hat = (average(filters, x_hat * mask) if smooth else x_hat).clamp(-1, 1) * mask
             if known is not None:
                 x_hat = carry(x_hat, fixed, hint) * mask
             after = a * xt + b * x_hat + (c * noise() if c else 0)
@@ -297,6 +301,32 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
             callback(i, times[i].item(), xt, x_hat)
         xt = after
     return x_hat
+
+
+def edge_aware(image, valid, reach, colour=0.75):
+    """Filters that average along rows and columns of an image (B, 3, H, W), normalised: (B, H, W, W) and (B, W, H, H).
+
+    The weight of another pixel of the row is exp(-d): d grows by 1 for every `reach` of the longer side on the way there, and
+    by 1 for every `colour` that the image changes by. Weights sum to 1 over the valid pixels. This is normalised
+    convolution in the domain transform (Gastal & Oliveira 2011).
+    """
+    def along(x, valid):                                                           # (B, rows, columns, 3): its rows
+        change = (x[:, :, 1:] - x[:, :, :-1]).norm(dim=-1) / colour + 1 / (reach * max(image.shape[-2:]))
+        way = torch.cat([torch.zeros_like(change[:, :, :1]), change], dim=2).cumsum(2)
+        far = (way[..., None] - way[..., None, :]).abs()                           # (B, rows, columns, columns)
+        return torch.softmax(-far - 1e4 * ~valid[:, :, None], dim=-1)
+
+    x = image.float().permute(0, 2, 3, 1)
+    return along(x, valid), along(x.transpose(1, 2), valid.transpose(1, 2))
+
+
+def average(filters, x, times=3):
+    """x (B, C, H, W), averaged along rows, then along columns, several times."""
+    rows, columns = filters
+    for _ in range(times):
+        x = torch.einsum("bhvw,bchw->bchv", rows, x)
+        x = torch.einsum("bwuh,bchw->bcuw", columns, x)
+    return x
 
 
 def carry(x_hat, x0, hint, alike=0.5):

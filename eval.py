@@ -7,13 +7,13 @@
     python eval.py --baseline grid --dataset path/to/folder --size 128            # what needs no training
 
 Four answers an image: the first of n samples, the medoid (the sample with the highest mean ARI to the others), the
-consensus (the mean of the n samples' soft bits, decoded) and the grouping (pixels that enough samples put together), at the network's resolution and, where the label maps are
-files, at the images' own. With several annotators every score is the mean over them, and every annotator is scored
-against the others ("human"). Brackets: 95 % bootstrap interval over images. Into --out: images.csv (a row an image),
+consensus (the mean of the n samples' soft bits, decoded) and the grouping (pixels that enough samples put together), at
+the network's resolution, at another (--size 128) and, where the label maps are files, at the images' own. With several
+annotators every score is the mean over them, and every annotator is scored against the others ("human"). Brackets: 95 % bootstrap interval over images. Into --out: images.csv (a row an image),
 report.json, examples.png (best, median and worst images) and, for sweeps, sweep.png.
 
-Sweeps: each setting of steps, guidance, sampler and variance is run with one sample an image; those with the checkpoint's
-own steps, sampler and variance (or the first given) with all n. All but the sweep's table is of the checkpoint's own.
+Sweeps: each setting of steps, guidance, sampler, variance and smooth is run with one sample an image; those with the
+checkpoint's own (but any guidance; or the first given) with all n. All but the sweep's table is of the checkpoint's own.
 Baselines: grid (3 x 3 rectangles), kmeans (colour in Lab and position, 8 clusters), human (the annotators only).
 """
 
@@ -37,7 +37,7 @@ from tqdm import tqdm
 import kernels
 import metrics
 from bits import Codec
-from data import connected, find, load, normalise
+from data import connected, find, load, normalise, read_image
 from diffusion import fused, network_input, sample
 from sample import (grid, hint_map, load_checkpoint, newest_checkpoint, overlay, own_size, pick_device, read_checkpoint,
                     segment)
@@ -187,8 +187,11 @@ def joined_table(cells, maps):
     return metrics.reliability(samples, annotators, bins=len(cells) + 1)
 
 
-def run(data, positions, model, a, setting, ns, files, full=True, keep=False):
-    """A row (dictionary) for each image: "curve", see best_of; if full, the scores; if keep, the label maps."""
+def run(data, positions, model, a, setting, ns, files, larger=None, full=True, keep=False):
+    """A row (dictionary) for each image: "curve", see best_of; if full, the scores; if keep, the label maps.
+
+    Scores are at the network's size; at the images' own, given files; and at that of the data set `larger`, the same images.
+    """
     rows, n = [], max(ns)
     per = max(1, a.batch // n)
     for start in tqdm(range(0, len(positions), per), " ".join(map(str, setting.values())), leave=False):
@@ -224,10 +227,16 @@ def run(data, positions, model, a, setting, ns, files, full=True, keep=False):
             if not full:
                 continue
             row["network"] = judge(answers, maps)
+            bigger = {}
+            if larger:
+                photo, _, (size,) = larger.get([i])
+                bigger[f"{a.size}"] = Image.fromarray(photo[0, : size[0], : size[1]].numpy()), larger.maps(i)[:, : size[0], : size[1]]
             if files:
-                truth = own_maps(files[row["name"]], a.unlabelled, a.components)
+                item = files[row["name"]]
+                bigger["own"] = read_image(item.image), own_maps(item, a.unlabelled, a.components)
+            for where, (photo, truth) in bigger.items():
                 H, W = truth.shape[1:]
-                row["own"] = judge({k: own_size(v, (h, w), W, H, model.codec) if model else nearest(v, H, W)
+                row[where] = judge({k: own_size(v, (h, w), W, H, model.codec, photo) if model else nearest(v, H, W)
                                     for k, v in own.items()}, truth)
             if model and n > 1 and len(maps) > 1:
                 row["spread"] = {name: [metrics.energy_distance(1 - e, n), metrics.diversity(1 - e[:n, :n]),
@@ -306,7 +315,7 @@ def print_summary(title, result):
 def sweep_table(sweep):
     """Print the table of the settings and return it as a list of {setting and n: ..., answer: [ARI, IoU]}."""
     print("\none: the mean of n samples; oracle: the best of n; gain: the share of (oracle - one) in ARI that an answer realises\n"
-          f"{'':<36}{'ARI':<41}{'gain':<28}IoU\nsampler variance steps guidance   n   one    oracle medoid cons.  group.     "
+          f"{'':<43}{'ARI':<41}{'gain':<28}IoU\nsampler variance smooth steps guidance   n   one    oracle medoid cons.  group.     "
           "medoid  cons. group.    one    oracle medoid cons.  group.")
     table = []
     for setting, rows in sweep:
@@ -315,7 +324,7 @@ def sweep_table(sweep):
             one, oracle, *rest = (v[0] for v in mean.values())
             gain = [f"{(v - one) / (oracle - one):.0%}" if oracle > one else "-" for v in rest]
             ari, iou = ("".join(f"{v[i]:<7.3f}" for v in list(mean.values())[: 1 if n == 1 else 5]) for i in (0, 1))
-            print(f"{setting['sampler']:<7} {setting['variance']:<8} {setting['steps']:>5} {setting['guidance']:>8g} {n:>3}   "
+            print(f"{setting['sampler']:<7} {setting['variance']:<8} {setting['smooth']:>6g} {setting['steps']:>5} {setting['guidance']:>8g} {n:>3}   "
                   f"{ari:<41}" + ("".join(f"{v:>7}" for v in gain) + "    " if n > 1 else " " * 25) + iou)
             table.append({**setting, "n": n, **mean})
     return table
@@ -327,8 +336,9 @@ def sweep_panels(table, home):
     for metric, name in enumerate(("ARI", "IoU")):
         steps, guidance, n = {}, {}, {}
         for p in table:
-            kind = " ".join([p["sampler"]] + [p["variance"]] * (p["variance"] != home["variance"]))
-            at_home = all(p[key] == home[key] for key in ("steps", "sampler", "variance"))
+            kind = " ".join([p["sampler"]] + [p["variance"]] * (p["variance"] != home["variance"])
+                            + [f"smooth {p['smooth']:g}"] * (p["smooth"] != home["smooth"]))
+            at_home = all(p[key] == home[key] for key in ("steps", "sampler", "variance", "smooth"))
             if p["n"] == 1:
                 steps.setdefault(f"{kind}, guidance {p['guidance']:g}", []).append((p["steps"], p["one"][metric]))
                 if p["steps"] == home["steps"]:
@@ -424,7 +434,7 @@ def arguments(argv):
     p.add_argument("--split", default="val")
     p.add_argument("--components", action="store_true", help="label maps hold classes, whose connected parts are the segments")
     p.add_argument("--unlabelled", default="segment", choices=["segment", "ignore"], help="what id 0 is, as in training")
-    p.add_argument("--size", type=int, default=128, help="longer side for a baseline; a network has its own")
+    p.add_argument("--size", type=int, help="longer side to score at: of a baseline (128), of a network besides its own")
     p.add_argument("--limit", type=int, default=256, help="at most so many images")
     p.add_argument("--root", default="data")
     p.add_argument("--cache", default="cache")
@@ -436,6 +446,7 @@ def arguments(argv):
     p.add_argument("--guidance", type=lambda text: numbers(text, float, 0), help="e.g. 1, or 0,1,2,3")
     p.add_argument("--sampler", type=lambda text: words(text, ("ddpm", "ddim")), help="ddpm, ddim or ddpm,ddim")
     p.add_argument("--variance", type=lambda text: words(text, ("large", "small")), help="of ddpm: large, small or large,small")
+    p.add_argument("--smooth", type=lambda text: numbers(text, float, 0), help="e.g. 0.2, or 0,0.1,0.2,0.4")
     p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
     p.add_argument("--device", default="auto")
     p.add_argument("--kernels", choices=kernels.MODES, help="(default: BITSEG_KERNELS, or auto: Triton with CUDA)")
@@ -445,7 +456,7 @@ def arguments(argv):
 def main(argv=None):
     a = arguments(argv)
     try:
-        if a.limit < 1 or a.batch < 1 or a.size < 8:
+        if a.limit < 1 or a.batch < 1 or (a.size or 8) < 8:
             raise ValueError(f"--limit and --batch must be at least 1 and --size 8, not {a.limit}, {a.batch} and {a.size}")
         rank, local = int(os.environ.get("RANK", 0)), os.environ.get("LOCAL_RANK", "0")
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():               # torchrun: the processes share the images
@@ -460,8 +471,11 @@ def main(argv=None):
             if "net" not in content:
                 raise ValueError(f"{path} holds averaged weights only (it was made by --export): leave out --raw")
             model.net.load_state_dict(content["net"])
-        data = load(a.dataset, a.split, model.image_size if model else a.size, a.root, a.cache, unlabelled=a.unlabelled,
+        data = load(a.dataset, a.split, model.image_size if model else a.size or 128, a.root, a.cache, unlabelled=a.unlabelled,
                     components=a.components)
+        larger = None
+        if model and a.size:
+            larger = load(a.dataset, a.split, a.size, a.root, a.cache, unlabelled=a.unlabelled, components=a.components)
         files = originals(a.dataset, a.split, a.root)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).name}-{a.split}")
@@ -489,7 +503,7 @@ def main(argv=None):
     mine = positions[rank :: dist.get_world_size()] if dist.is_initialized() else positions
     for setting in settings:
         many = all(setting[key] == home[key] for key in setting if key != "guidance")
-        sweep.append((setting, shared(run(data, mine, model, a, setting, ns if many else [1], files, full=setting == home))))
+        sweep.append((setting, shared(run(data, mine, model, a, setting, ns if many else [1], files, larger, setting == home))))
     if rank > 0:
         return 0
     rows = next(result for setting, result in sweep if setting == home)
@@ -503,9 +517,10 @@ def main(argv=None):
     print(f"{name} on {a.dataset} {a.split}: {len(rows)} images, {people:.1f} annotators; "
           + " ".join(f"{key} {value}" for key, value in home.items()))
     result = dict(name=str(path or name), dataset=a.dataset, split=a.split, images=len(rows), annotators=people, **home, n=ns)
-    for where in [w for w in ("network", "own") if w in rows[0]]:
+    for where in [w for w in ("network", str(a.size), "own") if w in rows[0]]:
         result[where] = summary(rows, where)
-        pixels = f"{model.image_size if model else a.size} pixels" if where == "network" else "the images' own size"
+        side = model.image_size if model and where == "network" else a.size or 128
+        pixels = "the images' own size" if where == "own" else f"{side} pixels"
         print_summary(pixels, result[where])
     if people > 1 and "bsds" in Path(a.dataset).name.lower():
         print("  published, BSDS500 test, best single scale (Arbelaez et al. 2011): covering / PRI / VoI")
@@ -537,7 +552,7 @@ def main(argv=None):
 
     for old in ("examples.png", "sweep.png"):
         (out / old).unlink(missing_ok=True)
-    flat = [{"name": row["name"], "annotators": row["annotators"]} | {f"{where}_{who}_{key}": v for where in ("network", "own")
+    flat = [{"name": row["name"], "annotators": row["annotators"]} | {f"{where}_{who}_{key}": v for where in ("network", str(a.size), "own")
             for who, s in row.get(where, {}).items() for key, v in s.items()} for row in rows]
     with open(out / "images.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, list(dict.fromkeys(key for row in flat for key in row)))

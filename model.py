@@ -22,10 +22,12 @@ from einops import rearrange
 
 # patch: pixels are folded p x p into channels before the first layer and unfolded after the last (1 = the paper).
 # mult: one entry a level; blocks: residual blocks a level (the decoder has one more); attn: how many of the deepest
-# levels have attention; heads: attention heads.
+# levels have attention; heads: attention heads; groups: of the normalisation (32 = the paper). With as many groups as channels,
+# normalisation would take away whatever the time adds to a channel, and leave its weights to rounding errors.
+# position: octaves of row and column that are added to the first layer's output (0 = the paper).
 SIZES = {                                                                          # at k = 6, RGB:  parameters
-    "tiny":  dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2),
-    "photo": dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2, position=3),
+    "tiny":  dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2, groups=8),
+    "photo": dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2, groups=8, position=3),
     "small": dict(width=64, mult=(1, 2, 3, 4),    blocks=2, attn=2, heads=4, patch=1),
     "paper": dict(width=64, mult=(1, 2, 2, 4, 4), blocks=3, attn=2, heads=4, patch=1),          # 38,496,262
 }
@@ -56,12 +58,12 @@ def position_features(height, width, octaves, device=None):
 class ResBlock(nn.Module):
     """GroupNorm -> SiLU -> conv -> + time -> GroupNorm -> SiLU -> dropout -> conv, plus a skip."""
 
-    def __init__(self, c_in, c_out, c_emb, dropout=0.0):
+    def __init__(self, c_in, c_out, c_emb, groups=32, dropout=0.0):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, c_in)
+        self.norm1 = nn.GroupNorm(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.emb = nn.Linear(c_emb, c_out)
-        self.norm2 = nn.GroupNorm(32, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))              # each block starts as the identity
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -76,10 +78,10 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over all pixels, plus the input."""
 
-    def __init__(self, channels, heads):
+    def __init__(self, channels, heads, groups=32):
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
@@ -96,10 +98,10 @@ class UNet(nn.Module):
     Raises ValueError for an H or W that the levels cannot halve (a multiple of patch * 2^(levels - 1) is needed).
     """
 
-    def __init__(self, in_channels, out_channels, width, mult, blocks, attn, heads, patch=1, dropout=0.0, position=0):
+    def __init__(self, in_channels, out_channels, width, mult, blocks, attn, heads, patch=1, dropout=0.0, groups=32, position=0):
         super().__init__()
-        if width % 32:
-            raise ValueError(f"width {width} must be a multiple of 32, the number of normalisation groups")
+        if width % groups:
+            raise ValueError(f"width {width} must be a multiple of {groups}, the number of normalisation groups")
         self.patch, self.multiple = patch, patch * 2 ** (len(mult) - 1)
         self.parts = [n * patch**2 for n in (out_channels, 3, in_channels - out_channels - 3)]   # of the stem's input
         c_emb = 4 * width
@@ -113,21 +115,21 @@ class UNet(nn.Module):
         for level, m in enumerate(mult):                                           # fine to coarse
             deep = level >= len(mult) - attn
             for _ in range(blocks):
-                self.down.append(Stage(c, m * width, c_emb, heads if deep else 0, dropout))
+                self.down.append(Stage(c, m * width, c_emb, heads if deep else 0, groups, dropout))
                 c = m * width
                 skips.append(c)
             if level < len(mult) - 1:
                 self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
                 skips.append(c)
-        self.middle = nn.ModuleList([Stage(c, c, c_emb, heads, dropout), Stage(c, c, c_emb, 0, dropout)])
+        self.middle = nn.ModuleList([Stage(c, c, c_emb, heads, groups, dropout), Stage(c, c, c_emb, 0, groups, dropout)])
         for level, m in reversed(list(enumerate(mult))):                           # coarse to fine
             deep = level >= len(mult) - attn
             for i in range(blocks + 1):
                 up = level > 0 and i == blocks
-                self.up.append(Stage(c + skips.pop(), m * width, c_emb, heads if deep else 0, dropout, up))
+                self.up.append(Stage(c + skips.pop(), m * width, c_emb, heads if deep else 0, groups, dropout, up))
                 c = m * width
 
-        self.norm = nn.GroupNorm(32, c)
+        self.norm = nn.GroupNorm(groups, c)
         self.head = zero_init(nn.Conv2d(c, out_channels * patch**2, 3, padding=1))
         self.to(memory_format=torch.channels_last)                                 # convolutions are faster in NHWC
 
@@ -166,10 +168,10 @@ class UNet(nn.Module):
 class Stage(nn.Module):
     """A residual block, then attention (heads > 0), then nearest x2 upsampling with a convolution (up)."""
 
-    def __init__(self, c_in, c_out, c_emb, heads, dropout, up=False):
+    def __init__(self, c_in, c_out, c_emb, heads, groups, dropout, up=False):
         super().__init__()
-        self.res = ResBlock(c_in, c_out, c_emb, dropout)
-        self.attn = Attention(c_out, heads) if heads else nn.Identity()
+        self.res = ResBlock(c_in, c_out, c_emb, groups, dropout)
+        self.attn = Attention(c_out, heads, groups) if heads else nn.Identity()
         self.up = nn.Conv2d(c_out, c_out, 3, padding=1) if up else None
 
     def forward(self, x, emb):

@@ -59,7 +59,7 @@ class Model:
     codec: Codec
     diffusion: Diffusion
     image_size: int
-    sampling: dict                               # steps, guidance, sampler, variance: the defaults for this network
+    sampling: dict                               # steps, guidance, sampler, variance, smooth: this network's defaults
     dataset: str
     step: int
 
@@ -83,8 +83,8 @@ def load_checkpoint(path, device="cpu"):
     except RuntimeError as e:
         raise ValueError(f"{path}: its weights do not fit its network ({str(e).splitlines()[-1].strip()})") from None
     net = net.to(device).eval().requires_grad_(False)
-    return Model(net, Codec(**c["codec"]), Diffusion(**c["diffusion"]), c["image_size"], c["sampling"], c["dataset"],
-                 c["step"])
+    return Model(net, Codec(**c["codec"]), Diffusion(**c["diffusion"]), c["image_size"], {"smooth": 0.0, **c["sampling"]},
+                 c["dataset"], c["step"])
 
 
 def newest_checkpoint(root="out"):
@@ -227,8 +227,8 @@ def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, stren
 
     batch: samples at once (default 1 on the CPU, else 64); halved when the device's memory is not enough. hints: (H, W)
     ids, pixels of one id belong together, of different ids apart; init: (H, W) ids to start from, forgotten the more the
-    larger strength is, in (0, 1]; both 0 where not given. sampling: steps, guidance, sampler, variance (default: the
-    checkpoint's) and resample (default: 1, with hints 2). Raises ValueError.
+    larger strength is, in (0, 1]; both 0 where not given. sampling: steps, guidance, sampler, variance, smooth (default:
+    the checkpoint's) and resample (default: 1, with hints 2). Raises ValueError.
     """
     device = next(model.net.parameters()).device
     batch = batch or (1 if device.type == "cpu" else 64)
@@ -638,6 +638,7 @@ def main(argv=None):
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
     p.add_argument("--guidance", type=float, help="guidance weight, 0 = none: half the time (default: the checkpoint's)")
     p.add_argument("--sampler", choices=["ddpm", "ddim"], help="(default: the checkpoint's)")
+    p.add_argument("--smooth", type=float, help="share of the side that answers are averaged over, between the image's edges; 0 = none")
     p.add_argument("--seed", type=int, default=0, help="sample j of every image has the seed SEED + j")
     p.add_argument("--batch", type=int, help="samples at once (default: 1 on the CPU, else 64, or as many as memory holds)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -674,7 +675,7 @@ def main(argv=None):
         fail(e)
 
     files = files[rank::world]
-    chosen = {k: v for k in ("steps", "guidance", "sampler", "resample") if (v := getattr(a, k)) is not None}
+    chosen = {k: v for k in ("steps", "guidance", "sampler", "smooth", "resample") if (v := getattr(a, k)) is not None}
     settings = {**model.sampling, **chosen, **prompts, **({"strength": a.strength} if a.init else {})}
     info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, **settings)
     if rank == 0:

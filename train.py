@@ -99,6 +99,7 @@ class Config:
     guidance: float = 1.0                        # 0: half the cost
     sampler: str = "ddpm"                        # ddpm, ddim
     variance: str = "large"                      # large, small (ddpm)
+    smooth: float = 0.0                          # share of the side over which answers are averaged between the image's edges
     # logging
     log_every: int = 100
     save_every: int = 1000
@@ -391,7 +392,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
             network=network,
             codec=dict(encoding=c.encoding, bits=c.bits, palette=c.palette, seed=c.seed, activation=c.activation),
             diffusion=dataclasses.asdict(diffusion),
-            sampling=dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance),
+            sampling=dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance, smooth=c.smooth),
             net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=update.scaler.state_dict())
 
     def put(name, action):                                                         # rank 0 writes; a full disk only warns

@@ -32,7 +32,7 @@ def validate(net, data, codec, diffusion, c, device, autocast, stop, rank, world
 
         with autocast():
             x_hat = sample(net, x, inside, codec.channels, seeds, diffusion, codec.activate, c.steps, c.guidance, c.sampler,
-                           c.variance, callback=look, fused=fused(codec, device))
+                           c.variance, c.smooth, callback=look, fused=fused(codec, device))
         return codec.decode(x_hat, inside).cpu()
 
     try:

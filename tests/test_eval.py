@@ -87,7 +87,8 @@ def test_a_checkpoint_with_several_annotators_and_a_sweep(ckpt, tmp_path, capsys
     d = folder(tmp_path / "bsds-like", {f"i{k}": [rng.integers(1, 4, (4, 5)).repeat(8, 0).repeat(8, 1) for _ in range(k + 1)]
                                         for k in range(3)})
     status, report = run(capsys, tmp_path, "--ckpt", ckpt, "--dataset", d, "--n", "1,3", "--steps", "1,2", "--guidance", "0,1",
-                         "--sampler", "ddpm,ddim", "--batch", 2)
+                         "--sampler", "ddpm,ddim", "--batch", 2, "--size", 48)
+    assert report["48"].keys() == {"sample", "medoid", "consensus", "grouping", "human"}
     assert status == 0 and (report["images"], report["annotators"], report["steps"]) == (3, 2, 2)
     settings = [(s["sampler"], s["steps"], s["guidance"], s["n"]) for s in report["sweep"]]
     expected = [(sampler, steps, guidance, n) for sampler in ("ddpm", "ddim") for steps in (1, 2) for guidance in (0, 1)
@@ -107,6 +108,7 @@ def test_a_checkpoint_with_several_annotators_and_a_sweep(ckpt, tmp_path, capsys
     values = [float(row["network_sample_ari"]) for row in rows]
     assert np.mean(values) == pytest.approx(report["ari"]) and rows[0]["own_human_ari"] == ""    # a single annotator
     assert Image.open(tmp_path / "out/sweep.png").width > 1000 and (tmp_path / "out/examples.png").exists()
+    assert run(capsys, tmp_path, "--baseline", "human", "--dataset", d, "--size", 48)[1]["network"]["human"] == report["48"]["human"]
 
 
 def test_the_same_answers_in_every_batch(ckpt, tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import PAPER_MULT, SIZES, Attention, ResBlock, UNet, time_features
+from model import PAPER_MULT, SIZES, Attention, ResBlock, UNet, position_features, time_features
 
 MINI = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=4)
 
@@ -170,3 +170,35 @@ def test_a_side_that_cannot_be_halved(H, W):
 def test_a_width_that_cannot_be_normalised():
     with pytest.raises(ValueError, match="48.*32"):
         UNet(9, 6, **{**MINI, "width": 48})
+
+
+def test_position_features_are_the_formula():
+    features = position_features(3, 4, 2)
+    assert features.shape == (1, 8, 3, 4)
+    for i, (octave, kind) in enumerate(((0, math.cos), (1, math.cos), (0, math.sin), (1, math.sin))):
+        for r, c in ((0, 0), (2, 3), (1, 2)):
+            assert float(features[0, i, r, c]) == pytest.approx(kind(math.pi * 2**octave * (r + 0.5) / 3), abs=1e-6)
+            assert float(features[0, 4 + i, r, c]) == pytest.approx(kind(math.pi * 2**octave * (c + 0.5) / 4), abs=1e-6)
+
+
+def test_a_network_with_position_knows_where_it_is():
+    """On a constant input, away from the border, outputs of a network of convolutions are constant; with position they are not."""
+    for name, knows in (("tiny", False), ("photo", True)):
+        torch.manual_seed(0)
+        net = UNet(9, 6, **{**SIZES[name], "attn": 0, "mult": (1,)})
+        torch.nn.init.normal_(net.head.weight, std=0.1)
+        out = net(torch.ones(1, 9, 64, 64), torch.full((1,), 0.5))[0, :, 28:36:2, 28:36:2]    # every second: the same place in a patch
+        assert bool(out.amax((1, 2)).sub(out.amin((1, 2))).max() > 1e-3) == knows
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_time_reaches_every_block(name):
+    """Normalisation with one channel a group would undo what the time adds."""
+    torch.manual_seed(0)
+    net = UNet(9, 6, **SIZES[name])
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.normal_(module.weight, std=0.05)
+    net(torch.randn(1, 9, 32, 32), torch.tensor([0.3])).square().sum().backward()
+    for block in (m for m in net.modules() if hasattr(m, "emb")):
+        assert block.emb.bias.grad.abs().max() > 1e-4 * block.norm2.bias.grad.abs().max()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bits import Codec
-from diffusion import Diffusion, alpha_sigma, sample
+from diffusion import Diffusion, alpha_sigma, average, edge_aware, sample
 
 
 def identity(out):
@@ -159,3 +159,61 @@ def test_only_an_x_prediction_is_activated():
 def test_wrong_use(wrong, name):
     with pytest.raises(ValueError, match=name):
         trace(lambda x, t: x[:, :6], torch.zeros(1, 3, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool), **wrong)
+
+
+def slow_filter(image, valid, reach, colour):
+    """One row of pixels (3, W) at a time, in plain Python: (W, W) weights."""
+    W = image.shape[1]
+    weights = torch.zeros(W, W, dtype=torch.float64)
+    for i in range(W):
+        for j in range(W):
+            low, high = min(i, j), max(i, j)
+            steps = [float((image[:, k + 1] - image[:, k]).norm()) / colour + 1 / reach for k in range(low, high)]
+            weights[i, j] = math.exp(-sum(steps)) * bool(valid[j])
+    return weights / weights.sum(1, keepdim=True)
+
+
+def test_edge_aware_filters_by_brute_force():
+    g = torch.Generator().manual_seed(0)
+    image, valid = torch.randn(2, 3, 6, 8, generator=g), torch.ones(2, 6, 8, dtype=torch.bool)
+    valid[1, 4:], valid[1, :, 7:] = False, False
+    rows, columns = edge_aware(image, valid, reach=0.5, colour=0.6)
+    for b, h in ((0, 0), (0, 5), (1, 2)):
+        torch.testing.assert_close(rows[b, h].double(), slow_filter(image[b, :, h], valid[b, h], 4.0, 0.6), rtol=1e-4, atol=1e-6)
+    for b, w in ((0, 7), (1, 3)):
+        torch.testing.assert_close(columns[b, w].double(), slow_filter(image[b, :, :, w], valid[b, :, w], 4.0, 0.6), rtol=1e-4, atol=1e-6)
+    x = torch.randn(2, 4, 6, 8, generator=g)
+    once = torch.einsum("bwuh,bchw->bcuw", columns, torch.einsum("bhvw,bchw->bchv", rows, x))
+    torch.testing.assert_close(average((rows, columns), x, times=2),
+                               torch.einsum("bwuh,bchw->bcuw", columns, torch.einsum("bhvw,bchw->bchv", rows, once)))
+
+
+def test_averages_stay_within_edges():
+    """Two flat halves: noise on both averages out, and nothing of one half gets into the other."""
+    image = torch.zeros(1, 3, 32, 32)
+    image[..., 16:] = 10.0
+    truth = torch.where(image[:, :1] > 0, 1.0, -1.0)
+    noisy = truth + torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
+    smooth = average(edge_aware(image, torch.ones(1, 32, 32, dtype=torch.bool), 0.3), noisy)
+    assert (smooth - truth).abs().max() < 0.4 and (noisy - truth).abs().max() > 2
+    constant = torch.full((1, 2, 32, 32), 0.7)
+    torch.testing.assert_close(average(edge_aware(image, torch.ones(1, 32, 32, dtype=torch.bool), 0.3), constant), constant)
+
+
+def test_smooth_sampling_is_the_same_in_every_batch_and_keeps_the_border():
+    image, valid = torch.randn(2, 3, 16, 16), torch.ones(2, 16, 16, dtype=torch.bool)
+    valid[1, 10:] = False
+
+    def model(x, t):
+        return x[:, :4] * 3 + x[:, 4:5]
+
+    def run(some, seeds):
+        return sample(model, image[some], valid[some], 4, seeds, Diffusion(), torch.tanh, steps=3, smooth=0.2)
+
+    both = run([0, 1], [5, 6])
+    assert both.isfinite().all() and both.abs().max() <= 1 and (both[1, :, 10:] == 0).all()
+    torch.testing.assert_close(both[1:], run([1], [6]))
+    plain = sample(model, image, valid, 4, [5, 6], Diffusion(), torch.tanh, steps=3)
+    assert (both - plain).abs().max() > 0.1
+    with pytest.raises(ValueError, match="smooth must be 0"):
+        sample(model, image, valid, 4, [5, 6], Diffusion(), torch.tanh, smooth=-1)
