@@ -427,7 +427,7 @@ def arguments(argv):
     def whole(text):
         return numbers(text, int, 1)
 
-    p.add_argument("--ckpt", help="checkpoint (default: the newest under out/)")
+    p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
     p.add_argument("--raw", action="store_true", help="the network's last weights instead of their average")
     p.add_argument("--baseline", choices=["grid", "kmeans", "human"], help="instead of a checkpoint")
     p.add_argument("--dataset", default="shapes", help="shapes, coco, or a folder")

@@ -1,6 +1,6 @@
 """Segment images: several plausible answers for each, where they agree, and a hand on the wheel.
 
-    python sample.py --n 8 photo.jpg                                           # with the newest checkpoint under out/
+    python sample.py --n 8 photo.jpg                                           # newest checkpoint under out/, or weights/photo.pt
     python sample.py --n 4 --out masks --resume photos/ a.png                  # a folder and a file; go on where it stopped
     python sample.py --points "120,80 160,90; 30,200" photo.jpg                # the first two belong together, the third apart
     python sample.py --init samples/photo/medoid.png --strength 0.4 photo.jpg  # correct a map by hand, sample again
@@ -49,6 +49,7 @@ from metrics import contingency, grouping, iou_matrix, medoid, pairwise
 from model import UNet
 
 MARK = "bitseg sample.py"                        # in every file written: others are never overwritten
+SHIPPED = Path(__file__).parent / "weights" / "photo.pt"
 
 
 @dataclass
@@ -87,13 +88,13 @@ def load_checkpoint(path, device="cpu"):
                  c["dataset"], c["step"])
 
 
-def newest_checkpoint(root="out"):
-    """The checkpoint under root that was written last. Raises ValueError when there is none."""
+def newest_checkpoint(root="out", shipped=SHIPPED):
+    """The checkpoint under root that was written last; else the weights that come with the repository. Raises ValueError."""
     found = sorted(Path(root).glob("**/ckpt.pt"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise ValueError(f"no checkpoint under {root}/: train one first (python train.py, about 5 minutes on a laptop), "
-                         f"or name one with --ckpt")
-    return found[-1]
+    if not found and not shipped.exists():
+        raise ValueError(f"no checkpoint under {root}/, and no {shipped}: train one first (python train.py, about 5 minutes "
+                         f"on a laptop), or name one with --ckpt")
+    return found[-1] if found else shipped
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -633,7 +634,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("images", nargs="+", help="image files or folders")
     p.add_argument("--n", type=int, default=8, help="samples for each image")
-    p.add_argument("--ckpt", help="checkpoint (default: the newest under out/)")
+    p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
     p.add_argument("--out", default="samples", help="where the folders go")
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
     p.add_argument("--guidance", type=float, help="guidance weight, 0 = none: half the time (default: the checkpoint's)")
@@ -682,7 +683,9 @@ def main(argv=None):
         print(f"{ckpt}: trained on {model.dataset}, step {model.step}, {model.image_size} pixels; "
               f"{' '.join(f'{k} {v}' for k, v in settings.items())}; on {device}")
         if model.dataset == "shapes":
-            print("This checkpoint has only seen synthetic shapes: in a photo it finds shapes. For objects, train on photos.")
+            print(f"This checkpoint has only seen synthetic shapes: in a photo it finds shapes. For photos: --ckpt {SHIPPED.parent.name}/{SHIPPED.name}")
+        if ckpt == SHIPPED and not a.ckpt:
+            print("These are the weights that come with this repository, as there is no checkpoint of your own under out/.")
 
     bar = tqdm(total=len(files), unit="image", disable=rank > 0 or len(files) == 1)
     failed, read, writing = [], deque(), deque()
