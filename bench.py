@@ -36,7 +36,7 @@ import kernels
 import metrics
 import train
 from diffusion import fused, sample
-from engine import Step, pick_precision, update_ema
+from engine import Step, update_ema
 
 BITS, SIZE = 6, 128
 MIN_SECONDS = 0.2                                # of measuring, for each figure on a CPU
@@ -176,9 +176,9 @@ def bench_kernels(args):
     print(f"|{'-' * 28}|----------|-------|------------------------------|----------|------------|------|---------|-------------------|")
     for dtype in dtypes:
         for B in batches:
-            for name, (fused, plain, compiles, moved) in kernel_cases(B, dtype, device).items():
-                row = dict(kernel=name, dtype=str(dtype)[6:], batch=B, bytes=moved, fused=timed(fused, device),
-                           eager=timed(plain, device), fused_mib=peak_mib(fused, device), eager_mib=peak_mib(plain, device))
+            for name, (kernel, plain, compiles, moved) in kernel_cases(B, dtype, device).items():
+                row = dict(kernel=name, dtype=str(dtype)[6:], batch=B, bytes=moved, fused=timed(kernel, device),
+                           eager=timed(plain, device), fused_mib=peak_mib(kernel, device), eager_mib=peak_mib(plain, device))
                 if compiles and device == "cuda":
                     torch._dynamo.reset()
                     row["compile"] = timed(torch.compile(plain), device)

@@ -12,7 +12,6 @@ Use it alone:
 import contextlib
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 

@@ -37,8 +37,9 @@ from tqdm import tqdm
 import kernels
 import metrics
 from bits import Codec
-from data import connected, find, load, normalise, read_image
+from data import connected, find, load, normalise
 from diffusion import fused, network_input, sample
+from formats import read_image
 from sample import (grid, hint_map, load_checkpoint, newest_checkpoint, overlay, own_size, pick_device, read_checkpoint,
                     segment)
 

@@ -40,11 +40,11 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, PngImagePlugin
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-import kernels
 from bits import Codec, entropy
 from checkpoint import newest
-from data import IMAGE_TYPES, fitted, normalise, read_image, read_label, resize_image
+from data import normalise
 from diffusion import Diffusion, fused, sample
+from formats import IMAGE_TYPES, fitted, read_image, read_label, resize_image
 from metrics import contingency, grouping, iou_matrix, medoid, pairwise
 from model import UNet
 

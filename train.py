@@ -11,7 +11,6 @@ Stop with Ctrl-C at any time. To resume, run the same command again. Everything 
 (ckpt.prev.pt), best.pt (highest validation ARI), log.jsonl and samples_<step>.png (image, truth, samples).
 """
 
-import argparse
 import contextlib
 import copy
 import dataclasses

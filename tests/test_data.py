@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-from data import draw_scene, find_folder, load, order, paint, read_image, read_label, uniforms
+import formats
+from data import draw_scene, load, order, paint, uniforms
+from formats import find_folder, read_image, read_label
 
 PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)                      # 8 wide, 6 high
 LABEL = np.repeat(np.arange(8, dtype=np.uint8)[None] // 3 * 50, 6, 0)              # three bands: 0, 50, 100
@@ -117,7 +118,7 @@ def test_unlabelled_zero(tmp_path):
 def test_the_cache_is_used_and_notices_changes(tmp_path, monkeypatch):
     root, cache = folder(tmp_path / "d", ["x"], "val"), tmp_path / "cache"
     first = get_all(load(str(root), "val", 8, cache=cache))[1]
-    monkeypatch.setattr(data, "read_image", None)                                  # reading again would fail
+    monkeypatch.setattr(formats, "read_image", None)                                  # reading again would fail
     assert torch.equal(get_all(load(str(root), "val", 8, cache=cache))[1], first)
     monkeypatch.undo()
     os.utime(write(root / "labels/val/x.png", 0 * LABEL), ns=(1, 1))

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 import data
+import formats
 from data import Packed, augment, batches, load, main, order, uniforms
 
 ROOT = Path(__file__).parent.parent
@@ -127,7 +128,7 @@ def test_a_copy_belongs_to_its_options_and_sources(tmp_path, monkeypatch):
     assert index["version"] == data.VERSION and index["options"]["size"] == 8 and re.fullmatch("[0-9a-f]{16}", index["fingerprint"])
     others = [opened(tmp_path, **o) for o in (dict(unlabelled="ignore"), dict(components=True))] + [load(str(tmp_path / "d"), "train", 9, cache=tmp_path / "cache", workers=1)]
     assert len({d.folder for d in (same, *others)}) == 4 and len(seen) == 160
-    monkeypatch.setattr(data, "read_label", None)                                  # reading again would fail
+    monkeypatch.setattr(formats, "read_label", None)                                  # reading again would fail
     assert content(opened(tmp_path)) == content(same)
     monkeypatch.setattr(data, "VERSION", data.VERSION + 1)
     with pytest.raises(TypeError):

@@ -10,9 +10,10 @@ import scipy.io
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-import data
+import formats
 from bits import Codec
-from data import DONE, connected, convert, load, rle_total
+from data import DONE, connected, convert, load
+from formats import rle_total
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")         # pycocotools with numpy 2
 ORIGINAL = Path(__file__).parent.parent.parent / "shared/data/original"
@@ -228,7 +229,7 @@ def test_entity_split(tmp_path):
     shutil.rmtree(tmp_path / "entity/skip")
 
     def parts(seed):
-        sets = [data.find_entity(tmp_path / "entity", split, seed)[1]() for split in ("train", "val", "test")]
+        sets = [formats.find_entity(tmp_path / "entity", split, seed)[1]() for split in ("train", "val", "test")]
         return [{Path(item.image).relative_to(tmp_path / "entity/images_lr").with_suffix("").as_posix() for item in s} for s in sets]
 
     train, val, test = parts(0)
@@ -472,8 +473,8 @@ def test_reduced_jpeg_decoding_stays_close_to_the_area_filter(tmp_path):
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).resize((1280, 960), Image.Resampling.BICUBIC)
     file = write(tmp_path / "x.jpg", (np.asarray(smooth) * 0.8 + rng.integers(0, 50, (960, 1280, 1))).astype(np.uint8), quality=90)
-    assert data.open_image(file, 128)[0].size == (640, 480) and data.open_image(file, 128)[1] == (1280, 960)
-    item = data.Item(str(file), ["label"], lambda item: [np.ones((960, 1280), np.int32)])
+    assert formats.open_image(file, 128)[0].size == (640, 480) and formats.open_image(file, 128)[1] == (1280, 960)
+    item = formats.Item(str(file), ["label"], lambda item: [np.ones((960, 1280), np.int32)])
     outcome, image, size, labels = convert(item, 128, "segment", False)
     assert outcome == DONE and size == (96, 128) and (labels[0, :96] == 0).all()
     means = np.asarray(Image.open(file)).reshape(96, 10, 128, 10, 3).mean((1, 3))

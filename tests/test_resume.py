@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import train
-from checkpoint import newest, read
+from checkpoint import read
 
 # Checkpoints at log lines: a line after a resume is the mean since the resume.
 OPTIONS = ("--device cpu --image_size 16 --batch_size 2 --max_steps 12 --save_every 2 --eval_every 6 --eval_images 2 --steps 1 --log_every 2 "
@@ -110,7 +110,7 @@ def test_three_kills_change_no_bit(tmp_path):
 def main(kills):
     folder = Path(tempfile.mkdtemp())
     try:
-        seconds, rng, done, runs, where = whole_run(folder / "whole"), random.Random(0), 0, 0, []
+        seconds, rng, done, runs = whole_run(folder / "whole"), random.Random(0), 0, 0
         print(f"{seconds:.1f} s undisturbed")
         while done < kills:
             out = folder / f"killed{runs}"
