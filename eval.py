@@ -40,8 +40,8 @@ from bits import Codec
 from data import connected, find, load, normalise
 from diffusion import fused, network_input, sample
 from formats import read_image
-from sample import (grid, hint_map, load_checkpoint, newest_checkpoint, overlay, own_size, pick_device, read_checkpoint,
-                    segment)
+from pictures import grid, overlay
+from sample import hint_map, load_checkpoint, newest_checkpoint, own_size, pick_device, read_checkpoint, segment
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",
         "voi": "VoI (bits)", "boundary": "boundary F", "pred": "segments predicted", "true": "segments true"}

@@ -12,7 +12,7 @@ from bits import Codec
 from data import normalise
 from diffusion import fused, sample
 from metrics import scores
-from sample import grid, overlay, side_of
+from pictures import grid, overlay, side_of
 
 
 class Stopped(Exception):

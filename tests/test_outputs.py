@@ -13,7 +13,8 @@ from bits import Codec
 from diffusion import Diffusion
 from metrics import scores
 from model import SIZES, UNet
-from sample import Job, Model, colours, denoise, folder_names, grid, outline, overlay, own_size, segment, subsample, summarise
+from pictures import colours, grid, outline, overlay, subsample
+from sample import Job, Model, denoise, folder_names, own_size, segment, summarise
 
 
 @pytest.fixture(scope="module")

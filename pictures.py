@@ -1,0 +1,120 @@
+"""Label maps as pictures: colours, outlines, overlays, sheets of tiles.
+
+What it is: functions from label maps and images to (H, W, 3) uint8. What it is not: it computes no segmentation.
+
+    from pictures import grid, overlay
+    Image.fromarray(grid([overlay(image, one, side=8) for one in labels], columns=4)).save("sheet.png")
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+from formats import fitted
+
+
+def colours(side):
+    """One colour for each cell of the palette: (side^2, 3) uint8.
+
+    Nine hues, near to Okabe & Ito's, fill each block of 3 x 3 cells; blocks differ in lightness. Neighbours differ by 15 or
+    more in CIE Lab, in normal, protan, deutan and tritan vision (Machado et al. 2009): a search moved the hues until then.
+    """
+    hues = np.array([(251, 186, 19), (107, 195, 240), (0, 144, 116), (81, 16, 0), (227, 221, 110), (3, 82, 179),
+                     (225, 150, 188), (110, 110, 110), (194, 55, 20)])
+    row, col = np.divmod(np.arange(side**2), side)
+    hue, block = hues[row % 3 * 3 + col % 3], (row // 3 + col // 3) % 3
+    tint = np.array([0, 0.3, 0.25])[block][:, None]                                # towards white, towards black
+    return (hue * (1 - tint) + np.where(block == 1, 255, 0)[:, None] * tint).round().astype(np.uint8)
+
+
+def outline(labels):
+    """(..., H, W) -> bool: pixels that differ from the one to the left or above."""
+    edge = torch.zeros(labels.shape, dtype=torch.bool)
+    edge[..., 1:] |= labels[..., 1:] != labels[..., :-1]
+    edge[..., 1:, :] |= labels[..., 1:, :] != labels[..., :-1, :]
+    return edge
+
+
+def overlay(image, cells, side, opacity=0.55):
+    """Coloured segments with thin outlines over an image: (H, W, 3) uint8; (H, W) cells, -1 stays plain."""
+    image, cells = np.asarray(image), torch.as_tensor(np.asarray(cells).astype(np.int64))
+    colour = Image.fromarray(np.where((cells >= 0)[..., None], colours(side)[cells % side**2], image))
+    out = np.array(Image.blend(Image.fromarray(image), colour, opacity))
+    edge = outline(cells)
+    for _ in range(round(max(cells.shape) / 1000)):                                # wider on large images
+        edge |= F.pad(edge[:, :-1], (1, 0)) | F.pad(edge[:-1], (0, 0, 1, 0))
+    out[edge] = 255
+    return out
+
+
+def shade(share):
+    """(H, W) in [0, 1] -> white, blue, nearly black: (H, W, 3) uint8."""
+    stops = np.array([(255, 255, 255), (66, 130, 190), (8, 20, 60)])
+    return np.stack([np.interp(np.asarray(share), (0, 0.5, 1), stop) for stop in stops.T], -1).round().astype(np.uint8)
+
+
+def subsample(maps, height, width):
+    """(..., H, W) -> (..., height, width), by nearest."""
+    (H, W), rows, cols = maps.shape[-2:], torch.arange(height), torch.arange(width)
+    return maps[..., ((2 * rows + 1) * H // (2 * height))[:, None], (2 * cols + 1) * W // (2 * width)]
+
+
+def grid(tiles, columns, gap=4, captions=()):
+    """Tiles (each (h, w, 3) uint8, all of one size) as one picture, row by row, each under its caption if there are any.
+
+    A caption (text, low, high) is followed by the scale of `shade` between two words.
+    """
+    rows, (h, w) = -(-len(tiles) // columns), tiles[0].shape[:2]
+    top = 18 if captions else 0
+    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + top + gap) - gap), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for i, tile in enumerate(tiles):
+        x, y = i % columns * (w + gap), i // columns * (h + top + gap)
+        sheet.paste(Image.fromarray(tile), (x, y + top))
+        if captions:
+            text, *ends = (captions[i],) if isinstance(captions[i], str) else captions[i]
+            pen.text((x + 1, y + 2), text, (60, 60, 60), font)
+            if ends:
+                right = x + w - pen.textlength(ends[1], font) - 2
+                pen.text((right, y + 2), ends[1], (60, 60, 60), font)
+                sheet.paste(Image.fromarray(shade(np.tile(np.linspace(0, 1, 40), (9, 1)))), (int(right) - 45, y + 5))
+                pen.text((right - 49 - pen.textlength(ends[0], font), y + 2), ends[0], (60, 60, 60), font)
+    return np.array(sheet)
+
+
+def panel(image, result, codec, held=None, most=16):
+    """Image, prompt if any, samples (at most `most`), consensus, grouping and uncertainty in one picture: (h, w, 3) uint8."""
+    side, (w, h) = side_of(codec), fitted(*image.size, 320)
+    small = np.asarray(image.resize((w, h), Image.Resampling.LANCZOS))
+    tiles, captions, n = [small], ["image"], len(result.labels)
+
+    def add(caption, labels):
+        tiles.append(overlay(small, subsample(labels, h, w), side))
+        captions.append(caption)
+
+    if held is not None and (held >= 0).any():
+        add("hints", held)
+    for j in range(min(n, most)):
+        add(f"sample {j}" + (", medoid" if j == result.medoid and n > 1 else ""), result.labels[j])
+    if n > 1:
+        add("consensus", result.consensus)
+        add("grouping", result.grouping)
+    for name, value, top, words in uncertainty(result, codec):
+        tiles.append(shade(F.interpolate(value[None, None], (h, w), mode="bilinear", antialias=True)[0, 0] / top))
+        captions.append((name, *words))
+    fits = max(1, round((len(tiles) * 1.6 * h / w) ** 0.5))                        # a sheet about 1.6 times as wide as high
+    rows = -(-len(tiles) // fits)
+    return grid(tiles, -(-len(tiles) // rows), 6, captions)                        # as few gaps as possible
+
+
+def uncertainty(result, codec):
+    """[(name, (H, W), its largest value, words for the scale's ends)]: boundaries, and the entropy if there are bits."""
+    rows = [("boundaries", result.boundary, 1, ("0", "all"))] if len(result.labels) > 1 else []
+    bits = [("entropy", result.entropy, codec.bits, ("0", f"{codec.bits} bits"))] if result.entropy is not None else []
+    return rows + bits
+
+
+def side_of(codec):
+    """Side of the colour grid for a codec's cells."""
+    return int(np.ceil(codec.classes**0.5))
