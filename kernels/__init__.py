@@ -75,13 +75,16 @@ def live(device):
     return "triton", f"on {torch.cuda.get_device_name(device)}"
 
 
-@torch.compiler.assume_constant_result                                 # torch.compile asks once and does not look inside
 def _triton(device):
     name, why = live(device)
     if (name, why) not in _said:
         _said.add((name, why))
         print(f"kernels: {'Triton' if name == 'triton' else 'PyTorch'} ({why})", flush=True)
     return name == "triton"
+
+
+# torch.compile asks once and does not look inside. As torch.compiler.assume_constant_result, which imports the compiler: 1 s
+_triton._dynamo_marked_constant = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
