@@ -22,11 +22,10 @@ from einops import rearrange
 
 # patch: pixels are folded p x p into channels before the first layer and unfolded after the last (1 = the paper).
 # mult: one entry a level; blocks: residual blocks a level (the decoder has one more); attn: how many of the deepest
-# levels have attention; heads: attention heads; groups: of the normalisation (32 = the paper). With as many groups as channels,
-# normalisation would take away whatever the time adds to a channel, and leave its weights to rounding errors.
+# levels have attention; heads: attention heads; groups: of the normalisation (32 = the paper);
 # position: octaves of row and column that are added to the first layer's output (0 = the paper).
 SIZES = {                                                                          # at k = 6, RGB:  parameters
-    "tiny":  dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2, groups=8),
+    "tiny":  dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2),
     "photo": dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2, groups=8, position=3),
     "small": dict(width=64, mult=(1, 2, 3, 4),    blocks=2, attn=2, heads=4, patch=1),
     "paper": dict(width=64, mult=(1, 2, 2, 4, 4), blocks=3, attn=2, heads=4, patch=1),          # 38,496,262
@@ -56,13 +55,17 @@ def position_features(height, width, octaves, device=None):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm -> SiLU -> conv -> + time -> GroupNorm -> SiLU -> dropout -> conv, plus a skip."""
+    """GroupNorm -> SiLU -> conv -> + time -> GroupNorm -> SiLU -> dropout -> conv, plus a skip.
+
+    With as many groups as channels there is no time and no bias before the second normalisation: it would take away what is
+    added to a whole channel, and AdamW would turn the rounding errors that are left as gradients into full steps.
+    """
 
     def __init__(self, c_in, c_out, c_emb, groups=32, dropout=0.0):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.emb = nn.Linear(c_emb, c_out)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=groups < c_out)
+        self.emb = nn.Linear(c_emb, c_out) if groups < c_out else None
         self.norm2 = nn.GroupNorm(groups, c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))              # each block starts as the identity
@@ -70,7 +73,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):                                                     # emb: SiLU already applied
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.emb(emb)[:, :, None, None]
+        if self.emb is not None:
+            h = h + self.emb(emb)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.skip(x) + h
 
