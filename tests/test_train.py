@@ -98,7 +98,7 @@ def test_the_baselines_train_and_sample(tmp_path, encoding, palette, prediction)
 
 @pytest.mark.parametrize("arguments, words", [
     (["--dataset", "cocoo"], "neither shapes, nor coco, nor a folder"),
-    (["--preset", "huge"], "preset 'huge' is not one of tiny, small, paper"),
+    (["--preset", "huge"], "preset 'huge' is not one of tiny, photo, small, paper"),
     (["--learning_rate", "1"], "unknown option '--learning_rate'"),
     (["--batchsize", "1"], "did you mean --batch_size?"),
     (["--lr", "fast"], "--lr needs a number"),
@@ -332,7 +332,7 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path, capsys):
 
 def test_presets_name_real_options_and_networks():
     for name, row in train.PRESETS.items():
-        c = train.parse(["--preset", name])
+        c = train.parse(["--preset", name, "--dataset", "coco"])
         assert all(getattr(c, key) == value for key, value in row.items()) and c.network in train.SIZES
     slow, fast = train.PRESETS["paper"], train.PRESETS["paper-fast"]
     assert slow["batch_size"] * slow["max_steps"] == fast["batch_size"] * fast["max_steps"]
