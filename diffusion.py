@@ -303,7 +303,7 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     return x_hat
 
 
-def edge_aware(image, valid, reach, colour=0.75):
+def edge_aware(image, valid, reach, colour=0.35):
     """Filters that average along rows and columns of an image (B, 3, H, W), normalised: (B, H, W, W) and (B, W, H, H).
 
     The weight of another pixel of the row is exp(-d): d grows by 1 for every `reach` of the longer side on the way there, and
@@ -320,7 +320,7 @@ def edge_aware(image, valid, reach, colour=0.75):
     return along(x, valid), along(x.transpose(1, 2), valid.transpose(1, 2))
 
 
-def average(filters, x, times=3):
+def average(filters, x, times=12):
     """x (B, C, H, W), averaged along rows, then along columns, several times."""
     rows, columns = filters
     for _ in range(times):
