@@ -288,6 +288,7 @@ PARTS = ("data", "forward", "backward", "optimizer")
 def setting(args):
     """What train.py would use: configuration, device, dtype and reason, codec, diffusion, network."""
     argv = ["--preset", args.preset, "--device", args.device, "--precision", args.precision, "--compile", args.compile]
+    argv += ["--crop", "1"]                                                       # scenes are not cropped
     c = train.parse(argv + (["--batch_size", str(args.batch)] if args.batch else []))
     c.accumulate = 1
     return c, *train.build(c)

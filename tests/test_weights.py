@@ -1,0 +1,48 @@
+"""The weights in the box: what is in the file, and that they segment."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from metrics import scores
+from sample import SHIPPED, load_checkpoint, newest_checkpoint, read_checkpoint, segment
+
+
+def test_the_file_says_where_it_comes_from():
+    content = read_checkpoint(SHIPPED)
+    assert SHIPPED.stat().st_size <= 12e6 and {v.dtype for v in content["ema"].values()} == {torch.bfloat16}
+    assert {"data", "budget", "scores", "licence"} <= content["about"].keys() and "net" not in content
+    words = json.dumps({k: v for k, v in content.items() if k != "ema"}, default=str)
+    assert "/home" not in words and "/tmp" not in words and "/work" not in words
+
+
+def test_a_checkpoint_of_the_users_own_comes_first(tmp_path):
+    assert newest_checkpoint(tmp_path) == SHIPPED
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/ckpt.pt").write_bytes(b"")
+    assert newest_checkpoint(tmp_path) == tmp_path / "run/ckpt.pt"
+    with pytest.raises(ValueError, match="no checkpoint under"):
+        newest_checkpoint(tmp_path / "nothing", tmp_path / "missing.pt")
+
+
+def test_they_tell_a_few_flat_regions_apart():
+    image, truth = np.zeros((96, 128, 3), np.uint8), np.zeros((96, 128), np.int64)
+    image[:] = (120, 170, 230)
+    image[60:], truth[60:] = (70, 130, 50), 1
+    y, x = np.mgrid[:96, :128]
+    disc = (y - 55) ** 2 + (x - 70) ** 2 < 22**2
+    image[disc], truth[disc] = (200, 60, 40), 2
+    result = segment(Image.fromarray(image), load_checkpoint(SHIPPED), n=4)
+    assert float(scores(result.grouping[None].long(), torch.from_numpy(truth)[None])["ari"]) > 0.8
+
+
+def test_the_command_says_that_it_uses_them(tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (64, 48), "white").save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)                                                    # no out/ here
+    assert sample.main(["--n", "2", "a.png"]) == 0
+    assert "come with this repository" in capsys.readouterr().out and Path("samples/a/grouping.png").exists()
