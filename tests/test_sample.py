@@ -137,12 +137,11 @@ def test_wrong_use_gets_one_sentence(ckpt, tmp_path, capsys, arguments, words):
     assert stopped.value.code == 2 and words in err and err.count("\n") == 1
 
 
-def test_without_a_checkpoint_it_says_how_to_get_one_and_else_takes_the_newest(ckpt, tmp_path, monkeypatch, capsys):
+def test_the_newest_checkpoint_is_taken_and_without_one_the_weights_in_the_box(ckpt, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photo().save("a.png")
-    with pytest.raises(SystemExit):
-        sample.main(["a.png"])
-    assert "python train.py" in capsys.readouterr().err
+    assert sample.main(["a.png", "--n", "1", "--out", "s"]) == 0
+    assert "weights/photo.pt" in capsys.readouterr().out
     (tmp_path / "out" / "mine").mkdir(parents=True)
     (tmp_path / "out" / "mine" / "ckpt.pt").write_bytes(ckpt.read_bytes())
     assert sample.main(["a.png", "--n", "1", "--out", "s"]) == 0

@@ -26,7 +26,7 @@ def test_a_checkpoint_of_the_users_own_comes_first(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/ckpt.pt").write_bytes(b"")
     assert newest_checkpoint(tmp_path) == tmp_path / "run/ckpt.pt"
-    with pytest.raises(ValueError, match="no checkpoint under"):
+    with pytest.raises(ValueError, match="python train.py"):
         newest_checkpoint(tmp_path / "nothing", tmp_path / "missing.pt")
 
 
