@@ -33,7 +33,7 @@ BUDGET = {  # of every run with this preset's network; written out, so that a ch
     "paper": "--image_size 128 --bits 6 --batch_size 8  --max_steps 300000 --lr 1e-4 --warmup_steps 1000 --decay_steps 50000  --ema 0.9999 --weighting sigmoid --logsnr_space true",
 }
 COMMON = ("--palette similar --encoding bits --prediction x --input_scale 0.1 --schedule cosine --image_drop 0.05 --steps 8 --guidance 1 "
-          "--sampler ddpm --variance large --augment true --dropout 0 --eval_images 16 --eval_every 1000000 --save_every 200")
+          "--sampler ddpm --variance large --smooth 0 --augment true --dropout 0 --eval_images 16 --eval_every 1000000 --save_every 200")
 
 
 def weightings(prediction, *figures):
