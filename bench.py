@@ -408,10 +408,10 @@ def bench_sample(args):
             start = clock(device, args.clock)
             with context:
                 sample(net, x[job], inside[job], codec.channels, range(len(job)), diffusion, codec.activate, args.steps,
-                       c.guidance, fused=fused(codec, device))
+                       c.guidance, smooth=c.smooth, fused=fused(codec, device))
             if i > 0:                                                              # the first round warms up
                 times[name].append(clock(device, args.clock) - start)
-    print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, "
+    print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, smooth {c.smooth:g}, "
           f"{str(dtype or torch.float32)[6:]} ({why}), on {where(device)}; medians of {args.rounds} rounds, {args.clock} clock\n")
     rows = {}
     for name, job in jobs.items():

@@ -77,7 +77,7 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
         raise ValueError(f"unlabelled is 'segment' or 'ignore', not '{unlabelled}'")
     if split not in ("train", "val", "test"):
         raise ValueError(f"split is train, val or test, not '{split}'")
-    parts = [parse_part(part) for part in name.split(",")]
+    parts = parse_parts(name)
     sets = [load_one(part, split, size, root, cache, seed, own["unlabelled"] or unlabelled, own["components"] or components,
                      workers, max_bad, split_seed) for part, _, own in (parts if split == "train" else parts[:1])]
     mixed = split == "train" and (len(parts) > 1 or compose)
@@ -90,6 +90,11 @@ def load_one(name, split, size, root, cache, seed, unlabelled, components, worke
     files, listing = find(name, split, root, split_seed)
     options = dict(size=size, unlabelled=unlabelled, components=components, split_seed=split_seed)
     return pack(files, listing, Path(cache), f"{Path(name).resolve().name}-{split}", options, workers, max_bad)
+
+
+def parse_parts(name):
+    """The parts of a mixture, or of one data set, each as of parse_part; a folder of just this name is one set."""
+    return [(name, 1.0, dict(components=False, unlabelled=None))] if Path(name).is_dir() else [parse_part(part) for part in name.split(",")]
 
 
 def parse_part(text):

@@ -140,8 +140,8 @@ def parse(argv):
     if preset not in PRESETS:
         raise ValueError(f"preset '{preset}' is not one of {', '.join(PRESETS)}")
     c = Config(**{**PRESETS[preset], **given, "preset": preset})
-    first, *more = dataset.split(",")
-    c.out = c.out or f"out/{Path(datasets.parse_part(first)[0]).name}{'-and-more' if more else ''}-{preset}"
+    first, *more = datasets.parse_parts(dataset)
+    c.out = c.out or f"out/{Path(first[0]).name}{'-and-more' if more else ''}-{preset}"
     c.network = c.network or preset
     if c.network not in SIZES:
         raise ValueError(f"network '{c.network}' is not one of {', '.join(SIZES)}")

@@ -33,6 +33,12 @@ def test_parts():
         data.parse_part(":3")
 
 
+def test_a_folder_of_just_this_name_is_one_set(tmp_path):
+    odd = folder(tmp_path / "a,b:3", 10, [1, 2])
+    assert len(data.load(str(odd), "train", 32, **options(tmp_path))) == 4
+    assert train.parse(["--dataset", str(odd)]).out == "out/a,b:3-small"
+
+
 def test_shares_follow_the_weights(tmp_path):
     a, b = folder(tmp_path / "a", 10, [1, 2]), folder(tmp_path / "b", 200, [1, 2, 3, 4])
     mixed = data.load(f"{a}:3,{b}", "train", 32, **options(tmp_path))
