@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 try:
     import kernels                               # fused, for CUDA; this file works without the folder
@@ -27,6 +28,7 @@ except ImportError:
 SCHEDULES = ("cosine", "linear", "linear_simple", "parabola")
 WEIGHTINGS = ("sigmoid", "snr", "snr+1", "snr_trunc", "uniform")
 PREDICTIONS = ("x", "eps", "v")
+LOSSES = ("mse", "bce")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Diffusion:
     logsnr_max: float = 20.0                     # at t = 0
     logsnr_min: float = -20.0                    # at t = 1
     prediction: str = "x"                        # what the network's output means
+    loss: str = "mse"                            # squared error, or bce: the cross entropy of the bits; both have E[x0 | xt] as optimum
     weighting: str = "sigmoid"
     bias: float = -4.0                           # of the sigmoid weighting
     logsnr_space: bool = True                    # the factor -dlambda/dt of the loss
@@ -46,11 +49,13 @@ class Diffusion:
 
     def __post_init__(self):
         for value, known, name in ((self.schedule, SCHEDULES, "schedule"), (self.weighting, WEIGHTINGS, "weighting"),
-                                   (self.prediction, PREDICTIONS, "prediction")):
+                                   (self.prediction, PREDICTIONS, "prediction"), (self.loss, LOSSES, "loss")):
             if value not in known:
                 raise ValueError(f"{name} '{value}' is not one of {', '.join(known)}")
         if not 0 < self.input_scale:
             raise ValueError(f"input_scale must be positive, not {self.input_scale}")
+        if self.loss == "bce" and self.prediction != "x":
+            raise ValueError(f"loss bce compares bits with the network's own output: it needs prediction x, not {self.prediction}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,6 +142,17 @@ def per_sample_error(x_hat, x0, valid):
     return error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
 
 
+def per_sample_entropy(out, x0, valid):
+    """-log p(x0) in nats, summed over bits, averaged over the valid pixels: (B,). out: x_hat = tanh(out), valid (B, H, W).
+
+    A bit that is +1 with probability p has the mean 2 p - 1 = tanh(out), so p = sigmoid(2 out): the optimum is that of the
+    squared error, E[x0 | xt]. The gradient is tanh(out) - x0, without the factor 1 - tanh(out)^2 that makes a network which
+    is sure and wrong slow to learn better.
+    """
+    error = F.softplus(-2 * x0 * out).sum(1) * valid                               # (B, H, W)
+    return error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+
+
 def fused(codec, device):
     """What the kernels have to know of a codec, dict(activation, codes), if they are live on this device; else None.
 
@@ -182,8 +198,11 @@ def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=No
             first = to_x0(model(network_input(xt, image, x_self), t), xt, alpha, sigma, d.prediction, activate)
         x_self = first.clamp(-1, 1) * r["chosen"]
     out = model(network_input(xt, image, x_self), t)
-    x_hat = to_x0(out, xt, alpha, sigma, d.prediction, activate)
-    return (r["weight"].flatten() * per_sample_error(x_hat, x0, valid)).mean()
+    if d.loss == "bce":
+        error = per_sample_entropy(out.float(), x0, valid)
+    else:
+        error = per_sample_error(to_x0(out, xt, alpha, sigma, d.prediction, activate), x0, valid)
+    return (r["weight"].flatten() * error).mean()
 
 
 def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, activation, codes=None, dtype=torch.float32):
@@ -206,7 +225,7 @@ def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, ac
         with torch.no_grad():
             first = to_x0(run(), xt, drawn["alpha"], drawn["sigma"], d.prediction, activate)
         x_self = first.clamp(-1, 1) * drawn["chosen"]
-    return kernels.loss(run(x_self), cells, weight, d.prediction, activation, xt, alpha, sigma, codes).mean()
+    return kernels.loss(run(x_self), cells, weight, d.prediction, activation, xt, alpha, sigma, codes, d.loss == "bce").mean()
 
 
 def network_input(xt, image=None, x_self=None):

@@ -32,7 +32,7 @@ BUDGET = {  # of every run with this preset's network; written out, so that a ch
     "small": "--image_size 64  --bits 6 --batch_size 64 --max_steps 10000  --lr 5e-4 --warmup_steps 500  --decay_steps 5000   --ema 0.999  --weighting uniform --logsnr_space false",
     "paper": "--image_size 128 --bits 6 --batch_size 8  --max_steps 300000 --lr 1e-4 --warmup_steps 1000 --decay_steps 50000  --ema 0.9999 --weighting sigmoid --logsnr_space true",
 }
-COMMON = ("--palette similar --encoding bits --prediction x --input_scale 0.1 --schedule cosine --image_drop 0.05 --steps 8 --guidance 1 "
+COMMON = ("--palette similar --encoding bits --prediction x --loss mse --input_scale 0.1 --schedule cosine --image_drop 0.05 --steps 8 --guidance 1 "
           "--sampler ddpm --variance large --smooth 0 --augment true --dropout 0 --eval_images 16 --eval_every 1000000 --save_every 200")
 
 
@@ -69,6 +69,8 @@ EXPERIMENTS = {
     "input_scale": [  # Figure 9, ~, without palette
         (f"b = {b:g}", f"--palette none --input_scale {b:g}", ari, iou) for b, ari, iou in (
             (0.003, 0.17, 0.17), (0.01, 0.36, 0.275), (0.03, 0.555, 0.38), (0.1, 0.52, 0.375), (0.3, 0.31, 0.305), (1, 0.125, 0.175))],
+    "loss": [  # not in the paper
+        ("squared error", "", None, None), ("cross entropy", "--loss bce", None, None)],
     "bias": [  # of the sigmoid weighting; the paper's is -4
         (f"bias {bias}", f"--weighting sigmoid --logsnr_space true --bias {bias}", None, None) for bias in (-6, -4, -2, 0, 2)],
 }

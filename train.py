@@ -75,6 +75,7 @@ class Config:
     schedule: str = "cosine"                     # cosine, linear, linear_simple, parabola
     input_scale: float = 0.1                     # b; smaller = harder. Lower it for larger images
     prediction: str = "x"                        # x, eps, v
+    loss: str = "mse"                            # mse, bce (cross entropy of the bits; for prediction x)
     weighting: str = "sigmoid"                   # sigmoid, snr, snr+1, snr_trunc, uniform. uniform learns fastest
     bias: float = -4.0                           # of the sigmoid weighting
     logsnr_space: bool = True                    # the factor -dlambda/dt in the loss
@@ -303,6 +304,8 @@ def build(c, local=None):
     codec = Codec(c.encoding, c.bits, c.palette, c.seed, c.activation)
     names = [f.name for f in dataclasses.fields(Diffusion) if f.name in Config.__dataclass_fields__]
     diffusion = Diffusion(**{name: getattr(c, name) for name in names})
+    if c.loss == "bce" and codec.activation != "tanh":
+        raise ValueError(f"--loss bce is of bits that come out of a tanh: not with --encoding {c.encoding} and --activation {codec.activation}")
     copies = 2 if c.self_condition > 0 else 1
     network = dict(in_channels=copies * codec.channels + 3, out_channels=codec.channels, dropout=c.dropout, **SIZES[c.network])
     torch.manual_seed(c.seed)

@@ -264,12 +264,14 @@ def network_input(cells, alpha, sigma, seeds, bits, image, sizes=None, keep=None
 # Out of the network
 
 
-def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=None, sigma=None, codes=None):
+def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=None, sigma=None, codes=None, bce=False):
     """weight * sum over bits of the mean over valid pixels of (x_hat - x0)^2: (B,) float32, differentiable in out, once.
 
     out (B, k, H, W); cells (B, H, W), x0 is their bits; weight (B,). prediction: x (then activation is tanh or none), eps or
     v; the last two need xt, like out but best in float32, and alpha and sigma (B,). codes: as of `noise`.
-    Two runs give the same bits. Twin: weight * per_sample_error(to_x0(...), codec.encode(cells), valid) in diffusion.py.
+    bce: the cross entropy -log sigmoid(2 x0 out) instead of the square, for prediction x and tanh.
+    Two runs give the same bits. Twins: weight * per_sample_error(to_x0(...), codec.encode(cells), valid) in diffusion.py, and
+    per_sample_entropy there.
     """
     _main("out", out)
     B, K, H, W = out.shape
@@ -277,6 +279,8 @@ def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=N
     _same("weight", weight, (B,), out.device, FLOATS + (torch.float64,))
     _known(prediction=(prediction, PREDICTIONS), activation=(activation, ACTIVATIONS))
     _table("codes", codes, K, out.device)
+    if bce and (prediction, activation) != ("x", "tanh"):
+        raise ValueError(f"bce needs prediction 'x' and activation 'tanh', not '{prediction}' and '{activation}'")
     if prediction != "x":
         if xt is None or alpha is None or sigma is None:
             raise ValueError(f"prediction '{prediction}' needs xt {tuple(out.shape)}, alpha ({B},) and sigma ({B},)")
@@ -284,11 +288,11 @@ def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=N
         for name, x in (("alpha", alpha), ("sigma", sigma)):
             _same(name, x, (B,), out.device, FLOATS + (torch.float64,))
     if not _triton(out.device):
-        return reference.loss(out, cells, weight, prediction, activation, xt, alpha, sigma, codes)
+        return reference.loss(out, cells, weight, prediction, activation, xt, alpha, sigma, codes, bce)
     out = _common.dense(out)
     last = _common.is_last(out)
     xt = None if prediction == "x" else _common.like(xt, last)
-    return _loss.loss(out, cells.contiguous(), _float(weight), prediction, activation == "tanh", last, xt, _float(alpha),
+    return _loss.loss(out, cells.contiguous(), _float(weight), prediction, activation == "tanh", bce, last, xt, _float(alpha),
                       _float(sigma), _flat(codes))
 
 

@@ -2,6 +2,7 @@
 
     out (B, K, H, W), cells (B, H, W), weight (B,) -> loss (B,) = weight * sum_bits mean_valid (x_hat - x0)^2
 with x_hat from an x, eps or v prediction (tanh or none for x) and x0 recomputed from the cell: neither exists in memory.
+BCE: -log sigmoid(2 x0 out) in place of the square, with the gradient tanh(out) - x0.
 
 Bytes a pixel, K = 6, bfloat16, int8 cells: forward reads 12 + 1; backward reads 12 + 1 and writes 12. Keeping the
 gradient from the forward pass and only scaling it would be 13 + 12, then 12 + 12: more traffic, one more array, two
@@ -27,7 +28,7 @@ def loss_forward_kernel(
     xt_ptr, alpha_ptr, sigma_ptr,                # (B, K, H, W), (B,), (B,) unless PREDICTION is x
     sums_ptr, counts_ptr,                        # (B, blocks) float32, int32: squared error, valid elements
     HW, blocks,
-    K: tl.constexpr, TABLE: tl.constexpr, PREDICTION: tl.constexpr, TANH: tl.constexpr, LAST: tl.constexpr,
+    K: tl.constexpr, TABLE: tl.constexpr, PREDICTION: tl.constexpr, TANH: tl.constexpr, BCE: tl.constexpr, LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b, p0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
@@ -41,8 +42,14 @@ def loss_forward_kernel(
         if PREDICTION != "x":
             xt = tl.load(xt_ptr + base * K + e, mask=inside, other=0).to(tl.float32)
             alpha, sigma = tl.load(alpha_ptr + b), tl.load(sigma_ptr + b)
-        error = x_hat_of(out, xt, alpha, sigma, PREDICTION, TANH) - target_bit(cell, c, codes_ptr, inside, K, TABLE)
-        total += tl.where(cell >= 0, error * error, 0.0)
+        target = target_bit(cell, c, codes_ptr, inside, K, TABLE)
+        if BCE:
+            z = -2 * target * out                                                  # log(1 + e^z), for any z
+            error = tl.maximum(z, 0.0) + tl.log(1 + tl.exp(-tl.abs(z)))
+        else:
+            error = x_hat_of(out, xt, alpha, sigma, PREDICTION, TANH) - target
+            error *= error
+        total += tl.where(cell >= 0, error, 0.0)
         count += (cell >= 0).to(tl.int32)
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total))
     tl.store(counts_ptr + tl.program_id(0), tl.sum(count))
@@ -66,12 +73,12 @@ def loss_sum_kernel(sums_ptr, counts_ptr, weight_ptr, loss_ptr, valid_ptr, block
 def loss_backward_kernel(
     grad_ptr, g_ptr, weight_ptr, valid_ptr,      # (B, K, H, W) to write; (B,) each
     out_ptr, cells_ptr, codes_ptr, xt_ptr, alpha_ptr, sigma_ptr, HW, blocks,
-    K: tl.constexpr, TABLE: tl.constexpr, PREDICTION: tl.constexpr, TANH: tl.constexpr, LAST: tl.constexpr,
+    K: tl.constexpr, TABLE: tl.constexpr, PREDICTION: tl.constexpr, TANH: tl.constexpr, BCE: tl.constexpr, LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b, p0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
     base = b.to(tl.int64) * HW
-    scale = 2 * tl.load(g_ptr + b).to(tl.float32) * tl.load(weight_ptr + b) / tl.load(valid_ptr + b)
+    scale = (1 if BCE else 2) * tl.load(g_ptr + b).to(tl.float32) * tl.load(weight_ptr + b) / tl.load(valid_ptr + b)
     outs, xts = (), ()
     for j in tl.static_range(K):                                                   # all reads before the first write
         e, p, c, inside = part(j, p0, HW, K, BLOCK, LAST)
@@ -85,7 +92,7 @@ def loss_backward_kernel(
         target = target_bit(cell, c, codes_ptr, inside, K, TABLE)
         if PREDICTION == "x":
             x_hat = tanh(out) if TANH else out
-            slope = 1 - x_hat * x_hat if TANH else 1.0
+            slope = 1 - x_hat * x_hat if TANH and not BCE else 1.0
         else:
             alpha, sigma = tl.load(alpha_ptr + b), tl.load(sigma_ptr + b)
             x_hat = x_hat_of(out, xts[j].to(tl.float32), alpha, sigma, PREDICTION, TANH)
@@ -95,7 +102,7 @@ def loss_backward_kernel(
 
 
 @torch.library.custom_op("bitseg::loss_forward", mutates_args=())
-def loss_forward(out: Tensor, cells: Tensor, weight: Tensor, prediction: str, tanh: bool, last: bool,
+def loss_forward(out: Tensor, cells: Tensor, weight: Tensor, prediction: str, tanh: bool, bce: bool, last: bool,
                  xt: Optional[Tensor], alpha: Optional[Tensor], sigma: Optional[Tensor],
                  codes: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
     """The launcher. out and xt in the layout that `last` says, the rest contiguous -> loss (B,), valid pixels (B,)."""
@@ -105,30 +112,30 @@ def loss_forward(out: Tensor, cells: Tensor, weight: Tensor, prediction: str, ta
     loss, valid = (torch.empty(B, dtype=torch.float32, device=out.device) for _ in range(2))
     loss_forward_kernel[(B * blocks,)](
         out, cells, cells if codes is None else codes, xt, alpha, sigma, sums, counts, H * W, blocks, K=K,
-        TABLE=codes is not None, PREDICTION=prediction, TANH=tanh, LAST=last, BLOCK=BLOCK, num_warps=WARPS)
+        TABLE=codes is not None, PREDICTION=prediction, TANH=tanh, BCE=bce, LAST=last, BLOCK=BLOCK, num_warps=WARPS)
     loss_sum_kernel[(B,)](sums, counts, weight, loss, valid, blocks, K=K, N=128, num_warps=1)
     return loss, valid
 
 
 @torch.library.custom_op("bitseg::loss_backward", mutates_args=())
 def loss_backward(g: Tensor, weight: Tensor, valid: Tensor, out: Tensor, cells: Tensor, prediction: str, tanh: bool,
-                  last: bool, xt: Optional[Tensor], alpha: Optional[Tensor], sigma: Optional[Tensor],
+                  bce: bool, last: bool, xt: Optional[Tensor], alpha: Optional[Tensor], sigma: Optional[Tensor],
                   codes: Optional[Tensor]) -> Tensor:
     (B, K, H, W), blocks = out.shape, triton.cdiv(out[0, 0].numel(), BLOCK)
     grad = torch.empty_like(out)
     loss_backward_kernel[(B * blocks,)](
         grad, g, weight, valid, out, cells, cells if codes is None else codes, xt, alpha, sigma, H * W, blocks, K=K,
-        TABLE=codes is not None, PREDICTION=prediction, TANH=tanh, LAST=last, BLOCK=BLOCK, num_warps=WARPS)
+        TABLE=codes is not None, PREDICTION=prediction, TANH=tanh, BCE=bce, LAST=last, BLOCK=BLOCK, num_warps=WARPS)
     return grad
 
 
 @loss_forward.register_fake
-def _(out, cells, weight, prediction, tanh, last, xt, alpha, sigma, codes):
+def _(out, cells, weight, prediction, tanh, bce, last, xt, alpha, sigma, codes):
     return tuple(torch.empty(len(out), dtype=torch.float32, device=out.device) for _ in range(2))
 
 
 @loss_backward.register_fake
-def _(g, weight, valid, out, cells, prediction, tanh, last, xt, alpha, sigma, codes):
+def _(g, weight, valid, out, cells, prediction, tanh, bce, last, xt, alpha, sigma, codes):
     return torch.empty_like(out)
 
 
@@ -136,9 +143,9 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out, cells, weight, *rest):
         loss, valid = loss_forward(out, cells, weight, *rest)
-        prediction, tanh, last, xt, alpha, sigma, codes = rest
+        prediction, tanh, bce, last, xt, alpha, sigma, codes = rest
         ctx.save_for_backward(weight, valid, out, cells, xt, alpha, sigma, codes)
-        ctx.rest = prediction, tanh, last
+        ctx.rest = prediction, tanh, bce, last
         return loss
 
     @staticmethod
@@ -146,7 +153,7 @@ class Loss(torch.autograd.Function):
     def backward(ctx, g):
         weight, valid, out, cells, xt, alpha, sigma, codes = ctx.saved_tensors
         grad = loss_backward(g.contiguous(), weight, valid, out, cells, *ctx.rest, xt, alpha, sigma, codes)
-        return grad, *[None] * 9
+        return grad, *[None] * 10
 
 
 def loss(*args):

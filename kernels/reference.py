@@ -7,6 +7,7 @@ needs nothing but torch. Arguments are documented in __init__.py, which checks t
 import math
 
 import torch
+import torch.nn.functional as F
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)               # ImageNet
 WORD = 0xFFFFFFFF
@@ -123,11 +124,12 @@ def to_x0(out, xt, alpha, sigma, prediction, activation):
     return (xt.float() - sigma * out) / alpha if prediction == "eps" else alpha * xt.float() - sigma * out
 
 
-def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=None, sigma=None, codes=None):
+def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=None, sigma=None, codes=None, bce=False):
     if prediction != "x":
         alpha, sigma = alpha.float().view(-1, 1, 1, 1), sigma.float().view(-1, 1, 1, 1)
-    x_hat, valid = to_x0(out, xt, alpha, sigma, prediction, activation), cells >= 0
-    error = ((x_hat - encode(cells, out.shape[1], codes)) ** 2).sum(1) * valid
+    x0, valid = encode(cells, out.shape[1], codes), cells >= 0
+    error = F.softplus(-2 * x0 * out.float()) if bce else (to_x0(out, xt, alpha, sigma, prediction, activation) - x0) ** 2
+    error = error.sum(1) * valid
     return weight.float() * error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
 
 

@@ -87,8 +87,13 @@ for arch, layouts in (v.split(":") for v in sys.argv[1:]):
                 case += ", float image"
                 _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, picture, None, ones)
             case = case.split(",")[0]
-            _loss.loss_forward(x, cells, ones, "x", True, last, None, None, None, None)
-            _loss.loss_backward(ones, ones, ones, x, cells, "x", True, last, None, None, None, None)
+            _loss.loss_forward(x, cells, ones, "x", True, False, last, None, None, None, None)
+            _loss.loss_backward(ones, ones, ones, x, cells, "x", True, False, last, None, None, None, None)
+            if dtype == torch.bfloat16:
+                case += ", cross entropy"
+                _loss.loss_forward(x, cells, ones, "x", True, True, last, None, None, None, None)
+                _loss.loss_backward(ones, ones, ones, x, cells, "x", True, True, last, None, None, None, None)
+                case = case.split(",")[0]
             _step.step(two, x.float(), last, 0.5, 0.5, 0.1, 0.2, 0.0, inside, 1.0, None, 0, "x", True, False)
             case += ", ddpm"
             _step.step(two, x.float(), last, 0.5, 0.5, 0.1, 0.2, 0.3, inside, 1.0, seeds, 3, "x", True, False)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from diffusion import (PREDICTIONS, SCHEDULES, WEIGHTINGS, Diffusion, alpha_sigma, gamma_and_slope, logsnr, loss_weight,
                        per_sample_error, stratified_t, to_x0, training_loss)
@@ -156,8 +157,12 @@ def batch(B=4, S=16, seed=0):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("options", [{}, dict(weighting="uniform", logsnr_space=False),
-                                     dict(schedule="linear", input_scale=0.5)])
+                                     dict(schedule="linear", input_scale=0.5), dict(loss="bce")])
 def test_training_loss_by_hand(prediction, options):
+    if prediction != "x" and "loss" in options:
+        with pytest.raises(ValueError, match=f"needs prediction x, not {prediction}"):
+            Diffusion(prediction=prediction, **options)
+        return
     d, model, (x0, image, valid) = Diffusion(prediction=prediction, image_drop=0.0, **options), Recorder(), batch()
     loss = training_loss(model, x0, image, valid, d, torch.tanh, torch.Generator().manual_seed(5))
     (x, t), = model.calls
@@ -173,7 +178,10 @@ def test_training_loss_by_hand(prediction, options):
         w = slope_ref(t[i].double(), schedule=d.schedule, b=d.input_scale) if d.logsnr_space else 1.0
         if d.weighting == "sigmoid":
             w = w * torch.sigmoid(torch.log(g / (1 - g)) + 4)
-        total += w * ((x_hat - x0[i]) ** 2)[:, valid[i]].mean(1).sum() / 4
+        error = (x_hat - x0[i]) ** 2
+        if d.loss == "bce":                                                        # x_hat = 2 p - 1
+            error = F.binary_cross_entropy((1 + x_hat) / 2, (x0[i].double() + 1) / 2, reduction="none")
+        total += w * error[:, valid[i]].mean(1).sum() / 4
     assert loss.item() == pytest.approx(float(total), rel=2e-4)
 
 

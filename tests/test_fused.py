@@ -30,12 +30,13 @@ def network(d, channels):
     return net
 
 
-@pytest.mark.parametrize("prediction, again, palette, activation", [
-    ("x", 0.0, "similar", "tanh"), ("x", 1.0, "random", "none"), ("eps", 0.0, "none", ""), ("v", 0.5, "different", "")])
-def test_fused_training_loss_is_training_loss(scene, prediction, again, palette, activation):
+@pytest.mark.parametrize("prediction, again, palette, activation, loss", [
+    ("x", 0.0, "similar", "tanh", "mse"), ("x", 1.0, "random", "none", "mse"), ("x", 0.5, "range", "tanh", "bce"),
+    ("eps", 0.0, "none", "", "mse"), ("v", 0.5, "different", "", "mse")])
+def test_fused_training_loss_is_training_loss(scene, prediction, again, palette, activation, loss):
     labels, image, seeds = scene
     codec = Codec(bits=4, palette=palette, activation=activation)
-    d = Diffusion(prediction=prediction, self_condition=again, image_drop=0.3, logsnr_min=-8)      # eps / alpha(1) is noise
+    d = Diffusion(prediction=prediction, loss=loss, self_condition=again, image_drop=0.3, logsnr_min=-8)      # eps / alpha(1) is noise
     net, cells = network(d, 4), codec.cells(labels)
     drawn = draw((3, 4, 16, 16), d, torch.Generator().manual_seed(1))
     drawn["eps"] = kernels.normal(seeds, 4, 16, 16)

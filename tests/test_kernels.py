@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import bits
 import diffusion
@@ -45,7 +46,7 @@ def cells_for(B, k, H, W, seed=0):
     return rand(B, H, W, seed=seed, low=(-1, 2**k))
 
 
-def float64_loss(out, cells, weight, k, prediction, activation, xt, alpha, sigma):
+def float64_loss(out, cells, weight, k, prediction, activation, xt, alpha, sigma, bce=False):
     """Eq. 2 of one batch, written out in float64."""
     out, x0 = out.double(), bits.Codec(bits=k).encode(cells).double()
     alpha, sigma = (v.double().view(-1, 1, 1, 1) for v in (alpha, sigma))
@@ -53,7 +54,8 @@ def float64_loss(out, cells, weight, k, prediction, activation, xt, alpha, sigma
              "v": alpha * xt.double() - sigma * out}[prediction]
     valid = (cells >= 0)[:, None]
     pixels = valid.sum((1, 2, 3)).clamp(min=1)
-    return weight.double() * ((x_hat - x0) ** 2 * valid).sum((1, 2, 3)) / pixels
+    error = F.binary_cross_entropy_with_logits(2 * out, (x0 > 0).double(), reduction="none") if bce else (x_hat - x0) ** 2
+    return weight.double() * (error * valid).sum((1, 2, 3)) / pixels
 
 
 @pytest.mark.parametrize("shape, layout", CASES)
@@ -67,13 +69,19 @@ def test_loss_in_every_form(dtype, layout, prediction, activation):
     check_loss((2, 6, 7, 13), layout, dtype, prediction, activation)
 
 
-def check_loss(shape, layout, dtype, prediction, activation):
+@pytest.mark.parametrize("dtype, layout", [(torch.float32, "nchw"), (torch.float16, "strided"), (torch.bfloat16, "channels_last")])
+@pytest.mark.parametrize("scale", [1, 100])                                        # e^100 overflows float32
+def test_loss_as_cross_entropy(dtype, layout, scale):
+    check_loss((2, 6, 7, 13), layout, dtype, "x", "tanh", scale, bce=True)
+
+
+def check_loss(shape, layout, dtype, prediction, activation, scale=1, bce=False):
     B, k, H, W = shape
-    out = in_layout(rand(*shape).to(dtype), layout).detach().requires_grad_()
+    out = in_layout((rand(*shape) * scale).to(dtype), layout).detach().requires_grad_()
     cells, weight = cells_for(*shape), rand(B, seed=1).abs() + 0.1
     xt, alpha, sigma = rand(*shape, seed=2), rand(B, seed=3).abs() + 0.3, rand(B, seed=4).abs() + 0.3
-    true = float64_loss(out, cells, weight, k, prediction, activation, xt, alpha, sigma)
-    loss = kernels.loss(out, cells, weight, prediction, activation, xt, alpha, sigma)
+    true = float64_loss(out, cells, weight, k, prediction, activation, xt, alpha, sigma, bce)
+    loss = kernels.loss(out, cells, weight, prediction, activation, xt, alpha, sigma, bce=bce)
     torch.testing.assert_close(loss.double(), true, rtol=2e-5, atol=1e-6)
     g = rand(B, seed=5)                                                            # not all ones: every sample its own
     grad_true, = torch.autograd.grad((true * g.double()).sum(), out, retain_graph=True)

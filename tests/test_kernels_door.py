@@ -102,6 +102,7 @@ META = torch.zeros(2, 6, 4, 5, device="meta")
     (lambda: kernels.loss(X, CELLS, ONE, "x", "relu"), "activation 'relu' is not one of tanh, none"),
     (lambda: kernels.loss(X, CELLS, ONE, "eps"), r"prediction 'eps' needs xt \(2, 6, 4, 5\)"),
     (lambda: kernels.loss(X, CELLS, ONE, "v", "tanh", X[:, :5], ONE, ONE), r"xt must have shape \(2, 6, 4, 5\), not \(2, 5, 4, 5\)"),
+    (lambda: kernels.loss(X, CELLS, ONE, "x", "none", bce=True), "bce needs prediction 'x' and activation 'tanh'"),
     (lambda: kernels.loss(X, CELLS, ONE, codes=SEEDS), r"codes must have shape \(64,\), not \(2,\)"),
     (lambda: kernels.decode(X.double()), r"x must be \(B, k, H, W\).*in float64"),
     (lambda: kernels.decode(X[:, :1]), r"k from 2 to 10.*not \(2, 1, 4, 5\)"),
@@ -158,8 +159,8 @@ def test_operators_are_registered_properly():
     """torch's own check: schema, fake implementation, no aliasing."""
     x, cells, one, seeds = (v.to(DEVICE) for v in (X, CELLS, ONE, SEEDS))
     check = lambda op, *args: torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
-    check(kernels._loss.loss_forward, x, cells, one, "x", True, False, None, None, None, None)
-    check(kernels._loss.loss_backward, one, one, one, x, cells, "x", True, False, None, None, None, None)
+    check(kernels._loss.loss_forward, x, cells, one, "x", True, False, False, None, None, None, None)
+    check(kernels._loss.loss_backward, one, one, one, x, cells, "x", True, False, False, None, None, None, None)
     check(kernels._decode.decode, x[:, None], False, None, None, torch.int64, True, True)
     check(kernels._step.step, x, x, False, 0.5, 0.5, 0.5, 0.5, 0.5, None, 0.0, seeds, 1, "x", True, True)
     check(kernels._noise.noise, seeds, 0, 4, 5, 6, torch.float32, True, cells, one, one)

@@ -114,6 +114,9 @@ def test_the_baselines_train_and_sample(tmp_path, encoding, palette, prediction)
     (["--weighting", "snr2"], "weighting 'snr2' is not one of"),
     (["--palette", "rainbow"], "palette 'rainbow' is not one of"),
     (["--activation", "relu"], "activation 'relu' is not one of"),
+    (["--loss", "huber"], "loss 'huber' is not one of mse, bce"),
+    (["--loss", "bce", "--prediction", "v"], "needs prediction x, not v"),
+    (["--loss", "bce", "--encoding", "onehot"], "--loss bce is of bits"),
     (["--device", "cuda:99"], "try --device cpu"),
     (["--dataset", "coco", "--preset", "tiny"], "panoptic_train2017.json"),
 ])
