@@ -40,7 +40,7 @@ class Diffusion:
     logsnr_max: float = 20.0                     # at t = 0
     logsnr_min: float = -20.0                    # at t = 1
     prediction: str = "x"                        # what the network's output means
-    loss: str = "mse"                            # squared error, or bce: the cross entropy of the bits; both have E[x0 | xt] as optimum
+    loss: str = "mse"                            # squared error, or bce: the bits' cross entropy; the optimum is the same
     weighting: str = "sigmoid"
     bias: float = -4.0                           # of the sigmoid weighting
     logsnr_space: bool = True                    # the factor -dlambda/dt of the loss

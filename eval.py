@@ -37,7 +37,7 @@ from tqdm import tqdm
 import kernels
 import metrics
 from bits import Codec
-from data import connected, find, load, normalise
+from data import connected, find, load, normalise, parse_parts
 from diffusion import fused, network_input, sample
 from formats import read_image
 from pictures import grid, overlay
@@ -459,6 +459,10 @@ def main(argv=None):
     try:
         if a.limit < 1 or a.batch < 1 or (a.size or 8) < 8:
             raise ValueError(f"--limit and --batch must be at least 1 and --size 8, not {a.limit}, {a.batch} and {a.size}")
+        (a.dataset, _, own), *more = parse_parts(a.dataset)
+        if more:
+            raise ValueError(f"--dataset names {1 + len(more)} data sets: one at a time is evaluated")
+        a.components, a.unlabelled = a.components or own["components"], own["unlabelled"] or a.unlabelled
         rank, local = int(os.environ.get("RANK", 0)), os.environ.get("LOCAL_RANK", "0")
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():               # torchrun: the processes share the images
             dist.init_process_group("gloo")

@@ -186,7 +186,7 @@ def test_a_network_with_position_knows_where_it_is():
     """On a constant input, away from the border, outputs of a network of convolutions are constant; with position they are not."""
     for name, knows in (("tiny", False), ("photo", True)):
         torch.manual_seed(0)
-        net = UNet(9, 6, **{**SIZES[name], "attn": 0, "mult": (1,)})
+        net = UNet(9, 6, **{**SIZES[name], "attn": 0, "mult": (1,), "patch": 2})
         torch.nn.init.normal_(net.head.weight, std=0.1)
         out = net(torch.ones(1, 9, 64, 64), torch.full((1,), 0.5))[0, :, 28:36:2, 28:36:2]    # every second: the same place in a patch
         assert bool(out.amax((1, 2)).sub(out.amin((1, 2))).max() > 1e-3) == knows
