@@ -116,7 +116,8 @@ def test_the_baselines_train_and_sample(tmp_path, encoding, palette, prediction)
     (["--activation", "relu"], "activation 'relu' is not one of"),
     (["--loss", "huber"], "loss 'huber' is not one of mse, bce"),
     (["--loss", "bce", "--prediction", "v"], "needs prediction x, not v"),
-    (["--loss", "bce", "--encoding", "onehot"], "--loss bce is of bits"),
+    (["--loss", "bce", "--encoding", "rgb", "--palette", "random"], "not of rgb out of tanh"),
+    (["--loss", "bce", "--activation", "none"], "not of bits out of none"),
     (["--device", "cuda:99"], "try --device cpu"),
     (["--dataset", "coco", "--preset", "tiny"], "panoptic_train2017.json"),
 ])
