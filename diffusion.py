@@ -186,7 +186,8 @@ def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=No
     """The loss of one batch (Eq. 2), a scalar.
 
     x0 (B, C, H, W) in [-1, 1], 0 where not valid; image (B, 3, H, W), normalised; valid (B, H, W) bool.
-    drawn: what `draw` returns, for these B samples; drawn here from generator, on x0's device, if not given.
+    drawn: what `draw` returns, for these B samples; drawn here from generator, on x0's device, if not given. With d.loss
+    "bce", activate must be torch.tanh and x0 bits, -1 or 1.
     """
     r = draw(x0.shape, d, generator, x0.device) if drawn is None else drawn
     alpha, sigma, t = r["alpha"], r["sigma"], r["t"].flatten()

@@ -305,7 +305,7 @@ def build(c, local=None):
     names = [f.name for f in dataclasses.fields(Diffusion) if f.name in Config.__dataclass_fields__]
     diffusion = Diffusion(**{name: getattr(c, name) for name in names})
     if c.loss == "bce" and (codec.encoding, codec.activation) != ("bits", "tanh"):
-        raise ValueError(f"--loss bce is of bits that come out of a tanh, not of {codec.encoding} out of {codec.activation}")
+        raise ValueError(f"--loss bce is of bits that come out of a tanh, not of {codec.encoding} out of {codec.activation}: use --loss mse")
     copies = 2 if c.self_condition > 0 else 1
     network = dict(in_channels=copies * codec.channels + 3, out_channels=codec.channels, dropout=c.dropout, **SIZES[c.network])
     torch.manual_seed(c.seed)

@@ -208,8 +208,10 @@ def test_the_name_of_a_data_set_carries_its_options(tmp_path, capsys):
     """Classes in four places, and background: only as connected parts, without id 0, is it the grid's picture."""
     classes = np.kron([[1, 0, 1], [0, 2, 0], [2, 0, 1]], np.ones((16, 16), int))
     d = folder(tmp_path / "d", {"a": [classes]})
-    scores = [run(capsys, tmp_path, "--baseline", "grid", "--size", 48, "--dataset", name, *more)[1]["network"]["grid"]["ari"][0] for name, more in (
-        (d, ()), (f"{d}:components:ignore", ()), (d, ("--components", "--unlabelled", "ignore")))]
+    scores = []
+    for options in ([d], [f"{d}:components:ignore"], [d, "--components", "--unlabelled", "ignore"]):
+        _, report = run(capsys, tmp_path, "--baseline", "grid", "--size", 48, "--dataset", *options)
+        scores.append(report["network"]["grid"]["ari"][0])
     assert scores[0] < 0.9 and scores[1] == scores[2] == 1
 
 
@@ -219,7 +221,8 @@ def test_shared_rows_without_torchrun():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("--ckpt nowhere.pt", "nowhere.pt"), ("--baseline grid --dataset nowhere", "nowhere"), ("--baseline grid --limit 0", "--limit"), ("--baseline grid --dataset a:2,shapes", "names 2 data sets"),
+    ("--ckpt nowhere.pt", "nowhere.pt"), ("--baseline grid --dataset nowhere", "nowhere"), ("--baseline grid --limit 0", "--limit"),
+    ("--baseline grid --dataset a:2,shapes", "names 2 data sets"),
     ("--n 0", "'0' is not a number from 1 up"), ("--steps 4,x", "'4,x'"), ("--guidance -1", "-1"), ("--sampler euler", "'euler'"),
     ("--variance tiny", "'tiny'"), ("--baseline human --limit 2 --out o", "several annotators"), ("--baseline grid --dataset shapes --device cuda:99", "cuda:99")])
 def test_wrong_use(arguments, words, tmp_path, capsys, monkeypatch):

@@ -36,7 +36,7 @@ def network(d, channels):
 def test_fused_training_loss_is_training_loss(scene, prediction, again, palette, activation, loss):
     labels, image, seeds = scene
     codec = Codec(bits=4, palette=palette, activation=activation)
-    d = Diffusion(prediction=prediction, loss=loss, self_condition=again, image_drop=0.3, logsnr_min=-8)      # eps / alpha(1) is noise
+    d = Diffusion(prediction=prediction, loss=loss, self_condition=again, image_drop=0.3, logsnr_min=-8)   # eps / alpha(1) is noise
     net, cells = network(d, 4), codec.cells(labels)
     drawn = draw((3, 4, 16, 16), d, torch.Generator().manual_seed(1))
     drawn["eps"] = kernels.normal(seeds, 4, 16, 16)
