@@ -117,3 +117,16 @@ def test_samples_do_not_depend_on_their_batch():
         one = slice(i, i + 1)
         alone = augment(images[one], labels[one], sizes[one], u[one])
         assert torch.allclose(alone[0], together[0][one], atol=1e-5) and torch.equal(alone[2], together[2][one])
+
+
+def test_jitter_multiplies_how_often_colours_change_and_nothing_else():
+    images, labels, sizes = scene()
+    plain = normalise(images, sizes)[0]
+    for number, p in ((1, 0.3), (2, 0.3), (3, 0.3), (4, 0.1)):
+        u = settings(**{f"u{number}": 1.5 * p}).expand(3, 16)                      # off at 1, on at 2
+        for jitter, changed in ((1.0, False), (2.0, True), (0.0, False)):
+            x, _, new = augment(images, labels, sizes, u, jitter=jitter)
+            assert torch.allclose(x, plain, atol=1e-4) != changed and torch.equal(new, labels)
+    for number in (0, 5):                                                          # flips and rotations are as they were
+        u = settings(**{f"u{number}": 0.6}).expand(3, 16)
+        assert torch.allclose(augment(images, labels, sizes, u, jitter=3.0)[0], plain, atol=1e-4)

@@ -261,7 +261,7 @@ def test_batches_are_the_same_for_any_workers_and_after_a_resume(tmp_path):
     folder(tmp_path / "d")
     dataset = opened(tmp_path)
     plain = take(batches(dataset, 0, 6, 3, workers=0), 20)                         # three epochs of 40
-    assert [tuple(p.shape) for p in plain[0]] == [(6, 8, 8, 3), (6, 8, 8), (6, 2), (6, 19)]
+    assert [tuple(p.shape) for p in plain[0]] == [(6, 8, 8, 3), (6, 8, 8), (6, 2), (6, 20)]
     for workers in (1, 4):
         assert equal(take(batches(dataset, 0, 6, 3, workers), 20), plain)
     assert equal(take(batches(dataset, 7 * 6, 6, 3, workers=4), 13), plain[7:])    # in the middle of an epoch
@@ -300,7 +300,8 @@ def places(T, h, w):
 
 def still(**changes):
     """Uniform numbers that switch every augmentation off, but for changes by number."""
-    u = torch.full((1, 19), 0.99)
+    u = torch.full((1, 20), 0.99)
+    u[0, 19] = 0.5                                                                 # not stretched
     for i, value in changes.items():
         u[0, int(i[1:])] = value
     return u
@@ -312,20 +313,21 @@ def source(x, channel):
     return (x[0, channel] * std + mean) * 255 / 2
 
 
-@pytest.mark.parametrize("T,h,w,S,crop,zoom,y,x,flip", [
-    (40, 40, 40, 40, 0.5, 0.0, 0.5, 0.5, False), (40, 40, 30, 40, 0.5, 0.4, 0.0, 1.0, False), (40, 20, 40, 40, 0.3, 0.9, 0.7, 0.2, True),
-    (48, 48, 36, 32, 0.5, 0.0, 0.3, 0.6, False), (48, 48, 36, 32, 1.0, 0.0, 0.5, 0.5, True), (48, 36, 48, 32, 0.5, 1.0, 0.5, 0.5, False)])
-def test_crop_shows_the_part_it_should(T, h, w, S, crop, zoom, y, x, flip):
+@pytest.mark.parametrize("T,h,w,S,crop,zoom,y,x,flip,stretch", [
+    (40, 40, 40, 40, 0.5, 0.0, 0.5, 0.5, False, 0.5), (40, 40, 30, 40, 0.5, 0.4, 0.0, 1.0, False, 0.9), (40, 20, 40, 40, 0.3, 0.9, 0.7, 0.2, True, 0.0),
+    (48, 48, 36, 32, 0.5, 0.0, 0.3, 0.6, False, 1.0), (48, 48, 36, 32, 1.0, 0.0, 0.5, 0.5, True, 0.0), (48, 36, 48, 32, 0.5, 1.0, 0.5, 0.5, False, 0.1)])
+def test_crop_shows_the_part_it_should(T, h, w, S, crop, zoom, y, x, flip, stretch):
     """Every new pixel's centre, mapped by hand: as a linear ramp is sampled exactly, its colour tells where it came from."""
-    got, inside, labels = augment(*places(T, h, w), still(i0=0.1 if flip else 0.9, i16=zoom, i17=y, i18=x), S, crop)
+    got, inside, labels = augment(*places(T, h, w), still(i0=0.1 if flip else 0.9, i16=zoom, i17=y, i18=x, i19=stretch), S, crop)
     H, W = round(h * S / T), round(w * S / T)
     assert got.shape == (1, 3, S, S) and inside[0, :H, :W].all() and inside.sum() == H * W
-    share = 1 - (1 - crop) * zoom                                                  # of the sides
-    top, left = y * (1 - share) * h, x * (1 - share) * w
+    both = (1 - (1 - crop) * zoom) * 2 ** (stretch / 2 - 0.25), (1 - (1 - crop) * zoom) / 2 ** (stretch / 2 - 0.25)
+    tall, wide = (min(1, max(crop, share)) for share in both)                      # as shares of the sides
+    top, left = y * (1 - tall) * h, x * (1 - wide) * w
     for i in range(0, H, 5):
         for j in range(0, W, 3):
-            row = top + (i + 0.5) * share * h / H - 0.5
-            col = left + ((W - 1 - j if flip else j) + 0.5) * share * w / W - 0.5
+            row = top + (i + 0.5) * tall * h / H - 0.5
+            col = left + ((W - 1 - j if flip else j) + 0.5) * wide * w / W - 0.5
             assert float(source(got, 0)[i, j]) == pytest.approx(min(max(row, 0), h - 1), abs=2e-3)
             assert float(source(got, 1)[i, j]) == pytest.approx(min(max(col, 0), w - 1), abs=2e-3)
             assert abs(labels[0, i, j] // T - row) <= 0.501 and abs(labels[0, i, j] % T - col) <= 0.501
@@ -333,10 +335,10 @@ def test_crop_shows_the_part_it_should(T, h, w, S, crop, zoom, y, x, flip):
 
 
 def test_augmentation_is_one_sample_at_a_time():
-    """A batch of 21 (in pieces on a CPU) equals 21 batches of one; crops need no more than the last three numbers."""
+    """A batch of 21 (in pieces on a CPU) equals 21 batches of one; crops alone need the last four numbers."""
     g = torch.Generator().manual_seed(0)
     images, labels = torch.randint(0, 256, (21, 16, 16, 3), dtype=torch.uint8, generator=g), torch.randint(0, 5, (21, 16, 16), generator=g)
-    sizes, u = torch.randint(4, 17, (21, 2), generator=g), torch.rand(21, 19, generator=g)
+    sizes, u = torch.randint(4, 17, (21, 2), generator=g), torch.rand(21, 20, generator=g)
     whole = augment(images, labels, sizes, u, crop=0.5)
     for i in range(21):
         assert equal([augment(images[i : i + 1], labels[i : i + 1], sizes[i : i + 1], u[i : i + 1], crop=0.5)], [tuple(v[i : i + 1] for v in whole)])
@@ -346,7 +348,7 @@ def test_augmentation_is_one_sample_at_a_time():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_augmentation_never_waits_for_the_host():
     batch = [v.cuda() for v in (torch.zeros(9, 16, 16, 3, dtype=torch.uint8), torch.zeros(9, 16, 16, dtype=torch.long), torch.full((9, 2), 12))]
-    u = torch.rand(9, 19)
+    u = torch.rand(9, 20)
     torch.cuda.set_sync_debug_mode("error")
     try:
         augment(*batch, u, crop=0.5), augment(*batch, u.pin_memory()), data.normalise(batch[0], batch[2])
