@@ -16,7 +16,6 @@ Source: "Towards Agnostic and Holistic Universal Image Segmentation with Bit Dif
 from dataclasses import dataclass, field
 
 import numpy as np
-import scipy.ndimage
 import torch
 from einops import rearrange
 
@@ -251,57 +250,6 @@ class Codec:
     def activate(self, out):
         """The activation that ends an x-predicting network: out (B, C, H, W) -> the same shape."""
         return ACTIVATIONS[self.activation](out)
-
-
-def tidy(x, codec, least):
-    """Soft bits x (N, C, H, W) -> the same, but every segment is one connected part of `least` pixels or more.
-
-    Smaller parts join, the smallest first, the neighbour that they share most pixels of border with. Of what is still in
-    several parts the largest keeps its code; the others get the free one whose cell is nearest to where they are (the old one
-    if none is free). A changed pixel is as sure of its new code as it was of the old. Not for rgb, which decodes to clusters.
-    """
-    old = codec.decode(x).cpu()
-    new = torch.from_numpy(np.stack([tidy_cells(one, codec.side, least) for one in old.numpy()]))
-    changed = (new != old)[:, None].to(x.device)
-    return torch.where(changed, codec.encode(new.to(x.device)) * x.abs().clamp(min=0.01), x)
-
-
-def tidy_cells(cells, side, least):
-    """`tidy` for one map of cells (H, W), numpy, all in [0, side^2)."""
-    part = parts(cells)
-    size, cell_of = np.bincount(part.ravel()), np.zeros(part.max() + 1, cells.dtype)
-    cell_of[part] = cells
-    boxes = [None, *scipy.ndimage.find_objects(part)]
-    for j in np.argsort(size, kind="stable"):
-        if 0 < size[j] < min(least, cells.size):                                   # by now: others may have joined it
-            near = part[tuple(slice(max(0, v.start - 1), v.stop + 1) for v in boxes[j])]           # a view
-            mask = near == j
-            to = np.bincount(near[scipy.ndimage.binary_dilation(mask) & ~mask]).argmax()
-            near[mask], size[to], size[j] = to, size[to] + size[j], 0
-            boxes[to] = [slice(min(v.start, w.start), max(v.stop, w.stop)) for v, w in zip(boxes[j], boxes[to])]
-    cells = cell_of[part]
-
-    part = parts(cells)                                                            # anew: what was apart may touch now
-    free, seen = set(range(side**2)) - set(cells.flat), set()
-    for j in np.argsort(-np.bincount(part.ravel())[1:], kind="stable") + 1:        # the largest first
-        mask = part == j
-        cell = cells[mask][0]
-        if cell in seen and free:
-            row, col = ((v.mean() + 0.5) / n * side - 0.5 for v, n in zip(mask.nonzero(), cells.shape))
-            cells[mask] = nearest = min(free, key=lambda k: (k // side - row) ** 2 + (k % side - col) ** 2)
-            free.remove(nearest)
-        seen.add(cell)
-    return cells
-
-
-def parts(cells):
-    """The 4-connected parts of equal cells (H, W), numbered from 1."""
-    H, W = cells.shape
-    links = np.zeros((2 * H - 1, 2 * W - 1), bool)                                 # pixels, and links between equal ones
-    links[::2, ::2] = True
-    links[::2, 1::2] = cells[:, 1:] == cells[:, :-1]
-    links[1::2, ::2] = cells[1:] == cells[:-1]
-    return scipy.ndimage.label(links)[0][::2, ::2]
 
 
 def dichotomy(rgb, valid):

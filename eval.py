@@ -36,12 +36,13 @@ from tqdm import tqdm
 
 import kernels
 import metrics
-from bits import Codec, tidy
+from bits import Codec
 from data import connected, find, load, normalise, parse_parts
 from diffusion import fused, network_input, sample
 from formats import read_image
 from pictures import grid, overlay
-from sample import hint_map, load_checkpoint, newest_checkpoint, own_size, pick_device, read_checkpoint, segment
+from sample import hint_map, load_checkpoint, newest_checkpoint, own_size, pick_device, read_checkpoint, segment, set_tidy
+from tidy import tidy
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",
         "voi": "VoI (bits)", "boundary": "boundary F", "pred": "segments predicted", "true": "segments true"}
@@ -114,7 +115,10 @@ def draw(model, images, sizes, seeds, batch, setting):
             with torch.no_grad():
                 out = model.net(network_input(xt[first], x[i][first], x_self), torch.full((len(first),), t, device=device))
             outs.append(out.float().cpu())
-    return torch.cat(parts).unflatten(0, (len(images), n)), torch.cat(outs)
+    x_hat = torch.cat(parts).unflatten(0, (len(images), n))
+    for i, (h, w) in enumerate(sizes.tolist() if any(model.tidy.values()) else ()):
+        x_hat[i, ..., :h, :w] = tidy(x_hat[i, ..., :h, :w], model.codec, images[i, :h, :w], **model.tidy)
+    return x_hat, torch.cat(outs)
 
 
 def originals(name, split, root):
@@ -209,22 +213,17 @@ def run(data, positions, model, a, setting, ns, files, larger=None, full=True, k
                 inside = torch.zeros(maps.shape[1:], dtype=torch.bool)
                 inside[:h, :w] = True
                 mean = torch.stack([x_hat[b, :k].mean(0) for k in ns])             # soft consensus of the first k
-                inside = inside.expand(n + len(ns), -1, -1)
-                cells = model.codec.decode(torch.cat([x_hat[b], mean]), inside)
-                groups = torch.stack([metrics.grouping(cells[:k]) for k in ns])    # as in sample.py: of the answers as sampled
-                grouped = model.codec.encode(model.codec.cells(groups, torch.Generator().manual_seed(0)))
-                soft = torch.cat([x_hat[b], mean, grouped])                        # (n + 2 len(ns), C, S, S)
-                if model.tidy:
-                    soft[..., :h, :w] = tidy(soft[..., :h, :w], model.codec, model.tidy)
-                    cells, groups = (model.codec.decode(v, inside[: len(v)]) for v in (soft[: -len(ns)], soft[-len(ns) :]))
+                cells = model.codec.decode(torch.cat([x_hat[b], mean]), inside.expand(n + len(ns), -1, -1))
                 every = metrics.pairwise(torch.cat([cells[:n], maps]) if full else cells[:n])
+                groups = torch.stack([metrics.grouping(cells[:k]) for k in ns])
                 row["curve"] = best_of(cells[:n], cells[n:], groups, maps, every[0][:n, :n], ns)
                 middle = metrics.medoid(every[0][:n, :n])
-                answers["sample"], own["sample"] = cells[0], soft[0]
+                answers["sample"], own["sample"] = cells[0], x_hat[b, 0]
                 if n > 1:
-                    answers["medoid"], own["medoid"] = cells[middle], soft[middle]
-                    answers["consensus"], own["consensus"] = cells[-1], soft[-1 - len(ns)]
-                    answers["grouping"], own["grouping"] = groups[-1], soft[-1]
+                    answers["medoid"], own["medoid"] = cells[middle], x_hat[b, middle]
+                    answers["consensus"], own["consensus"] = cells[-1], mean[-1]
+                    answers["grouping"] = groups[-1]
+                    own["grouping"] = model.codec.encode(model.codec.cells(groups[-1:], torch.Generator().manual_seed(0)))[0]
             elif a.baseline != "human":
                 answers[a.baseline] = torch.zeros(maps.shape[1:], dtype=torch.int64)
                 own[a.baseline] = regular_grid(h, w) if a.baseline == "grid" else kmeans(images[b, :h, :w].numpy())
@@ -453,7 +452,8 @@ def arguments(argv):
     p.add_argument("--sampler", type=lambda text: words(text, ("ddpm", "ddim")), help="ddpm, ddim or ddpm,ddim")
     p.add_argument("--variance", type=lambda text: words(text, ("large", "small")), help="of ddpm: large, small or large,small")
     p.add_argument("--smooth", type=lambda text: numbers(text, float, 0), help="e.g. 0.2, or 0,0.1,0.2,0.4")
-    p.add_argument("--tidy", type=int, help="fewest pixels, of the network's, of a connected part, each a segment; 0 = as sampled")
+    p.add_argument("--least", type=int, help="fewest pixels, of the network's, of a segment, which is in one piece then; 0 = as sampled")
+    p.add_argument("--merge", type=float, help="how much alike neighbours must look to become one, e.g. 1; 0 = none do")
     p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
     p.add_argument("--device", default="auto")
     p.add_argument("--kernels", choices=kernels.MODES, help="(default: BITSEG_KERNELS, or auto: Triton with CUDA)")
@@ -476,7 +476,9 @@ def main(argv=None):
         kernels.use(a.kernels or kernels.mode)
         kernels.live(device)
         path = None if a.baseline else Path(a.ckpt or newest_checkpoint())
-        model = None if a.baseline else load_checkpoint(path, device, a.tidy)
+        model = None if a.baseline else load_checkpoint(path, device)
+        if model:
+            set_tidy(model, a.least, a.merge)
         if model and a.raw:
             content = read_checkpoint(path, device)
             if "net" not in content:

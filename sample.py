@@ -29,7 +29,7 @@ import os
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from PIL import Image, ImageFilter, PngImagePlugin
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from bits import Codec, entropy, tidy
+from bits import Codec, entropy
 from checkpoint import newest
 from data import normalise
 from diffusion import Diffusion, fused, sample
@@ -48,6 +48,7 @@ from formats import IMAGE_TYPES, read_image, read_label, resize_image
 from metrics import contingency, grouping, iou_matrix, medoid, pairwise
 from model import UNet
 from pictures import colours, grid, outline, overlay, panel, shade, side_of, subsample, uncertainty
+from tidy import tidy
 
 MARK = "bitseg sample.py"                        # in every file written: others are never overwritten
 SHIPPED = Path(__file__).parent / "weights" / "photo.pt"
@@ -64,7 +65,7 @@ class Model:
     sampling: dict                               # steps, guidance, sampler, variance, smooth: this network's defaults
     dataset: str
     step: int
-    tidy: int = 0                                # bits.tidy: fewest pixels of a part, at the network's size; 0: untidied
+    tidy: dict = field(default_factory=lambda: dict(least=0, merge=0.0))           # its answers' (tidy.tidy)
 
 
 def read_checkpoint(path, device="cpu"):
@@ -77,18 +78,25 @@ def read_checkpoint(path, device="cpu"):
     return content
 
 
-def load_checkpoint(path, device="cpu", least=None):
-    """The EMA network of a checkpoint, ready to sample from. least: of `bits.tidy` (default: the checkpoint's). Raises ValueError."""
+def load_checkpoint(path, device="cpu"):
+    """The EMA network of a checkpoint, ready to sample from."""
     c = read_checkpoint(path, device)
     net = UNet(**c["network"])
     try:
         net.load_state_dict(c["ema"])
     except RuntimeError as e:
         raise ValueError(f"{path}: its weights do not fit its network ({str(e).splitlines()[-1].strip()})") from None
-    net, codec, least = net.to(device).eval().requires_grad_(False), Codec(**c["codec"]), c.get("tidy", 0) if least is None else least
-    if least < 0 or least and codec.encoding == "rgb":
-        raise ValueError(f"--tidy {least}: it is 0 (off) or a number of pixels, and 0 with the encoding rgb")
-    return Model(net, codec, Diffusion(**c["diffusion"]), c["image_size"], {"smooth": 0.0, **c["sampling"]}, c["dataset"], c["step"], least)
+    net = net.to(device).eval().requires_grad_(False)
+    return Model(net, Codec(**c["codec"]), Diffusion(**c["diffusion"]), c["image_size"], {"smooth": 0.0, **c["sampling"]},
+                 c["dataset"], c["step"], {"least": 0, "merge": 0.0, **c.get("tidy", {})})
+
+
+def set_tidy(model, least, merge):
+    """The command line's least and merge instead of the checkpoint's, where given (not None). Raises ValueError."""
+    model.tidy.update({k: v for k, v in dict(least=least, merge=merge).items() if v is not None})
+    if min(model.tidy.values()) < 0 or any(model.tidy.values()) and model.codec.encoding == "rgb":
+        raise ValueError(f"--least and --merge must be 0 (off) or more, and 0 with the encoding rgb, not {model.tidy['least']} and "
+                         f"{model.tidy['merge']:g}")
 
 
 def newest_checkpoint(root="out", shipped=SHIPPED):
@@ -223,7 +231,7 @@ def segment(image, model, n=8, seed=0, **options):
 
     The same seed gives the same map, whatever else is sampled beside it: on the CPU to the last bit at batch 1.
     """
-    return summarise(next(denoise([image], model, n, seed, **options)), image, model.codec, model.tidy)
+    return summarise(next(denoise([image], model, n, seed, **options)), image, model.codec)
 
 
 def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, strength=0.4, **sampling):
@@ -232,11 +240,13 @@ def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, stren
     batch: samples at once (default 1 on the CPU, else 64); halved when the device's memory is not enough. hints: (H, W)
     ids, pixels of one id belong together, of different ids apart; init: (H, W) ids to start from, forgotten the more the
     larger strength is, in (0, 1]; both 0 where not given. sampling: steps, guidance, sampler, variance, smooth (default:
-    the checkpoint's) and resample (default: 1, with hints 2). Raises ValueError.
+    the checkpoint's) and resample (default: 1, with hints 2); least and merge, of `tidy.tidy` (default: the checkpoint's).
+    Raises ValueError.
     """
     device = next(model.net.parameters()).device
     batch = batch or (1 if device.type == "cpu" else 64)
     sampling = {**model.sampling, **({"resample": 2} if hints is not None else {}), **sampling}
+    neat = {k: sampling.pop(k, v) for k, v in model.tidy.items()}
 
     def run(part):
         nonlocal batch
@@ -258,7 +268,9 @@ def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, stren
             run(part[:half])
             return run(part[half:])
         for job, one in zip(jobs, x_hat):
-            job.x_hat.append(one[:, : job.size[0], : job.size[1]])
+            h, w = job.size
+            one, keep = one[None, :, :h, :w], None if job.hint is None else job.hint[:h, :w] > 0
+            job.x_hat.append((tidy(one, model.codec, job.image[:h, :w], **neat, keep=keep) if any(neat.values()) else one)[0])
 
     queue, jobs = [], deque()
     for image in images:
@@ -319,20 +331,13 @@ def tent(x):
     return (1 - x.abs()).clamp(min=0)
 
 
-def summarise(job, image, codec, least=0):
-    """Job and its PIL image -> Segmentation. Agreement and confidence are measured at the network's resolution.
-
-    least: maps are tidied so (`bits.tidy`), unless there were prompts: one prompt may hold several parts together.
-    """
+def summarise(job, image, codec):
+    """Job and its PIL image -> Segmentation. Agreement and confidence are measured at the network's resolution."""
     x_hat, (width, height), (h, w) = torch.stack(job.x_hat), image.size, job.size
     n, mean, cells = len(x_hat), x_hat.mean(0, keepdim=True), codec.decode(x_hat)
     groups = codec.cells(grouping(cells)[None], torch.Generator().manual_seed(0))  # (1, h, w): placed as segments are
-    soft = torch.cat([x_hat, mean, codec.encode(groups)])                          # (n + 2, C, h, w)
     among = None if codec.encoding == "rgb" else [c.unique() for c in cells] + [cells.unique(), groups.unique()]
-    if least and job.held is None:
-        soft, among = tidy(soft, codec, least), None
-        cells = codec.decode(soft[:n])
-    labels = own_size(soft, job.size, width, height, codec, image, among)
+    labels = own_size(torch.cat([x_hat, mean, codec.encode(groups)]), job.size, width, height, codec, image, among)
     labels = labels.to(torch.uint8 if codec.classes < 255 else torch.int16)
     if job.held is not None:
         labels = torch.where(job.held >= 0, job.held.to(labels.dtype), labels)
@@ -540,7 +545,8 @@ def main(argv=None):
     p.add_argument("--guidance", type=float, help="guidance weight, 0 = none: half the time (default: the checkpoint's)")
     p.add_argument("--sampler", choices=["ddpm", "ddim"], help="(default: the checkpoint's)")
     p.add_argument("--smooth", type=float, help="share of the side that answers are averaged over, between the image's edges; 0 = none")
-    p.add_argument("--tidy", type=int, help="fewest pixels, of the network's, of a connected part, each a segment; 0 = as sampled")
+    p.add_argument("--least", type=int, help="fewest pixels, of the network's, of a segment, which is in one piece then; 0 = as sampled")
+    p.add_argument("--merge", type=float, help="how much alike neighbours must look to become one, e.g. 1; 0 = none do")
     p.add_argument("--seed", type=int, default=0, help="sample j of every image has the seed SEED + j")
     p.add_argument("--batch", type=int, help="samples at once (default: 1 on the CPU, else 64, or as many as memory holds)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -568,7 +574,8 @@ def main(argv=None):
         own_gpu = a.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else a.device)
         ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
-        model, out, names = load_checkpoint(ckpt, device, a.tidy), Path(a.out), folder_names(files)
+        model, out, names = load_checkpoint(ckpt, device), Path(a.out), folder_names(files)
+        set_tidy(model, a.least, a.merge)
         if a.format == "coco_panoptic":
             info_of(out / "panoptic.json")
         out.mkdir(parents=True, exist_ok=True)
@@ -578,7 +585,7 @@ def main(argv=None):
 
     files = files[rank::world]
     chosen = {k: v for k in ("steps", "guidance", "sampler", "smooth", "resample") if (v := getattr(a, k)) is not None}
-    settings = {**model.sampling, "tidy": model.tidy, **chosen, **prompts, **({"strength": a.strength} if a.init else {})}
+    settings = {**model.sampling, **model.tidy, **chosen, **prompts, **({"strength": a.strength} if a.init else {})}
     info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, **settings)
     if rank == 0:
         print(f"{ckpt}: trained on {model.dataset}, step {model.step}, {model.image_size} pixels; "
@@ -614,7 +621,7 @@ def main(argv=None):
 
     def finish(job, path, image):
         try:
-            folder, result = out / names[path], summarise(job, image, model.codec, model.tidy)
+            folder, result = out / names[path], summarise(job, image, model.codec)
             words = write(folder, image, result, model, {**info, "image": str(path)}, job.held, a.format == "coco_panoptic")
             return f"{path} -> {folder / 'panel.png'} ({words})"
         except (ValueError, OSError) as e:

@@ -101,7 +101,8 @@ class Config:
     sampler: str = "ddpm"                        # ddpm, ddim
     variance: str = "large"                      # large, small (ddpm)
     smooth: float = 0.0                          # share of the side over which answers are averaged between the image's edges
-    tidy: int = 0                                # fewest pixels of a segment's connected part in sample.py and eval.py; 0: any
+    least: int = 0                               # sample.py and eval.py: fewest pixels of a segment, in one piece then; 0: any
+    merge: float = 0.0                           # ... how much alike neighbours must look to become one; 0: none do
     # logging
     log_every: int = 100
     save_every: int = 1000
@@ -110,7 +111,7 @@ class Config:
 
 PRESETS = {  # a network of model.SIZES, and the recipe that suits it
     "tiny":  dict(image_size=40,  batch_size=16, max_steps=2500,    lr=2e-3, warmup_steps=50,   decay_steps=2300,   ema=0.99,   weighting="uniform", logsnr_space=False, guidance=1.0, bits=4, log_every=50,  save_every=250,  eval_every=1250, smooth=0.2),
-    "photo": dict(image_size=64,  batch_size=16, max_steps=50_000,  lr=1e-3, warmup_steps=200,  decay_steps=25_000, ema=0.999,  weighting="uniform", logsnr_space=False, loss="bce", guidance=5.0, bits=6, log_every=100, save_every=500,  eval_every=3000, crop=0.5, smooth=0.2, tidy=4),
+    "photo": dict(image_size=64,  batch_size=16, max_steps=50_000,  lr=1e-3, warmup_steps=200,  decay_steps=25_000, ema=0.999,  weighting="uniform", logsnr_space=False, loss="bce", guidance=5.0, bits=6, log_every=100, save_every=500,  eval_every=3000, crop=0.5, smooth=0.2, least=2, merge=1.0),
     "small": dict(image_size=64,  batch_size=16, max_steps=50_000,  lr=5e-4, warmup_steps=500,  decay_steps=25_000, ema=0.999,  weighting="uniform", logsnr_space=False, guidance=1.0, bits=6, log_every=50,  save_every=500,  eval_every=2500),
     "paper": dict(image_size=128, batch_size=8,  max_steps=300_000, lr=1e-4, warmup_steps=1000, decay_steps=50_000, ema=0.9999, weighting="sigmoid", logsnr_space=True,  guidance=1.0, bits=6, log_every=100, save_every=1000, eval_every=10_000),
     # the same number of images in batches of 128: lr by the square root of the batch, EMA over as many images
@@ -156,8 +157,8 @@ def parse(argv):
         raise ValueError(f"--keep_every must be 0 (none) or more, not {c.keep_every}")
     if c.workers < 0 or not 0 < c.crop <= 1:
         raise ValueError(f"--workers is 0 or more, and --crop above 0 and at most 1, not {c.workers} and {c.crop}")
-    if c.tidy < 0 or c.tidy and c.encoding == "rgb":
-        raise ValueError(f"--tidy must be 0 (off) or a number of pixels, and 0 with --encoding rgb, not {c.tidy}")
+    if min(c.least, c.merge) < 0 or (c.least or c.merge) and c.encoding == "rgb":
+        raise ValueError(f"--least and --merge must be 0 (off) or more, and 0 with --encoding rgb, not {c.least} and {c.merge}")
     if c.jitter < 0:
         raise ValueError(f"--jitter must be 0 (no changes of colours) or more, not {c.jitter}")
     if not 0 <= c.compose <= 1:
@@ -402,7 +403,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
             codec=dict(encoding=c.encoding, bits=c.bits, palette=c.palette, seed=c.seed, activation=c.activation),
             diffusion=dataclasses.asdict(diffusion),
             sampling=dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance, smooth=c.smooth),
-            tidy=c.tidy, net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=update.scaler.state_dict())
+            tidy=dict(least=c.least, merge=c.merge), net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=update.scaler.state_dict())
 
     def put(name, action):                                                         # rank 0 writes; a full disk only warns
         return rank > 0 or written(out / name, lambda: action(out / name))

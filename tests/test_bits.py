@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bits import Codec, code_probability, confidence, dichotomy, entropy, gray, gray_inverse, palette, tidy
+from bits import Codec, code_probability, confidence, dichotomy, entropy, gray, gray_inverse, palette
 
 SIMILAR_16 = [0, 1, 3, 2, 4, 5, 7, 6, 12, 13, 15, 14, 8, 9, 11, 10]
 GRAY_8 = [0, 1, 3, 2, 6, 7, 5, 4]
@@ -168,72 +168,3 @@ def test_eq3_by_enumeration_of_all_codes(k):
 def test_confidence_is_that_of_the_decoded_code():
     x, codec = torch.randn(1, 6, 8, 8, generator=torch.Generator().manual_seed(0)), Codec(bits=6, palette="range")
     assert torch.allclose(confidence(x), code_probability(x, codec.decode(x)))
-
-
-# ------------------------------------------------------------------------------------------------- tidying
-
-
-def flood(cells):
-    """The 4-connected parts of equal cells, by brute force: a list of sets of (row, column)."""
-    left, out = {(y, x) for y in range(cells.shape[0]) for x in range(cells.shape[1])}, []
-    while left:
-        part, edge = set(), [next(iter(left))]
-        while edge:
-            at = edge.pop()
-            if at in left and (not part or cells[at] == cells[next(iter(part))]):
-                left.remove(at)
-                part.add(at)
-                edge += [(at[0] + dy, at[1] + dx) for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0))]
-        out.append(part)
-    return out
-
-
-def test_tidy_by_hand():
-    codec = Codec(bits=4)
-    before = torch.tensor([[0, 0, 0, 0, 0, 0, 5, 5],
-                           [0, 7, 0, 0, 0, 0, 5, 5],                               # a speck in 0, one with more of 9 around it than of 5
-                           [0, 0, 0, 0, 0, 0, 5, 5],
-                           [0, 0, 9, 9, 9, 9, 9, 8],
-                           [9, 9, 9, 9, 9, 9, 9, 9],
-                           [9, 9, 9, 9, 9, 9, 9, 9],
-                           [0, 0, 0, 9, 9, 9, 0, 9],                               # a second part of 0, and a speck of it in 9
-                           [0, 0, 0, 9, 9, 9, 9, 9]])
-    after = before.clone()
-    after[1, 1], after[3, 7], after[6, 6], after[6:, :3] = 0, 9, 9, 12             # 12: the lower left cell of 4 x 4
-    x = codec.encode(before[None]) * 0.7
-    got = tidy(x, codec, 3)
-    assert torch.equal(codec.decode(got)[0], after) and torch.allclose(got.abs(), torch.full_like(x, 0.7))
-    assert torch.equal(got[:, :, before == after], x[:, :, before == after])
-    assert torch.equal(tidy(got, codec, 3), got)
-
-
-@pytest.mark.parametrize("encoding", ["bits", "onehot"])
-@pytest.mark.parametrize("least", [1, 2, 6])
-def test_tidy_leaves_nothing_small_and_nothing_apart(encoding, least):
-    codec, g = Codec(encoding), torch.Generator().manual_seed(least)
-    coarse = torch.randint(0, 8, (4, 6, 5), generator=g).repeat_interleave(4, 1).repeat_interleave(4, 2)
-    specks = torch.rand(coarse.shape, generator=g) < 0.1
-    before = torch.where(specks, torch.randint(0, 64, coarse.shape, generator=g), coarse)
-    after = codec.decode(tidy(codec.encode(before), codec, least))
-    for old, new in zip(before.numpy(), after.numpy()):
-        was, now = flood(old), flood(new)
-        assert min(len(part) for part in now) >= least
-        if len(now) <= 64:
-            assert len(now) == len(np.unique(new))                                 # each has a code of its own
-        home = {at: k for k, part in enumerate(now) for at in part}
-        for part in was:                                                           # what was one stays one
-            assert len({home[at] for at in part}) == 1
-        kept = [part for part in was if len(part) >= least]
-        for c in np.unique(old):                                                   # and the largest part keeps its code
-            mine = [part for part in now if any(old[at] == c and len(p) >= least for p in kept for at in [next(iter(p))] if at in part)]
-            if mine:
-                assert any(new[next(iter(part))] == c for part in mine)
-
-
-def test_tidy_keeps_a_map_smaller_than_a_part_and_a_crowd_beyond_the_codes():
-    codec = Codec(bits=2)
-    one = codec.encode(torch.full((1, 1, 3), 2))
-    assert torch.equal(tidy(one, codec, 10), one)
-    assert len(codec.decode(tidy(codec.encode(torch.tensor([[[0, 1, 2]]])), codec, 10)).unique()) == 1
-    board = torch.arange(6)[:, None].add(torch.arange(6)).remainder(2)[None]       # 36 parts, 4 codes
-    assert len(codec.decode(tidy(codec.encode(board), codec, 1)).unique()) == 4

@@ -125,20 +125,6 @@ def test_consensus_is_the_vote_of_equally_sure_samples():
     assert float(result.entropy[0, 0]) == pytest.approx(2 * sure - 2 * (p * np.log2(p) + (1 - p) * np.log2(1 - p)), abs=1e-4)
 
 
-def test_answers_are_tidied_but_not_those_to_prompts():
-    """A speck, in all samples, is gone from every map; in a map that follows prompts it stays."""
-    codec, cells = Codec(bits=4), torch.zeros(3, 12, 16, dtype=torch.int64)
-    cells[:, :, 8:], cells[:, 4, 3] = 3, 9
-    x, photo = list(codec.encode(cells) * 0.9), Image.new("RGB", (16, 12))
-    rough, neat = summarise(Job(None, (12, 16), x), photo, codec), summarise(Job(None, (12, 16), x), photo, codec, 2)
-    for result, ids in ((rough, [0, 3, 9]), (neat, [0, 3])):
-        for labels in (*result.labels, result.consensus, result.grouping):
-            assert len(labels.unique()) == len(ids)
-        assert result.labels.unique().tolist() == ids and sorted(s["id"] - 1 for s in result.segments) == ids
-    held = Job(None, (12, 16), x, held=torch.full((12, 16), -1))
-    assert torch.equal(summarise(held, photo, codec, 2).labels, rough.labels)
-
-
 def test_boundary_is_the_share_of_samples():
     codec, cells = Codec(bits=4), torch.zeros(4, 12, 16, dtype=torch.int64)
     cells[:, :, 8:], cells[:3, 6:] = 3, 9                                          # all see the upper vertical, three the horizontal

@@ -126,6 +126,7 @@ def test_hints_are_held(ckpt):
 
 
 @pytest.mark.parametrize("arguments, words", [
+    (["--least", "-1"], "--least and --merge must be 0"), (["--merge", "-0.5"], "--least and --merge must be 0"),
     (["--n", "0"], "--n must be at least 1"), (["--steps", "0"], "--steps must be at least 1"),
     (["--device", "cuda:99"], "try --device cpu"), (["--ckpt", "nowhere.pt"], "no such file"),
     (["--ckpt", "README.md"], "README.md"), (["--box", "1,2"], "x0,y0,x1,y1"), (["--points", "900,900"], "900")])
