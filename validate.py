@@ -13,6 +13,7 @@ from data import normalise
 from diffusion import fused, sample
 from metrics import scores
 from pictures import grid, overlay, side_of
+from tidy import tidy
 
 
 class Stopped(Exception):
@@ -25,7 +26,7 @@ def validate(net, data, codec, diffusion, c, device, autocast, stop, rank, world
     n, totals, tiles, side = min(c.eval_images, len(data)), [], [], side_of(codec)
     size = min(32, c.batch_size) if device.type == "cpu" else 32                   # small: a signal is looked at in between
 
-    def cells_of(x, inside, seeds):
+    def cells_of(x, inside, seeds, images, sizes):
         def look(*_):
             if stop:
                 raise Stopped
@@ -33,6 +34,8 @@ def validate(net, data, codec, diffusion, c, device, autocast, stop, rank, world
         with autocast():
             x_hat = sample(net, x, inside, codec.channels, seeds, diffusion, codec.activate, c.steps, c.guidance, c.sampler,
                            c.variance, c.smooth, callback=look, fused=fused(codec, device))
+        for i, (h, w) in enumerate(sizes.tolist() if c.least or c.merge else ()):
+            x_hat[i : i + 1, :, :h, :w] = tidy(x_hat[i : i + 1, :, :h, :w], codec, images[i, :h, :w], c.least, c.merge)
         return codec.decode(x_hat, inside).cpu()
 
     try:
@@ -40,7 +43,7 @@ def validate(net, data, codec, diffusion, c, device, autocast, stop, rank, world
             at = list(range(start, min(start + size, n)))
             images, labels, sizes = data.get(at)
             x, inside = normalise(images.to(device), sizes.to(device))
-            cells = cells_of(x, inside, at)
+            cells = cells_of(x, inside, at, images, sizes)
             for i, one in zip(at, cells):
                 maps = data.maps(i)
                 s = scores(one.expand(len(maps), -1, -1), maps)
@@ -48,7 +51,7 @@ def validate(net, data, codec, diffusion, c, device, autocast, stop, rank, world
             m = min(8 - len(tiles), len(at)) if rank == 0 else 0
             if m > 0:
                 truth = (Codec(bits=codec.bits) if codec.palette == "none" else codec).cells(labels[:m])
-                more = [cells_of(x[:m], inside[:m], [1000 * j + i for i in at[:m]]) for j in (1, 2)]
+                more = [cells_of(x[:m], inside[:m], [1000 * j + i for i in at[:m]], images, sizes[:m]) for j in (1, 2)]
                 for image, true, *three in zip(images[:m], truth, cells, *more):
                     tiles.append([image.numpy(), *(overlay(image, v, side, 0.8) for v in (true, *three))])
     except Stopped:
