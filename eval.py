@@ -42,7 +42,7 @@ from diffusion import fused, network_input, sample
 from formats import read_image
 from pictures import grid, overlay
 from sample import hint_map, load_checkpoint, newest_checkpoint, own_size, pick_device, read_checkpoint, segment, set_tidy
-from tidy import tidy
+from tidy import lab, tidy
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",
         "voi": "VoI (bits)", "boundary": "boundary F", "pred": "segments predicted", "true": "segments true"}
@@ -58,14 +58,6 @@ PUBLISHED = [  # covering, PRI, VoI on the BSDS500 test images, best single scal
 def regular_grid(h, w, side=3):
     """side x side rectangles: (h, w) int64."""
     return torch.arange(h)[:, None] * side // h * side + torch.arange(w) * side // w
-
-
-def lab(rgb):
-    """sRGB in 0..1, (..., 3) -> CIE L*a*b*, D65."""
-    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    xyz = linear @ np.array([[0.4339, 0.2126, 0.0178], [0.3762, 0.7152, 0.1095], [0.1899, 0.0722, 0.8727]])   # / white
-    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
 
 
 def kmeans(image, k=8, position=60.0):

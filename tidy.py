@@ -11,7 +11,7 @@ import numpy as np
 import scipy.ndimage
 import torch
 
-COLOUR, BITS = 0.2, 1.5          # two segments as far apart in mean colour (RGB, 0 to 1), or in mean soft bits, are 1 apart
+COLOUR, BITS = 25.0, 1.5                         # so far apart in mean colour (Lab), or in mean soft bits, two segments are 1 apart
 
 
 def tidy(x, codec, image, least=0, merge=0.0, keep=None):
@@ -26,7 +26,7 @@ def tidy(x, codec, image, least=0, merge=0.0, keep=None):
     """
     if codec.encoding == "rgb" and (least or merge):
         raise ValueError("answers of the encoding rgb cannot be tidied: its clusters have no codes of their own")
-    x, colour = x.float().cpu(), np.asarray(image) / 255
+    x, colour = x.float().cpu(), lab(np.asarray(image) / 255)
     keep = np.zeros(colour.shape[:2], bool) if keep is None else np.asarray(keep)
     old, new = codec.decode(x), []
     for cells, soft in zip(old.numpy(), x.clamp(-1, 1).permute(0, 2, 3, 1).numpy()):
@@ -34,6 +34,14 @@ def tidy(x, codec, image, least=0, merge=0.0, keep=None):
         new.append(join(cells, np.concatenate([colour, soft], axis=2), merge, keep) if merge else cells)
     new = torch.from_numpy(np.stack(new))
     return torch.where((new != old)[:, None], codec.encode(new) * x.abs().clamp(min=0.01), x)
+
+
+def lab(rgb):
+    """sRGB in 0..1, (..., 3) -> CIE L*a*b*, D65."""
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    xyz = linear @ np.array([[0.4339, 0.2126, 0.0178], [0.3762, 0.7152, 0.1095], [0.1899, 0.0722, 0.8727]])   # / white
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
 
 
 def parts(cells):
@@ -79,7 +87,7 @@ def split(cells, side, keep):
 
 
 def distance(a, b):
-    """Of segments with mean colours and soft bits a, b (..., 3 + C): |colour - colour| / COLOUR + bits apart / BITS."""
+    """Of segments with mean Lab colours and soft bits a, b (..., 3 + C): colours apart / COLOUR + bits apart / BITS."""
     bits = np.abs(a[..., 3:] - b[..., 3:]).sum(-1) / 2                             # sure and different in one bit: 1
     return np.linalg.norm(a[..., :3] - b[..., :3], axis=-1) / COLOUR + bits / BITS
 

@@ -9,7 +9,7 @@ from bits import Codec
 from diffusion import Diffusion
 from model import SIZES, UNet
 from sample import Model, segment
-from tidy import BITS, COLOUR, distance, tidy
+from tidy import BITS, COLOUR, distance, lab, tidy
 
 GREY = np.zeros((8, 8, 3), np.uint8)
 
@@ -93,14 +93,21 @@ def test_a_map_smaller_than_a_part_and_a_crowd_beyond_the_codes():
 # ---- neighbours that look alike
 
 
+def test_lab_golden():
+    """CIE's values for sRGB white, black, red, green, blue and middle grey (Lindbloom)."""
+    rgb = np.array([[1, 1, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0.5]])
+    want = [[100, 0, 0], [0, 0, 0], [53.24, 80.09, 67.20], [87.73, -86.18, 83.18], [32.30, 79.19, -107.86], [53.39, 0, 0]]
+    assert np.allclose(lab(rgb), want, atol=0.1)
+
+
 def test_distance_of_segments():
     a, b = np.zeros(9), np.zeros(9)
     a[3:], b[3:] = [1, 1, -1, -1, 1, 1], [1, 1, -1, -1, 1, -1]
     assert distance(a, b) == pytest.approx(1 / BITS)                               # one sure bit
-    b[:3] = 0.3, 0.0, 0.4
-    assert distance(a, b) == pytest.approx(1 / BITS + 0.5 / COLOUR)
+    b[:3] = 30, 0, -40
+    assert distance(a, b) == pytest.approx(1 / BITS + 50 / COLOUR)
     b[8] = 0.5                                                                     # a bit that is not sure
-    assert distance(a, b) == pytest.approx(0.25 / BITS + 0.5 / COLOUR)
+    assert distance(a, b) == pytest.approx(0.25 / BITS + 50 / COLOUR)
 
 
 def merged_by_force(cells, looks, most):
@@ -130,7 +137,7 @@ def test_merging_against_brute_force(most):
     x = codec.encode(torch.from_numpy(before)) * torch.from_numpy(rng.uniform(0.2, 1, (3, 6, 15, 12)).astype(np.float32))
     after = codec.decode(tidy(x, codec, image, merge=most)).numpy()
     for old, new, soft in zip(before, after, x.permute(0, 2, 3, 1).numpy()):
-        assert (new == merged_by_force(old, np.concatenate([image / 255, soft], 2), most)).all()
+        assert (new == merged_by_force(old, np.concatenate([lab(image / 255), soft], 2), most)).all()
     assert len(np.unique(after)) < len(np.unique(before))
 
 
