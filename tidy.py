@@ -79,7 +79,7 @@ def split(cells, side, keep):
         mask = part == j
         cell = cells[mask][0]
         if cell in seen and free and j not in kept:
-            row, col = ((v.mean() + 0.5) / n * side - 0.5 for v, n in zip(mask.nonzero(), cells.shape))
+            row, col = ((v.mean() + 0.5) / max(cells.shape) * side - 0.5 for v in mask.nonzero())    # the palette covers a square
             cells[mask] = nearest = min(free, key=lambda k: (k // side - row) ** 2 + (k % side - col) ** 2)
             free.remove(nearest)
         seen.add(cell)

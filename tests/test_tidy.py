@@ -51,6 +51,10 @@ def test_least_by_hand():
     assert torch.equal(got[:, :, BEFORE == after], x[:, :, BEFORE == after])
     assert torch.equal(tidy(got, codec, GREY, least=3), got)
     assert torch.equal(tidy(x, codec, GREY), x)
+    wide = torch.zeros(1, 3, 8, dtype=torch.int64)                                 # the upper part of the palette's square
+    wide[0, :, 4] = 5
+    parted = codec.decode(tidy(codec.encode(wide), codec, GREY[:3], least=1))[0]
+    assert (parted[:, :4] == 0).all() and (parted[:, 4] == 5).all() and (parted[:, 5:] == 3).all()     # in the first row of 4
 
 
 def test_hints_stay_where_they_are():
