@@ -4,7 +4,7 @@
     python sample.py --n 4 --out masks --resume photos/ a.png                  # a folder and a file; go on where it stopped
     python sample.py --points "120,80 160,90; 30,200" photo.jpg                # the first two belong together, the third apart
     python sample.py --init samples/photo/medoid.png --strength 0.4 photo.jpg  # correct a map by hand, sample again
-    torchrun --nproc_per_node 8 sample.py photos/                              # the images are shared among 8 GPUs
+    torchrun --nproc_per_node 8 -- sample.py --n 4 photos/                     # the images are shared among 8 GPUs
 
 For each image a folder --out/<stem>/ (<name>_<suffix> where two stems are the same), everything at its own size:
     labels_00.png ...  one id a pixel, coloured when looked at (16-bit grey from 255 ids); 0 is never used

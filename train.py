@@ -403,7 +403,8 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
             codec=dict(encoding=c.encoding, bits=c.bits, palette=c.palette, seed=c.seed, activation=c.activation),
             diffusion=dataclasses.asdict(diffusion),
             sampling=dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance, smooth=c.smooth),
-            tidy=dict(least=c.least, merge=c.merge), net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=update.scaler.state_dict())
+            tidy=dict(least=c.least, merge=c.merge),
+            net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=update.scaler.state_dict())
 
     def put(name, action):                                                         # rank 0 writes; a full disk only warns
         return rank > 0 or written(out / name, lambda: action(out / name))
