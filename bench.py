@@ -328,7 +328,7 @@ def peak_memory(device):
 
 def bench_train(args):
     c, device, dtype, why, codec, diffusion, network, net = setting(args)
-    data = train.datasets.load("shapes", "train", c.image_size, seed=c.seed)
+    data = train.datasets.load("shapes", "train", c.image_size * net.detail, seed=c.seed)
     compiled = c.compile == "on" or c.compile == "auto" and device.type == "cuda"
     loss = train.loss_of(diffusion, codec, device, dtype)
 
@@ -396,9 +396,9 @@ def bench_train(args):
 def bench_sample(args):
     c, device, dtype, why, codec, diffusion, network, net = setting(args)
     net, n = net.to(memory_format=torch.channels_last).eval().requires_grad_(False), args.n      # as sample.py has it
-    data = train.datasets.load("shapes", "val", c.image_size, seed=c.seed)
+    data = train.datasets.load("shapes", "val", c.image_size * net.detail, seed=c.seed)
     images, _, sizes = data.get(list(range(args.images)))
-    x, inside = train.datasets.normalise(images.to(device), sizes.to(device))
+    x, inside = train.datasets.normalise(images.to(device), (sizes // net.detail).to(device), net.detail)
     which = [i for i in range(args.images) for _ in range(n)]
     jobs = {"one image, one sample": [0], f"one image, {n} samples": which[:n], f"{args.images} images x {n} samples": which}
     context = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()

@@ -603,36 +603,49 @@ def inside_mask(sizes, size):
     return (axis[:, None] < sizes[:, 0, None, None]) & (axis < sizes[:, 1, None, None])
 
 
-def normalise(images, sizes):
-    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, ImageNet mean and deviation, 0 outside; and inside (B, S, S)."""
-    return standardise(images.permute(0, 3, 1, 2).contiguous().float() / 255, inside_mask(sizes, images.shape[1]))
+def normalise(images, sizes, detail=1):
+    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, ImageNet mean and deviation, 0 outside; and inside (B, S, S).
+
+    With detail d: images (B, d S, d S, 3) beside label maps of S x S, whose sizes (B, 2) are -> (B, 3 d^2, S, S).
+    """
+    x = images.permute(0, 3, 1, 2).contiguous().float() / 255
+    return standardise(x, inside_mask(sizes, images.shape[1] // detail), detail)
 
 
-def standardise(x, inside):
-    for channel, mean, std in zip(x.unbind(1), MEAN, STD):                         # in place; no tensor made on the host
+def standardise(x, inside, detail=1):
+    x = F.pixel_unshuffle(x, detail)                                               # (B, 3 d^2, S, S)
+    for channel, mean, std in zip(x.unflatten(1, (3, -1)).unbind(1), MEAN, STD):   # in place; no tensor made on the host
         channel.sub_(mean).div_(std)
     return x.mul_(inside[:, None].float()), inside
 
 
-def packed_side(size, crop):
-    """Side of packed images, for random crops that keep at least the share `crop` of it: midway between both scales."""
-    return round(size / crop**0.5)
+def coarser(labels, sizes, detail):
+    """Label maps (..., d S, d S) and sizes (..., 2) at the side S: every d-th pixel of both axes."""
+    return labels[..., detail // 2 :: detail, detail // 2 :: detail], (sizes + detail // 2) // detail
 
 
-def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0):
+def packed_side(size, crop, detail=1):
+    """Side of packed images, for random crops that keep at least the share `crop` of it: midway between both scales.
+
+    With a detail above 1 at least the side that the network sees, and no more than that needs: crops are blurred then.
+    """
+    return max(size * detail, round(size / crop**0.5))
+
+
+def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1):
     """The paper's augmentation, each sample by its own uniform numbers u (B, 16), on the images' device.
 
     Horizontal flip (p 0.5); gamma, brightness and contrast, hue/saturation/value (p 0.3 each, times `jitter`); RGB shift
     (p 0.1, times `jitter`); rotation within +-20 degrees (p 0.3). Beyond the paper, with crop < 1 and u (B, 20): a random
     part of at least the share `crop` of the sides, stretched by up to 2^(1/4) one way and squeezed as much the other.
     size: side of the result, the images' own by default. Returns what `normalise` does, and the labels; new pixels are
-    outside and -1.
+    outside and -1. With detail d, the labels have the side `size`, the images d times as many pixels, folded.
     """
     B, T = images.shape[:2]
-    S, device = size or T, images.device
+    S, device = size or T // detail, images.device
     if B > 8 and device.type == "cpu":                                             # pieces that fit the processor's cache
         pieces = zip(*(v.split(8) for v in (images, labels, sizes, u)))
-        return tuple(torch.cat(v) for v in zip(*(augment(*piece, size, crop, jitter) for piece in pieces)))
+        return tuple(torch.cat(v) for v in zip(*(augment(*piece, size, crop, jitter, detail) for piece in pieces)))
     u = u.to(device, non_blocking=True).T                                          # (16 or 20, B)
     on = [u[i] < p for i, p in enumerate((0.5, *(jitter * p for p in (0.3, 0.3, 0.3, 0.1)), 0.3))]
     r = 2 * u[6:16] - 1                                                            # (10, B) in [-1, 1]
@@ -656,29 +669,30 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0):
     old = sizes.to(device, non_blocking=True).T.float()                                               # (2, B): h, w
     new = old if S == T else (old * (S / T)).round().clamp(1, S)
     cos, sin = (f(when(5, r[9] * torch.pi / 9)) for f in (torch.cos, torch.sin))
-    middle, scale = (old - 1) / 2, old / new
+    fine, side = new * detail, S * detail                                          # the image's
+    middle, scale = (old - 1) / 2, old / fine
     if crop < 1:
         stretch = 2 ** (0.5 * u[19] - 0.25)                                        # (B,); as shares of both sides: (2, B)
         zoom = ((1 - (1 - crop) * u[16]) * torch.stack([stretch, 1 / stretch])).clamp(crop, 1)
         middle, scale = middle + (1 - zoom) * old * (u[17:19] - 0.5), scale * zoom
-    axis = torch.arange(S, device=device)
-    dy, dx = (axis - (side[:, None] - 1) / 2 for side in new)                      # (B, S)
+    axis = torch.arange(side, device=device)
+    dy, dx = (axis - (n[:, None] - 1) / 2 for n in fine)                           # (B, d S)
     sy, sx = scale[0], scale[1] * when(0, -1.0, 1.0)
-    far = [torch.where(axis < side[:, None], 0.0, 1e6) for side in new]            # beyond the valid part: from nowhere
+    far = [torch.where(axis < n[:, None], 0.0, 1e6) for n in fine]                 # beyond the valid part: from nowhere
     row_y, row_x = (sy * cos)[:, None] * dy + middle[0][:, None] + far[0], (sy * sin)[:, None] * dx
     col_x, col_y = (sx * cos)[:, None] * dx + middle[1][:, None] + far[1], (sx * sin)[:, None] * dy
-    row, col = row_y[:, :, None] + row_x[:, None], col_x[:, None] - col_y[:, :, None]  # (B, S, S)
+    row, col = row_y[:, :, None] + row_x[:, None], col_x[:, None] - col_y[:, :, None]  # (B, d S, d S)
     height, width = old.view(2, B, 1, 1)
-    r_, c_ = row.round(), col.round()
+    r_, c_ = (v.round() if detail == 1 else F.avg_pool2d(v, detail).round() for v in (row, col))   # (B, S, S), the label's
     inside = (r_ >= 0) & (r_ < height) & (c_ >= 0) & (c_ < width)
     nearest = (r_.clamp_(0, T - 1) * T).add_(c_.clamp_(0, T - 1)).long()           # (B, S, S)
     labels = torch.where(inside, labels.view(B, -1).gather(1, nearest.view(B, -1)).view(B, S, S), -1)
     # clamped to the valid part, so that the padding's black does not bleed in at its border
     row, col = torch.minimum(row.clamp_(min=0), height - 1), torch.minimum(col.clamp_(min=0), width - 1)
-    # (B, S, S, 2), x before y, in [-1, 1]; 5 times faster than stack
+    # (B, d S, d S, 2), x before y, in [-1, 1]; 5 times faster than stack
     grid = torch.view_as_real(torch.complex(col, row)).mul_(2 / T).add_(1 / T - 1)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return *standardise(x, inside), labels
+    return *standardise(x, inside, detail), labels
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -185,8 +185,8 @@ def draw(shape, d, generator=None, device=None, eps=True):
 def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=None):
     """The loss of one batch (Eq. 2), a scalar.
 
-    x0 (B, C, H, W) in [-1, 1], 0 where not valid; image (B, 3, H, W), normalised; valid (B, H, W) bool.
-    drawn: what `draw` returns, for these B samples; drawn here from generator, on x0's device, if not given. With d.loss
+    x0 (B, C, H, W) in [-1, 1], 0 where not valid; image (B, 3, H, W), normalised, or (B, 3 d^2, H, W), one of d times the
+    resolution, folded; valid (B, H, W) bool. drawn: what `draw` returns, for these B samples; drawn here from generator, on x0's device, if not given. With d.loss
     "bce", activate must be torch.tanh and x0 bits, -1 or 1.
     """
     r = draw(x0.shape, d, generator, x0.device) if drawn is None else drawn
@@ -230,7 +230,7 @@ def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, ac
 
 
 def network_input(xt, image=None, x_self=None):
-    """cat(xt[, image][, x_self]): (B, C [+ 3] [+ C], H, W)."""
+    """cat(xt[, image][, x_self]): (B, C [+ 3 d^2] [+ C], H, W)."""
     return torch.cat([v for v in (xt, image, x_self) if v is not None], dim=1)
 
 
@@ -243,7 +243,7 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
            variance="large", smooth=0.0, known=None, resample=1, init=None, strength=1.0, callback=None, fused=None):
     """Denoise Gaussian noise into x_hat (B, C, H, W) in [-1, 1] at N equidistant times from 1 to 0.
 
-    image (B, 3, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random generator a sample, so
+    image (B, 3 d^2, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random generator a sample, so
     the result for a seed is the same in every batch. guidance w: x_hat = (1 + w) x_hat(image) - w x_hat(no image).
     variance (ddpm): large or small. callback(i, t, xt, x_hat) sees every step. smooth: x_hat is averaged over about this
     share of the longer side at every step, but not across edges of the image (`edge_aware`); 0: not at all, as in the paper.
@@ -324,7 +324,7 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
 
 
 def edge_aware(image, valid, reach, colour=0.35):
-    """Filters that average along rows and columns of an image (B, 3, H, W), normalised: (B, H, W, W) and (B, W, H, H).
+    """Filters that average along rows and columns of an image (B, 3 d^2, H, W), normalised: (B, H, W, W) and (B, W, H, H).
 
     The weight of another pixel of the row is exp(-d): d grows by 1 for every `reach` of the longer side on the way there, and
     by 1 for every `colour` that the image changes by. Weights sum to 1 over the valid pixels. This is normalised
@@ -336,7 +336,7 @@ def edge_aware(image, valid, reach, colour=0.35):
         far = (way[..., None] - way[..., None, :]).abs()                           # (B, rows, columns, columns)
         return torch.softmax(-far - 1e4 * ~valid[:, :, None], dim=-1)
 
-    x = image.float().permute(0, 2, 3, 1)
+    x = image.float().unflatten(1, (3, -1)).mean(2).permute(0, 2, 3, 1)            # (B, H, W, 3)
     return along(x, valid), along(x.transpose(1, 2), valid.transpose(1, 2))
 
 

@@ -79,13 +79,14 @@ def nearest(labels, height, width):
 # Samples
 
 
-def draw(model, images, sizes, seeds, batch, setting):
+def draw(model, images, sizes, seeds, batch, setting, sharp=None):
     """Samples of a few images and, for calibration, the last step's network output for the first sample of each.
 
-    images (B, S, S, 3) uint8, sizes (B, 2), seeds (B, n) -> x_hat (B, n, C, S, S), out (B, C, S, S), on the CPU.
+    images (B, S, S, 3) uint8, sizes (B, 2), seeds (B, n) -> x_hat (B, n, C, S, S), out (B, C, S, S), on the CPU. sharp: the
+    images as a network of detail d sees them, (B, d S, d S, 3).
     """
     device = next(model.net.parameters()).device
-    x, inside = normalise(images.to(device), sizes.to(device))
+    x, inside = normalise((images if sharp is None else sharp).to(device), sizes.to(device), model.detail)
     n, trace, parts, outs = len(seeds[0]), [], [], []
 
     def remember(step, t, xt, x_hat):                                              # the last two steps
@@ -184,10 +185,11 @@ def joined_table(cells, maps):
     return metrics.reliability(samples, annotators, bins=len(cells) + 1)
 
 
-def run(data, positions, model, a, setting, ns, files, larger=None, full=True, keep=False):
+def run(data, positions, model, a, setting, ns, files, larger=None, full=True, keep=False, fine=None):
     """A row (dictionary) for each image: "curve", see best_of; if full, the scores; if keep, the label maps.
 
     Scores are at the network's size; at the images' own, given files; and at that of the data set `larger`, the same images.
+    fine: they again, at the resolution that a network with detail sees.
     """
     rows, n = [], max(ns)
     per = max(1, a.batch // n)
@@ -196,7 +198,7 @@ def run(data, positions, model, a, setting, ns, files, larger=None, full=True, k
         images, _, sizes = data.get(at)
         if model:
             seeds = [[(a.seed * 10**6 + i) * 1000 + j for j in range(n)] for i in at]
-            x_hat, out = draw(model, images, sizes, seeds, a.batch, setting)
+            x_hat, out = draw(model, images, sizes, seeds, a.batch, setting, fine and fine.get(at)[0])
         for b, i in enumerate(at):
             maps, (h, w) = data.maps(i), sizes[b].tolist()
             row = dict(position=i, name=data.names[i] if hasattr(data, "names") else str(i), annotators=len(maps))
@@ -476,11 +478,13 @@ def main(argv=None):
             if "net" not in content:
                 raise ValueError(f"{path} holds averaged weights only (it was made by --export): leave out --raw")
             model.net.load_state_dict(content["net"])
-        data = load(a.dataset, a.split, model.image_size if model else a.size or 128, a.root, a.cache, unlabelled=a.unlabelled,
-                    components=a.components)
-        larger = None
-        if model and a.size:
-            larger = load(a.dataset, a.split, a.size, a.root, a.cache, unlabelled=a.unlabelled, components=a.components)
+
+        def at_size(size):
+            return load(a.dataset, a.split, size, a.root, a.cache, unlabelled=a.unlabelled, components=a.components)
+
+        data = at_size(model.image_size if model else a.size or 128)
+        larger = at_size(a.size) if model and a.size else None
+        fine = at_size(model.image_size * model.detail) if model and model.detail > 1 else None
         files = originals(a.dataset, a.split, a.root)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).name}-{a.split}")
@@ -498,7 +502,7 @@ def main(argv=None):
     positions, sweep = list(range(min(a.limit, len(data)))), []
     if model and a.clicks:
         model.sampling.update(home)
-        curve = clicks_curve(model, data, positions, a.clicks, max(ns), a.seed)
+        curve = clicks_curve(model, fine or data, positions, a.clicks, max(ns), a.seed)
         print(f"{name} on {a.dataset} {a.split}, {len(positions)} images: ARI to the annotator who clicks, one sample / medoid of {max(ns)}")
         table = {k: [metrics.bootstrap(column) for column in zip(*rows)] for k, rows in curve.items()}
         for k, values in table.items():
@@ -508,7 +512,7 @@ def main(argv=None):
     mine = positions[rank :: dist.get_world_size()] if dist.is_initialized() else positions
     for setting in settings:
         many = all(setting[key] == home[key] for key in setting if key != "guidance")
-        sweep.append((setting, shared(run(data, mine, model, a, setting, ns if many else [1], files, larger, setting == home))))
+        sweep.append((setting, shared(run(data, mine, model, a, setting, ns if many else [1], files, larger, setting == home, fine=fine))))
     if rank > 0:
         return 0
     rows = next(result for setting, result in sweep if setting == home)
@@ -569,7 +573,7 @@ def main(argv=None):
         which = {k: kind for kind, k in (("worst", -1), ("worst", -2), ("median", len(ranking) // 2), ("best", 1), ("best", 0))
                  if -len(ranking) <= k < len(ranking)}
         chosen = [(kind, ranking[k]) for k, kind in reversed(which.items())]
-        again = run(data, [row["position"] for _, row in chosen], model, a, home, ns, {}, keep=True)
+        again = run(data, [row["position"] for _, row in chosen], model, a, home, ns, {}, keep=True, fine=fine)
         titles = [f"{kind}: {row['name']}, ARI {row['network'][answer]['ari']:.3f}, IoU {row['network'][answer]['iou']:.3f}; image, "
                   + ", ".join(["annotator"] * min(2, row["annotators"]) + [s for s in row["network"] if s != "human"])
                   for kind, row in chosen]

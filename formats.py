@@ -389,10 +389,11 @@ def fitted(width, height, size):
 
 
 def resize_image(image, size, fit=None):
-    """A PIL image as (S, S, 3) uint8, area-averaged to `size` on the longer side (or to fit: w, h), top-left; and (h, w)."""
+    """A PIL image as (S, S, 3) uint8, area-averaged (bilinear, where it grows) to `size` on the longer side (or to
+    fit: w, h), top-left; and (h, w)."""
     w, h = fit or fitted(*image.size, size)
     out = np.zeros((size, size, 3), np.uint8)
-    out[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BOX))
+    out[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BOX if w <= image.width else Image.Resampling.BILINEAR))
     return out, (h, w)
 
 

@@ -23,7 +23,8 @@ from einops import rearrange
 # patch: pixels are folded p x p into channels before the first layer and unfolded after the last (1 = the paper).
 # mult: one entry a level; blocks: residual blocks a level (the decoder has one more); attn: how many of the deepest
 # levels have attention; heads: attention heads; groups: of the normalisation (32 = the paper);
-# position: octaves of row and column that are added to the first layer's output (0 = the paper).
+# position: octaves of row and column that are added to the first layer's output (0 = the paper). detail: the network sees
+# the image at this many times the label map's resolution, by convolutions of its own (1 = the paper: at the label map's).
 SIZES = {                                                                          # at k = 6, RGB:  parameters
     "tiny":  dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2),
     "photo": dict(width=64, mult=(1, 2, 2),       blocks=1, attn=2, heads=4, patch=4, groups=8, position=3),
@@ -99,18 +100,23 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """Attention U-Net. forward(x, t): (B, in_channels, H, W), (B,) in [0, 1] -> (B, out_channels, H, W).
 
-    Raises ValueError for an H or W that the levels cannot halve (a multiple of patch * 2^(levels - 1) is needed).
+    x is cat(xt, image[, x_self]). detail d: the image is one of (3, d H, d W) folded into 3 d^2 channels (pixel_unshuffle);
+    the first layer sees its mean over d x d, and `look` all of it. Raises ValueError for an H or W that the levels cannot
+    halve (a multiple of patch * 2^(levels - 1) is needed), and for a detail that is not a power of 2.
     """
 
-    def __init__(self, in_channels, out_channels, width, mult, blocks, attn, heads, patch=1, dropout=0.0, groups=32, position=0):
+    def __init__(self, in_channels, out_channels, width, mult, blocks, attn, heads, patch=1, dropout=0.0, groups=32, position=0,
+                 detail=1):
         super().__init__()
         if width % groups:
             raise ValueError(f"width {width} must be a multiple of {groups}, the number of normalisation groups")
-        self.patch, self.multiple = patch, patch * 2 ** (len(mult) - 1)
-        self.parts = [n * patch**2 for n in (out_channels, 3, in_channels - out_channels - 3)]   # of the stem's input
+        self.patch, self.detail, self.multiple = patch, detail, patch * 2 ** (len(mult) - 1)
+        self.channels = [out_channels, 3 * detail**2, in_channels - out_channels - 3 * detail**2]       # xt, image, x_self
+        self.parts = [n * patch**2 for n in (out_channels, 3, self.channels[2])]   # of the stem's input
         c_emb = 4 * width
         self.time = nn.Sequential(nn.Linear(64, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.stem = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
+        self.stem = nn.Conv2d(sum(self.parts), width, 3, padding=1)
+        self.look = looking(detail * patch, width, groups) if detail > 1 else None
         self.position = position
         self.place = nn.Conv2d(4 * position, width, 1) if position else None
 
@@ -139,7 +145,9 @@ class UNet(nn.Module):
 
     def image_part(self, image):
         """The stem's output for the image alone, (B, width, H/p, W/p): the same at every step of sampling."""
-        return F.conv2d(F.pixel_unshuffle(image, self.patch), self.stem.weight.split(self.parts, 1)[1], padding=1)
+        mean = image.unflatten(1, (3, -1)).mean(2)                                 # (B, 3, H, W)
+        h = F.conv2d(F.pixel_unshuffle(mean, self.patch), self.stem.weight.split(self.parts, 1)[1], padding=1)
+        return h if self.look is None else h + self.look(F.pixel_shuffle(image, self.detail))
 
     def forward(self, x, t, image_part=None):                                      # given: x is without the image
         if x.shape[-2] % self.multiple or x.shape[-1] % self.multiple:
@@ -148,6 +156,9 @@ class UNet(nn.Module):
         emb = F.silu(self.time(time_features(t).to(self.stem.weight.dtype)))       # (B, 4 * width)
         # NHWC or NCHW, as the weights are: net.to(memory_format=torch.contiguous_format) is faster for bf16 on a CPU
         nhwc = self.stem.weight.is_contiguous(memory_format=torch.channels_last)
+        if image_part is None and self.look is not None:
+            xt, image, x_self = x.split(self.channels, 1)
+            x, image_part = torch.cat([xt, x_self], dim=1), self.image_part(image)
         x = F.pixel_unshuffle(x, self.patch).contiguous(                           # (B, C p^2, H/p, W/p)
             memory_format=torch.channels_last if nhwc else torch.contiguous_format)
         if image_part is None:
@@ -181,6 +192,18 @@ class Stage(nn.Module):
     def forward(self, x, emb):
         x = self.attn(self.res(x, emb))
         return x if self.up is None else self.up(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def looking(fold, width, groups):
+    """Convolutions that halve an image (B, 3, fold h, fold w) down to (B, width, h, w), wider each time. Raises ValueError."""
+    halvings = fold.bit_length() - 1
+    if fold != 2**halvings:
+        raise ValueError(f"detail x patch must be a power of 2, not {fold}")
+    layers, c = [], 3
+    for i in reversed(range(halvings)):
+        layers += [nn.Conv2d(c, width >> i, 3, stride=2, padding=1), nn.SiLU()]
+        c = width >> i
+    return nn.Sequential(*layers[:-1], nn.GroupNorm(groups, width), nn.SiLU(), zero_init(nn.Conv2d(width, width, 3, padding=1)))
 
 
 def zero_init(module):

@@ -67,6 +67,11 @@ class Model:
     step: int
     tidy: dict = field(default_factory=lambda: dict(least=0, merge=0.0))           # its answers' (tidy.tidy)
 
+    @property
+    def detail(self):
+        """The image's resolution as the network sees it, as a multiple of image_size."""
+        return getattr(self.net, "detail", 1)
+
 
 def read_checkpoint(path, device="cpu"):
     """The dictionary in a checkpoint file, or in the one before it where it is damaged. Raises ValueError naming the file."""
@@ -168,6 +173,7 @@ class Job:
     x0: torch.Tensor | None = None               # (C, S, S) of hints and initial map, 0 where there is neither
     hint: torch.Tensor | None = None             # (S, S): numbers of the hints, 0 = none
     held: torch.Tensor | None = None             # (H, W), at the image's own size: cells of the hints, -1 = none
+    sharp: np.ndarray | None = None              # (d S, d S, 3) uint8: the image as a network of detail d sees it
 
 
 def prepare(image, model, hints=None, init=None):
@@ -175,7 +181,8 @@ def prepare(image, model, hints=None, init=None):
     if 0 in image.size:
         raise ValueError(f"an image of {image.width} x {image.height} pixels has nothing to segment")
     small, (h, w) = resize_image(image, model.image_size)
-    job, codec, none = Job(small, (h, w), []), model.codec, np.zeros(image.size[::-1], np.int64)
+    sharp = small if model.detail == 1 else resize_image(image, model.image_size * model.detail)[0]
+    job, codec, none = Job(small, (h, w), [], sharp=sharp), model.codec, np.zeros(image.size[::-1], np.int64)
     if hints is None and init is None:
         return job
     hints, init = (none if v is None else np.asarray(v, np.int64).clip(min=0) for v in (hints, init))
@@ -256,8 +263,8 @@ def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, stren
             given["known"] = tuple(torch.stack([getattr(job, k) for job in jobs]).to(device) for k in ("x0", "hint"))
         if init is not None:
             given.update(init=torch.stack([job.x0 for job in jobs]).to(device), strength=strength)
-        x, inside = normalise(torch.from_numpy(np.stack([job.image for job in jobs])).to(device),
-                              torch.tensor([job.size for job in jobs], device=device))
+        x, inside = normalise(torch.from_numpy(np.stack([job.sharp for job in jobs])).to(device),
+                              torch.tensor([job.size for job in jobs], device=device), model.detail)
         try:
             x_hat = sample(model.net, x, inside, model.codec.channels, seeds, model.diffusion, model.codec.activate,
                            fused=fused(model.codec, device), **sampling, **given).cpu()

@@ -206,15 +206,16 @@ def batches(data, step, c, codec, diffusion, device, rank, world):
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     source = datasets.batches(data, step * c.batch_size, c.batch_size, c.seed, c.workers, rank, world, pin=bool(stream))
-    mine, fast = slice(rank, None, world), fused(codec, device)
+    mine, fast, detail = slice(rank, None, world), fused(codec, device), SIZES[c.network].get("detail", 1)
 
     def make(step):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             images, labels, sizes, u = (v.to(device, non_blocking=True) for v in next(source))
             if c.augment and c.dataset != "shapes":
-                x, inside, labels = datasets.augment(images, labels, sizes, u, c.image_size, c.crop, c.jitter)
+                x, inside, labels = datasets.augment(images, labels, sizes, u, c.image_size, c.crop, c.jitter, detail)
             else:
-                x, inside = datasets.normalise(images, sizes)
+                labels, sizes = datasets.coarser(labels, sizes, detail)
+                x, inside = datasets.normalise(images, sizes, detail)
             labels = labels.masked_fill(~inside, -1)
             generator = torch.Generator(device).manual_seed(c.seed * 2**32 + step)
             drawn = draw((c.batch_size, codec.channels, *labels.shape[1:]), diffusion, generator, device, eps=not fast)
@@ -314,7 +315,8 @@ def build(c, local=None):
     if c.loss == "bce" and (codec.encoding, codec.activation) != ("bits", "tanh"):
         raise ValueError(f"--loss bce is of bits that come out of a tanh, not of {codec.encoding} out of {codec.activation}: use --loss mse")
     copies = 2 if c.self_condition > 0 else 1
-    network = dict(in_channels=copies * codec.channels + 3, out_channels=codec.channels, dropout=c.dropout, **SIZES[c.network])
+    seen = 3 * SIZES[c.network].get("detail", 1) ** 2                              # channels of the image
+    network = dict(in_channels=copies * codec.channels + seen, out_channels=codec.channels, dropout=c.dropout, **SIZES[c.network])
     torch.manual_seed(c.seed)
     net = UNet(**network)
     if c.image_size % net.multiple:
@@ -336,6 +338,12 @@ def loss_of(diffusion, codec, device, dtype):
     return loss
 
 
+def differences(old, new, free):
+    """["key old -> new", ...] of two dictionaries, but for the keys in free."""
+    return [f"{k} {old.get(k, '(none)')} -> {new.get(k, '(none)')}" for k in {**new, **old}
+            if k not in free and old.get(k) != new.get(k)]
+
+
 def prepare(c):
     """All that can be wrong with the user's input goes wrong here. Raises ValueError or OSError."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -344,15 +352,14 @@ def prepare(c):
     device, dtype, why, codec, diffusion, network, net = build(c, local if world > 1 else None)
     if c.init:
         source = read(c.init, device)
-        differ = [f"{k} {source['network'].get(k)} -> {v}" for k, v in network.items()
-                  if k != "dropout" and source["network"].get(k) != v]
-        if differ:
+        if differ := differences(source["network"], network, {"dropout"}):
             raise ValueError(f"--init {c.init} is another network ({'; '.join(differ)}): choose --network, --bits and "
                              f"--encoding as it has them")
         net.load_state_dict(source["ema"])
     common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled, components=c.components)
-    train_data = datasets.load(c.dataset, "train", datasets.packed_side(c.image_size, c.crop), compose=c.compose, **common)
+    train_data = datasets.load(c.dataset, "train", datasets.packed_side(c.image_size, c.crop, net.detail), compose=c.compose, **common)
     val_data = datasets.load(c.dataset, "val", c.image_size, **common)
+    val_fine = val_data if net.detail == 1 else datasets.load(c.dataset, "val", c.image_size * net.detail, **common)
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out) if rank == 0 else None                                        # one writer
@@ -362,10 +369,7 @@ def prepare(c):
         if lacks:
             raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it was made by --export or another version; start from "
                              f"its weights with --init, into another --out")
-        old, new = resumed["config"], vars(c)
-        differ = [f"{k} {old.get(k, '(none)')} -> {new.get(k, '(none)')}" for k in {**new, **old}
-                  if k not in FREE and old.get(k) != new.get(k)]
-        if differ:
+        if differ := differences(resumed["config"], vars(c), FREE) + differences(resumed["network"], network, {"dropout"}):
             raise ValueError(f"{path} was made with other options ({'; '.join(differ)}): use the same, or another --out")
     if world > 1:
         join(rank, world, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -378,10 +382,10 @@ def prepare(c):
         print(f"WARNING: {problem}; going on from the one before, {path}", file=sys.stderr)
         if (out / "ckpt.pt").exists():                                             # it must not become the one before
             os.replace(out / "ckpt.pt", out / "ckpt.damaged")
-    return device, dtype, why, codec, diffusion, network, net, resumed, train_data, val_data, rank, world, held
+    return device, dtype, why, codec, diffusion, network, net, resumed, train_data, val_data, val_fine, rank, world, held
 
 
-def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_data, val_data, rank, world, held):
+def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_data, val_data, val_fine, rank, world, held):
     out, step, best, validated = Path(c.out), 0, -math.inf, 0
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     kind = dict(fused=device.type in ("cuda", "cpu"), capturable=device.type == "cuda")
@@ -443,7 +447,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
     try:
         while not next(stopped):
             if step > validated and (step % c.eval_every == 0 or step == c.max_steps):
-                result = validate(ema, val_data, codec, diffusion, c, device, update.autocast, stop, rank, world)
+                result = validate(ema, val_data, val_fine, codec, diffusion, c, device, update.autocast, stop, rank, world)
                 if not result:                                                     # stopped: it is made up for after a resume
                     continue
                 ari, iou, picture = result

@@ -21,8 +21,11 @@ class Stopped(Exception):
 
 
 @torch.no_grad()
-def validate(net, data, codec, diffusion, c, device, autocast, stop, rank, world):
-    """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None if stopped."""
+def validate(net, data, fine, codec, diffusion, c, device, autocast, stop, rank, world):
+    """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None if stopped.
+
+    fine: the same data set at the resolution of the images that the network sees, `net.detail` times the label maps'.
+    """
     n, totals, tiles, side = min(c.eval_images, len(data)), [], [], side_of(codec)
     size = min(32, c.batch_size) if device.type == "cpu" else 32                   # small: a signal is looked at in between
 
@@ -42,7 +45,8 @@ def validate(net, data, codec, diffusion, c, device, autocast, stop, rank, world
         for start in range(size * rank, n, size * world):
             at = list(range(start, min(start + size, n)))
             images, labels, sizes = data.get(at)
-            x, inside = normalise(images.to(device), sizes.to(device))
+            sharp = images if net.detail == 1 else fine.get(at)[0]
+            x, inside = normalise(sharp.to(device), sizes.to(device), net.detail)
             cells = cells_of(x, inside, at, images, sizes)
             for i, one in zip(at, cells):
                 maps = data.maps(i)

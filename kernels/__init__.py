@@ -19,6 +19,7 @@ Words: k bits, B samples, "main arrays" (B, k, H, W) in float32, float16 or bflo
 they are, other strides are copied first. cells (B, H, W), any signed integer type, -1 = ignored.
 """
 
+import math
 import os
 
 import torch
@@ -221,13 +222,14 @@ def network_input(cells, alpha, sigma, seeds, bits, image, sizes=None, keep=None
     """The network's whole input, cat(xt, image[, x_self]): (B, bits + 3 [+ bits], H, W). xt as of `noise`.
 
     image (B, H, W, 3) uint8 and sizes (B, 2) integers, h and w: normalised, 0 beyond them; or (B, 3, H, W) floats, taken as
-    they are. keep (B,): factor on the image, 0 where it is dropped. self_condition: `bits` more channels, x_self
+    they are, as are the (B, 3 d^2, H, W) of an image folded d x d (then the input has more channels). keep (B,): factor on the image, 0 where it is dropped. self_condition: `bits` more channels, x_self
     (B, bits, H, W), or zeros without it. Twin: diffusion.network_input.
     """
     _maps("cells", cells)
     (B, H, W), device = cells.shape, cells.device
     _same("cells", cells, cells.shape, device, INTEGERS)
-    if not 2 <= bits <= 10 or dtype not in FLOATS or H * W * (2 * bits + 3) >= LIMIT:
+    fold = math.isqrt(image.shape[1] // 3) if image is not None and image.dim() == 4 and image.dtype != torch.uint8 else 1
+    if not 2 <= bits <= 10 or dtype not in FLOATS or H * W * (2 * bits + 3 * fold**2) >= LIMIT:
         raise ValueError(f"bits from 2 to 10, a float dtype and below 2^30 elements a sample are possible, not {bits}, "
                          f"{str(dtype)[6:]} and {H} x {W}")
     for name, x in (("alpha", alpha), ("sigma", sigma)):
@@ -242,7 +244,7 @@ def network_input(cells, alpha, sigma, seeds, bits, image, sizes=None, keep=None
             raise ValueError(f"a uint8 image needs sizes ({B}, 2)")
         _same("sizes", sizes, (B, 2), device, INTEGERS)
     elif image is not None:
-        _same("image", image, (B, 3, H, W), device, FLOATS)
+        _same("image", image, (B, 3 * max(1, fold) ** 2, H, W), device, FLOATS)
     if keep is not None:
         _same("keep", keep, (B,), device, FLOATS + (torch.bool,))
     if x_self is not None:

@@ -1,7 +1,7 @@
 """noise: cells -> palette code -> analog bits -> alpha x0 + sigma eps in one pass, the noise drawn inside.
 
     cells (B, H, W) integers, alpha and sigma (B,), seeds (B,) -> xt (B, K, H, W), or the network's whole input
-    (B, K + 3 [+ K], H, W): cat(xt, image[, x_self]), in the network's dtype and layout.
+    (B, K + I [+ K], H, W): cat(xt, image[, x_self]), in the network's dtype and layout; I = 3, or 3 d^2 of a folded image.
 
 Bytes a pixel: reads one cell (1 to 8) [, 3 uint8 or 3 floats of the image, K of x_self], writes every output channel
 once. At K = 6, bfloat16, int8 cells: 1 + 12, and 4 + 18 for the whole input. Neither x0 nor eps exists in memory.
@@ -30,10 +30,10 @@ def noise_kernel(
     out_ptr,                                     # (B, C, H, W) in the layout LAST says
     cells_ptr, codes_ptr,                        # (B, H, W) if CELLS; (2^K,) if TABLE
     alpha_ptr, sigma_ptr, seeds_ptr,             # (B,) float32, float32, int64; the first two if CELLS
-    image_ptr, sizes_ptr, keep_ptr,              # (B, H, W, 3) uint8 and (B, 2), or (B, 3, H, W); (B,) float32
+    image_ptr, sizes_ptr, keep_ptr,              # (B, H, W, 3) uint8 and (B, 2), or (B, I, H, W); (B,) float32
     self_ptr,                                    # (B, K, H, W)
     stream, HW, W, blocks,
-    K: tl.constexpr, C: tl.constexpr, CELLS: tl.constexpr, TABLE: tl.constexpr, IMAGE: tl.constexpr,
+    K: tl.constexpr, I: tl.constexpr, C: tl.constexpr, CELLS: tl.constexpr, TABLE: tl.constexpr, IMAGE: tl.constexpr,
     SELF: tl.constexpr, LAST: tl.constexpr, V: tl.constexpr, GROUPS: tl.constexpr,
 ):
     b = tl.program_id(0) // blocks
@@ -46,7 +46,7 @@ def noise_kernel(
         cells = load_rows(cells_ptr + b64, group, HW, 1, V, False)
         alpha, sigma = tl.load(alpha_ptr + b), tl.load(sigma_ptr + b)
     if IMAGE != "none":
-        image = load_rows(image_ptr + b64 * 3, group, HW, 3, V, LAST or IMAGE == "uint8")
+        image = load_rows(image_ptr + b64 * I, group, HW, I, V, LAST or IMAGE == "uint8")
         keep = tl.load(keep_ptr + b)
     if IMAGE == "uint8":
         h, w = tl.load(sizes_ptr + 2 * b).to(tl.int32), tl.load(sizes_ptr + 2 * b + 1).to(tl.int32)
@@ -62,8 +62,8 @@ def noise_kernel(
                 x = sigma * x + alpha * target_bit(cells[q].to(tl.int32), c, codes_ptr, p < HW, K, TABLE)
             rows = rows + (x,)
         if IMAGE != "none":
-            for c in tl.static_range(3):
-                x = image[q * 3 + c].to(tl.float32)
+            for c in tl.static_range(I):
+                x = image[q * I + c].to(tl.float32)
                 if IMAGE == "uint8":
                     x = tl.where((p // W < h) & (p % W < w), (x / 255.0 - MEAN[c]) / STD[c], 0.0)
                 rows = rows + (x * keep,)
@@ -73,6 +73,11 @@ def noise_kernel(
     store_rows(out_ptr + b64 * C, rows, group, HW, C, V, LAST)
 
 
+def seen(image):
+    """Channels of the image in the network's input."""
+    return 0 if image is None else 3 if image.dtype == torch.uint8 else image.shape[1]
+
+
 @torch.library.custom_op("bitseg::noise", mutates_args=())
 def noise(seeds: Tensor, stream: int, height: int, width: int, bits: int, dtype: torch.dtype, last: bool,
           cells: Optional[Tensor] = None, alpha: Optional[Tensor] = None, sigma: Optional[Tensor] = None,
@@ -80,13 +85,14 @@ def noise(seeds: Tensor, stream: int, height: int, width: int, bits: int, dtype:
           keep: Optional[Tensor] = None, x_self: Optional[Tensor] = None, self_condition: bool = False) -> Tensor:
     """The launcher. All tensors contiguous, image and x_self in the layout that `last` says (uint8 image: HWC)."""
     B, HW = len(seeds), height * width
-    C = bits + (3 if image is not None else 0) + (bits if self_condition else 0)
+    I = seen(image)
+    C = bits + I + (bits if self_condition else 0)
     out = empty((B, C, height, width), last, dtype, seeds.device)
     V = 16 // out.element_size()                     # pixels a thread
     blocks = triton.cdiv(HW, GROUPS * V)
     noise_kernel[(B * blocks,)](
         out, seeds if cells is None else cells, seeds if codes is None else codes, alpha, sigma, seeds, image, sizes,
-        keep, x_self, stream, HW, width, blocks, K=bits, C=C, CELLS=cells is not None, TABLE=codes is not None,
+        keep, x_self, stream, HW, width, blocks, K=bits, I=I, C=C, CELLS=cells is not None, TABLE=codes is not None,
         IMAGE="none" if image is None else "uint8" if image.dtype == torch.uint8 else "float",
         SELF="none" if not self_condition else "zeros" if x_self is None else "given",
         LAST=last, V=V, GROUPS=GROUPS, num_warps=WARPS)
@@ -96,5 +102,5 @@ def noise(seeds: Tensor, stream: int, height: int, width: int, bits: int, dtype:
 @noise.register_fake
 def _(seeds, stream, height, width, bits, dtype, last, cells=None, alpha=None, sigma=None, codes=None, image=None,
       sizes=None, keep=None, x_self=None, self_condition=False):
-    C = bits + (3 if image is not None else 0) + (bits if self_condition else 0)
+    C = bits + seen(image) + (bits if self_condition else 0)
     return empty((len(seeds), C, height, width), last, dtype, seeds.device)

@@ -86,6 +86,9 @@ for arch, layouts in (v.split(":") for v in sys.argv[1:]):
             if dtype == torch.bfloat16:
                 case += ", float image"
                 _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, picture, None, ones)
+                case += " of detail 2"
+                _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, picture.repeat(1, 4, 1, 1).contiguous(
+                    memory_format=memory), None, ones)
             case = case.split(",")[0]
             _loss.loss_forward(x, cells, ones, "x", True, False, last, None, None, None, None)
             _loss.loss_backward(ones, ones, ones, x, cells, "x", True, False, last, None, None, None, None)

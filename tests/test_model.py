@@ -16,6 +16,11 @@ def seed():
     torch.manual_seed(0)
 
 
+def seen(size):
+    """Channels of the image that a network sees."""
+    return 3 * SIZES[size].get("detail", 1) ** 2
+
+
 def randomised(module):
     """Zero-initialised layers hide everything behind them: random numbers instead."""
     generator = torch.Generator().manual_seed(0)
@@ -124,8 +129,8 @@ def test_forward_layer_by_layer():
 
 @pytest.mark.parametrize("size", [s for s in SIZES if s != "paper"])
 def test_every_size_starts_at_zero_and_learns(size):
-    net = UNet(9, 6, **SIZES[size])
-    out = net(torch.randn(2, 9, net.multiple, 2 * net.multiple), torch.rand(2))    # the smallest image, not square
+    net = UNet(6 + seen(size), 6, **SIZES[size])
+    out = net(torch.randn(2, 6 + seen(size), net.multiple, 2 * net.multiple), torch.rand(2))     # the smallest image, not square
     assert out.shape == (2, 6, net.multiple, 2 * net.multiple) and (out == 0).all()
     ((out - 1) ** 2).sum().backward()
     assert net.head.weight.grad.abs().sum() > 0
@@ -186,9 +191,9 @@ def test_a_network_with_position_knows_where_it_is():
     """On a constant input, away from the border, outputs of a network of convolutions are constant; with position they are not."""
     for name, knows in (("tiny", False), ("photo", True)):
         torch.manual_seed(0)
-        net = UNet(9, 6, **{**SIZES[name], "attn": 0, "mult": (1,), "patch": 2})
+        net = UNet(6 + seen(name), 6, **{**SIZES[name], "attn": 0, "mult": (1,), "patch": 2})
         torch.nn.init.normal_(net.head.weight, std=0.1)
-        out = net(torch.ones(1, 9, 64, 64), torch.full((1,), 0.5))[0, :, 28:36:2, 28:36:2]    # every second: the same place in a patch
+        out = net(torch.ones(1, 6 + seen(name), 64, 64), torch.full((1,), 0.5))[0, :, 28:36:2, 28:36:2]    # every second: the same place in a patch
         assert bool(out.amax((1, 2)).sub(out.amin((1, 2))).max() > 1e-3) == knows
 
 
@@ -196,11 +201,11 @@ def test_a_network_with_position_knows_where_it_is():
 def test_time_has_an_effect_wherever_it_has_weights(name):
     """What a normalisation takes away has gradients of rounding errors alone, some 1e-6 of its neighbours'."""
     torch.manual_seed(0)
-    net = UNet(9, 6, **SIZES[name])
+    net = UNet(6 + seen(name), 6, **SIZES[name])
     for module in net.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.normal_(module.weight, std=0.05)
-    net(torch.randn(2, 9, 32, 32), torch.tensor([0.3, 0.6])).square().sum().backward()
+    net(torch.randn(2, 6 + seen(name), 32, 32), torch.tensor([0.3, 0.6])).square().sum().backward()
     blocks = [m for m in net.modules() if isinstance(m, ResBlock)]
     assert any(block.emb is not None for block in blocks)
     for block in blocks:

@@ -1,0 +1,156 @@
+"""Networks that see the image at a multiple of the label map's resolution: the folded image all the way, and what they make of it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import diffusion
+import eval as evaluation
+import kernels
+import sample
+import train
+from bits import Codec
+from model import SIZES, UNet
+
+MINI = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=2, patch=2, groups=8)
+
+
+def network(detail, seed=0, looks=True):
+    """A network of 4 bits with nothing at zero, but for its own convolutions over the image if it does not look."""
+    torch.manual_seed(seed)
+    net = UNet(4 + 3 * detail**2, 4, **MINI, detail=detail).eval()
+    for name, p in net.named_parameters():
+        if p.ndim > 1 and (looks or not name.startswith("look")):
+            torch.nn.init.normal_(p, std=0.05)
+    return net
+
+
+@pytest.mark.parametrize("detail", [1, 2, 4])
+def test_normalise_folds_the_image(detail):
+    """Place by place against the image; beyond the label map's size it is 0."""
+    image = torch.randint(0, 256, (2, 6 * detail, 6 * detail, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x, inside = data.normalise(image, torch.tensor([[6, 4], [3, 6]]), detail)
+    assert x.shape == (2, 3 * detail**2, 6, 6) and inside.sum((1, 2)).tolist() == [24, 18]
+    for i, c, r, k in ((0, 0, 0, 0), (0, 2, 5, 3), (1, 1, 2, 5), (1, 0, 3, 0)):
+        for a in range(detail):
+            for b in range(detail):
+                true = (float(image[i, r * detail + a, k * detail + b, c]) / 255 - data.MEAN[c]) / data.STD[c] if inside[i, r, k] else 0
+                assert float(x[i, c * detail**2 + a * detail + b, r, k]) == pytest.approx(true, abs=1e-5)
+
+
+@pytest.mark.parametrize("T, S, crop", [(32, 32, 0.5), (32, 16, 1.0), (40, 20, 0.4)])
+def test_augment_shows_the_same_scene_in_more_detail(T, S, crop):
+    """Colours are linear in the place, so that the mean over d x d is what detail 1 shows; labels are the very same."""
+    axis = torch.arange(T, dtype=torch.uint8)
+    images = torch.stack(torch.broadcast_tensors(6 * axis[:, None], 6 * axis, torch.tensor(90)), -1).repeat(5, 1, 1, 1)
+    labels = (torch.arange(T)[:, None] // 5 * 8 + torch.arange(T) // 5).repeat(5, 1, 1)
+    sizes, u = torch.tensor([[T, T]]).repeat(5, 1), torch.rand(5, 20, generator=torch.Generator().manual_seed(1))
+    coarse, inside, new = data.augment(images, labels, sizes, u, S, crop, 0.0)
+    fine, inside_too, new_too = data.augment(images, labels, sizes, u, S, crop, 0.0, detail=2)
+    assert fine.shape == (5, 12, S, S) and torch.equal(inside, inside_too) and torch.equal(new, new_too)
+    inner = ~F.max_pool2d((~inside).float(), 5, 1, 2).bool()                       # at the border the image stands still
+    inner[:, :2], inner[:, -2:], inner[:, :, :2], inner[:, :, -2:] = False, False, False, False
+    mean = fine.unflatten(1, (3, 4)).mean(2)
+    assert inner.any() and (mean - coarse).movedim(1, -1)[inner].abs().max() < 2e-3
+    assert fine.unflatten(1, (3, 4)).std(2)[:, :2].movedim(1, -1)[inner].min() > 1e-3        # and the four do differ
+
+
+def test_coarser_takes_every_second():
+    labels = torch.arange(64).view(1, 8, 8)
+    small, sizes = data.coarser(labels, torch.tensor([[8, 5]]), 2)
+    assert small.tolist() == [[[8 * r + c for c in (1, 3, 5, 7)] for r in (1, 3, 5, 7)]] and sizes.tolist() == [[4, 3]]
+    assert torch.equal(data.coarser(labels, sizes, 1)[0], labels)
+    assert data.packed_side(80, 0.5) == 113 and data.packed_side(80, 0.5, 2) == 160
+
+
+def test_before_it_looks_it_is_the_network_without_detail():
+    """Its own convolutions end in zeros: then it sees the mean over d x d, with the same weights."""
+    fine, plain = network(2, looks=False), network(1)
+    plain.load_state_dict({k: v for k, v in fine.state_dict().items() if not k.startswith("look")})
+    xt, image, t = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16, 16), torch.rand(2)
+    with torch.no_grad():
+        out = fine(torch.cat([xt, F.pixel_unshuffle(image, 2)], 1), t)
+        assert torch.allclose(out, plain(torch.cat([xt, F.avg_pool2d(image, 2)], 1), t), atol=1e-5) and out.abs().max() > 1e-3
+
+
+def test_it_sees_what_the_mean_does_not_show():
+    net, xt, t = network(2), torch.randn(1, 4, 8, 8), torch.rand(1)
+    image = torch.zeros(1, 3, 16, 16)
+    image[..., ::2] = 1.0
+    with torch.no_grad():
+        a, b = (net(torch.cat([xt, F.pixel_unshuffle(v, 2)], 1), t) for v in (image, 1 - image))   # stripes: the same mean
+        assert (a - b).abs().max() > 1e-3
+        part = net.image_part(F.pixel_unshuffle(image, 2))                         # what `sample` computes once
+        assert torch.allclose(net(xt, t, part), a, atol=1e-5)
+
+
+def test_details_that_cannot_be():
+    with pytest.raises(ValueError, match="detail x patch must be a power of 2, not 6"):
+        UNet(4 + 27, 4, **MINI, detail=3)
+    cells, one, image = torch.zeros(2, 4, 5, dtype=torch.int64), torch.ones(2), torch.zeros(2, 15, 4, 5)
+    with pytest.raises(ValueError, match=r"image must have shape \(2, 12, 4, 5\), not \(2, 15, 4, 5\)"):
+        kernels.network_input(cells, one, one, one.long(), 4, image)
+
+
+def test_the_loss_and_the_fused_loss_take_folded_images():
+    torch.manual_seed(0)
+    net, codec, d, labels = network(2), Codec(bits=4), diffusion.Diffusion(image_drop=0.3), torch.randint(0, 5, (3, 8, 8))
+    image, cells, seeds = torch.randn(3, 12, 8, 8), codec.cells(labels), torch.tensor([5, 6, 7])
+    drawn = diffusion.draw((3, 4, 8, 8), d, torch.Generator().manual_seed(1))
+    drawn["eps"] = kernels.normal(seeds, 4, 8, 8)
+    plain = diffusion.training_loss(net, codec.encode(cells), image, cells >= 0, d, codec.activate, drawn=drawn)
+    fast = diffusion.fused_training_loss(net, cells, image, 4, seeds, d, drawn, codec.activate, codec.activation)
+    assert torch.allclose(plain, fast, rtol=1e-5)
+    plain.backward()
+    assert net.look[0].weight.grad.abs().max() > 0
+
+
+def test_edges_are_those_of_the_mean():
+    image, valid = torch.randn(2, 3, 12, 12), torch.ones(2, 6, 6, dtype=torch.bool)
+    for a, b in zip(*(diffusion.edge_aware(v, valid, 0.2) for v in (F.pixel_unshuffle(image, 2), F.avg_pool2d(image, 2)))):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_from_training_to_pictures(tmp_path, monkeypatch, capsys):
+    """Shapes and a folder: train, sample, evaluate, click; what is drawn is at the photo's own size."""
+    monkeypatch.setitem(SIZES, "tiny", dict(MINI, detail=2))
+    rng, root = np.random.default_rng(0), tmp_path / "photos"
+    for split in ("train", "val"):
+        for part in ("images", "labels"):
+            (root / part / split).mkdir(parents=True)
+        for name in "abc":
+            Image.fromarray(rng.integers(0, 256, (40, 54, 3), np.uint8)).save(root / "images" / split / f"{name}.png")
+            Image.fromarray(np.arange(40 * 54).reshape(40, 54).astype(np.uint8) // 64 + 1).save(root / "labels" / split / f"{name}.png")
+    common = "--preset tiny --device cpu --max_steps 2 --batch_size 2 --image_size 16 --eval_images 2 --steps 2 --cache".split() + [str(tmp_path / "cache")]
+    for dataset, out in (("shapes", "a"), (f"{root},shapes", "b")):
+        assert train.main([*common, "--dataset", dataset, "--crop", "0.5" if out == "b" else "1", "--out", str(tmp_path / out)]) == 0
+    ckpt = tmp_path / "b" / "ckpt.pt"
+    assert sample.load_checkpoint(ckpt).net.detail == 2
+    files = ["--device", "cpu", "--ckpt", str(ckpt)]
+    assert sample.main([str(root / "images" / "val" / "a.png"), "--n", "2", *files, "--out", str(tmp_path / "s")]) == 0
+    assert Image.open(tmp_path / "s" / "a" / "labels_01.png").size == (54, 40)
+    more = [*files, "--dataset", str(root), "--n", "2", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "e")]
+    assert evaluation.main([*more, "--size", "32"]) == 0
+    report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert report["images"] == 3 and report["network"].keys() == report["32"].keys() == report["own"].keys()
+    assert evaluation.main([*more, "--clicks", "0,1"]) == 0
+    monkeypatch.setitem(SIZES, "tiny", MINI)
+    assert train.main([*common, "--out", str(tmp_path / "a")]) == 2                # another network now: a sentence
+    assert "was made with other options (in_channels 16 -> 7; detail 2 -> (none))" in capsys.readouterr().err
+
+
+def test_a_sample_sees_the_photo_s_detail():
+    """Two photos that are the same at the network's size, one with stripes: `segment` gives different soft bits."""
+    model = sample.Model(network(2), Codec(bits=4), diffusion.Diffusion(), 16, dict(steps=2, guidance=1.0, sampler="ddpm",
+                         variance="large", smooth=0.0), "shapes", 1)
+    stripes = np.full((32, 32, 3), 100, np.uint8)
+    stripes[:, ::2] = 200
+    a, b = (sample.segment(Image.fromarray(v), model, 1).x_hat for v in (stripes, stripes[:, ::-1].copy()))
+    assert not torch.equal(a, b)
+    flat = [Image.fromarray(np.full((32, 32, 3), 150, np.uint8))] * 2
+    assert torch.equal(*(sample.segment(v, model, 1).x_hat for v in flat))
