@@ -44,7 +44,7 @@ from bits import Codec, entropy
 from checkpoint import newest
 from data import normalise
 from diffusion import Diffusion, fused, sample
-from formats import IMAGE_TYPES, read_image, read_label, resize_image
+from formats import IMAGE_TYPES, fitted, read_image, read_label, resize_image
 from metrics import contingency, grouping, iou_matrix, medoid, pairwise
 from model import UNet
 from pictures import colours, grid, outline, overlay, panel, shade, side_of, subsample, uncertainty
@@ -181,7 +181,9 @@ def prepare(image, model, hints=None, init=None):
     if 0 in image.size:
         raise ValueError(f"an image of {image.width} x {image.height} pixels has nothing to segment")
     small, (h, w) = resize_image(image, model.image_size)
-    sharp = small if model.detail == 1 else resize_image(image, model.image_size * model.detail)[0]
+    sharp, side = small, model.image_size * model.detail
+    if model.detail > 1:                                                           # every pixel of the label map has all of its image
+        sharp, _ = resize_image(image, side, [max(a, b * model.detail) for a, b in zip(fitted(*image.size, side), (w, h))])
     job, codec, none = Job(small, (h, w), [], sharp=sharp), model.codec, np.zeros(image.size[::-1], np.int64)
     if hints is None and init is None:
         return job

@@ -154,3 +154,10 @@ def test_a_sample_sees_the_photo_s_detail():
     assert not torch.equal(a, b)
     flat = [Image.fromarray(np.full((32, 32, 3), 150, np.uint8))] * 2
     assert torch.equal(*(sample.segment(v, model, 1).x_hat for v in flat))
+
+
+def test_no_pixel_of_the_label_map_lacks_a_part_of_its_image():
+    """100 x 60 is 16 x 10 at the network's size, and 32 x 19 at twice that, rounded: the 20th row must not be black."""
+    model = sample.Model(network(2), Codec(bits=4), diffusion.Diffusion(), 16, {}, "shapes", 1)
+    job = sample.prepare(Image.new("RGB", (100, 60), "white"), model)
+    assert job.size == (10, 16) and (job.sharp[:20] == 255).all() and (job.sharp[20:] == 0).all()
