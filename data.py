@@ -60,7 +60,7 @@ SAVE_EVERY = 5.0                                                       # seconds
 
 
 def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segment", components=False, workers=CORES,
-         max_bad=0.01, split_seed=0, compose=0.0):
+         max_bad=0.01, split_seed=0, compose=0.0, detail=1):
     """The data set `name`: shapes, coco, entity, ade20k, bsds500, or a folder. split: train, val or test.
 
     Several, with commas between them, are a mixture: "photos:3,streets:components:ignore,shapes:0.5". After the name may
@@ -70,7 +70,8 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
     root: where the set lies, as root/name or itself; cache: where packed copies go; seed: of shapes; unlabelled: whether
     id 0 is a segment or ignored; components: label maps hold classes, whose connected parts are the segments; workers:
     processes that pack; max_bad: share of unusable items from which on packing fails; split_seed: of entity's split;
-    compose: share of training samples that are scenes composed of pieces of the images (`compose`).
+    compose: share of training samples that are scenes composed of pieces of the images (`compose`). detail: images are for
+    label maps of size / detail, and miss no part of these (`fitted`).
     Raises ValueError or OSError with what to do.
     """
     if unlabelled not in ("segment", "ignore"):
@@ -79,16 +80,16 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
         raise ValueError(f"split is train, val or test, not '{split}'")
     parts = parse_parts(name)
     sets = [load_one(part, split, size, root, cache, seed, own["unlabelled"] or unlabelled, own["components"] or components,
-                     workers, max_bad, split_seed) for part, _, own in (parts if split == "train" else parts[:1])]
+                     workers, max_bad, split_seed, detail) for part, _, own in (parts if split == "train" else parts[:1])]
     mixed = split == "train" and (len(parts) > 1 or compose)
     return Mixture(sets, [weight for _, weight, _ in parts], seed, compose) if mixed else sets[0]
 
 
-def load_one(name, split, size, root, cache, seed, unlabelled, components, workers, max_bad, split_seed):
+def load_one(name, split, size, root, cache, seed, unlabelled, components, workers, max_bad, split_seed, detail):
     if name == "shapes":
         return Shapes(split, size, seed)
     files, listing = find(name, split, root, split_seed)
-    options = dict(size=size, unlabelled=unlabelled, components=components, split_seed=split_seed)
+    options = dict(size=size, unlabelled=unlabelled, components=components, split_seed=split_seed, **(dict(detail=detail) if detail > 1 else {}))
     return pack(files, listing, Path(cache), f"{Path(name).resolve().name}-{split}", options, workers, max_bad)
 
 
@@ -378,7 +379,7 @@ def connected(label):
 DONE, EMPTY, BAD = range(3)
 
 
-def convert(item, size, unlabelled, components):
+def convert(item, size, unlabelled, components, detail=1):
     """One item -> (DONE, image (S, S, 3) uint8, (h, w), label maps (n, S, S) uint16), or (EMPTY or BAD, reason)."""
     if item.read is None:
         return BAD, item.arg
@@ -398,7 +399,7 @@ def convert(item, size, unlabelled, components):
         return BAD, str(e) or f"{item.image}: {type(e).__name__}"
     if (labels == IGNORE).all():
         return EMPTY, f"{item.labels[0]}: nothing labelled in {item.image}"
-    return DONE, *resize_image(image, size, fitted(W, H, size)), labels
+    return DONE, *resize_image(image, size, fitted(W, H, size, detail)), labels
 
 
 def pack(files, listing, cache, name, options, workers, max_bad):
@@ -456,7 +457,8 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
     if shutil.disk_usage(part).free < need - sum(there):
         raise full
     reasons, started, saved, already = {EMPTY: [], BAD: []}, time.monotonic(), time.monotonic(), len(rows)
-    task = functools.partial(convert, size=S, unlabelled=options["unlabelled"], components=options["components"])
+    task = functools.partial(convert, size=S, unlabelled=options["unlabelled"], components=options["components"],
+                             detail=options.get("detail", 1))
     workers = max(1, min(workers, len(todo) // 16))
     pool = None
     with open(part / "images.u8", "ab", 0) as images, open(part / "labels.u16", "ab", 0) as labels:

@@ -479,12 +479,12 @@ def main(argv=None):
                 raise ValueError(f"{path} holds averaged weights only (it was made by --export): leave out --raw")
             model.net.load_state_dict(content["net"])
 
-        def at_size(size):
-            return load(a.dataset, a.split, size, a.root, a.cache, unlabelled=a.unlabelled, components=a.components)
+        def at_size(size, detail=1):
+            return load(a.dataset, a.split, size, a.root, a.cache, unlabelled=a.unlabelled, components=a.components, detail=detail)
 
         data = at_size(model.image_size if model else a.size or 128)
         larger = at_size(a.size) if model and a.size else None
-        fine = at_size(model.image_size * model.detail) if model and model.detail > 1 else None
+        fine = at_size(model.image_size * model.detail, model.detail) if model and model.detail > 1 else None
         files = originals(a.dataset, a.split, a.root)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).name}-{a.split}")

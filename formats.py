@@ -382,10 +382,11 @@ def open_image(path, size=None):
         return image if image.mode == "RGB" else image.convert("RGB"), full[::-1] if turned else full
 
 
-def fitted(width, height, size):
-    """(w, h) with the longer side equal to size, at least 1 pixel each."""
+def fitted(width, height, size, detail=1):
+    """(w, h) with the longer side equal to size, at least 1 pixel each; and not less than detail times what size / detail gives."""
     scale = size / max(width, height)
-    return max(1, round(width * scale)), max(1, round(height * scale))
+    least = (1, 1) if detail == 1 else (detail * v for v in fitted(width, height, size // detail))
+    return tuple(max(a, round(b * scale)) for a, b in zip(least, (width, height)))
 
 
 def resize_image(image, size, fit=None):

@@ -181,9 +181,8 @@ def prepare(image, model, hints=None, init=None):
     if 0 in image.size:
         raise ValueError(f"an image of {image.width} x {image.height} pixels has nothing to segment")
     small, (h, w) = resize_image(image, model.image_size)
-    sharp, side = small, model.image_size * model.detail
-    if model.detail > 1:                                                           # every pixel of the label map has all of its image
-        sharp, _ = resize_image(image, side, [max(a, b * model.detail) for a, b in zip(fitted(*image.size, side), (w, h))])
+    side = model.image_size * model.detail
+    sharp, _ = resize_image(image, side, fitted(*image.size, side, model.detail))
     job, codec, none = Job(small, (h, w), [], sharp=sharp), model.codec, np.zeros(image.size[::-1], np.int64)
     if hints is None and init is None:
         return job

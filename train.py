@@ -359,7 +359,7 @@ def prepare(c):
     common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled, components=c.components)
     train_data = datasets.load(c.dataset, "train", datasets.packed_side(c.image_size, c.crop, net.detail), compose=c.compose, **common)
     val_data = datasets.load(c.dataset, "val", c.image_size, **common)
-    val_fine = val_data if net.detail == 1 else datasets.load(c.dataset, "val", c.image_size * net.detail, **common)
+    val_fine = val_data if net.detail == 1 else datasets.load(c.dataset, "val", c.image_size * net.detail, detail=net.detail, **common)
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out) if rank == 0 else None                                        # one writer

@@ -156,8 +156,15 @@ def test_a_sample_sees_the_photo_s_detail():
     assert torch.equal(*(sample.segment(v, model, 1).x_hat for v in flat))
 
 
-def test_no_pixel_of_the_label_map_lacks_a_part_of_its_image():
+def test_no_pixel_of_the_label_map_lacks_a_part_of_its_image(tmp_path):
     """100 x 60 is 16 x 10 at the network's size, and 32 x 19 at twice that, rounded: the 20th row must not be black."""
-    model = sample.Model(network(2), Codec(bits=4), diffusion.Diffusion(), 16, {}, "shapes", 1)
-    job = sample.prepare(Image.new("RGB", (100, 60), "white"), model)
+    model, white = sample.Model(network(2), Codec(bits=4), diffusion.Diffusion(), 16, {}, "shapes", 1), Image.new("RGB", (100, 60), "white")
+    job = sample.prepare(white, model)
     assert job.size == (10, 16) and (job.sharp[:20] == 255).all() and (job.sharp[20:] == 0).all()
+    for kind, picture in (("images", white), ("labels", Image.new("L", (100, 60), 1))):
+        (tmp_path / kind).mkdir()
+        picture.save(tmp_path / kind / "a.png")
+    load = lambda size, detail: data.load(str(tmp_path), "train", size, cache=tmp_path / "cache", detail=detail).get([0])
+    (_, labels, sizes), (sharp, *_), (short, *_) = load(16, 1), load(32, 2), load(32, 1)
+    assert sizes.tolist() == [[10, 16]] and (labels[0, :10] == 0).all()
+    assert (sharp[0] == torch.from_numpy(job.sharp)).all() and (short[0, 19] == 0).all()
