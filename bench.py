@@ -34,6 +34,7 @@ import data
 import diffusion
 import kernels
 import metrics
+import scenes
 import train
 from diffusion import fused, sample
 from engine import Step, update_ema
@@ -205,7 +206,7 @@ def write_scenes(root, n=16, width=640, height=480):
     for part in ("images", "labels"):
         (root / part / "train").mkdir(parents=True)
     for i in range(n):
-        image, label, _ = data.Shapes("train", width).get([i])
+        image, label, _ = scenes.Shapes("train", width).get([i])
         Image.fromarray(image[0, :height].numpy()).save(root / f"images/train/{i:03}.jpg", quality=90)
         Image.fromarray(label[0, :height].numpy().astype(np.uint8)).save(root / f"labels/train/{i:03}.png")
     return root

@@ -7,7 +7,7 @@
     python eval.py --baseline grid --dataset path/to/folder --size 128            # what needs no training
 
 Four answers an image: the first of n samples, the medoid (the sample with the highest mean ARI to the others), the
-consensus (the mean of the n samples' soft bits, decoded) and the grouping (pixels that enough samples put together), at
+consensus (the mean of the n samples' soft bits, tidied, decoded) and the grouping (pixels that enough samples put together), at
 the network's resolution, at another (--size 128) and, where the label maps are files, at the images' own. With several
 annotators every score is the mean over them, and every annotator is scored against the others ("human"). Brackets: 95 % bootstrap interval over images. Into --out: images.csv (a row an image),
 report.json, examples.png (best, median and worst images) and, for sweeps, sweep.png.
@@ -37,9 +37,10 @@ from tqdm import tqdm
 import kernels
 import metrics
 from bits import Codec
-from data import connected, find, load, normalise, parse_parts
+from data import find, load, normalise, parse_parts
 from diffusion import fused, network_input, sample
 from formats import read_image
+from packing import connected
 from pictures import grid, overlay
 from sample import hint_map, load_checkpoint, newest_checkpoint, own_size, pick_device, read_checkpoint, segment, set_tidy
 from tidy import lab, tidy
@@ -207,6 +208,9 @@ def run(data, positions, model, a, setting, ns, files, larger=None, full=True, k
                 inside = torch.zeros(maps.shape[1:], dtype=torch.bool)
                 inside[:h, :w] = True
                 mean = torch.stack([x_hat[b, :k].mean(0) for k in ns])             # soft consensus of the first k
+                for k, one in zip(ns, mean if any(model.tidy.values()) else ()):
+                    if k > 1:
+                        one[:, :h, :w] = tidy(one[None, :, :h, :w], model.codec, images[b, :h, :w], **model.tidy)[0]
                 cells = model.codec.decode(torch.cat([x_hat[b], mean]), inside.expand(n + len(ns), -1, -1))
                 every = metrics.pairwise(torch.cat([cells[:n], maps]) if full else cells[:n])
                 groups = torch.stack([metrics.grouping(cells[:k]) for k in ns])

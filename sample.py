@@ -10,7 +10,7 @@ For each image a folder --out/<stem>/ (<name>_<suffix> where two stems are the s
     labels_00.png ...  one id a pixel, coloured when looked at (16-bit grey from 255 ids); 0 is never used
     overlay_00.png ... the same over the image; the same place has the same colour in every sample
     medoid.png         the sample that agrees most with the others
-    consensus.png      the mean of their soft bits, decoded
+    consensus.png      the mean of their soft bits, tidied as they are, decoded
     grouping.png       one map of all: pixels are together that enough samples put together
     uncertainty.png    the share of samples that see a boundary, and the entropy of the mean bits (paper, Eq. 3)
     panel.png          all of it in one picture
@@ -170,6 +170,7 @@ class Job:
     image: np.ndarray                            # (S, S, 3) uint8
     size: tuple                                  # (h, w) of the valid part
     x_hat: list                                  # of (C, h, w)
+    consensus: torch.Tensor | None = None        # (C, h, w): their mean, tidied, once all are there
     x0: torch.Tensor | None = None               # (C, S, S) of hints and initial map, 0 where there is neither
     hint: torch.Tensor | None = None             # (S, S): numbers of the hints, 0 = none
     held: torch.Tensor | None = None             # (H, W), at the image's own size: cells of the hints, -1 = none
@@ -224,7 +225,7 @@ class Segmentation:
     """n answers for one image of H x W pixels. Labels are the palette's cells, from 0 (rgb: numbers of clusters)."""
 
     labels: torch.Tensor                         # (n, H, W) uint8, int16 from 255 cells
-    consensus: torch.Tensor                      # (H, W): the mean of the samples' soft bits, decoded
+    consensus: torch.Tensor                      # (H, W): the mean of the samples' soft bits, tidied, decoded
     grouping: torch.Tensor                       # (H, W): pixels are together that enough samples put together
     medoid: int                                  # the sample with the highest mean ARI to the others
     agreement: torch.Tensor                      # (n,): mean ARI of each sample to the others; nan if n = 1
@@ -256,6 +257,11 @@ def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, stren
     sampling = {**model.sampling, **({"resample": 2} if hints is not None else {}), **sampling}
     neat = {k: sampling.pop(k, v) for k, v in model.tidy.items()}
 
+    def tidied(x, job):                                                            # (C, h, w)
+        h, w = job.size
+        keep = None if job.hint is None else job.hint[:h, :w] > 0
+        return tidy(x[None], model.codec, job.image[:h, :w], **neat, keep=keep)[0] if any(neat.values()) else x
+
     def run(part):
         nonlocal batch
         jobs, seeds = zip(*part)
@@ -276,9 +282,9 @@ def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, stren
             run(part[:half])
             return run(part[half:])
         for job, one in zip(jobs, x_hat):
-            h, w = job.size
-            one, keep = one[None, :, :h, :w], None if job.hint is None else job.hint[:h, :w] > 0
-            job.x_hat.append((tidy(one, model.codec, job.image[:h, :w], **neat, keep=keep) if any(neat.values()) else one)[0])
+            job.x_hat.append(tidied(one[:, : job.size[0], : job.size[1]], job))
+            if len(job.x_hat) == n > 1:
+                job.consensus = tidied(torch.stack(job.x_hat).mean(0), job)
 
     queue, jobs = [], deque()
     for image in images:
@@ -343,9 +349,10 @@ def summarise(job, image, codec):
     """Job and its PIL image -> Segmentation. Agreement and confidence are measured at the network's resolution."""
     x_hat, (width, height), (h, w) = torch.stack(job.x_hat), image.size, job.size
     n, mean, cells = len(x_hat), x_hat.mean(0, keepdim=True), codec.decode(x_hat)
+    consensus = mean if job.consensus is None else job.consensus[None]             # (1, C, h, w)
     groups = codec.cells(grouping(cells)[None], torch.Generator().manual_seed(0))  # (1, h, w): placed as segments are
-    among = None if codec.encoding == "rgb" else [c.unique() for c in cells] + [cells.unique(), groups.unique()]
-    labels = own_size(torch.cat([x_hat, mean, codec.encode(groups)]), job.size, width, height, codec, image, among)
+    among = None if codec.encoding == "rgb" else [c.unique() for c in (*cells, cells, groups)]
+    labels = own_size(torch.cat([x_hat, consensus, codec.encode(groups)]), job.size, width, height, codec, image, among)
     labels = labels.to(torch.uint8 if codec.classes < 255 else torch.int16)
     if job.held is not None:
         labels = torch.where(job.held >= 0, job.held.to(labels.dtype), labels)

@@ -24,7 +24,9 @@ from PIL import Image
 
 import data
 import formats
-from data import Packed, augment, batches, load, main, order, uniforms
+import packing
+from data import augment, batches, load, main, order, uniforms
+from packing import Packed
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,7 +52,7 @@ def content(dataset):
 
 def counted(monkeypatch, stop_at=None):
     """Count conversions, and break off at one of them."""
-    seen, convert = [], data.convert
+    seen, convert = [], packing.convert
 
     def convert_and_count(item, **options):
         seen.append(item.image)
@@ -58,7 +60,7 @@ def counted(monkeypatch, stop_at=None):
             raise KeyboardInterrupt
         return convert(item, **options)
 
-    monkeypatch.setattr(data, "convert", convert_and_count)
+    monkeypatch.setattr(packing, "convert", convert_and_count)
     return seen
 
 
@@ -94,9 +96,9 @@ def test_killed_packing_goes_on(tmp_path):
     """SIGKILL, in a process of its own, at a moment nobody chose."""
     folder(tmp_path / "d")
     whole = content(opened(tmp_path, cache=tmp_path / "other"))
-    slow = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import data; data.SAVE_EVERY, convert = 0, data.convert\n"
+    slow = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import data, packing; packing.SAVE_EVERY, convert = 0, packing.convert\n"
             f"def slowly(item, **o): time.sleep(0.02); return convert(item, **o)\n"
-            f"data.convert = slowly; data.load({str(tmp_path / 'd')!r}, 'train', 8, cache={str(tmp_path / 'cache')!r}, workers=1)")
+            f"packing.convert = slowly; data.load({str(tmp_path / 'd')!r}, 'train', 8, cache={str(tmp_path / 'cache')!r}, workers=1)")
     process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.DEVNULL)
     while not (state := list(tmp_path.glob("cache/*.part/rows.npy"))) or len(np.load(state[0])) < 5:
         assert process.poll() is None
@@ -125,12 +127,12 @@ def test_a_copy_belongs_to_its_options_and_sources(tmp_path, monkeypatch):
     seen = counted(monkeypatch)
     same = opened(tmp_path)
     index = json.loads((same.folder / "index.json").read_text())
-    assert index["version"] == data.VERSION and index["options"]["size"] == 8 and re.fullmatch("[0-9a-f]{16}", index["fingerprint"])
+    assert index["version"] == packing.VERSION and index["options"]["size"] == 8 and re.fullmatch("[0-9a-f]{16}", index["fingerprint"])
     others = [opened(tmp_path, **o) for o in (dict(unlabelled="ignore"), dict(components=True))] + [load(str(tmp_path / "d"), "train", 9, cache=tmp_path / "cache", workers=1)]
     assert len({d.folder for d in (same, *others)}) == 4 and len(seen) == 160
     monkeypatch.setattr(formats, "read_label", None)                                  # reading again would fail
     assert content(opened(tmp_path)) == content(same)
-    monkeypatch.setattr(data, "VERSION", data.VERSION + 1)
+    monkeypatch.setattr(packing, "VERSION", packing.VERSION + 1)
     with pytest.raises(TypeError):
         opened(tmp_path)
     monkeypatch.undo()
@@ -144,14 +146,14 @@ def test_a_copy_belongs_to_its_options_and_sources(tmp_path, monkeypatch):
 
 def test_processes_that_want_the_same_copy_make_it_once(tmp_path, monkeypatch):
     folder(tmp_path / "d")
-    convert = data.convert
+    convert = packing.convert
 
     def convert_and_note(item, **options):
         with open(tmp_path / "notes", "a") as f:
             f.write(f"{os.getpid()}\n")
         return convert(item, **options)
 
-    monkeypatch.setattr(data, "convert", convert_and_note)
+    monkeypatch.setattr(packing, "convert", convert_and_note)
     with multiprocessing.get_context("fork").Pool(3) as pool:
         results = [pool.apply_async(opened, (tmp_path,)) for _ in range(3)]
         assert [len(r.get(30)) for r in results] == [40] * 3
@@ -166,7 +168,7 @@ def test_full_disk(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"d-train needs 0\.00 GB in .*cache .*disk is full; what was written is kept"):
         opened(tmp_path)
     monkeypatch.undo()
-    appended, append = [], data.append
+    appended, append = [], packing.append
 
     def append_until_full(file, array):
         appended.append(file)
@@ -183,7 +185,7 @@ def test_full_disk(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(number)
 
-    monkeypatch.setattr(data, "append", append_until_full)
+    monkeypatch.setattr(packing, "append", append_until_full)
     monkeypatch.setattr(os, "fsync", fsync_when_there_is_room)
     with pytest.raises(OSError, match="GB in .*what was written is kept.*run the same command again"):
         opened(tmp_path)
@@ -208,7 +210,7 @@ def test_a_copy_in_the_making_that_is_cut_off_starts_anew(tmp_path, monkeypatch)
 
 def test_a_killed_worker_is_told(tmp_path, monkeypatch):
     folder(tmp_path / "d", 64)
-    monkeypatch.setattr(data, "convert", die)
+    monkeypatch.setattr(packing, "convert", die)
     with pytest.raises(OSError, match="was killed, perhaps for lack of memory: run again with fewer --workers"):
         opened(tmp_path, workers=2)
 

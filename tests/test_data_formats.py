@@ -12,8 +12,9 @@ from pycocotools import mask as coco_mask
 
 import formats
 from bits import Codec
-from data import DONE, connected, convert, load
+from data import load
 from formats import rle_total
+from packing import DONE, connected, convert
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")         # pycocotools with numpy 2
 ORIGINAL = Path(__file__).parent.parent.parent / "shared/data/original"

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import data
+import scenes
 import train
 
 
@@ -95,7 +96,7 @@ def test_a_composition_is_a_picture_of_its_labels():
             pair = colours[rng.permutation(4)[:2]]
             return pair[halves - 1], halves, np.array([32, 32])
 
-        image, labels, size = data.compose(rng, photo)
+        image, labels, size = scenes.compose(rng, photo)
         assert image.shape == (32, 32, 3) and image.dtype == np.uint8 and size.tolist() == [32, 32]
         ids = np.unique(labels)
         assert ids.tolist() == list(range(len(ids)))                               # dense, so that a bound is known
@@ -112,7 +113,7 @@ def test_texture_stays_inside_its_segment():
     image = np.where((label == 1)[..., None], [255, 0, 0], [0, 0, 255]).astype(np.uint8)
     kinds = set()
     for number in range(20):
-        canvas = data.texture(np.random.default_rng(number), image, label, 40)
+        canvas = scenes.texture(np.random.default_rng(number), image, label, 40)
         assert canvas.shape == (40, 40, 3)
         values = np.unique(canvas.reshape(-1, 3), axis=0)
         assert len(values) == 1
@@ -122,5 +123,5 @@ def test_texture_stays_inside_its_segment():
 
 def test_cut_out_keeps_pixels_and_moves_maps_alike():
     array = np.arange(48).reshape(6, 8)
-    assert (data.cut_out(array, 1, 2, 3, 4, 3, 4) == array[1:4, 2:6]).all()        # no change of size: the pixels
-    assert (data.cut_out(array, 0, 0, 6, 8, 12, 16) == array.repeat(2, 0).repeat(2, 1)).all()
+    assert (scenes.cut_out(array, 1, 2, 3, 4, 3, 4) == array[1:4, 2:6]).all()        # no change of size: the pixels
+    assert (scenes.cut_out(array, 0, 0, 6, 8, 12, 16) == array.repeat(2, 0).repeat(2, 1)).all()

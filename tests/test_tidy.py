@@ -8,7 +8,7 @@ from PIL import Image
 from bits import Codec
 from diffusion import Diffusion
 from model import SIZES, UNet
-from sample import Model, segment
+from sample import Model, denoise, segment
 from tidy import BITS, COLOUR, distance, lab, tidy
 
 GREY = np.zeros((8, 8, 3), np.uint8)
@@ -160,6 +160,9 @@ def test_answers_are_tidied_and_hints_are_not():
     assert max(len(flood(v)) for v in model.codec.decode(rough.x_hat).numpy()) > 16        # noise
     for cells in model.codec.decode(neat.x_hat).numpy():
         assert min(map(len, flood(cells))) >= 4
+    job = next(denoise([image], model, 3, least=4))                                # their mean, too: it has specks of its own
+    mean, consensus = (model.codec.decode(v[None])[0].numpy() for v in (torch.stack(job.x_hat).mean(0), job.consensus))
+    assert min(map(len, flood(mean))) < 4 <= min(map(len, flood(consensus)))
     model.tidy = dict(least=4, merge=0.0)                                          # as a checkpoint says
     assert torch.equal(segment(image, model, 2).x_hat, neat.x_hat) and torch.equal(segment(image, model, 2, least=0).x_hat, rough.x_hat)
     model.tidy = dict(least=4, merge=9.0)

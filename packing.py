@@ -1,0 +1,261 @@
+"""Packed data sets: every item decoded and resized once, appended to two files that are mapped, not read, afterwards.
+
+What it is: `pack(files, listing, ...)` -> Packed, made by several processes if it is not there yet; a kill or a full disk costs
+seconds. What it is not: it knows no file format (formats.py), no batches and no augmentation (data.py).
+"""
+
+import errno
+import functools
+import hashlib
+import json
+import mmap
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.ndimage
+import torch
+from tqdm import tqdm
+
+from formats import IGNORE, fitted, open_image, read_instances, resize_image, resize_label
+
+try:
+    import fcntl
+except ImportError:                                                    # Windows: no lock between processes that pack
+    fcntl = None
+
+VERSION = 2                                                            # of packed data sets
+SAVE_EVERY = 5.0                                                       # seconds of packing that a kill can cost
+
+
+@dataclass
+class Packed:
+    """A data set in memory-mapped arrays. get(positions, draws) picks label map floor(draw * count) of several."""
+
+    name: str
+    images: np.ndarray                           # (N, S, S, 3) uint8
+    labels: np.ndarray                           # (M, S, S) uint16, IGNORE = 65535
+    first: np.ndarray                            # (N + 1,): the label maps of image i are first[i] to first[i + 1]
+    sizes: np.ndarray                            # (N, 2): h, w of the valid part
+    names: list                                  # N file stems
+    folder: Path                                 # where the arrays lie
+    segments: int                                # most in one label map: all ids are below it
+    mapped = 0                                   # bytes touched since the pages were last let go
+
+    def __len__(self):
+        return len(self.images)
+
+    def get(self, positions, draws=None):
+        """positions (B,) modulo len; draws (B,) in [0, 1): images (B, S, S, 3) uint8, labels (B, S, S) int64, sizes."""
+        i = np.asarray(positions) % len(self)
+        pick = self.first[i] + ((draws if draws is not None else 0) * (self.first[i + 1] - self.first[i])).astype(int)
+        images, labels = torch.from_numpy(self.images[i]), unpack(self.labels[pick])
+        self.let_go(images.numel() + 2 * labels.numel())
+        return images, labels, torch.from_numpy(self.sizes[i]).long()
+
+    def maps(self, i):
+        """All label maps of image i: (annotators, S, S) int64."""
+        i %= len(self)
+        return unpack(self.labels[self.first[i] : self.first[i + 1]])
+
+    def let_go(self, size, limit=2**28):
+        """Unmap the pages now and then (they stay in the system's cache), so that resident memory does not grow."""
+        self.mapped += size
+        if self.mapped > limit and hasattr(mmap, "MADV_DONTNEED"):
+            for array in (self.images, self.labels):
+                if getattr(array, "_mmap", None) is not None:
+                    array._mmap.madvise(mmap.MADV_DONTNEED)
+            self.mapped = 0
+
+
+def unpack(labels):
+    return torch.from_numpy(np.where(labels == IGNORE, -1, labels.astype(np.int64)))   # numpy: no second team of threads
+
+
+def connected(label):
+    """Classes -> segments: the 4-connected parts of each class, numbered from 1. 0 (unlabelled) and -1 stay."""
+    H, W = label.shape
+    links = np.zeros((2 * H - 1, 2 * W - 1), bool)                                 # pixels, and links between equal ones
+    links[::2, ::2] = True
+    links[::2, 1::2] = label[:, 1:] == label[:, :-1]
+    links[1::2, ::2] = label[1:] == label[:-1]
+    return np.where(label > 0, scipy.ndimage.label(links)[0][::2, ::2], label)
+
+
+DONE, EMPTY, BAD = range(3)
+
+
+def convert(item, size, unlabelled, components, detail=1):
+    """One item -> (DONE, image (S, S, 3) uint8, (h, w), label maps (n, S, S) uint16), or (EMPTY or BAD, reason)."""
+    if item.read is None:
+        return BAD, item.arg
+    try:
+        image, (W, H) = open_image(item.image, size)
+        if item.read is read_instances and item.arg[:2] != (H, W):                 # before masks of a wrong size are drawn
+            raise ValueError(f"{item.image} is {W} x {H} pixels, but {item.arg[1]} x {item.arg[0]} in {item.labels[0]}")
+        labels = []
+        for path, label in zip(item.labels, item.read(item), strict=True):
+            if label.shape != (H, W):
+                raise ValueError(f"{path} is {label.shape[1]} x {label.shape[0]} pixels, its image {item.image} {W} x {H}: "
+                                 f"they must agree")
+            label = connected(label) if components else label
+            labels.append(resize_label(np.where(label == 0, -1, label) if unlabelled == "ignore" else label, size))
+        labels = np.stack(labels)
+    except (ValueError, OSError, MemoryError) as e:
+        return BAD, str(e) or f"{item.image}: {type(e).__name__}"
+    if (labels == IGNORE).all():
+        return EMPTY, f"{item.labels[0]}: nothing labelled in {item.image}"
+    return DONE, *resize_image(image, size, fitted(W, H, size, detail)), labels
+
+
+def pack(files, listing, cache, name, options, workers, max_bad):
+    """The packed copy of these files with these options: made if it is not there, mapped if it is."""
+    home = os.path.commonpath([path for path, _, _ in files]) if files else ""
+    print_of = json.dumps([(os.path.relpath(path, home), *rest) for path, *rest in files])
+    fingerprint = hashlib.sha256(print_of.encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([VERSION, fingerprint, options]).encode()).hexdigest()[:8]
+    target = cache / f"{name}-{options['size']}-{key}"
+    if not whole(target):
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(f"{target}.lock", "w") as lock:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX)                                   # another process may be packing the same
+            if not whole(target):
+                shutil.rmtree(target, ignore_errors=True)                          # cut off from outside
+                prepare(target, listing(), name, options, fingerprint, workers, max_bad)
+        Path(f"{target}.lock").unlink(missing_ok=True)
+    index = json.loads((target / "index.json").read_text())
+    if index["bad"] > max_bad * (index["bad"] + index["images"]):
+        raise too_bad(target, index["bad"], index["bad"] + index["images"], max_bad, index["example"])
+    rows, S = np.load(target / "rows.npy"), options["size"]                        # (N, 5), see prepare
+    images = np.memmap(target / "images.u8", np.uint8, "r", shape=(len(rows), S, S, 3))
+    labels = np.memmap(target / "labels.u16", np.uint16, "r", shape=(index["label_maps"], S, S))
+    return Packed(name, images, labels, np.concatenate([[0], rows[:, 3].cumsum()]), rows[:, 1:3],
+                  (target / "names.txt").read_text().splitlines(), target, index["segments"])
+
+
+def whole(folder):
+    """Whether a packed copy is complete: the index is written last, and says how long the files are."""
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        return all((folder / file).stat().st_size == size for file, size in index["bytes"].items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def too_bad(folder, bad, total, max_bad, example):
+    return ValueError(f"{example} ({bad} of {total} items cannot be used, more than --max_bad {max_bad:g} allows; "
+                      f"{folder / 'skipped.txt'} lists them)")
+
+
+def prepare(target, items, name, options, fingerprint, workers, max_bad):
+    """Pack items into target.part, going on from what an earlier call left there, and rename it when it is complete."""
+    part, S = target.with_name(target.name + ".part"), options["size"]
+    part.mkdir(exist_ok=True)
+    rows = np.load(part / "rows.npy").tolist() if (part / "rows.npy").exists() else []     # item, h, w, maps, segments
+    if any(not (part / file).exists() or (part / file).stat().st_size < length
+           for file, length in zip(("images.u8", "labels.u16"), lengths(rows, S))):
+        rows = []                                                                  # cut off from outside
+    todo = sorted(set(range(len(items))) - {row[0] for row in rows})
+    need, there = 3 * S * S * len(items) + 2 * S * S * sum(len(item.labels) for item in items), lengths(rows, S)
+    full = OSError(f"{name} needs {need / 1e9:.2f} GB in {target.parent} when packed, and the disk is full; what was "
+                   f"written is kept: free some space, or give another --cache, and run the same command again")
+    if shutil.disk_usage(part).free < need - sum(there):
+        raise full
+    reasons, started, saved, already = {EMPTY: [], BAD: []}, time.monotonic(), time.monotonic(), len(rows)
+    task = functools.partial(convert, size=S, unlabelled=options["unlabelled"], components=options["components"],
+                             detail=options.get("detail", 1))
+    workers = max(1, min(workers, len(todo) // 16))
+    pool = None
+    with open(part / "images.u8", "ab", 0) as images, open(part / "labels.u16", "ab", 0) as labels:
+        def truncate():
+            """Cut off what no row tells of."""
+            for file, length in zip((images, labels), lengths(rows, S)):
+                file.truncate(length)
+
+        def commit():
+            """Only rows whose pixels are surely on the disk count as done."""
+            os.fsync(images.fileno())
+            os.fsync(labels.fileno())
+            with open(part / "rows.tmp", "wb") as f:
+                np.save(f, np.array(rows, np.int64).reshape(-1, 5))
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part / "rows.tmp", part / "rows.npy")
+
+        truncate()
+        try:
+            if workers > 1:                                                        # not threads: no lock limits them
+                context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+                pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+                results = pool.map(task, [items[i] for i in todo], chunksize=8)
+            else:
+                results = map(task, (items[i] for i in todo))
+            bar = tqdm(results, f"packing {name}", len(items), initial=len(rows), unit="image", leave=False)
+            for i, (outcome, *result) in zip(todo, bar):
+                if outcome != DONE:
+                    reasons[outcome].append(result[0])
+                    continue
+                image, (h, w), segmentations = result
+                append(images, image)
+                append(labels, segmentations)
+                rows.append([i, h, w, len(segmentations), 1 + int(segmentations[segmentations != IGNORE].max())])
+                if time.monotonic() - saved > SAVE_EVERY:
+                    commit()
+                    saved = time.monotonic()
+            commit()
+        except BrokenProcessPool:
+            raise OSError(f"a process that packed {name} was killed, perhaps for lack of memory: run again with fewer "
+                          f"--workers; what was written is kept") from None
+        except OSError as e:
+            raise full if e.errno == errno.ENOSPC else e from None
+        finally:
+            if pool:
+                pool.shutdown(cancel_futures=True)
+            while True:
+                try:
+                    commit()
+                    break
+                except OSError as e:
+                    if e.errno != errno.ENOSPC or not rows:
+                        break
+                    del rows[-1 - len(rows) // 20 :]                               # makes room for the list of the others
+                    truncate()
+    skipped = reasons[BAD] + reasons[EMPTY]
+    (part / "skipped.txt").write_text("".join(reason.replace("\n", " ") + "\n" for reason in skipped))
+    if len(reasons[BAD]) > max_bad * len(items):
+        raise too_bad(part, len(reasons[BAD]), len(items), max_bad, reasons[BAD][0])
+    if not rows:
+        raise ValueError(f"{name} holds no image that can be used" + (f": {skipped[0]}" if skipped else ""))
+    (part / "names.txt").write_text("".join(Path(items[row[0]].image).stem + "\n" for row in rows))
+    sizes = {file: (part / file).stat().st_size for file in ("images.u8", "labels.u16", "rows.npy", "names.txt")}
+    index = dict(version=VERSION, name=name, options=options, fingerprint=fingerprint, images=len(rows), bytes=sizes,
+                 label_maps=sum(row[3] for row in rows), segments=max(row[4] for row in rows), bad=len(reasons[BAD]),
+                 empty=len(reasons[EMPTY]), example=reasons[BAD][0] if reasons[BAD] else "")
+    (part / "index.json").write_text(json.dumps(index, indent=1))
+    os.replace(part, target)
+    spent = time.monotonic() - started
+    new = len(rows) - already
+    print(f"packed {name}: {len(rows):,} images into {target} ({sum(sizes.values()) / 1e9:.2f} GB), {new:,} of them now in "
+          f"{spent:.1f} s = {new / spent:.0f} a second with {workers} process{'es' * (workers > 1)}; {len(reasons[BAD])} skipped "
+          f"as bad, {len(reasons[EMPTY])} without labels" + f" ({target / 'skipped.txt'})" * bool(skipped))
+
+
+def lengths(rows, S):
+    """Bytes of the images and of the label maps of these rows."""
+    return 3 * S * S * len(rows), 2 * S * S * sum(row[3] for row in rows)
+
+
+def append(file, array):
+    """Write all of an array, or raise: an unbuffered write may stop halfway."""
+    rest = memoryview(np.ascontiguousarray(array)).cast("B")
+    while rest:
+        rest = rest[file.write(rest):]
