@@ -30,6 +30,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import bits
+import config
 import data
 import diffusion
 import kernels
@@ -454,7 +455,7 @@ def main(argv=None):
     s.add_argument("--rounds", type=int, default=3)
     s.set_defaults(run=bench_sample, batch=None)
     for q in (t, s):
-        q.add_argument("--preset", default="tiny", choices=train.PRESETS)
+        q.add_argument("--preset", default="tiny", choices=config.PRESETS)
         q.add_argument("--device", default="auto")
         q.add_argument("--precision", default="auto" if q is t else "fp32")
         q.add_argument("--compile", default="auto")

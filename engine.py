@@ -158,6 +158,18 @@ def out_of_memory(e):
     return any(words in str(e) for words in ("out of memory", "allocate memory", "not enough memory"))
 
 
+def pick_device(name):
+    """auto, cpu, cuda, cuda:1, mps -> torch.device. Raises ValueError when it is not there."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device '{name}' is not usable here ({str(e).splitlines()[0][:80]}): try --device cpu") from None
+
+
 def join(rank, world, backend):
     """Make this one of `world` processes that torchrun started."""
     host, port, env = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ.get

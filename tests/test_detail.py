@@ -16,6 +16,7 @@ import sample
 import train
 from bits import Codec
 from model import SIZES, UNet
+from segment import Model, load_checkpoint, prepare, segment
 
 MINI = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=2, patch=2, groups=8)
 
@@ -130,7 +131,7 @@ def test_from_training_to_pictures(tmp_path, monkeypatch, capsys):
     for dataset, out in (("shapes", "a"), (f"{root},shapes", "b")):
         assert train.main([*common, "--dataset", dataset, "--crop", "0.5" if out == "b" else "1", "--out", str(tmp_path / out)]) == 0
     ckpt = tmp_path / "b" / "ckpt.pt"
-    assert sample.load_checkpoint(ckpt).net.detail == 2
+    assert load_checkpoint(ckpt).net.detail == 2
     files = ["--device", "cpu", "--ckpt", str(ckpt)]
     assert sample.main([str(root / "images" / "val" / "a.png"), "--n", "2", *files, "--out", str(tmp_path / "s")]) == 0
     assert Image.open(tmp_path / "s" / "a" / "labels_01.png").size == (54, 40)
@@ -146,20 +147,20 @@ def test_from_training_to_pictures(tmp_path, monkeypatch, capsys):
 
 def test_a_sample_sees_the_photo_s_detail():
     """Two photos that are the same at the network's size, one with stripes: `segment` gives different soft bits."""
-    model = sample.Model(network(2), Codec(bits=4), diffusion.Diffusion(), 16, dict(steps=2, guidance=1.0, sampler="ddpm",
+    model = Model(network(2), Codec(bits=4), diffusion.Diffusion(), 16, dict(steps=2, guidance=1.0, sampler="ddpm",
                          variance="large", smooth=0.0), "shapes", 1)
     stripes = np.full((32, 32, 3), 100, np.uint8)
     stripes[:, ::2] = 200
-    a, b = (sample.segment(Image.fromarray(v), model, 1).x_hat for v in (stripes, stripes[:, ::-1].copy()))
+    a, b = (segment(Image.fromarray(v), model, 1).x_hat for v in (stripes, stripes[:, ::-1].copy()))
     assert not torch.equal(a, b)
     flat = [Image.fromarray(np.full((32, 32, 3), 150, np.uint8))] * 2
-    assert torch.equal(*(sample.segment(v, model, 1).x_hat for v in flat))
+    assert torch.equal(*(segment(v, model, 1).x_hat for v in flat))
 
 
 def test_no_pixel_of_the_label_map_lacks_a_part_of_its_image(tmp_path):
     """100 x 60 is 16 x 10 at the network's size, and 32 x 19 at twice that, rounded: the 20th row must not be black."""
-    model, white = sample.Model(network(2), Codec(bits=4), diffusion.Diffusion(), 16, {}, "shapes", 1), Image.new("RGB", (100, 60), "white")
-    job = sample.prepare(white, model)
+    model, white = Model(network(2), Codec(bits=4), diffusion.Diffusion(), 16, {}, "shapes", 1), Image.new("RGB", (100, 60), "white")
+    job = prepare(white, model)
     assert job.size == (10, 16) and (job.sharp[:20] == 255).all() and (job.sharp[20:] == 0).all()
     for kind, picture in (("images", white), ("labels", Image.new("L", (100, 60), 1))):
         (tmp_path / kind).mkdir()

@@ -12,11 +12,13 @@ from PIL import Image
 
 import data
 import eval as evaluation
+import metrics
+import scoring
 import train
 from bits import Codec
 from diffusion import sample
 from metrics import calibration_error
-from sample import load_checkpoint
+from segment import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,7 @@ def test_draw_is_plain_sampling(ckpt):
     images, _, sizes = data.load("shapes", "val", 16).get([0, 1])
     sizes = torch.tensor([[16, 16], [16, 9]])
     setting = {**model.sampling, "smooth": 0.0}                                    # then x_hat is out's tanh
-    x_hat, out = evaluation.draw(model, images, sizes, [[5, 6, 7], [8, 9, 10]], 4, setting)
+    x_hat, out = scoring.draw(model, images, sizes, [[5, 6, 7], [8, 9, 10]], 4, setting)
     x, inside = data.normalise(images, sizes)
     for i, j in itertools.product(range(2), range(3)):
         alone = sample(model.net, x[i : i + 1], inside[i : i + 1], 4, [5 + 3 * i + j], model.diffusion, torch.tanh, **setting)
@@ -141,12 +143,12 @@ def test_best_of(ckpt):
     maps = torch.randint(0, 3, (3, 6, 6), generator=g)
 
     def score(a):
-        s = evaluation.metrics.scores(a.expand(3, -1, -1), maps)
+        s = metrics.scores(a.expand(3, -1, -1), maps)
         return float(s["ari"].mean()), float(s["iou"].mean())
 
-    agreement = evaluation.metrics.pairwise(cells)[0]
+    agreement = metrics.pairwise(cells)[0]
     groups = torch.stack([cells[0], consensus[0]])
-    curve = evaluation.best_of(cells, consensus, groups, maps, agreement, [1, 3])
+    curve = scoring.best_of(cells, consensus, groups, maps, agreement, [1, 3])
     each = [score(c) for c in cells]
     assert curve[3]["one"] == pytest.approx(np.mean(each[:3], 0)) and curve[3]["oracle"] == pytest.approx(np.max(each[:3], 0))
     others = [agreement[i, :3].sum() for i in range(3)]                            # of the first three only
@@ -160,10 +162,10 @@ def test_bit_tables():
     maps = torch.randint(0, 5, (2, 8, 8), generator=g)
     maps[:, :2] = -1
     truth = codec.encode(codec.cells(maps))                                        # (2, 4, 8, 8)
-    sure = evaluation.bit_tables(truth[0], truth[0] * 3, maps[:1], codec, True)
+    sure = scoring.bit_tables(truth[0], truth[0] * 3, maps[:1], codec, True)
     assert calibration_error(sure["sample"]) == 0 and calibration_error(sure["last step, no tanh"]) == 0
     assert sure["sample"][9].tolist() == [6 * 8 * 4] * 3 and sure["last step, tanh"][9, 1] < 6 * 8 * 4    # tanh(3) < 1
-    table = evaluation.bit_tables(0.6 * truth[0], truth[0], maps, codec, False)["sample"]                  # against both
+    table = scoring.bit_tables(0.6 * truth[0], truth[0], maps, codec, False)["sample"]                  # against both
     right = int((truth[0] == truth[1])[:, 2:].sum()) + 6 * 8 * 4
     assert table[6].tolist() == pytest.approx([2 * 6 * 8 * 4, 0.8 * 2 * 6 * 8 * 4, right], rel=1e-6) or \
         table[5].tolist() == pytest.approx([2 * 6 * 8 * 4, 0.8 * 2 * 6 * 8 * 4, right], rel=1e-6)          # 0.8 is an edge
@@ -178,18 +180,18 @@ def test_joined_table():
         if y + dy < 5 and x + dx < 4 and (y, x) != (0, 0):
             s, t = (sum(bool(m[y, x] == m[y + dy, x + dx]) for m in several) for several in (cells, maps))
             expected[s] += [1, s / 3, t / 2]
-    assert np.allclose(evaluation.joined_table(cells, maps), expected)
+    assert np.allclose(scoring.joined_table(cells, maps), expected)
 
 
 def test_maps_at_their_own_size(tmp_path):
     rng = np.random.default_rng(0)
     several = [rng.integers(0, 9, (30, 20)) for _ in range(2)]
     folder(tmp_path, {"a": several, "b": several[:1]})
-    files = evaluation.originals(str(tmp_path), "val", "data")
-    assert sorted(files) == ["a", "b"] and np.array_equal(evaluation.own_maps(files["a"], "segment"), several)
-    assert np.array_equal(evaluation.own_maps(files["b"], "ignore")[0], np.where(several[0] == 0, -1, several[0]))
+    files = scoring.originals(str(tmp_path), "val", "data")
+    assert sorted(files) == ["a", "b"] and np.array_equal(scoring.own_maps(files["a"], "segment"), several)
+    assert np.array_equal(scoring.own_maps(files["b"], "ignore")[0], np.where(several[0] == 0, -1, several[0]))
     small = torch.tensor([[1, 2], [3, 4]])
-    assert torch.equal(evaluation.nearest(small, 4, 6), small.repeat_interleave(2, 0).repeat_interleave(3, 1))
+    assert torch.equal(scoring.nearest(small, 4, 6), small.repeat_interleave(2, 0).repeat_interleave(3, 1))
 
 
 def test_pooled_quality_and_missing_humans():

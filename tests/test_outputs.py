@@ -5,16 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from pycocotools.coco import COCO
 
+import diffusion
 import sample
 from bits import Codec
 from diffusion import Diffusion
 from metrics import scores
 from model import SIZES, UNet
 from pictures import colours, grid, outline, overlay, subsample
-from sample import Job, Model, denoise, folder_names, own_size, segment, summarise
+from sample import folder_names
+from segment import Job, Model, denoise, own_size, segment, summarise
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_own_size_with_an_image_is_joint_bilateral_upsampling():
     x = x * torch.rand(1, 4, 3, 5, generator=torch.Generator().manual_seed(0))
     mine = own_size(x[0], (3, 5), 40, 24, codec, image)
     small = np.asarray(image.resize((5, 3), Image.Resampling.BOX)) / 255
-    big = np.asarray(image.filter(sample.ImageFilter.GaussianBlur(0.2 * 8))) / 255
+    big = np.asarray(image.filter(ImageFilter.GaussianBlur(0.2 * 8))) / 255
     for r in range(24):
         for c in range(40):
             y, z, soft = (r + 0.5) / 8 - 0.5, (c + 0.5) / 8 - 0.5, 0
@@ -151,7 +153,7 @@ def test_a_seed_gives_the_same_x_hat_whatever_the_order_and_number_of_images(mod
 
 
 def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
-    whole, sizes, real = list(denoise([picture()], model, 7, batch=8))[0], [], sample.sample
+    whole, sizes, real = list(denoise([picture()], model, 7, batch=8))[0], [], diffusion.sample
 
     def small(net, x, *rest, **options):
         sizes.append(len(x))
@@ -159,11 +161,11 @@ def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
             raise torch.OutOfMemoryError("no")
         return real(net, x, *rest, **options)
 
-    monkeypatch.setattr(sample, "sample", small)
+    monkeypatch.setattr("segment.sample", small)
     job = next(denoise([picture()], model, 7, batch=8))
     assert sizes == [7, 3, 1, 2, 4, 2, 2] and len(job.x_hat) == 7
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(job.x_hat, whole.x_hat))
-    monkeypatch.setattr(sample, "sample", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr("segment.sample", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(ValueError, match="memory does not hold one sample"):
         next(denoise([picture()], model, 2))
 

@@ -8,7 +8,7 @@ from PIL import Image
 from bits import Codec
 from diffusion import Diffusion, alpha_sigma, carry, sample
 from model import SIZES, UNet
-from sample import Model, denoise, hint_map, prepare, segment, shrink
+from segment import Model, denoise, hint_map, prepare, segment, shrink
 
 D = Diffusion()
 
@@ -211,7 +211,7 @@ def test_the_weaker_the_strength_the_more_of_init_is_left():
 
 
 def test_simulated_clicks_lie_deep_in_the_largest_segments(model, monkeypatch):
-    import eval as evaluation
+    import scoring
 
     class Data:
         def get(self, positions):
@@ -228,8 +228,8 @@ def test_simulated_clicks_lie_deep_in_the_largest_segments(model, monkeypatch):
         seen.append((image.size, seed, hints))
         return type("Result", (), dict(labels=torch.zeros(n, 12, 16, dtype=torch.uint8), medoid=1))
 
-    monkeypatch.setattr(evaluation, "segment", answer)
-    curve = evaluation.clicks_curve(model, Data(), [5], [0, 1, 2, 8], n=2)
+    monkeypatch.setattr(scoring, "segment", answer)
+    curve = scoring.clicks_curve(model, Data(), [5], [0, 1, 2, 8], n=2)
     assert list(curve) == [0, 1, 2, 8] and curve[2] == [[0.0, 0.0]]                # one segment for all: ARI 0
     assert {(size, seed) for size, seed, _ in seen} == {((16, 12), 5000)} and len(seen) == 2 * 4
     (none, one, two, all_), (_, _, tiny, _) = [h for _, _, h in seen[:4]], [h for _, _, h in seen[4:]]

@@ -10,7 +10,8 @@ from pycocotools import mask as coco_mask
 
 import sample
 import train
-from sample import hint_map, load_checkpoint, own_size, segment
+from bits import Codec
+from segment import hint_map, load_checkpoint, own_size, segment
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_a_seed_gives_the_same_map_beside_other_images(ckpt):
 
 def test_own_size_is_bilinear_then_the_nearest_code():
     """Without the image and with every code allowed, this is interpolation and the signs."""
-    codec, x = sample.Codec(bits=4), torch.randn(4, 16, 16)
+    codec, x = Codec(bits=4), torch.randn(4, 16, 16)
     whole = torch.nn.functional.interpolate(x[None, :, :12, :16].clamp(-1, 1), (37, 50), mode="bilinear", align_corners=False)
     mine = own_size(x.clamp(-1, 1), (12, 16), 50, 37, codec, among=[torch.arange(16)])
     assert torch.equal(mine, codec.decode(whole)[0])

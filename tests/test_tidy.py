@@ -8,7 +8,7 @@ from PIL import Image
 from bits import Codec
 from diffusion import Diffusion
 from model import SIZES, UNet
-from sample import Model, denoise, segment
+from segment import Model, denoise, segment
 from tidy import BITS, COLOUR, distance, lab, tidy
 
 GREY = np.zeros((8, 8, 3), np.uint8)

@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+import config
 import train
 import validate
 from checkpoint import lock, read, save
-from sample import load_checkpoint
+from segment import load_checkpoint
 
 ROOT = Path(train.__file__).parent
 QUICK = "--device cpu --max_steps 4 --batch_size 2 --image_size 16 --eval_images 3 --steps 2 --log_every 2 --save_every 2 --eval_every 4".split()
@@ -344,10 +345,10 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path, capsys):
 
 
 def test_presets_name_real_options_and_networks():
-    for name, row in train.PRESETS.items():
+    for name, row in config.PRESETS.items():
         c = train.parse(["--preset", name, "--dataset", "coco"])
         assert all(getattr(c, key) == value for key, value in row.items()) and c.network in train.SIZES
-    slow, fast = train.PRESETS["paper"], train.PRESETS["paper-fast"]
+    slow, fast = config.PRESETS["paper"], config.PRESETS["paper-fast"]
     assert slow["batch_size"] * slow["max_steps"] == fast["batch_size"] * fast["max_steps"]
     assert fast["ema"] == pytest.approx(slow["ema"] ** (fast["batch_size"] / slow["batch_size"]), abs=1e-4)
 
