@@ -38,7 +38,7 @@ import metrics
 import scenes
 import train
 from diffusion import fused, sample
-from engine import Step, update_ema
+from engine import Step, pick_device, update_ema
 
 BITS, SIZE = 6, 128
 MIN_SECONDS = 0.2                                # of measuring, for each figure on a CPU
@@ -216,7 +216,7 @@ def write_scenes(root, n=16, width=640, height=480):
 def bench_data(args):
     """Each stage between the files and x0, and all that a training step needs together; the last line is JSON."""
     torch.set_num_threads(args.threads)
-    device, codec, B = torch.device(args.device), bits.Codec(bits=BITS), args.batch
+    device, codec, B = pick_device(args.device), bits.Codec(bits=BITS), args.batch
 
     def clocks():
         if device.type == "cuda":
@@ -291,7 +291,7 @@ def setting(args):
     """What train.py would use: configuration, device, dtype and reason, codec, diffusion, network."""
     argv = ["--preset", args.preset, "--device", args.device, "--precision", args.precision, "--compile", args.compile]
     argv += ["--crop", "1"]                                                       # scenes are not cropped
-    c = train.parse(argv + (["--batch_size", str(args.batch)] if args.batch else []))
+    c = config.parse(argv + (["--batch_size", str(args.batch)] if args.batch else []))
     c.accumulate = 1
     return c, *train.build(c)
 
@@ -330,7 +330,7 @@ def peak_memory(device):
 
 def bench_train(args):
     c, device, dtype, why, codec, diffusion, network, net = setting(args)
-    data = train.datasets.load("shapes", "train", c.image_size * net.detail, seed=c.seed)
+    shapes = data.load("shapes", "train", c.image_size * net.detail, seed=c.seed)
     compiled = c.compile == "on" or c.compile == "auto" and device.type == "cuda"
     loss = train.loss_of(diffusion, codec, device, dtype)
 
@@ -345,7 +345,7 @@ def bench_train(args):
     variants = {"plain fp32 NCHW": variant(nchw, None, False, False),
                 f"eager {str(low)[6:]} NHWC": variant(nhwc, low, False, True),
                 "train.py": variant(net, dtype, compiled, True)}
-    coming = train.batches(data, 0, c, codec, diffusion, device, 0, 1)
+    coming = train.batches(shapes, 0, c, codec, diffusion, device, 0, 1)
     times, parts, warm = {k: [] for k in variants}, {k: [] for k in variants}, {}
     for name, (step, ema) in variants.items():                                     # compile, choose kernels, make the graph
         start = time.perf_counter()
@@ -398,9 +398,9 @@ def bench_train(args):
 def bench_sample(args):
     c, device, dtype, why, codec, diffusion, network, net = setting(args)
     net, n = net.to(memory_format=torch.channels_last).eval().requires_grad_(False), args.n      # as sample.py has it
-    data = train.datasets.load("shapes", "val", c.image_size * net.detail, seed=c.seed)
-    images, _, sizes = data.get(list(range(args.images)))
-    x, inside = train.datasets.normalise(images.to(device), (sizes // net.detail).to(device), net.detail)
+    shapes = data.load("shapes", "val", c.image_size * net.detail, seed=c.seed)
+    images, _, sizes = shapes.get(list(range(args.images)))
+    x, inside = data.normalise(images.to(device), (sizes // net.detail).to(device), net.detail)
     which = [i for i in range(args.images) for _ in range(n)]
     jobs = {"one image, one sample": [0], f"one image, {n} samples": which[:n], f"{args.images} images x {n} samples": which}
     context = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
@@ -462,6 +462,10 @@ def main(argv=None):
         q.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     args = p.parse_args(argv)
     try:
+        for name in ("batch", "rounds", "n", "images", "steps", "threads", "workers"):
+            value, least = getattr(args, name, None), 0 if name == "workers" else 1
+            if value is not None and min(value if isinstance(value, list) else [value]) < least:
+                raise ValueError(f"--{name} must be at least {least}, not {value}")
         return args.run(args) or 0
     except (ValueError, OSError) as e:
         print(f"bench.py: {e}", file=sys.stderr)

@@ -1,14 +1,15 @@
 """What a training run can be told: the options with their defaults and meanings, the presets, the command line.
 
-What it is: `parse(argv)` -> Config. What it is not: nothing here looks at files or devices; train.py checks what needs them.
+What it is: `parse(argv)` -> Config. What it is not: it opens no file and asks for no device; train.py checks what needs them.
 """
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import parse_parts
+from data import names
 from model import SIZES
 
 
@@ -63,7 +64,7 @@ class Config:
     warmup_steps: int = 1000
     decay_steps: int = 50_000                    # cosine decay to 0 over the last so many steps
     weight_decay: float = 0.0
-    grad_clip: float = 1.0
+    grad_clip: float = 1.0                       # largest norm of the gradients; 0: any
     ema: float = 0.9999                          # decay a step of the averaged weights; lower for short runs
     dropout: float = 0.0
     # validation, by real sampling with the averaged weights
@@ -94,6 +95,14 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
 FREE = {"out", "root", "cache", "device", "kernels", "compile", "workers", "init", "export", "accumulate", "max_steps", "eval_every",
         "eval_images", "log_every", "save_every", "keep_every"}                    # may change on resume
 
+RANGES = dict.fromkeys(("batch_size", "accumulate", "max_steps", "image_size", "eval_every", "eval_images", "steps", "log_every",
+                        "save_every"), (1, math.inf))
+RANGES |= dict.fromkeys(("keep_every", "workers", "warmup_steps", "decay_steps", "lr", "weight_decay", "grad_clip", "jitter", "guidance",
+                         "smooth", "least", "merge"), (0, math.inf))
+RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition"), (0, 1))
+RANGES |= {"seed": (0, 2**22 - 1), "crop": (0.01, 1), "ema": (0, 0.999999), "input_scale": (1e-6, math.inf), "bias": (-100, 100)}
+CHOICES = {"sampler": ("ddpm", "ddim"), "variance": ("large", "small")}
+
 
 def parse(argv):
     """Command line -> Config: the dataclass' defaults, then the preset, then --key value. Raises ValueError."""
@@ -113,30 +122,25 @@ def parse(argv):
         given[key] = convert(key, value, fields[key].type)
         i += 1
     dataset = given.get("dataset", Config.dataset)
-    preset = given.get("preset") or {"shapes": "tiny", "coco": "paper", "entity": "paper"}.get(dataset, "small")
+    sets = names(dataset)
+    preset = given.get("preset") or {("shapes",): "tiny", ("coco",): "paper", ("entity",): "paper"}.get(tuple(sets), "small")
     if preset not in PRESETS:
         raise ValueError(f"preset '{preset}' is not one of {', '.join(PRESETS)}")
     c = Config(**{**PRESETS[preset], **given, "preset": preset})
-    first, *more = parse_parts(dataset)
-    c.out = c.out or f"out/{Path(first[0]).name}{'-and-more' if more else ''}-{preset}"
+    c.out = c.out or f"out/{Path(sets[0]).name}{'-and-more' if len(sets) > 1 else ''}-{preset}"
     c.network = c.network or preset
     if c.network not in SIZES:
         raise ValueError(f"network '{c.network}' is not one of {', '.join(SIZES)}")
-    for key in ("batch_size", "accumulate", "max_steps", "image_size", "eval_every", "eval_images", "steps", "log_every",
-                "save_every"):
-        if getattr(c, key) < 1:
-            raise ValueError(f"--{key} must be at least 1, not {getattr(c, key)}")
-    if c.keep_every < 0:
-        raise ValueError(f"--keep_every must be 0 (none) or more, not {c.keep_every}")
-    if c.workers < 0 or not 0 < c.crop <= 1:
-        raise ValueError(f"--workers is 0 or more, and --crop above 0 and at most 1, not {c.workers} and {c.crop}")
-    if min(c.least, c.merge) < 0 or (c.least or c.merge) and c.encoding == "rgb":
-        raise ValueError(f"--least and --merge must be 0 (off) or more, and 0 with --encoding rgb, not {c.least} and {c.merge}")
-    if c.jitter < 0:
-        raise ValueError(f"--jitter must be 0 (no changes of colours) or more, not {c.jitter}")
-    if not 0 <= c.compose <= 1:
-        raise ValueError(f"--compose is a share of the samples, from 0 to 1, not {c.compose}")
-    if c.crop < 1 and (not c.augment or dataset == "shapes"):
+    for key, (least, most) in RANGES.items():
+        if not (least <= getattr(c, key) <= most and math.isfinite(getattr(c, key))):              # nan is in no range
+            span = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"--{key} must be {span}, not {getattr(c, key)}")
+    for key, known in CHOICES.items():
+        if getattr(c, key) not in known:
+            raise ValueError(f"--{key} is {' or '.join(known)}, not '{getattr(c, key)}'")
+    if c.encoding == "rgb" and (c.least or c.merge):
+        raise ValueError(f"--least and --merge must be 0 with --encoding rgb, not {c.least} and {c.merge}")
+    if c.crop < 1 and (not c.augment or sets == ["shapes"]):
         raise ValueError("--crop belongs to the augmentation of real images: not with shapes, nor with --augment false")
     if c.batch_size % c.accumulate:
         raise ValueError(f"--batch_size {c.batch_size} cannot be split into --accumulate {c.accumulate} equal parts")

@@ -18,6 +18,7 @@ is padding (zero after normalisation, ignored in the labels).
 
 import argparse
 import functools
+import itertools
 import os
 import sys
 from collections import deque
@@ -74,6 +75,11 @@ def load_one(name, split, size, root, cache, seed, unlabelled, components, worke
 def parse_parts(name):
     """The parts of a mixture, or of one data set, each as of parse_part; a folder of just this name is one set."""
     return [(name, 1.0, dict(components=False, unlabelled=None))] if Path(name).is_dir() else [parse_part(part) for part in name.split(",")]
+
+
+def names(text):
+    """The names alone of the parts."""
+    return [name for name, _, _ in parse_parts(text)]
 
 
 def parse_part(text):
@@ -273,7 +279,8 @@ def main(argv=None):
     option("--root", default="data", help="the data set lies in ROOT/NAME or in ROOT itself (%(default)s)")
     option("--split", nargs="+", default=["train", "val"], choices=["train", "val", "test"], help="(train val)")
     option("--size", type=int, default=128, help="longer side, in pixels (%(default)s)")
-    option("--crop", type=float, default=1.0, help="as in train.py: crops need larger training images (%(default)s)")
+    option("--crop", type=float, default=1.0, help="as in train.py: crops need larger training images (%(default)s; preset photo: 0.5)")
+    option("--detail", type=int, default=1, help="of the network, see model.SIZES (%(default)s; photo: 2)")
     option("--cache", default="cache", help="where packed copies go (%(default)s)")
     option("--unlabelled", default="segment", help="id 0: one segment, or ignore (%(default)s)")
     option("--components", action="store_true", help="labels are classes: their connected parts become the segments")
@@ -289,13 +296,18 @@ def main(argv=None):
             download(Path(a.root) / "coco", a.split, a.server)
             print(f"COCO is in {Path(a.root) / 'coco'}; now try: python train.py --dataset coco --root {a.root}")
             return 0
-        if a.name == "shapes":
+        if not 0.01 <= a.crop <= 1 or min(a.size, a.detail, a.workers) < 1:
+            raise ValueError(f"--crop is from 0.01 to 1, --size, --detail and --workers at least 1, not {a.crop}, {a.size}, {a.detail} and {a.workers}")
+        parts = [part for part in parse_parts(a.name) if part[0] != "shapes"]
+        if not parts:
             raise ValueError("shapes are drawn while training: there is nothing to prepare")
-        for split in a.split:
-            side = packed_side(a.size, a.crop) if split == "train" else a.size
-            data = load(a.name, split, side, a.root, a.cache, 0, a.unlabelled, a.components, a.workers, a.max_bad)
-            print(f"{a.name} {split}: {len(data):,} images, {len(data.labels):,} label maps of {side} x {side} pixels, in "
-                  f"{data.folder}")
+        for (name, _, own), split in itertools.product(parts, a.split):
+            copies = [(packed_side(a.size, a.crop, a.detail), 1)] if split == "train" else [(a.size, 1), (a.size * a.detail, a.detail)]
+            for side, detail in copies[: a.detail]:
+                data = load(name, split, side, a.root, a.cache, 0, own["unlabelled"] or a.unlabelled, own["components"] or a.components,
+                            a.workers, a.max_bad, detail=detail)
+                print(f"{name} {split}: {len(data):,} images, {len(data.labels):,} label maps of {side} x {side} pixels, in "
+                      f"{data.folder}")
     except (ValueError, OSError) as e:
         print(f"data.py: {e}", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ Use it alone:
 
 import contextlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -106,7 +107,7 @@ class Step:
     def finish(self):
         """Clip and update. -> the gradients' norm before."""
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip or math.inf)
         self.optimizer.param_groups[0]["lr"] = self.lr
         if self.fused:
             self.optimizer.found_inf = (~norm.isfinite()).float()                  # the kernel looks at it
@@ -155,7 +156,7 @@ def as_cuda_graph(run, batch):
 
 def out_of_memory(e):
     """Whether an exception says so, on any device."""
-    return any(words in str(e) for words in ("out of memory", "allocate memory", "not enough memory"))
+    return isinstance(e, torch.OutOfMemoryError) or any(words in str(e) for words in ("out of memory", "allocate memory", "not enough memory"))
 
 
 def pick_device(name):
@@ -164,6 +165,8 @@ def pick_device(name):
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
+        if torch.device(name).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("it is none of cpu, cuda and mps")
         torch.zeros(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as e:

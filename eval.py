@@ -123,7 +123,7 @@ def numbers(text, kind, least):
         values = [kind(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if not values or not min(values) >= least:
+    if not values or not all(least <= value < math.inf for value in values):       # nan is neither
         raise argparse.ArgumentTypeError(f"'{text}' is not a number from {least} up, or several separated by commas")
     return list(dict.fromkeys(values))
 
@@ -168,11 +168,22 @@ def arguments(argv):
     return p.parse_args(argv)
 
 
+def ours(out):
+    """Raises ValueError where a file of somebody else's would be overwritten."""
+    for name, start in (("images.csv", "name,annotators"), ("report.json", '{"name": ')):
+        if (out / name).exists() and not (out / name).read_bytes().startswith(start.encode()):
+            raise ValueError(f"{out / name} was not written by eval.py and is not overwritten: move it, or choose another --out")
+
+
 def main(argv=None):
     a = arguments(argv)
     try:
         if a.limit < 1 or a.batch < 1 or (a.size or 8) < 8:
             raise ValueError(f"--limit and --batch must be at least 1 and --size 8, not {a.limit}, {a.batch} and {a.size}")
+        if not 0 <= a.seed < 10**6:
+            raise ValueError(f"--seed must be from 0 to 999999, not {a.seed}")
+        if a.clicks and (a.baseline or a.out):
+            raise ValueError("--clicks needs a checkpoint, not a baseline, and prints its table only: leave out --baseline and --out")
         (a.dataset, _, own), *more = parse_parts(a.dataset)
         if more:
             raise ValueError(f"--dataset names {1 + len(more)} data sets: one at a time is evaluated")
@@ -202,7 +213,9 @@ def main(argv=None):
         files = originals(a.dataset, a.split, a.root)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).name}-{a.split}")
-        out.mkdir(parents=True, exist_ok=True)
+        if not a.clicks:
+            ours(out)
+            out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as e:
         print(f"eval.py: {e}", file=sys.stderr)
         return 2
@@ -216,7 +229,11 @@ def main(argv=None):
     positions, sweep = list(range(min(a.limit, len(data)))), []
     if model and a.clicks:
         model.sampling.update(home)
-        curve = clicks_curve(model, fine or data, positions, a.clicks, max(ns), a.seed)
+        try:
+            curve = clicks_curve(model, fine or data, positions, a.clicks, max(ns), a.seed)
+        except ValueError as e:
+            print(f"eval.py: {e}", file=sys.stderr)
+            return 2
         print(f"{name} on {a.dataset} {a.split}, {len(positions)} images: ARI to the annotator who clicks, one sample / medoid of {max(ns)}")
         table = {k: [metrics.bootstrap(column) for column in zip(*rows)] for k, rows in curve.items()}
         for k, values in table.items():
@@ -287,7 +304,7 @@ def main(argv=None):
         which = {k: kind for kind, k in (("worst", -1), ("worst", -2), ("median", len(ranking) // 2), ("best", 1), ("best", 0))
                  if -len(ranking) <= k < len(ranking)}
         chosen = [(kind, ranking[k]) for k, kind in reversed(which.items())]
-        again = run(data, [row["position"] for _, row in chosen], model, a, home, ns, {}, keep=True, fine=fine)
+        again = run(data, [row["position"] for _, row in chosen], model, a, home, ns, [], keep=True, fine=fine)
         titles = [f"{kind}: {row['name']}, ARI {row['network'][answer]['ari']:.3f}, IoU {row['network'][answer]['iou']:.3f}; image, "
                   + ", ".join(["annotator"] * min(2, row["annotators"]) + [s for s in row["network"] if s != "human"])
                   for kind, row in chosen]
@@ -302,4 +319,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("eval.py: stopped; nothing is written", file=sys.stderr)
+        sys.exit(130)

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+import config
+import data
 import eval as evaluation
 import train
 
@@ -103,7 +105,11 @@ def finished(folder, full, a):
     """The report of a finished run, or None. Raises ValueError if it was made with other options."""
     if not (folder / "report.json").exists():
         return None
-    content = json.loads((folder / "report.json").read_text())
+    try:
+        content = json.loads((folder / "report.json").read_text())
+        content["options"], content["report"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'report.json'} was not written by experiments.py, or is cut short: move it away") from None
     if content["options"] != full | {"limit": a.limit}:
         old, new = content["options"], full | {"limit": a.limit}
         differ = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in old | new if old.get(key) != new.get(key))
@@ -121,9 +127,11 @@ def finish(folder, full, a):
     clock.write_text(str(minutes))                                                 # of this and the interrupted calls
     if status:
         return status
+    c = config.parse(train_arguments(folder, full, a))
     with open(folder / "eval.txt", "w") as tables, contextlib.redirect_stdout(tables):
         status = evaluation.main(["--ckpt", str(folder / "ckpt.pt"), "--dataset", a.dataset, "--limit", str(a.limit), "--out",
-                                  str(folder / "eval"), "--root", a.root, "--cache", a.cache, "--device", a.device])
+                                  str(folder / "eval"), "--root", a.root, "--cache", a.cache, "--device", a.device,
+                                  "--unlabelled", c.unlabelled, *["--components"] * c.components])
     if status:
         return status
     report = json.loads((folder / "eval/report.json").read_text())
@@ -176,6 +184,8 @@ def main(argv=None):
             raise ValueError(f"--part is i/k with i from 1 to k, not {a.part}")
         if a.seeds < 1 or a.limit < 1:
             raise ValueError(f"--seeds and --limit are at least 1, not {a.seeds} and {a.limit}")
+        if len(data.names(a.dataset)) > 1:
+            raise ValueError(f"--dataset {a.dataset}: a mixture cannot be evaluated; train on one data set")
         names = list(EXPERIMENTS) if "all" in a.names else list(dict.fromkeys(a.names))
         tables = {name: [row for row in EXPERIMENTS[name] if any(word in row[0] for word in a.rows.split(","))] for name in names}
         if not all(tables.values()):
@@ -185,10 +195,11 @@ def main(argv=None):
             for name in names:
                 for _, flags, _, _ in tables[name]:
                     folder, full = run_of(flags, also, a, seed)
-                    train.parse(train_arguments(folder, full, a))                  # complains now, not in the night
+                    config.parse(train_arguments(folder, full, a))                 # complains now, not in the night
                     runs[folder] = full
+        Path(a.out).mkdir(parents=True, exist_ok=True)
         missing = [(folder, full) for folder, full in runs.items() if not finished(folder, full, a)]
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         print(f"experiments.py: {e}", file=sys.stderr)
         return 2
 

@@ -90,8 +90,9 @@ def find_folder(home, split):
                   for stem in sorted(set(maps) - stems)]
         items = [Item(path, maps[stem], read_pngs) if (stem := Path(path).stem) in maps else
                  bad(f"{path} has no label: expected {folders[1] / stem}.png or {stem}_a0.png") for path, _, _ in images]
-        if not splits:                                                             # no split given: every 10th is val
-            items = [item for i, item in enumerate(items) if (i % 10 == 9) == (split != "train")]
+        if not splits:                                                             # no split given: every 10th is val,
+            held = set(range(9, len(items), 10)) or set(range(1, len(items))[-1:])             # of fewer the last
+            items = [item for i, item in enumerate(items) if (i in held) == (split != "train")]
         return items + lonely
 
     return images + labels, listing
@@ -374,7 +375,9 @@ def open_image(path, size=None):
         image.load()
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):              # 16-bit and float grey
             value = np.asarray(image).astype(np.float64)
-            top = 65535 if image.mode != "F" else max(float(value.max()), 1e-9)
+            if not np.isfinite(value).all():
+                raise ValueError("it has pixels that are infinite or no numbers")
+            top = max(float(value.max()), 65535 if image.mode != "F" else 1e-9)    # 32-bit integers: above 65535
             image = Image.fromarray((value / top * 255).clip(0, 255).round().astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:                # on white
             image = image.convert("RGBA")

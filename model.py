@@ -25,6 +25,7 @@ from einops import rearrange
 # levels have attention; heads: attention heads; groups: of the normalisation (32 = the paper);
 # position: octaves of row and column that are added to the first layer's output (0 = the paper). detail: the network sees
 # the image at this many times the label map's resolution, by convolutions of its own (1 = the paper: at the label map's).
+# finer: channels of a last stage at half the patch, which sees the bits and the image once more (0 = the paper: no such stage).
 SIZES = {                                                                          # at k = 6, RGB:  parameters
     "tiny":  dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2),
     "photo": dict(width=64, mult=(1, 2, 2),       blocks=1, attn=2, heads=4, patch=4, groups=8, position=3, detail=2),
@@ -102,14 +103,17 @@ class UNet(nn.Module):
 
     x is cat(xt, image[, x_self]). detail d: the image is one of (3, d H, d W) folded into 3 d^2 channels (pixel_unshuffle);
     the first layer sees its mean over d x d, and `look` all of it. Raises ValueError for an H or W that the levels cannot
-    halve (a multiple of patch * 2^(levels - 1) is needed), and for a detail that is not a power of 2.
+    halve (a multiple of patch * 2^(levels - 1) is needed), for a detail that is not a power of 2, and for finer without patch
+    or detail.
     """
 
     def __init__(self, in_channels, out_channels, width, mult, blocks, attn, heads, patch=1, dropout=0.0, groups=32, position=0,
-                 detail=1):
+                 detail=1, finer=0):
         super().__init__()
-        if width % groups:
-            raise ValueError(f"width {width} must be a multiple of {groups}, the number of normalisation groups")
+        if width % groups or finer % groups:
+            raise ValueError(f"width {width} and finer {finer} must be multiples of {groups}, the number of normalisation groups")
+        if finer and (patch == 1 or detail == 1):
+            raise ValueError(f"finer needs a patch and a detail of at least 2, not {patch} and {detail}")
         self.patch, self.detail, self.multiple = patch, detail, patch * 2 ** (len(mult) - 1)
         self.channels = [out_channels, 3 * detail**2, in_channels - out_channels - 3 * detail**2]       # xt, image, x_self
         self.parts = [n * patch**2 for n in (out_channels, 3, self.channels[2])]   # of the stem's input
@@ -141,13 +145,18 @@ class UNet(nn.Module):
 
         self.norm = nn.GroupNorm(groups, c)
         self.head = zero_init(nn.Conv2d(c, out_channels * patch**2, 3, padding=1))
+        self.finer = Finer(c, in_channels - 3 * detail**2, width // 2, finer, out_channels, c_emb, patch // 2, groups, dropout) if finer else None
         self.to(memory_format=torch.channels_last)                                 # convolutions are faster in NHWC
 
     def image_part(self, image):
-        """The stem's output for the image alone, (B, width, H/p, W/p): the same at every step of sampling."""
+        """What is the same at every step of sampling: the stem's output for the image alone, (B, width, H/p, W/p), and what
+        `finer` sees of it, (B, width/2, 2 H/p, 2 W/p) or None."""
         mean = image.unflatten(1, (3, -1)).mean(2)                                 # (B, 3, H, W)
         h = F.conv2d(F.pixel_unshuffle(mean, self.patch), self.stem.weight.split(self.parts, 1)[1], padding=1)
-        return h if self.look is None else h + self.look(F.pixel_shuffle(image, self.detail))
+        if self.look is None:
+            return h, None
+        fine = self.look[:-4](F.pixel_shuffle(image, self.detail))                 # all but the last halving
+        return h + self.look[-4:](fine), fine if self.finer else None
 
     def forward(self, x, t, image_part=None):                                      # given: x is without the image
         if x.shape[-2] % self.multiple or x.shape[-1] % self.multiple:
@@ -159,13 +168,13 @@ class UNet(nn.Module):
         if image_part is None and self.look is not None:
             xt, image, x_self = x.split(self.channels, 1)
             x, image_part = torch.cat([xt, x_self], dim=1), self.image_part(image)
-        x = F.pixel_unshuffle(x, self.patch).contiguous(                           # (B, C p^2, H/p, W/p)
+        folded = F.pixel_unshuffle(x, self.patch).contiguous(                      # (B, C p^2, H/p, W/p)
             memory_format=torch.channels_last if nhwc else torch.contiguous_format)
         if image_part is None:
-            h = self.stem(x)
+            h = self.stem(folded)
         else:
             rest = torch.cat(self.stem.weight.split(self.parts, 1)[::2], dim=1)
-            h = F.conv2d(x, rest, self.stem.bias, padding=1) + image_part
+            h = F.conv2d(folded, rest, self.stem.bias, padding=1) + image_part[0]
         if self.place is not None:
             h = h + self.place(position_features(*h.shape[-2:], self.position, h.device).to(h.dtype))
         skips = [h]
@@ -176,8 +185,8 @@ class UNet(nn.Module):
             h = layer(h, emb)
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], dim=1), emb)
-        h = self.head(F.silu(self.norm(h)))
-        return F.pixel_shuffle(h, self.patch)                                      # (B, out_channels, H, W)
+        out = F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.patch)         # (B, out_channels, H, W)
+        return out if self.finer is None else out + self.finer(h, x, image_part[1], emb)
 
 
 class Stage(nn.Module):
@@ -192,6 +201,27 @@ class Stage(nn.Module):
     def forward(self, x, emb):
         x = self.attn(self.res(x, emb))
         return x if self.up is None else self.up(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Finer(nn.Module):
+    """A stage at twice the resolution of the U-Net's last features h (B, c_in, h, w), zero at first.
+
+    It sees them, the bits (B, c_bits, H, W), folded `fold` x `fold`, and the image (B, c_image, 2 h, 2 w); -> (B, c_out, H, W).
+    """
+
+    def __init__(self, c_in, c_bits, c_image, width, c_out, c_emb, fold, groups, dropout):
+        super().__init__()
+        self.fold = fold
+        self.below, self.image = nn.Conv2d(c_in, width, 1), nn.Conv2d(c_image, width, 1)
+        self.bits = nn.Conv2d(c_bits * fold**2, width, 3, padding=1)
+        self.res = ResBlock(width, width, c_emb, groups, dropout)
+        self.norm = nn.GroupNorm(groups, width)
+        self.head = zero_init(nn.Conv2d(width, c_out * fold**2, 3, padding=1))
+
+    def forward(self, h, bits, image, emb):
+        x = self.bits(F.pixel_unshuffle(bits, self.fold)) + self.image(image)      # (B, width, H/fold, W/fold)
+        x = self.res(x + F.interpolate(self.below(h), scale_factor=2, mode="nearest"), emb)
+        return F.pixel_shuffle(self.head(F.silu(self.norm(x))), self.fold)
 
 
 def looking(fold, width, groups):

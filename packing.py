@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.ndimage
 import torch
 from tqdm import tqdm
 
 from formats import IGNORE, fitted, open_image, read_instances, resize_image, resize_label
+from tidy import parts
 
 try:
     import fcntl
@@ -46,6 +46,7 @@ class Packed:
     first: np.ndarray                            # (N + 1,): the label maps of image i are first[i] to first[i + 1]
     sizes: np.ndarray                            # (N, 2): h, w of the valid part
     names: list                                  # N file stems
+    items: np.ndarray                            # (N,): their numbers in the listing of the files
     folder: Path                                 # where the arrays lie
     segments: int                                # most in one label map: all ids are below it
     mapped = 0                                   # bytes touched since the pages were last let go
@@ -82,12 +83,7 @@ def unpack(labels):
 
 def connected(label):
     """Classes -> segments: the 4-connected parts of each class, numbered from 1. 0 (unlabelled) and -1 stay."""
-    H, W = label.shape
-    links = np.zeros((2 * H - 1, 2 * W - 1), bool)                                 # pixels, and links between equal ones
-    links[::2, ::2] = True
-    links[::2, 1::2] = label[:, 1:] == label[:, :-1]
-    links[1::2, ::2] = label[1:] == label[:-1]
-    return np.where(label > 0, scipy.ndimage.label(links)[0][::2, ::2], label)
+    return np.where(label > 0, parts(label), label)
 
 
 DONE, EMPTY, BAD = range(3)
@@ -139,7 +135,7 @@ def pack(files, listing, cache, name, options, workers, max_bad):
     images = np.memmap(target / "images.u8", np.uint8, "r", shape=(len(rows), S, S, 3))
     labels = np.memmap(target / "labels.u16", np.uint16, "r", shape=(index["label_maps"], S, S))
     return Packed(name, images, labels, np.concatenate([[0], rows[:, 3].cumsum()]), rows[:, 1:3],
-                  (target / "names.txt").read_text().splitlines(), target, index["segments"])
+                  (target / "names.txt").read_text().splitlines(), rows[:, 0], target, index["segments"])
 
 
 def whole(folder):

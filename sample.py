@@ -3,7 +3,7 @@
     python sample.py --n 8 photo.jpg                                           # newest checkpoint under out/, or weights/photo.pt
     python sample.py --n 4 --out masks --resume photos/ a.png                  # a folder and a file; go on where it stopped
     python sample.py --points "120,80 160,90; 30,200" photo.jpg                # the first two belong together, the third apart
-    python sample.py --init samples/photo/medoid.png --strength 0.4 photo.jpg  # correct a map by hand, sample again
+    python sample.py --init corrected.png --strength 0.4 photo.jpg             # a map corrected by hand: sample around it
     torchrun --nproc_per_node 8 -- sample.py --n 4 photos/                     # the images are shared among 8 GPUs
 
 For each image a folder --out/<stem>/ (<name>_<suffix> where two stems are the same), everything at its own size:
@@ -20,6 +20,7 @@ For each image a folder --out/<stem>/ (<name>_<suffix> where two stems are the s
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -32,6 +33,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
+import kernels
 from engine import pick_device
 from formats import IMAGE_TYPES, read_image, read_label
 from pictures import colours, grid, overlay, panel, shade, side_of, uncertainty
@@ -73,7 +75,7 @@ def info_of(path):
             return info
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError):
         pass
     raise ValueError(f"{path} was not written by sample.py and is not overwritten: move it, or choose another --out")
 
@@ -91,11 +93,11 @@ def done(folder, info):
 def write(folder, image, result, model, info, held=None, panoptic=False):
     """All files of one image. Returns a few words about it."""
     n, codec, side = len(result.labels), model.codec, side_of(model.codec)
-    kind, digits = np.uint8 if codec.classes < 255 else np.uint16, max(2, len(str(n - 1)))
+    kind, digits = np.uint8 if result.labels.dtype == torch.uint8 else np.uint16, max(2, len(str(n - 1)))
     palette = np.concatenate([np.zeros((1, 3), np.uint8), colours(side)])
     maps = {f"labels_{j:0{digits}}": labels for j, labels in enumerate(result.labels)}
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder / "segments.json", *folder.glob("*.png")):                  # ours, see `done`; perhaps of more samples
+    for old in (folder / "segments.json", folder.parent / "panoptic" / f"{folder.name}.png", *folder.glob("*.png")):       # ours, see `done`; perhaps of more samples
         old.unlink(missing_ok=True)
     save(panel(image, result, codec, held), folder / "panel.png")
     for name, labels in {**maps, "medoid": result.labels[result.medoid], "consensus": result.consensus,
@@ -142,7 +144,7 @@ def folder_names(files):
         parts = {p: p.resolve().parts[-depth:] for p in left}
         name = {p: "_".join(parts[p]).replace(".", "_") if depth else p.stem for p in left}
         name = {p: f"{name[p]}_{files.index(p)}" if depth > len(parts[p]) else name[p] for p in left}
-        taken = [n.casefold() for n in ("panoptic", *names.values(), *name.values())]          # a is A on some systems
+        taken = [n.casefold() for n in ("panoptic", ".", "..", *names.values(), *name.values())]           # a is A on some systems
         names.update({p: n for p, n in name.items() if taken.count(n.casefold()) == 1})
         depth += 1
     return names
@@ -188,6 +190,14 @@ def read_prompts(a, path):
     return given
 
 
+def digest(path):
+    """Of a file's contents: another photo, hint or map under the same name is another task."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError as e:
+        raise ValueError(f"{path}: {e.strerror.lower()}") from None
+
+
 def fail(message):
     """Ends the program with a sentence and exit status 2."""
     print(f"sample.py: {message}", file=sys.stderr)
@@ -224,6 +234,9 @@ def main(argv=None):
         for name in ("n", "steps", "batch", "resample"):
             if getattr(a, name) is not None and getattr(a, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(a, name)}")
+        for name, most in (("guidance", np.inf), ("smooth", np.inf), ("seed", 2**62)):
+            if getattr(a, name) is not None and not 0 <= getattr(a, name) < most:
+                raise ValueError(f"--{name} must be at least 0 and below {most}, not {getattr(a, name)}")
         if not 0 < a.strength <= 1:
             raise ValueError(f"--strength must be above 0 and at most 1, not {a.strength}")
         files = list({path.resolve(): path for path in find_images(a.images)}.values())
@@ -232,20 +245,28 @@ def main(argv=None):
             raise ValueError(f"--{next(iter(prompts))} is for one image, not for {len(files)}")
         own_gpu = a.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else a.device)
+        kernels.live(device)
         ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
         model, out, names = load_checkpoint(ckpt, device), Path(a.out), folder_names(files)
         set_tidy(model, a.least, a.merge)
+        for given in filter(None, (a.hint, a.init)):
+            if Path(given).resolve().parent == (out / names[files[0]]).resolve():
+                raise ValueError(f"{given} lies where this image's results go, and would be overwritten: copy it elsewhere, or choose another --out")
         if a.format == "coco_panoptic":
             info_of(out / "panoptic.json")
         out.mkdir(parents=True, exist_ok=True)
         given = read_prompts(a, files[0]) if prompts else {}
-    except (ValueError, OSError) as e:
+        read_too = {k: digest(getattr(a, k)) for k in ("hint", "init") if getattr(a, k)}
+    except (ValueError, OSError, RuntimeError) as e:                               # RuntimeError: kernels that cannot be had
         fail(e)
 
     files = files[rank::world]
     chosen = {k: v for k in ("steps", "guidance", "sampler", "smooth", "resample") if (v := getattr(a, k)) is not None}
     settings = {**model.sampling, **model.tidy, **chosen, **prompts, **({"strength": a.strength} if a.init else {})}
-    info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, **settings)
+    info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, format=a.format, **settings)
+
+    def about(path):
+        return {**info, "image": str(path), "digests": {"image": digest(path), **read_too}}
     if rank == 0:
         print(f"{ckpt}: trained on {model.dataset}, step {model.step}, {model.image_size} pixels; "
               f"{' '.join(f'{k} {v}' for k, v in settings.items())}; on {device}")
@@ -265,7 +286,7 @@ def main(argv=None):
 
     def load(path):                                                                # -> an image, or what to say instead
         try:
-            skip = done(out / names[path], {**info, "image": str(path)}) and a.resume
+            skip = done(out / names[path], about(path)) and a.resume
             return f"{path}: done already" if skip else read_image(path)
         except (ValueError, OSError) as e:
             return e
@@ -281,7 +302,7 @@ def main(argv=None):
     def finish(job, path, image):
         try:
             folder, result = out / names[path], summarise(job, image, model.codec)
-            words = write(folder, image, result, model, {**info, "image": str(path)}, job.held, a.format == "coco_panoptic")
+            words = write(folder, image, result, model, about(path), job.held, a.format == "coco_panoptic")
             return f"{path} -> {folder / 'panel.png'} ({words})"
         except (ValueError, OSError) as e:
             return e
@@ -303,4 +324,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("sample.py: stopped; the same command with --resume goes on", file=sys.stderr)
+        sys.exit(130)

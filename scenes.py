@@ -3,7 +3,6 @@
 What it is: data sets as data.py's `load` returns them, with len(), get(positions) and name; every sample is drawn from its
 own number alone, the same on every machine. What it is not: it reads no files (formats.py, packing.py do).
 
-Use it alone:
     from scenes import Shapes
     images, labels, sizes = Shapes("train", 64).get([0, 1, 2, 3])   # (4, 64, 64, 3) uint8, (4, 64, 64) int64, (4, 2) h and w
 """

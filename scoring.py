@@ -4,8 +4,6 @@ What it is: `run(data, positions, ...)` -> a row an image, of plain numbers; `cl
 prints and writes nothing (eval.py does).
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
@@ -18,6 +16,7 @@ from data import find, normalise
 from diffusion import fused, network_input, sample
 from formats import read_image
 from packing import connected
+from pictures import subsample
 from segment import hint_map, own_size, segment
 from tidy import lab, tidy
 
@@ -37,13 +36,6 @@ def kmeans(image, k=8, position=60.0):
     y, x = np.mgrid[:h, :w] * (position / max(h, w))
     features = np.concatenate([lab(image / 255), y[..., None], x[..., None]], axis=-1).reshape(h * w, 5)
     return torch.from_numpy(kmeans2(features, k, minit="++", seed=0)[1].reshape(h, w)).long()
-
-
-def nearest(labels, height, width):
-    """(h, w) -> (height, width), each pixel from the one at the same place."""
-    h, w = labels.shape
-    rows, cols = ((torch.arange(n) + 0.5) * old / n for n, old in ((height, h), (width, w)))
-    return labels[rows.long()][:, cols.long()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,8 +78,8 @@ def draw(model, images, sizes, seeds, batch, setting, sharp=None):
 
 
 def originals(name, split, root):
-    """{file stem: item} of a data set of files; of shapes, which has none, {}."""
-    return {} if name == "shapes" else {Path(item.image).stem: item for item in find(name, split, root)[1]() if item.read}
+    """The listing of a data set of files, which Packed.items are numbers in; of shapes, which has none, []."""
+    return [] if name == "shapes" else find(name, split, root)[1]()
 
 
 def own_maps(item, unlabelled, components=False):
@@ -205,11 +197,11 @@ def run(data, positions, model, a, setting, ns, files, larger=None, full=True, k
                 photo, _, (size,) = larger.get([i])
                 bigger[f"{a.size}"] = Image.fromarray(photo[0, : size[0], : size[1]].numpy()), larger.maps(i)[:, : size[0], : size[1]]
             if files:
-                item = files[row["name"]]
+                item = files[data.items[i]]
                 bigger["own"] = read_image(item.image), own_maps(item, a.unlabelled, a.components)
             for where, (photo, truth) in bigger.items():
                 H, W = truth.shape[1:]
-                row[where] = judge({k: own_size(v, (h, w), W, H, model.codec, photo) if model else nearest(v, H, W)
+                row[where] = judge({k: own_size(v, (h, w), W, H, model.codec, photo) if model else subsample(v, H, W)
                                     for k, v in own.items()}, truth)
             if model and n > 1 and len(maps) > 1:
                 row["spread"] = {name: [metrics.energy_distance(1 - e, n), metrics.diversity(1 - e[:n, :n]),
@@ -230,6 +222,9 @@ def clicks_curve(model, data, positions, ks, n=1, seed=0):
     Simulated: an annotator clicks into k of their segments, the largest first, each at the pixel farthest from its border.
     Mean over annotators; image i has the seeds from (seed 10^6 + i) 1000 on, with as many resampling steps at k = 0.
     """
+    if model.codec.encoding != "bits" or max(ks) > model.codec.classes:
+        raise ValueError(f"--clicks needs a checkpoint with the encoding bits and at least {max(ks)} codes, not {model.codec.classes} of "
+                         f"{model.codec.encoding}")
     curve = {k: [] for k in ks}
     for i in tqdm(positions, "clicks", leave=False):
         images, _, sizes = data.get([i])
@@ -237,16 +232,23 @@ def clicks_curve(model, data, positions, ks, n=1, seed=0):
         image, scored = Image.fromarray(images[0, :h, :w].numpy()), {k: [] for k in ks}
         for true in data.maps(i)[:, :h, :w]:
             ids, area = true[true >= 0].unique(return_counts=True)
-            points = []
-            for label in ids[area.argsort(descending=True, stable=True)][: max(ks)]:
+            if not len(ids):
+                continue
+            points, taken = [], set()
+            for label in ids[area.argsort(descending=True, stable=True)]:
+                if len(points) == max(ks):
+                    break
                 depth = distance_transform_edt(np.pad(true == label, 1))[1:-1, 1:-1]
                 y, x = np.unravel_index(depth.argmax(), depth.shape)
-                points.append(f"{x},{y}")
+                pixel = (y * model.image_size // max(h, w), x * model.image_size // max(h, w))       # the network's
+                if pixel not in taken:                                             # of two that share one, the larger is clicked
+                    points.append(f"{x},{y}")
+                    taken.add(pixel)
             for k in ks:
-                hints = hint_map(w, h, ";".join(points[:k])) if k else None
+                hints = hint_map(w, h, ";".join(points[:k])) if points[:k] else None
                 result = segment(image, model, n, (seed * 10**6 + i) * 1000, hints=hints, resample=2)
                 ari = metrics.scores(result.labels.long(), true.expand(n, -1, -1))["ari"]
                 scored[k].append((float(ari.mean()), float(ari[result.medoid])))
         for k in ks:
-            curve[k].append(np.nanmean(scored[k], axis=0).tolist())
+            curve[k] += [np.mean(scored[k], axis=0).tolist()] if scored[k] else []
     return curve

@@ -1,10 +1,11 @@
 """Segment images, from Python: checkpoints, prompts, samples, label maps at the images' own size. sample.py is its command line.
 
 What it is: `load_checkpoint(path)` -> Model; `segment(image, model, n)` -> Segmentation; `denoise` does the same for many images
-without waiting between them. What it is not: it writes no files (sample.py) and knows no scores (eval.py).
+without waiting between them. What it is not: it writes no files (sample.py) and compares with no truth (scoring.py).
 
+    from formats import read_image                                             # upright, RGB
     from segment import load_checkpoint, segment
-    result = segment(Image.open("photo.jpg"), load_checkpoint("weights/photo.pt"), n=8)
+    result = segment(read_image("photo.jpg"), load_checkpoint("weights/photo.pt"), n=8)
     result.labels, result.grouping, result.boundary                            # (8, H, W), (H, W), (H, W)
 """
 
@@ -24,6 +25,7 @@ from bits import Codec, entropy
 from checkpoint import newest
 from data import normalise
 from diffusion import Diffusion, fused, sample
+from engine import out_of_memory
 from formats import fitted, resize_image
 from metrics import contingency, grouping, iou_matrix, medoid, pairwise
 from model import UNet
@@ -65,6 +67,8 @@ def read_checkpoint(path, device="cpu"):
 def load_checkpoint(path, device="cpu"):
     """The EMA network of a checkpoint, ready to sample from."""
     c = read_checkpoint(path, device)
+    if lacks := {"network", "ema", "codec", "diffusion", "image_size", "sampling", "dataset", "step"} - c.keys():
+        raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it is no checkpoint of train.py")
     net = UNet(**c["network"])
     try:
         net.load_state_dict(c["ema"])
@@ -78,7 +82,7 @@ def load_checkpoint(path, device="cpu"):
 def set_tidy(model, least, merge):
     """The command line's least and merge instead of the checkpoint's, where given (not None). Raises ValueError."""
     model.tidy.update({k: v for k, v in dict(least=least, merge=merge).items() if v is not None})
-    if min(model.tidy.values()) < 0 or any(model.tidy.values()) and model.codec.encoding == "rgb":
+    if not all(0 <= v < np.inf for v in model.tidy.values()) or any(model.tidy.values()) and model.codec.encoding == "rgb":
         raise ValueError(f"--least and --merge must be 0 (off) or more, and 0 with the encoding rgb, not {model.tidy['least']} and "
                          f"{model.tidy['merge']:g}")
 
@@ -87,7 +91,7 @@ def newest_checkpoint(root="out", shipped=SHIPPED):
     """The checkpoint under root that was written last; else the weights that come with the repository. Raises ValueError."""
     found = sorted(Path(root).glob("**/ckpt.pt"), key=lambda p: p.stat().st_mtime)
     if not found and not shipped.exists():
-        raise ValueError(f"no checkpoint under {root}/, and no {shipped}: train one first (python train.py, about 5 minutes "
+        raise ValueError(f"no checkpoint under {root}/, and no {shipped}: train one first (python train.py, about 4 minutes "
                          f"on a laptop), or name one with --ckpt")
     return found[-1] if found else shipped
 
@@ -158,8 +162,9 @@ class Job:
 
 def prepare(image, model, hints=None, init=None):
     """PIL image -> Job. Raises ValueError for an image without pixels and for prompts that do not fit."""
-    if 0 in image.size:
-        raise ValueError(f"an image of {image.width} x {image.height} pixels has nothing to segment")
+    if image.mode != "RGB" or 0 in image.size:
+        raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {image.width} x {image.height} of mode {image.mode}: "
+                         f"formats.read_image gives one, upright, of any file")
     small, (h, w) = resize_image(image, model.image_size)
     side = model.image_size * model.detail
     sharp, _ = resize_image(image, side, fitted(*image.size, side, model.detail))
@@ -203,7 +208,7 @@ def prepare(image, model, hints=None, init=None):
 class Segmentation:
     """n answers for one image of H x W pixels. Labels are the palette's cells, from 0 (rgb: numbers of clusters)."""
 
-    labels: torch.Tensor                         # (n, H, W) uint8, int16 from 255 cells
+    labels: torch.Tensor                         # (n, H, W) uint8; int16 from 255 cells on and for rgb
     consensus: torch.Tensor                      # (H, W): the mean of the samples' soft bits, tidied, decoded
     grouping: torch.Tensor                       # (H, W): pixels are together that enough samples put together
     medoid: int                                  # the sample with the highest mean ARI to the others
@@ -254,7 +259,9 @@ def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, stren
         try:
             x_hat = sample(model.net, x, inside, model.codec.channels, seeds, model.diffusion, model.codec.activate,
                            fused=fused(model.codec, device), **sampling, **given).cpu()
-        except torch.OutOfMemoryError:
+        except RuntimeError as e:
+            if not out_of_memory(e):
+                raise
             if len(part) == 1:
                 raise ValueError("the device's memory does not hold one sample: try --device cpu") from None
             batch = half = len(part) // 2
@@ -332,7 +339,7 @@ def summarise(job, image, codec):
     groups = codec.cells(grouping(cells)[None], torch.Generator().manual_seed(0))  # (1, h, w): placed as segments are
     among = None if codec.encoding == "rgb" else [c.unique() for c in (*cells, cells, groups)]
     labels = own_size(torch.cat([x_hat, consensus, codec.encode(groups)]), job.size, width, height, codec, image, among)
-    labels = labels.to(torch.uint8 if codec.classes < 255 else torch.int16)
+    labels = labels.to(torch.uint8 if codec.encoding != "rgb" and codec.classes < 255 else torch.int16)    # rgb: any number of clusters
     if job.held is not None:
         labels = torch.where(job.held >= 0, job.held.to(labels.dtype), labels)
 

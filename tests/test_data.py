@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-import formats
+import packing
 from data import load, order, uniforms
 from formats import find_folder, read_image, read_label
 from scenes import draw_scene, paint
@@ -95,6 +95,8 @@ def test_folder_without_splits_keeps_every_tenth_for_val(tmp_path):
     root = folder(tmp_path / "d", [f"i{n:02}" for n in range(21)])
     train, val = (load(str(root), split, 8, cache=tmp_path).names for split in ("train", "val"))
     assert val == ["i09", "i19"] and sorted(train + val) == [f"i{n:02}" for n in range(21)]
+    few = folder(tmp_path / "few", ["a", "b", "c"])                                # fewer than ten: the last
+    assert [load(str(few), split, 8, cache=tmp_path).names for split in ("train", "val")] == [["a", "b"], ["c"]]
 
 
 def test_annotators_are_drawn(tmp_path):
@@ -119,7 +121,7 @@ def test_unlabelled_zero(tmp_path):
 def test_the_cache_is_used_and_notices_changes(tmp_path, monkeypatch):
     root, cache = folder(tmp_path / "d", ["x"], "val"), tmp_path / "cache"
     first = get_all(load(str(root), "val", 8, cache=cache))[1]
-    monkeypatch.setattr(formats, "read_image", None)                                  # reading again would fail
+    monkeypatch.setattr(packing, "convert", None)                                  # reading again would fail
     assert torch.equal(get_all(load(str(root), "val", 8, cache=cache))[1], first)
     monkeypatch.undo()
     os.utime(write(root / "labels/val/x.png", 0 * LABEL), ns=(1, 1))

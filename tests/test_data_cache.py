@@ -233,7 +233,7 @@ def test_resident_memory_does_not_grow(tmp_path, monkeypatch):
 
     def grown():
         dataset = Packed("x", np.memmap(tmp_path / "i", np.uint8, "r", shape=(N, S, S, 3)), np.memmap(tmp_path / "l", np.uint16, "r", shape=(N, S, S)),
-                         np.arange(N + 1), np.full((N, 2), S), [], tmp_path, 1)
+                         np.arange(N + 1), np.full((N, 2), S), [], np.arange(N), tmp_path, 1)
         before, most = resident(), 0
         for start in range(0, N, 8):
             dataset.get(range(start, start + 8))
@@ -485,10 +485,16 @@ def test_command_line(tmp_path, capsys):
     assert main([str(tmp_path / "d"), "--size", "16", "--crop", "0.5", "--workers", "1", "--cache", str(tmp_path / "cache")]) == 0
     out = capsys.readouterr().out
     assert "train: 40 images, 60 label maps of 23 x 23 pixels" in out and "val: 40 images, 60 label maps of 16 x 16 pixels" in out
+    assert main([f"{tmp_path / 'd'}:2,shapes", "--size", "16", "--crop", "0.5", "--detail", "2", "--workers", "1", "--cache", str(tmp_path / "cache")]) == 0
+    mine = sorted(p.name for p in (tmp_path / "cache").iterdir())                  # just what train.py with `photo` looks for
+    load(str(tmp_path / "d"), "train", data.packed_side(16, 0.5, 2), cache=tmp_path / "cache")
+    load(str(tmp_path / "d"), "val", 32, cache=tmp_path / "cache", detail=2)
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == mine and capsys.readouterr().out.count(" 32 x 32 pixels") == 2
     (tmp_path / "empty").mkdir()
     for arguments, words in ((["coco", "--root", str(tmp_path / "r")], f"python data.py coco --download --root {tmp_path / 'r'}\n"),
                              (["coco", "--root", str(tmp_path / "empty")], f"python data.py coco --download --root {tmp_path / 'empty'}\n"),
-                             (["entity", "--download"], "--download fetches coco only"), (["shapes"], "nothing to prepare"),
+                             (["entity", "--download"], "--download fetches coco only"), (["shapes"], "nothing to prepare"), (["shapes:2"], "nothing to prepare"),
+                             ([str(tmp_path / "d"), "--crop", "0"], "--crop is from 0.01 to 1"),
                              ([str(tmp_path / "gone")], "neither shapes, nor coco"), ([str(tmp_path / "d"), "--unlabelled", "drop"], "'segment' or 'ignore'")):
         assert main(arguments) == 2
         err = capsys.readouterr().err

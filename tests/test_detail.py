@@ -15,16 +15,16 @@ import kernels
 import sample
 import train
 from bits import Codec
-from model import SIZES, UNet
+from model import SIZES, UNet, time_features
 from segment import Model, load_checkpoint, prepare, segment
 
 MINI = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=2, patch=2, groups=8)
 
 
-def network(detail, seed=0, looks=True):
+def network(detail, seed=0, looks=True, **options):
     """A network of 4 bits with nothing at zero, but for its own convolutions over the image if it does not look."""
     torch.manual_seed(seed)
-    net = UNet(4 + 3 * detail**2, 4, **MINI, detail=detail).eval()
+    net = UNet(4 + 3 * detail**2, 4, **{**MINI, **options}, detail=detail).eval()
     for name, p in net.named_parameters():
         if p.ndim > 1 and (looks or not name.startswith("look")):
             torch.nn.init.normal_(p, std=0.05)
@@ -90,6 +90,47 @@ def test_it_sees_what_the_mean_does_not_show():
         assert torch.allclose(net(xt, t, part), a, atol=1e-5)
 
 
+def test_finer_starts_as_the_network_without_it():
+    """The same numbers at first, but what its last layer learns depends on each bit and pixel, once or at every step."""
+    net = network(2, finer=16)
+    plain = network(2)
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("finer")})
+    x, t, head = torch.randn(2, 16, 8, 8), torch.rand(2), net.finer.head
+    trained = head.weight.detach().clone()
+    with torch.no_grad():
+        torch.nn.init.zeros_(head.weight)
+        assert torch.equal(net(x, t), plain(x, t))
+        head.weight.copy_(trained)
+        assert torch.allclose(net(x[:, :4], t, net.image_part(x[:, 4:])), net(x, t), atol=1e-5)
+        assert (net(x, t) - plain(x, t)).abs().max() > 1e-3
+
+
+def test_finer_by_hand():
+    """patch 4, detail 2: bits folded 2 x 2, the image halved twice from 2 H, the U-Net's features doubled."""
+    net = network(2, finer=16, patch=4)
+    x, t, h = torch.randn(1, 16, 16, 16), torch.rand(1), []
+    net.head.register_forward_pre_hook(lambda m, inputs: h.append(inputs[0]))
+    net.norm.register_forward_pre_hook(lambda m, inputs: h.append(inputs[0]))
+    with torch.no_grad():
+        out, f = net(x, t), net.finer
+        emb = F.silu(net.time(time_features(t)))
+        image = F.silu(net.look[2](F.silu(net.look[0](F.pixel_shuffle(x[:, 4:], 2)))))           # (1, 16, 8, 8)
+        y = f.bits(F.pixel_unshuffle(x[:, :4], 2)) + f.image(image) + f.below(h[0].repeat_interleave(2, 2).repeat_interleave(2, 3))
+        y = F.silu(f.norm(f.res(y, emb)))
+        want = F.pixel_shuffle(net.head(h[1]), 4) + F.pixel_shuffle(f.head(y), 2)
+    assert h[0].shape == (1, 32, 4, 4) and image.shape == (1, 16, 8, 8) and torch.allclose(out, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(finer=16, detail=1), "finer needs a patch and a detail of at least 2, not 2 and 1"),
+    (dict(finer=16, patch=1), "finer needs a patch and a detail of at least 2, not 1 and 2"),
+    (dict(finer=12), "width 32 and finer 12 must be multiples of 8"),
+])
+def test_finer_that_cannot_be(options, words):
+    with pytest.raises(ValueError, match=words):
+        UNet(16, 4, **{**MINI, "detail": 2, **options})
+
+
 def test_details_that_cannot_be():
     with pytest.raises(ValueError, match="detail x patch must be a power of 2, not 6"):
         UNet(4 + 27, 4, **MINI, detail=3)
@@ -139,7 +180,7 @@ def test_from_training_to_pictures(tmp_path, monkeypatch, capsys):
     assert evaluation.main([*more, "--size", "32"]) == 0
     report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert report["images"] == 3 and report["network"].keys() == report["32"].keys() == report["own"].keys()
-    assert evaluation.main([*more, "--clicks", "0,1"]) == 0
+    assert evaluation.main([*more[:-2], "--clicks", "0,1"]) == 0
     monkeypatch.setitem(SIZES, "tiny", MINI)
     assert train.main([*common, "--out", str(tmp_path / "a")]) == 2                # another network now: a sentence
     assert "was made with other options (in_channels 16 -> 7; detail 2 -> (none))" in capsys.readouterr().err

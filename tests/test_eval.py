@@ -188,10 +188,20 @@ def test_maps_at_their_own_size(tmp_path):
     several = [rng.integers(0, 9, (30, 20)) for _ in range(2)]
     folder(tmp_path, {"a": several, "b": several[:1]})
     files = scoring.originals(str(tmp_path), "val", "data")
-    assert sorted(files) == ["a", "b"] and np.array_equal(scoring.own_maps(files["a"], "segment"), several)
-    assert np.array_equal(scoring.own_maps(files["b"], "ignore")[0], np.where(several[0] == 0, -1, several[0]))
-    small = torch.tensor([[1, 2], [3, 4]])
-    assert torch.equal(scoring.nearest(small, 4, 6), small.repeat_interleave(2, 0).repeat_interleave(3, 1))
+    a, b = (files[i] for i in data.load(str(tmp_path), "val", 16, cache=tmp_path / "cache").items)
+    assert len(files) == 2 and a.image.endswith("a.png") and np.array_equal(scoring.own_maps(a, "segment"), several)
+    assert np.array_equal(scoring.own_maps(b, "ignore")[0], np.where(several[0] == 0, -1, several[0]))
+
+
+def test_clicks_that_cannot_be(ckpt, tmp_path, capsys):
+    assert evaluation.main(["--ckpt", str(ckpt), "--clicks", "99", "--limit", "1", "--device", "cpu"]) == 2
+    assert "at least 99 codes, not 16 of bits" in capsys.readouterr().err
+
+
+def test_files_of_others_stay(ckpt, tmp_path, capsys):
+    (tmp_path / "images.csv").write_text("mine")
+    assert evaluation.main(["--ckpt", str(ckpt), "--limit", "1", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert "images.csv was not written by eval.py" in capsys.readouterr().err and (tmp_path / "images.csv").read_text() == "mine"
 
 
 def test_pooled_quality_and_missing_humans():
@@ -226,6 +236,7 @@ def test_shared_rows_without_torchrun():
     ("--ckpt nowhere.pt", "nowhere.pt"), ("--baseline grid --dataset nowhere", "nowhere"), ("--baseline grid --limit 0", "--limit"),
     ("--baseline grid --dataset a:2,shapes", "names 2 data sets"),
     ("--n 0", "'0' is not a number from 1 up"), ("--steps 4,x", "'4,x'"), ("--guidance -1", "-1"), ("--sampler euler", "'euler'"),
+    ("--guidance 1,nan", "nan"), ("--seed 1000000", "--seed"), ("--clicks 0,1 --baseline grid", "leave out --baseline"), ("--merge nan", "--merge"),
     ("--variance tiny", "'tiny'"), ("--baseline human --limit 2 --out o", "several annotators"), ("--baseline grid --dataset shapes --device cuda:99", "cuda:99")])
 def test_wrong_use(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

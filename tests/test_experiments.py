@@ -66,13 +66,14 @@ def fake(monkeypatch):
     def eval_main(argv):
         given = dict(zip(argv[::2], argv[1::2]))
         seed = int(given["--ckpt"].split("seed-")[1].split("/")[0])
+        Fake.evaluated.append(argv)
         from pathlib import Path
         Path(given["--out"]).mkdir()
         (Path(given["--out"]) / "report.json").write_text(json.dumps(
             {"ari": seed / 10, "iou": 0.5, "network": {"sample": {"pred": [7.0, 6, 8]}}}))
         return 0
 
-    Fake.trained = []
+    Fake.trained, Fake.evaluated = [], []
     monkeypatch.setattr(experiments.train, "main", train_main)
     monkeypatch.setattr(experiments.evaluation, "main", eval_main)
     return Fake
@@ -140,3 +141,14 @@ def test_one_real_run(tmp_path, capsys):
     assert len(reports) == 2 and all((r.parent / "eval.txt").read_text().count("ARI") >= 2 for r in reports)
     assert experiments.main(given) == 0
     assert capsys.readouterr().out.splitlines()[-1] == first.splitlines()[-1]      # the same table without training
+
+
+def test_the_evaluation_sees_the_labels_as_the_training_does(fake, tmp_path, capsys):
+    assert experiments.main([*arguments("palette", out=tmp_path), "--components", "true", "--unlabelled", "ignore"]) == 0
+    assert len(fake.evaluated) == 4 and all(argv[-3:] == ["--unlabelled", "ignore", "--components"] for argv in fake.evaluated)
+    report = next(tmp_path.glob("**/report.json"))
+    report.write_text("{}")
+    assert experiments.main([*arguments("palette", out=tmp_path), "--components", "true", "--unlabelled", "ignore"]) == 2
+    assert f"{report} was not written by experiments.py" in capsys.readouterr().err
+    assert experiments.main(arguments("palette", "--dataset", "shapes:2,shapes", out=tmp_path)) == 2
+    assert "a mixture cannot be evaluated" in capsys.readouterr().err

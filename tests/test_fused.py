@@ -76,7 +76,7 @@ def test_fused_steps_are_plain_steps(scene, monkeypatch, sampler, variance, guid
 
 @pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 def test_training_and_sampling_through_triton(tmp_path):
-    """train.py and sample.py with the kernels forced; without a GPU in Triton's interpreter."""
+    """train.py, which samples to validate, with the kernels forced; without a GPU in Triton's interpreter."""
     env = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "TRITON_INTERPRET": "1"}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = "--max_steps 2 --batch_size 2 --image_size 8 --eval_images 2 --steps 2 --log_every 1 --compile off --kernels triton"

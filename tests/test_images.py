@@ -33,6 +33,16 @@ def test_read_image_of_every_mode(tmp_path):
     assert (image[0, 0], image[-1, -1]) == pytest.approx((0, 255))                 # float: stretched to its maximum
 
 
+def test_pixels_that_are_no_numbers_and_integers_of_32_bits(tmp_path):
+    array = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
+    for bad in (np.nan, np.inf):
+        array[2, 3] = bad
+        with pytest.raises(ValueError, match="x.tif: not a readable image.*infinite or no numbers"):
+            read_image(write(tmp_path / "x.tif", array))
+    image = np.asarray(read_image(write(tmp_path / "y.tif", (np.arange(48, dtype=np.int32) * 100_000).reshape(6, 8))))
+    assert (image[0, 0] == 0).all() and (image[-1, -1] == 255).all() and len(np.unique(image)) == 48
+
+
 def test_read_image_converted_modes(tmp_path):
     image = Image.fromarray(np.full((6, 8, 3), (200, 60, 20), np.uint8))
     for mode, name in (("CMYK", "c.jpg"), ("CMYK", "c.tif"), ("P", "p.png"), ("P", "p.gif"), ("LA", "a.png"), ("YCbCr", "y.jpg")):

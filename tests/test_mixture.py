@@ -80,7 +80,7 @@ def test_wrong_use(tmp_path):
         data.load(f"{a},nowhere", "train", 32, **options(tmp_path))
     with pytest.raises(ValueError, match="compositions need real images"):
         data.load("shapes", "train", 32, compose=0.5)
-    with pytest.raises(ValueError, match="share of the samples"):
+    with pytest.raises(ValueError, match="--compose must be from 0 to 1, not 1.5"):
         train.parse(["--compose", "1.5"])
 
 

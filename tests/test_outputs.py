@@ -254,6 +254,7 @@ def test_images_of_the_same_name_do_not_clash(run, tmp_path):
     names = folder_names([tmp_path / n for n in ("a.png", "a.jpg", "x/a.png", "A.png", "b.c.png", "panoptic.png")])
     assert len({n.casefold() for n in names.values()}) == len(names) == 6
     assert names[tmp_path / "a.jpg"] == "a_jpg" and names[tmp_path / "x/a.png"] == "x_a_png"
+    assert folder_names([tmp_path / "...png", tmp_path / "..png"]) == {tmp_path / "...png": "___png", tmp_path / "..png": "__png"}
     assert names[tmp_path / "b.c.png"] == "b.c" and names[tmp_path / "panoptic.png"] == "panoptic_png"
 
 
@@ -276,6 +277,36 @@ def test_resume_does_again_what_had_other_settings(run, capsys):
     out = capsys.readouterr().out
     assert "a.png: done already" in out and "b.png ->" in out
     assert run("a.png", "--n", 1, "--resume", "--seed", 1) == 0 and "a.png ->" in capsys.readouterr().out
+
+
+def test_resume_does_again_what_was_made_of_other_files(run, capsys):
+    """Another photo or map under the same name; a format that was not written yet."""
+    picture().save("a.png"), Image.new("L", (40, 30), 1).save("map.png")
+    words = ("a.png", "--n", 1, "--resume")
+    again = lambda *more: (run(*words, *more), "a.png ->" in capsys.readouterr().out)
+    assert again("--init", "map.png") == (0, True) and again("--init", "map.png") == (0, False)
+    Image.new("L", (40, 30), 2).save("map.png")
+    assert again("--init", "map.png") == (0, True) and again() == (0, True)
+    picture(40, 30, 5).save("a.png")
+    assert again() == (0, True) and again() == (0, False) and again("--format", "coco_panoptic") == (0, True)
+
+
+def test_no_panoptic_png_of_an_earlier_answer_stays(run, tmp_path):
+    picture().save("a.png"), picture(20, 20, 1).save("b.png")
+    assert run("a.png", "--n", 1, "--format", "coco_panoptic") == 0 and (tmp_path / "samples/panoptic/a.png").exists()
+    assert run("a.png", "--n", 1, "--seed", 5) == 0 and not (tmp_path / "samples/panoptic/a.png").exists()
+    assert run("b.png", "--n", 1, "--format", "coco_panoptic") == 0
+    with open("samples/panoptic.json") as f:
+        assert [image["file_name"] for image in json.load(f)["images"]] == ["b.png"]
+
+
+def test_a_map_corrected_in_place_is_not_overwritten(run, tmp_path, capsys):
+    picture().save("a.png")
+    assert run("a.png", "--n", 1) == 0
+    before = (tmp_path / "samples/a/medoid.png").read_bytes()
+    assert run("a.png", "--n", 1, "--init", "samples/a/medoid.png") == 2
+    assert "lies where this image's results go" in capsys.readouterr().err and (tmp_path / "samples/a/medoid.png").read_bytes() == before
+    assert run("a.png", "--n", 1, "--init", "samples/a/medoid.png", "--out", "o") == 0
 
 
 def test_the_processes_of_torchrun_share_the_images(run, tmp_path, monkeypatch):
@@ -306,7 +337,9 @@ def test_what_is_written_is_what_segment_returns(run, model):
     (["--format", "voc"], "format"), (["--hint", "small.png"], "4 x 4 pixels, but the image 40 x 30"), (["--hint", "a.png"], "one id a pixel"),
     (["--hint", "none.png"], "none.png"), (["--init", "small.png"], "4 x 4"), (["--init", "zero.png"], "empty"),
     (["--init", "small.png", "--strength", "0"], "--strength"), (["--points", "1,1;1,1"], "contradictory"), (["--box", "9,9,5,5"], "box 9,9,5,5"),
-    (["b.png", "--points", "1,1"], "for one image, not for 2"), (["--nonsense"], "nonsense"), (["--n", "x"], "--n")])
+    (["b.png", "--points", "1,1"], "for one image, not for 2"), (["--nonsense"], "nonsense"), (["--n", "x"], "--n"),
+    (["--guidance", "nan"], "--guidance"), (["--smooth", "inf"], "--smooth"), (["--merge", "nan"], "--merge"), (["--seed", "-1"], "--seed"),
+    (["--seed", "9" * 20], "--seed")])
 def test_wrong_use_gets_one_sentence(run, capsys, arguments, words):
     picture().save("a.png"), picture().save("b.png")
     Image.new("L", (4, 4), 1).save("small.png"), Image.new("L", (40, 30)).save("zero.png")

@@ -52,7 +52,7 @@ def test_segments_json_is_the_medoid_in_coco_format(ckpt, tmp_path):
     assert run(ckpt, tmp_path, tmp_path / "a.png", "--n", 3) == 0
     medoid = np.array(Image.open(tmp_path / "out" / "a" / "medoid.png"))
     content = json.loads((tmp_path / "out" / "a" / "segments.json").read_text())
-    segments = content["annotations"] if "annotations" in content else content["segments"]
+    segments = content["annotations"]
     assert len(segments) == len(np.unique(medoid))
     masks = [coco_mask.decode(s["segmentation"]).astype(bool) for s in segments]
     assert (sum(m.astype(int) for m in masks) == 1).all()                          # they tile the image

@@ -107,10 +107,15 @@ def test_the_baselines_train_and_sample(tmp_path, encoding, palette, prediction)
     (["--augment", "maybe"], "--augment is true or false"),
     (["--bits", "5"], "bits must be 2, 4, 6, 8 or 10"),
     (["--image_size", "20"], "needs a multiple of 8"),
-    (["--least", "-1"], "--least and --merge must be 0"), (["--merge", "1", "--encoding", "rgb"], "0 with --encoding rgb"),
-    (["--jitter", "-1"], "--jitter must be 0"), (["--batch_size", "0"], "--batch_size must be at least 1"),
+    (["--least", "-1"], "--least must be at least 0"), (["--merge", "1", "--encoding", "rgb"], "0 with --encoding rgb"),
+    (["--jitter", "-1"], "--jitter must be at least 0"), (["--batch_size", "0"], "--batch_size must be at least 1"),
     (["--batch_size", "3", "--accumulate", "2"], "cannot be split"),
-    (["--keep_every", "-1"], "--keep_every must be 0"),
+    (["--keep_every", "-1"], "--keep_every must be at least 0"),
+    (["--lr", "nan"], "--lr must be at least 0, not nan"), (["--weight_decay", "-1"], "--weight_decay must be at least 0"),
+    (["--guidance", "inf"], "--guidance must be at least 0, not inf"), (["--ema", "2"], "--ema must be from 0 to 0.999999"),
+    (["--seed", "-1"], "--seed must be from 0 to 4194303"), (["--image_drop", "2"], "--image_drop must be from 0 to 1"),
+    (["--sampler", "dpm"], "--sampler is ddpm or ddim, not 'dpm'"), (["--variance", "big"], "--variance is large or small"),
+    (["--device", "meta"], "none of cpu, cuda and mps"),
     (["--network", "large"], "network 'large' is not one of"),
     (["--compile", "yes"], "compile is auto, on or off"),
     (["--weighting", "snr2"], "weighting 'snr2' is not one of"),
@@ -127,6 +132,14 @@ def test_wrong_use_gets_one_sentence(tmp_path, capsys, arguments, words):
     assert run(tmp_path, *arguments) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, content", [("log.jsonl", b"my notes"), ("best.pt", b"mine")])
+def test_files_of_others_stay(tmp_path, capsys, name, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_bytes(content)
+    assert run(tmp_path) == 2 and f"{name} was not written by train.py" in capsys.readouterr().err
+    assert (tmp_path / "run" / name).read_bytes() == content
 
 
 def test_wrong_folders_get_one_sentence(tmp_path, capsys):
@@ -265,19 +278,24 @@ def test_a_loss_spike_is_logged(tmp_path, monkeypatch, capsys):
     assert step == 2 and value > 50 and "spikes" in capsys.readouterr().out
 
 
-def test_out_of_memory_says_what_fits_and_that_works(tmp_path, monkeypatch, capsys):
-    real = train.training_loss
+@pytest.mark.parametrize("path, function", [("torch", "training_loss"), ("triton", "fused_training_loss")])
+def test_out_of_memory_says_what_fits_and_that_works(tmp_path, monkeypatch, capsys, path, function):
+    if path == "triton" and train.kernels.triton is None:
+        pytest.skip("Triton is not installed")
+    real = getattr(train, function)
 
-    def loss(net, x0, *args, **more):
-        if len(x0) > 1:
+    def loss(net, first, *args, **more):
+        if len(first) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return real(net, x0, *args, **more)
+        return real(net, first, *args, **more)
 
-    monkeypatch.setattr(train, "training_loss", loss)
-    assert run(tmp_path, "--batch_size", "4") == 2
+    monkeypatch.setattr(train, function, loss)
+    monkeypatch.setattr(train.kernels, "mode", train.kernels.mode)                 # --kernels sets it
+    assert run(tmp_path, "--batch_size", "4", "--kernels", path) == 2
     err = capsys.readouterr().err
     assert "out of memory on cpu with 4 images at once; 1 would fit: add --accumulate 4" in err and "Traceback" not in err
-    assert run(tmp_path, "--batch_size", "4", "--accumulate", "4") == 0
+    if path == "torch":                                                            # the interpreter is slow
+        assert run(tmp_path, "--batch_size", "4", "--accumulate", "4", "--kernels", path) == 0
 
 
 def test_a_failed_compilation_gets_one_sentence(tmp_path, monkeypatch, capsys):
