@@ -26,7 +26,7 @@ class Config:
     out: str = ""                                # "": out/<dataset>-<preset>
     root: str = "data"                           # coco is expected in <root>/coco, and so on
     cache: str = "cache"                         # resized copies of the data set; safe to delete
-    seed: int = 0                                # of everything random
+    seed: int = 0                                # of everything random; below 2^22
     device: str = "auto"                         # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"                      # auto, fp32, bf16, fp16
     kernels: str = ""                            # auto (Triton with CUDA), triton, torch; "": BITSEG_KERNELS, or auto
@@ -132,7 +132,7 @@ def parse(argv):
     if c.network not in SIZES:
         raise ValueError(f"network '{c.network}' is not one of {', '.join(SIZES)}")
     for key, (least, most) in RANGES.items():
-        if not (least <= getattr(c, key) <= most and math.isfinite(getattr(c, key))):              # nan is in no range
+        if not (least <= getattr(c, key) <= most and (math.isfinite(getattr(c, key)) or key == "grad_clip")):   # nan is in no range
             span = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise ValueError(f"--{key} must be {span}, not {getattr(c, key)}")
     for key, known in CHOICES.items():

@@ -298,12 +298,13 @@ def main(argv=None):
             return 0
         if not 0.01 <= a.crop <= 1 or min(a.size, a.detail, a.workers) < 1:
             raise ValueError(f"--crop is from 0.01 to 1, --size, --detail and --workers at least 1, not {a.crop}, {a.size}, {a.detail} and {a.workers}")
-        parts = [part for part in parse_parts(a.name) if part[0] != "shapes"]
-        if not parts:
+        parts = parse_parts(a.name)
+        if names(a.name) == ["shapes"]:
             raise ValueError("shapes are drawn while training: there is nothing to prepare")
-        for (name, _, own), split in itertools.product(parts, a.split):
-            copies = [(packed_side(a.size, a.crop, a.detail), 1)] if split == "train" else [(a.size, 1), (a.size * a.detail, a.detail)]
-            for side, detail in copies[: a.detail]:
+        for split in a.split:
+            copies = {(packed_side(a.size, a.crop, a.detail), 1)} if split == "train" else {(a.size, 1), (a.size * a.detail, a.detail)}
+            mine = [part for part in (parts if split == "train" else parts[:1]) if part[0] != "shapes"]        # as `load` takes them
+            for (name, _, own), (side, detail) in itertools.product(mine, sorted(copies)):
                 data = load(name, split, side, a.root, a.cache, 0, own["unlabelled"] or a.unlabelled, own["components"] or a.components,
                             a.workers, a.max_bad, detail=detail)
                 print(f"{name} {split}: {len(data):,} images, {len(data.labels):,} label maps of {side} x {side} pixels, in "

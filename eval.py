@@ -170,9 +170,12 @@ def arguments(argv):
 
 def ours(out):
     """Raises ValueError where a file of somebody else's would be overwritten."""
-    for name, start in (("images.csv", "name,annotators"), ("report.json", '{"name": ')):
-        if (out / name).exists() and not (out / name).read_bytes().startswith(start.encode()):
-            raise ValueError(f"{out / name} was not written by eval.py and is not overwritten: move it, or choose another --out")
+    foreign = [out / name for name, start in (("images.csv", b"name,annotators"), ("report.json", b'{"name": '))
+               if (out / name).exists() and not start.startswith((out / name).read_bytes()[: len(start)])]     # a full disk may cut it
+    if not (out / "images.csv").exists():
+        foreign += [out / name for name in ("examples.png", "sweep.png") if (out / name).exists()]
+    if foreign:
+        raise ValueError(f"{foreign[0]} was not written by eval.py and is not overwritten: move it, or choose another --out")
 
 
 def main(argv=None):
@@ -209,6 +212,8 @@ def main(argv=None):
 
         data = at_size(model.image_size if model else a.size or 128)
         larger = at_size(a.size) if model and a.size else None
+        if larger and not np.array_equal(getattr(larger, "items", None), getattr(data, "items", None)):
+            raise ValueError(f"{a.dataset}: other images have labelled pixels at {a.size} pixels than at {model.image_size}: leave out --size")
         fine = at_size(model.image_size * model.detail, model.detail) if model and model.detail > 1 else None
         files = originals(a.dataset, a.split, a.root)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
@@ -322,5 +327,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("eval.py: stopped; nothing is written", file=sys.stderr)
+        print("eval.py: stopped: run the same command again", file=sys.stderr)
         sys.exit(130)

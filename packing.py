@@ -32,7 +32,7 @@ try:
 except ImportError:                                                    # Windows: no lock between processes that pack
     fcntl = None
 
-VERSION = 2                                                            # of packed data sets
+VERSION = 3                                                            # of packed data sets
 SAVE_EVERY = 5.0                                                       # seconds of packing that a kill can cost
 
 
@@ -97,17 +97,19 @@ def convert(item, size, unlabelled, components, detail=1):
         image, (W, H) = open_image(item.image, size)
         if item.read is read_instances and item.arg[:2] != (H, W):                 # before masks of a wrong size are drawn
             raise ValueError(f"{item.image} is {W} x {H} pixels, but {item.arg[1]} x {item.arg[0]} in {item.labels[0]}")
-        labels = []
+        labels, seen = [], False                                                   # seen: at the size that is trained on and scored
         for path, label in zip(item.labels, item.read(item), strict=True):
             if label.shape != (H, W):
                 raise ValueError(f"{path} is {label.shape[1]} x {label.shape[0]} pixels, its image {item.image} {W} x {H}: "
                                  f"they must agree")
             label = connected(label) if components else label
-            labels.append(resize_label(np.where(label == 0, -1, label) if unlabelled == "ignore" else label, size))
+            label = np.where(label == 0, -1, label) if unlabelled == "ignore" else label
+            labels.append(resize_label(label, size))
+            seen |= bool(((labels[-1] if detail == 1 else resize_label(label, size // detail)) != IGNORE).any())
         labels = np.stack(labels)
     except (ValueError, OSError, MemoryError) as e:
         return BAD, str(e) or f"{item.image}: {type(e).__name__}"
-    if (labels == IGNORE).all():
+    if not seen:
         return EMPTY, f"{item.labels[0]}: nothing labelled in {item.image}"
     return DONE, *resize_image(image, size, fitted(W, H, size, detail)), labels
 
@@ -203,7 +205,7 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
                 image, (h, w), segmentations = result
                 append(images, image)
                 append(labels, segmentations)
-                rows.append([i, h, w, len(segmentations), 1 + int(segmentations[segmentations != IGNORE].max())])
+                rows.append([i, h, w, len(segmentations), 1 + int(segmentations[segmentations != IGNORE].max(initial=0))])
                 if time.monotonic() - saved > SAVE_EVERY:
                     commit()
                     saved = time.monotonic()

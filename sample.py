@@ -87,7 +87,9 @@ def done(folder, info):
         raise ValueError(f"{folder} holds the results of {found['image']}: choose another --out")
     for path in (folder.parent / "panoptic" / f"{folder.name}.png", *folder.glob("*.png")):
         info_of(path)
-    return found == info
+    if found.get("format") == "coco_panoptic":                                     # which has all of coco's
+        found["format"] = info["format"]
+    return bool(found) and found == {k: v for k, v in info.items() if k in found}  # files of before had fewer
 
 
 def write(folder, image, result, model, info, held=None, panoptic=False):
@@ -252,7 +254,8 @@ def main(argv=None):
         for given in filter(None, (a.hint, a.init)):
             if Path(given).resolve().parent == (out / names[files[0]]).resolve():
                 raise ValueError(f"{given} lies where this image's results go, and would be overwritten: copy it elsewhere, or choose another --out")
-        if a.format == "coco_panoptic":
+        listed = a.format == "coco_panoptic" or (out / "panoptic").is_dir() and (out / "panoptic.json").exists()
+        if listed:
             info_of(out / "panoptic.json")
         out.mkdir(parents=True, exist_ok=True)
         given = read_prompts(a, files[0]) if prompts else {}
@@ -284,25 +287,26 @@ def main(argv=None):
         tqdm.write(f"sample.py: {text}" if error else text, file=sys.stderr if error else sys.stdout)
         bar.update()
 
-    def load(path):                                                                # -> an image, or what to say instead
+    def load(path):                                                                # -> path, image, about; or what to say instead
         try:
-            skip = done(out / names[path], about(path)) and a.resume
-            return f"{path}: done already" if skip else read_image(path)
+            of = about(path)
+            skip = done(out / names[path], of) and a.resume
+            return f"{path}: done already" if skip else (path, read_image(path), of)
         except (ValueError, OSError) as e:
             return e
 
     def images():
-        for path, image in zip(files, ahead(load, files)):
-            if isinstance(image, Image.Image):
-                read.append((path, image))
-                yield image
+        for one in ahead(load, files):
+            if isinstance(one, tuple):
+                read.append(one)
+                yield one[1]
             else:
-                say(image)
+                say(one)
 
-    def finish(job, path, image):
+    def finish(job, path, image, of):
         try:
             folder, result = out / names[path], summarise(job, image, model.codec)
-            words = write(folder, image, result, model, about(path), job.held, a.format == "coco_panoptic")
+            words = write(folder, image, result, model, of, job.held, a.format == "coco_panoptic")
             return f"{path} -> {folder / 'panel.png'} ({words})"
         except (ValueError, OSError) as e:
             return e
@@ -318,7 +322,7 @@ def main(argv=None):
         for one in writing:
             say(one.result())
     bar.close()
-    if a.format == "coco_panoptic":
+    if listed:
         write_panoptic(out)
     return 2 if failed else 0
 

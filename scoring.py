@@ -14,7 +14,7 @@ from tqdm import tqdm
 import metrics
 from data import find, normalise
 from diffusion import fused, network_input, sample
-from formats import read_image
+from formats import fitted, read_image
 from packing import connected
 from pictures import subsample
 from segment import hint_map, own_size, segment
@@ -229,6 +229,7 @@ def clicks_curve(model, data, positions, ks, n=1, seed=0):
     for i in tqdm(positions, "clicks", leave=False):
         images, _, sizes = data.get([i])
         h, w = sizes[0].tolist()
+        W, H = fitted(w, h, model.image_size)
         image, scored = Image.fromarray(images[0, :h, :w].numpy()), {k: [] for k in ks}
         for true in data.maps(i)[:, :h, :w]:
             ids, area = true[true >= 0].unique(return_counts=True)
@@ -240,7 +241,7 @@ def clicks_curve(model, data, positions, ks, n=1, seed=0):
                     break
                 depth = distance_transform_edt(np.pad(true == label, 1))[1:-1, 1:-1]
                 y, x = np.unravel_index(depth.argmax(), depth.shape)
-                pixel = (y * model.image_size // max(h, w), x * model.image_size // max(h, w))       # the network's
+                pixel = (y * H // h, x * W // w)                                   # the network's
                 if pixel not in taken:                                             # of two that share one, the larger is clicked
                     points.append(f"{x},{y}")
                     taken.add(pixel)

@@ -81,10 +81,10 @@ def load_checkpoint(path, device="cpu"):
 
 def set_tidy(model, least, merge):
     """The command line's least and merge instead of the checkpoint's, where given (not None). Raises ValueError."""
-    model.tidy.update({k: v for k, v in dict(least=least, merge=merge).items() if v is not None})
-    if not all(0 <= v < np.inf for v in model.tidy.values()) or any(model.tidy.values()) and model.codec.encoding == "rgb":
-        raise ValueError(f"--least and --merge must be 0 (off) or more, and 0 with the encoding rgb, not {model.tidy['least']} and "
-                         f"{model.tidy['merge']:g}")
+    new = {**model.tidy, **{k: v for k, v in dict(least=least, merge=merge).items() if v is not None}}
+    if not all(0 <= v < np.inf for v in new.values()) or any(new.values()) and model.codec.encoding == "rgb":
+        raise ValueError(f"--least and --merge must be 0 (off) or more, and 0 with the encoding rgb, not {new['least']} and {new['merge']:g}")
+    model.tidy = new
 
 
 def newest_checkpoint(root="out", shipped=SHIPPED):

@@ -56,11 +56,12 @@ def batches(data, step, c, codec, diffusion, device, rank, world):
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     source = datasets.batches(data, step * c.batch_size, c.batch_size, c.seed, c.workers, rank, world, pin=bool(stream))
     mine, fast, detail = slice(rank, None, world), fused(codec, device), SIZES[c.network].get("detail", 1)
+    photos = c.augment and datasets.names(c.dataset) != ["shapes"]
 
     def make(step):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             images, labels, sizes, u = (v.to(device, non_blocking=True) for v in next(source))
-            if c.augment and datasets.names(c.dataset) != ["shapes"]:
+            if photos:
                 x, inside, labels = datasets.augment(images, labels, sizes, u, c.image_size, c.crop, c.jitter, detail)
             else:
                 labels, sizes = datasets.coarser(labels, sizes, detail)

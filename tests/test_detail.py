@@ -206,6 +206,14 @@ def test_no_pixel_of_the_label_map_lacks_a_part_of_its_image(tmp_path):
     for kind, picture in (("images", white), ("labels", Image.new("L", (100, 60), 1))):
         (tmp_path / kind).mkdir()
         picture.save(tmp_path / kind / "a.png")
+    dot = np.zeros((60, 100), np.uint8)
+    dot[1, 1] = 1                                                                  # seen at 32 pixels, lost at 16
+    white.save(tmp_path / "images/b.png"), Image.fromarray(dot).save(tmp_path / "labels/b.png")
+    few = [len(data.load(str(tmp_path), "val", size, cache=tmp_path / "cache", unlabelled="ignore", detail=d)) for size, d in ((100, 1), (200, 2), (32, 1))]
+    assert few == [1, 1, 1]
+    with pytest.raises(ValueError, match="no image that can be used"):
+        data.load(str(tmp_path), "val", 32, cache=tmp_path / "cache", unlabelled="ignore", detail=2)
+    (tmp_path / "images/b.png").unlink(), (tmp_path / "labels/b.png").unlink()
     load = lambda size, detail: data.load(str(tmp_path), "train", size, cache=tmp_path / "cache", detail=detail).get([0])
     (_, labels, sizes), (sharp, *_), (short, *_) = load(16, 1), load(32, 2), load(32, 1)
     assert sizes.tolist() == [[10, 16]] and (labels[0, :10] == 0).all()

@@ -202,6 +202,10 @@ def test_files_of_others_stay(ckpt, tmp_path, capsys):
     (tmp_path / "images.csv").write_text("mine")
     assert evaluation.main(["--ckpt", str(ckpt), "--limit", "1", "--device", "cpu", "--out", str(tmp_path)]) == 2
     assert "images.csv was not written by eval.py" in capsys.readouterr().err and (tmp_path / "images.csv").read_text() == "mine"
+    (tmp_path / "images.csv").rename(tmp_path / "examples.png")
+    assert evaluation.main(["--ckpt", str(ckpt), "--limit", "1", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    (tmp_path / "examples.png").unlink(), (tmp_path / "images.csv").touch()        # ours, of a full disk
+    assert evaluation.main(["--ckpt", str(ckpt), "--limit", "1", "--device", "cpu", "--out", str(tmp_path)]) == 0
 
 
 def test_pooled_quality_and_missing_humans():

@@ -288,13 +288,15 @@ def test_resume_does_again_what_was_made_of_other_files(run, capsys):
     Image.new("L", (40, 30), 2).save("map.png")
     assert again("--init", "map.png") == (0, True) and again() == (0, True)
     picture(40, 30, 5).save("a.png")
-    assert again() == (0, True) and again() == (0, False) and again("--format", "coco_panoptic") == (0, True)
+    assert again() == (0, True) and again() == (0, False)
+    assert again("--format", "coco_panoptic") == (0, True) and again() == (0, False)           # which has all of coco's
 
 
 def test_no_panoptic_png_of_an_earlier_answer_stays(run, tmp_path):
     picture().save("a.png"), picture(20, 20, 1).save("b.png")
     assert run("a.png", "--n", 1, "--format", "coco_panoptic") == 0 and (tmp_path / "samples/panoptic/a.png").exists()
     assert run("a.png", "--n", 1, "--seed", 5) == 0 and not (tmp_path / "samples/panoptic/a.png").exists()
+    assert json.loads((tmp_path / "samples/panoptic.json").read_text())["images"] == []
     assert run("b.png", "--n", 1, "--format", "coco_panoptic") == 0
     with open("samples/panoptic.json") as f:
         assert [image["file_name"] for image in json.load(f)["images"]] == ["b.png"]
