@@ -386,10 +386,9 @@ def open_image(path, size=None):
 
 
 def fitted(width, height, size, detail=1):
-    """(w, h) with the longer side equal to size, at least 1 pixel each; and not less than detail times what size / detail gives."""
-    scale = size / max(width, height)
-    least = (1, 1) if detail == 1 else (detail * v for v in fitted(width, height, size // detail))
-    return tuple(max(a, round(b * scale)) for a, b in zip(least, (width, height)))
+    """(w, h) with the longer side equal to size, the other rounded up; with a detail, detail times what size / detail gives."""
+    side = size // detail
+    return tuple(detail * -(-n * side // max(width, height)) for n in (width, height))
 
 
 def resize_image(image, size, fit=None):

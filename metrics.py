@@ -238,7 +238,7 @@ def medoid(agreement):
     return int(agreement.sum(1).nan_to_num().mul(1e12).round().argmax())
 
 
-def grouping(maps, share=0.4, most=400):
+def grouping(maps, share=0.5, most=400):
     """One map from n of them (n, H, W): pixels are together that enough maps put together. (H, W) int64, -1 where any is.
 
     Evidence accumulation: pixels that every map puts together are one item; two groups of items are alike to the degree that

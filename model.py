@@ -28,7 +28,8 @@ from einops import rearrange
 # finer: channels of a last stage at half the patch, which sees the bits and the image once more (0 = the paper: no such stage).
 SIZES = {                                                                          # at k = 6, RGB:  parameters
     "tiny":  dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2),
-    "photo": dict(width=64, mult=(1, 2, 2),       blocks=1, attn=2, heads=4, patch=4, groups=8, position=3, detail=2),
+    "photo": dict(width=64, mult=(1, 2, 2),       blocks=1, attn=2, heads=4, patch=4, groups=8, position=3, detail=2,
+                  finer=48),
     "small": dict(width=64, mult=(1, 2, 3, 4),    blocks=2, attn=2, heads=4, patch=1),
     "paper": dict(width=64, mult=(1, 2, 2, 4, 4), blocks=3, attn=2, heads=4, patch=1),          # 38,496,262
 }
