@@ -256,7 +256,7 @@ def bench_data(args):
         cells = palette(labels)
         stages = {
             "prepare, once (1 process)": prepare,
-            "order, random numbers": seconds(lambda: (data.order(0, B, len(packed), 0), data.uniforms(0, B, 0, 22))),
+            "order, random numbers": seconds(lambda: (data.order(0, B, len(packed), 0), data.uniforms(0, B, 0, 20))),
             "read": seconds(lambda: packed.get(np.arange(B))),
             "copy to the device": seconds(lambda: [part.to(device) for part in batch]),
             "augment": seconds(lambda: data.augment(*there)),

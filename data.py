@@ -147,14 +147,14 @@ def uniforms(start, count, seed, n=16, rank=0, ranks=1):
 def batches(data, start, count, seed, workers=1, rank=0, ranks=1, pin=False):
     """Endless batches of `count` samples (over all ranks), from sample number `start` on: images, labels, sizes, u.
 
-    u (B, 22): the samples' uniform numbers, for `augment`. Batches depend on start, count, seed and rank alone, not on
+    u (B, 20): the samples' uniform numbers, for `augment`. Batches depend on start, count, seed and rank alone, not on
     the number of workers: threads that read ahead (0: none). pin: in page-locked memory, for CUDA.
     """
     if count % ranks:
         raise ValueError(f"a batch of {count} samples cannot be shared by {ranks} processes equally")
 
     def make(start):
-        u = uniforms(start, count, seed, 23, rank, ranks)
+        u = uniforms(start, count, seed, 21, rank, ranks)
         batch = *data.get(order(start, count, len(data), seed, rank, ranks), u[:, 19]), torch.from_numpy(np.delete(u, 19, axis=1))
         return tuple(part.pin_memory() for part in batch) if pin else batch
 
@@ -209,9 +209,8 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     """The paper's augmentation, each sample by its own uniform numbers u (B, 16), on the images' device.
 
     Horizontal flip (p 0.5); gamma, brightness and contrast, hue/saturation/value (p 0.3 each, times `jitter`); RGB shift
-    (p 0.1, times `jitter`); rotation within +-20 degrees (p 0.3). Beyond the paper, with crop < 1 and u (B, 22): a random
-    part of at least the share `crop` of the sides, stretched by up to 2^(1/4) one way and squeezed as much the other; half of
-    the time cut to another shape, from twice as wide as high to twice as high as wide, for a network learns shapes by heart.
+    (p 0.1, times `jitter`); rotation within +-20 degrees (p 0.3). Beyond the paper, with crop < 1 and u (B, 20): a random
+    part of at least the share `crop` of the sides, stretched by up to 2^(1/4) one way and squeezed as much the other.
     size: side of the result, the images' own by default. Returns what `normalise` does, and the labels; new pixels are
     outside and -1. With detail d, the labels have the side `size`, the images d times as many pixels, folded.
     """
@@ -220,7 +219,7 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     if B > 8 and device.type == "cpu":                                             # pieces that fit the processor's cache
         pieces = zip(*(v.split(8) for v in (images, labels, sizes, u)))
         return tuple(torch.cat(v) for v in zip(*(augment(*piece, size, crop, jitter, detail) for piece in pieces)))
-    u = u.to(device, non_blocking=True).T                                          # (16 or 22, B)
+    u = u.to(device, non_blocking=True).T                                          # (16 or 20, B)
     on = [u[i] < p for i, p in enumerate((0.5, *(jitter * p for p in (0.3, 0.3, 0.3, 0.1)), 0.3))]
     r = 2 * u[6:16] - 1                                                            # (10, B) in [-1, 1]
 
@@ -243,17 +242,12 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     old = sizes.to(device, non_blocking=True).T.float()                                               # (2, B): h, w
     new = old if S == T else (old * (S / T)).round().clamp(1, S)
     cos, sin = (f(when(5, r[9] * torch.pi / 9)) for f in (torch.cos, torch.sin))
-    share = torch.ones_like(new)                                                   # of both sides
-    if crop < 1:
-        stretch, shape = 2 ** (0.5 * u[19] - 0.25), 2 ** (2 * u[21] - 1)           # (B,); height / width
-        cut = torch.where(u[20] < 0.5, (S * torch.stack([shape, 1 / shape])).round().clamp(1, S), new)
-        taller = cut[0] / cut[1] * new[1] / new[0]                                 # than it was
-        share = (1 - (1 - crop) * u[16]) * torch.stack([stretch * taller.clamp(max=1), (1 / taller).clamp(max=1) / stretch])
-        share, new = share.clamp(crop, 1), cut
     fine, side = new * detail, S * detail                                          # the image's
-    middle, scale = (old - 1) / 2, share * old / fine
+    middle, scale = (old - 1) / 2, old / fine
     if crop < 1:
-        middle = middle + (1 - share) * old * (u[17:19] - 0.5)
+        stretch = 2 ** (0.5 * u[19] - 0.25)                                        # (B,); as shares of both sides: (2, B)
+        zoom = ((1 - (1 - crop) * u[16]) * torch.stack([stretch, 1 / stretch])).clamp(crop, 1)
+        middle, scale = middle + (1 - zoom) * old * (u[17:19] - 0.5), scale * zoom
     axis = torch.arange(side, device=device)
     dy, dx = (axis - (n[:, None] - 1) / 2 for n in fine)                           # (B, d S)
     sy, sx = scale[0], scale[1] * when(0, -1.0, 1.0)
