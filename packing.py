@@ -32,7 +32,7 @@ try:
 except ImportError:                                                    # Windows: no lock between processes that pack
     fcntl = None
 
-VERSION = 4                                                            # of packed data sets
+VERSION = 5                                                            # of packed data sets
 SAVE_EVERY = 5.0                                                       # seconds of packing that a kill can cost
 
 

@@ -26,6 +26,7 @@ import data
 import formats
 import packing
 from data import augment, batches, load, main, order, uniforms
+from formats import fitted
 from packing import Packed
 
 ROOT = Path(__file__).parent.parent
@@ -334,6 +335,13 @@ def test_crop_shows_the_part_it_should(T, h, w, S, crop, zoom, y, x, flip, stret
             assert float(source(got, 1)[i, j]) == pytest.approx(min(max(col, 0), w - 1), abs=2e-3)
             assert abs(labels[0, i, j] // T - row) <= 0.501 and abs(labels[0, i, j] % T - col) <= 0.501
     assert (labels[0, H:] == -1).all() and (labels[0, :, W:] == -1).all()
+
+
+@pytest.mark.parametrize("h, want", [(160, 80), (90, 46), (92, 46), (94, 48), (108, 54), (2, 2)])
+def test_crops_have_the_shape_that_evaluation_has(h, want):
+    """Of a photo packed at twice the side, 160 x h: rounded up to even, as `fitted` does with the photo itself."""
+    inside = augment(*places(160, h, 160), still(), 80, 0.5)[1][0]
+    assert inside[:want].all() and not inside[want:].any() and fitted(160, h, 80) == (80, want)
 
 
 def test_augmentation_is_one_sample_at_a_time():

@@ -40,9 +40,9 @@ def opened(root, name, split="val", size=32, **options):
 
 
 def nearest(array, size):
-    """Label map scaled so that its longer side is `size`, pixel by pixel."""
+    """Label map scaled so that its longer side is `size`, the other the next even number, pixel by pixel."""
     H, W = array.shape[:2]
-    h, w = (max(1, round(s * size / max(H, W))) for s in (H, W))
+    h, w = (next(n for n in range(size + 1) if n == size or n % 2 == 0 and n * max(H, W) >= s * size) for s in (H, W))
     return np.array([[array[int((i + 0.5) * H / h), int((j + 0.5) * W / w)] for j in range(w)] for i in range(h)])
 
 

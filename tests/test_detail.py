@@ -199,14 +199,14 @@ def test_a_sample_sees_the_photo_s_detail():
 
 
 def test_no_pixel_of_the_label_map_lacks_a_part_of_its_image(tmp_path):
-    """100 x 59 is 16 x 10 at the network's size, and 32 x 19 at twice that: the 20th row must not be black."""
-    model, white = Model(network(2), Codec(bits=4), diffusion.Diffusion(), 16, {}, "shapes", 1), Image.new("RGB", (100, 59), "white")
+    """100 x 53 is 16 x 10 at the network's size, and 32 x 18 at twice that: rows 18 and 19 must not be black."""
+    model, white = Model(network(2), Codec(bits=4), diffusion.Diffusion(), 16, {}, "shapes", 1), Image.new("RGB", (100, 53), "white")
     job = prepare(white, model)
     assert job.size == (10, 16) and (job.sharp[:20] == 255).all() and (job.sharp[20:] == 0).all()
-    for kind, picture in (("images", white), ("labels", Image.new("L", (100, 59), 1))):
+    for kind, picture in (("images", white), ("labels", Image.new("L", (100, 53), 1))):
         (tmp_path / kind).mkdir()
         picture.save(tmp_path / kind / "a.png")
-    dot = np.zeros((59, 100), np.uint8)
+    dot = np.zeros((53, 100), np.uint8)
     dot[1, 1] = 1                                                                  # seen at 32 pixels, lost at 16
     white.save(tmp_path / "images/b.png"), Image.fromarray(dot).save(tmp_path / "labels/b.png")
     few = [len(data.load(str(tmp_path), "val", size, cache=tmp_path / "cache", unlabelled="ignore", detail=d)) for size, d in ((100, 1), (200, 2), (32, 1))]
@@ -217,4 +217,4 @@ def test_no_pixel_of_the_label_map_lacks_a_part_of_its_image(tmp_path):
     load = lambda size, detail: data.load(str(tmp_path), "train", size, cache=tmp_path / "cache", detail=detail).get([0])
     (_, labels, sizes), (sharp, *_), (short, *_) = load(16, 1), load(32, 2), load(32, 1)
     assert sizes.tolist() == [[10, 16]] and (labels[0, :10] == 0).all()
-    assert (sharp[0] == torch.from_numpy(job.sharp)).all() and (short[0, 19] == 0).all()
+    assert (sharp[0] == torch.from_numpy(job.sharp)).all() and (short[0, 18:] == 0).all()
