@@ -240,7 +240,7 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
 
     # flip, rotation and crop about the middle of the valid part, as one map from new to old pixels
     old = sizes.to(device, non_blocking=True).T.float()                                               # (2, B): h, w
-    new = old if S == T else torch.where(old == T, S, (old * (S / T) / 2 - 0.01).ceil().mul(2).clamp(2, S))   # as `formats.fitted`
+    new = old if S == T else (old * S / (2 * T)).ceil().mul(2).clamp(max=S)       # as `formats.fitted`
     cos, sin = (f(when(5, r[9] * torch.pi / 9)) for f in (torch.cos, torch.sin))
     fine, side = new * detail, S * detail                                          # the image's
     middle, scale = (old - 1) / 2, old / fine

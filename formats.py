@@ -388,8 +388,8 @@ def open_image(path, size=None):
 def fitted(width, height, size, detail=1):
     """(w, h) with the longer side equal to size, the other rounded up to an even number (a network's last stage may see 2 x 2
     pixels at once, and half a block confuses it), but not beyond size; with a detail, detail times what size / detail gives."""
-    side, longer = size // detail, max(width, height)
-    return tuple(detail * (side if n == longer else min(side, 2 * -(-n * side // (2 * longer)))) for n in (width, height))
+    side = size // detail
+    return tuple(detail * min(side, 2 * -(-n * side // (2 * max(width, height)))) for n in (width, height))
 
 
 def resize_image(image, size, fit=None):
