@@ -76,7 +76,7 @@ class Config:
     variance: str = "large"                      # large, small (ddpm)
     smooth: float = 0.0                          # share of the side over which answers are averaged between the image's edges
     least: int = 0                               # fewest pixels of an answer's segment, in one piece then; 0: any (tidy.py)
-    merge: float = 0.0                           # ... how much alike neighbours must look to become one; 0: none do
+    merge: float = 0.0                           # ... neighbours become one where the odds that people part them are below this; 0: none
     # logging
     log_every: int = 100
     save_every: int = 1000

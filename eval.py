@@ -161,7 +161,7 @@ def arguments(argv):
     p.add_argument("--variance", type=lambda text: words(text, ("large", "small")), help="of ddpm: large, small or large,small")
     p.add_argument("--smooth", type=lambda text: numbers(text, float, 0), help="e.g. 0.2, or 0,0.1,0.2,0.4")
     p.add_argument("--least", type=int, help="fewest pixels, of the network's, of a segment, which is in one piece then; 0 = as sampled")
-    p.add_argument("--merge", type=float, help="how much alike neighbours must look to become one, e.g. 1; 0 = none do")
+    p.add_argument("--merge", type=float, help="neighbours become one where the odds that people part them are below this, e.g. 1; 0 = none do")
     p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
     p.add_argument("--device", default="auto")
     p.add_argument("--kernels", choices=kernels.MODES, help="(default: BITSEG_KERNELS, or auto: Triton with CUDA)")

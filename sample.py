@@ -217,7 +217,7 @@ def main(argv=None):
     p.add_argument("--sampler", choices=["ddpm", "ddim"], help="(default: the checkpoint's)")
     p.add_argument("--smooth", type=float, help="share of the side that answers are averaged over, between the image's edges; 0 = none")
     p.add_argument("--least", type=int, help="fewest pixels, of the network's, of a segment, which is in one piece then; 0 = as sampled")
-    p.add_argument("--merge", type=float, help="how much alike neighbours must look to become one, e.g. 1; 0 = none do")
+    p.add_argument("--merge", type=float, help="neighbours become one where the odds that people part them are below this, e.g. 1; 0 = none do")
     p.add_argument("--seed", type=int, default=0, help="sample j of every image has the seed SEED + j")
     p.add_argument("--batch", type=int, help="samples at once (default: 1 on the CPU, else 64, or as many as memory holds)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")

@@ -1,17 +1,24 @@
-"""tidy.py against maps worked out by hand and brute force in plain Python; and that sample.py uses it, but never on a hint."""
+"""tidy.py and merge.py against maps worked out by hand and brute force in plain Python; and that sample.py uses them, but never on a hint."""
+
+import functools
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
+import checkpoint
+import merge
+import tidy as tidy_file
 from bits import Codec
 from diffusion import Diffusion
 from model import SIZES, UNet
 from segment import Model, denoise, segment
-from tidy import BITS, COLOUR, distance, lab, tidy
+from tidy import join, lab, learnt, log_odds, looks, tidy
 
 GREY = np.zeros((8, 8, 3), np.uint8)
+ALWAYS = dict(mean=np.zeros(36), scale=np.ones(36), w1=np.zeros((1, 36)), b1=np.zeros(1), w2=np.zeros((1, 1)), b2=np.full(1, 99.0))     # a network
 
 
 def flood(cells):
@@ -66,7 +73,7 @@ def test_hints_stay_where_they_are():
     upper = got[0, 0]
     after[:4][BEFORE[:4] == 0] = upper                                             # the hint's part keeps the code, the larger moves
     assert torch.equal(got, after) and upper not in (0, 5, 7, 8, 9)
-    hinted = codec.decode(tidy(codec.encode(BEFORE[None]), codec, GREY, 3, merge=99.0, keep=keep))[0]      # all else joins
+    hinted = codec.decode(tidy(codec.encode(BEFORE[None]), codec, GREY, 3, 1.0, keep, ALWAYS))[0]              # all else joins
     assert hinted[1, 1] == 7 and hinted[7, 1] == 0 and set(hinted.unique().tolist()) == {0, 7}
 
 
@@ -104,51 +111,140 @@ def test_lab_golden():
     assert np.allclose(lab(rgb), want, atol=0.1)
 
 
-def test_distance_of_segments():
-    a, b = np.zeros(9), np.zeros(9)
-    a[3:], b[3:] = [1, 1, -1, -1, 1, 1], [1, 1, -1, -1, 1, -1]
-    assert distance(a, b) == pytest.approx(1 / BITS)                               # one sure bit
-    b[:3] = 30, 0, -40
-    assert distance(a, b) == pytest.approx(1 / BITS + 50 / COLOUR)
-    b[8] = 0.5                                                                     # a bit that is not sure
-    assert distance(a, b) == pytest.approx(0.25 / BITS + 50 / COLOUR)
+def pair_by_force(region, image, soft, a, b):
+    """What the network sees of two segments, from their pixels and borders one by one."""
+    look, (H, W) = looks(image), region.shape
+    colour = lab(image / 255) / 20
+    calm = np.stack([gaussian_filter(v, 1) for v in np.moveaxis(colour, 2, 0)], axis=2)
+    far, border = np.pad(calm, ((1, 1), (1, 1), (0, 0)), "edge"), []
+    for y in range(H):
+        for x in range(W):
+            for dy, dx in ((1, 0), (0, 1)):
+                if y + dy < H and x + dx < W and {region[y, x], region[y + dy, x + dx]} == {a, b}:
+                    border.append([np.linalg.norm(colour[y, x] - colour[y + dy, x + dx]),
+                                   np.linalg.norm(far[y + 1 - dy, x + 1 - dx] - far[y + 1 + 2 * dy, x + 1 + 2 * dx]),
+                                   np.linalg.norm(soft[y, x] - soft[y + dy, x + dx]) / 2])
+    p, q = region == a, region == b
+    apart = abs(look[p].mean(0) - look[q].mean(0))
+    small, large = sorted([p.sum(), q.sum()])
+    return np.concatenate([[np.linalg.norm(apart[:3]), abs(soft[p].mean(0) - soft[q].mean(0)).sum() / 2], apart, np.mean(border, axis=0),
+                           np.log([len(border) / np.sqrt(small), large / region.size, small / region.size])]), len(border)
 
 
-def merged_by_force(cells, looks, most):
-    """The two nearest segments that touch, found by looking at all pixels each time, until none are nearer than `most`."""
-    cells = cells.copy()
+def joined_by_force(region, image, soft, together, least, kept):
+    """Rounds of joining, looking at all pixels each time."""
+    region, kept = region.copy(), set(kept)
     while True:
-        best = (most, None)
-        for a in np.unique(cells):
-            for b in np.unique(cells):
-                here, there = np.pad(cells == a, 1), np.pad(cells == b, 1)
-                if a < b and any((np.roll(here, step, axis) & there).any() for step in (-1, 1) for axis in (0, 1)):
-                    x, y = looks[cells == a].mean(0), looks[cells == b].mean(0)
-                    d = np.sqrt(((x[:3] - y[:3]) ** 2).sum()) / COLOUR + np.abs(x[3:] - y[3:]).sum() / 2 / BITS
-                    best = min(best, (d, (a, b))) if d < best[0] else best
-        if best[1] is None:
-            return cells
-        a, b = best[1]
-        a, b = (a, b) if (cells == a).sum() >= (cells == b).sum() else (b, a)
-        cells[cells == b] = a
+        ids = np.unique(region).tolist()
+        touch = {(min(a, b), max(a, b)) for u, v in ((region[1:], region[:-1]), (region[:, 1:], region[:, :-1])) for a, b in zip(u.flat, v.flat) if a != b}
+        score = {(a, b): together(pair_by_force(region, image, soft, a, b)[0][None])[0] for a, b in touch if not {a, b} <= kept}
+        best = {a: max((v for pair, v in score.items() if a in pair), default=-np.inf) for a in ids}
+        pick = [(a, b) for (a, b), v in score.items() if v > least and v == best[a] == best[b]]
+        if not pick:
+            return region
+        for a, b in pick:
+            region[region == b] = a
+            kept |= {a} if b in kept else set()
 
 
-@pytest.mark.parametrize("most", [1.0, 1.5, 2.5])
-def test_merging_against_brute_force(most):
-    codec, rng = Codec(), np.random.default_rng(int(10 * most))
-    before = rng.integers(0, 64, (3, 5, 4)).repeat(3, 1).repeat(3, 2)
+@pytest.mark.parametrize("least", [-1.6, -2.2, -4.0])
+def test_joining_against_brute_force(least):
+    rng = np.random.default_rng(int(-10 * least))
+    region = tidy_file.renumber(rng.integers(0, 40, (5, 4)).repeat(3, 0).repeat(3, 1))
     image = (rng.integers(0, 60, (5, 4, 3)).repeat(3, 0).repeat(3, 1) + rng.integers(0, 20, (15, 12, 3))).astype(np.uint8)
-    x = codec.encode(torch.from_numpy(before)) * torch.from_numpy(rng.uniform(0.2, 1, (3, 6, 15, 12)).astype(np.float32))
-    after = codec.decode(tidy(x, codec, image, merge=most)).numpy()
-    for old, new, soft in zip(before, after, x.permute(0, 2, 3, 1).numpy()):
-        assert (new == merged_by_force(old, np.concatenate([lab(image / 255), soft], 2), most)).all()
-    assert len(np.unique(after)) < len(np.unique(before))
+    soft, kept = rng.uniform(-1, 1, (15, 12, 6)), [2, 5, 6]
+
+    def together(pairs):
+        return -pairs[:, 0] * 2 - pairs[:, 1] / 3 - pairs[:, 30] - pairs[:, -1] / 9
+
+    seen = []
+    got = join(region, looks(image), soft, together, least, kept, lambda pairs, home, i, j: seen.append((pairs, home, i, j)))
+    want = joined_by_force(region, image, soft, together, least, kept)
+    assert all(len(np.unique(got[want == k])) == 1 for k in np.unique(want)) and len(np.unique(got)) == len(np.unique(want)) < region.max()
+    pairs, home, i, j = seen[1]                                                    # once some are joined
+    for row, a, b in zip(pairs, i, j):
+        assert np.allclose(row, pair_by_force(home[region], image, soft, a, b)[0], atol=1e-9)
+
+
+def test_the_network_is_what_torch_computes():
+    net = learnt()
+    model = torch.nn.Sequential(torch.nn.Linear(36, len(net["b1"])), torch.nn.SiLU(), torch.nn.Linear(len(net["b1"]), 1)).double()
+    for p, name in zip(model.parameters(), ("w1", "b1", "w2", "b2")):
+        p.data = torch.from_numpy(net[name])
+    pairs = net["mean"] + net["scale"] * np.random.default_rng(0).normal(0, 1, (50, 36))
+    pairs[:, -1] = np.log(tidy_file.USUAL)                                         # a segment of the usual size: no correction
+    want = model(torch.from_numpy((pairs - net["mean"]) / net["scale"]).clamp(-6, 6))[:, 0].detach().numpy()
+    assert np.allclose(log_odds(pairs, net), want)
+    pairs[:, -1] -= 2
+    assert np.allclose(log_odds(pairs, net) + 2 * tidy_file.SMALL,
+                       model(torch.from_numpy((pairs - net["mean"]) / net["scale"]).clamp(-6, 6))[:, 0].detach().numpy())
+
+
+def test_a_flat_region_in_pieces_joins_and_other_colours_do_not():
+    codec, image = Codec(), np.full((40, 60, 3), (200, 60, 40), np.uint8)
+    image[:, 30:] = 40, 90, 200
+    image += np.random.default_rng(0).integers(0, 10, image.shape, dtype=np.uint8)
+    cells = torch.zeros(1, 40, 60, dtype=torch.int64)
+    cells[:, 15:, :30], cells[:, :, 30:], cells[:, 25:, 30:] = 8, 39, 47           # next to 0 and to 39 in the palette
+    x = codec.encode(cells) * 0.5
+    after = codec.decode(tidy(x, codec, image, merge=1.0))[0]
+    assert len(after.unique()) == 2 and len(after[:, :30].unique()) == 1 and len(after[:, 30:].unique()) == 1
+    assert torch.equal(tidy(x, codec, image, merge=1e-9), x)
+
+
+def test_a_lost_file_is_named(tmp_path):
+    (tmp_path / "b.npz").write_bytes(b"nothing")
+    for name in ("a.npz", "b.npz"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            learnt(tmp_path / name)
+
+
+# ---- merge.py
+
+
+def test_what_people_put_together():
+    rng = np.random.default_rng(0)
+    region, maps = rng.integers(0, 4, (9, 7)), torch.from_numpy(rng.integers(-1, 3, (2, 9, 7)))
+    for counts, labels in zip(merge.togetherness(region, maps), maps.numpy()):
+        for a in range(4):
+            for b in range(4):
+                p, q = (labels[region == k][labels[region == k] >= 0] for k in (a, b))
+                share = counts / counts.sum(1, keepdims=True)
+                assert (share[a] * share[b]).sum() == pytest.approx((p[:, None] == q).mean())
+
+
+def test_merge_learns_colours_from_a_folder(tmp_path, capsys):
+    """Two colours side by side, people part them: of the rough samples of a new network, pieces of one colour come together."""
+    for kind in ("images", "labels"):
+        (tmp_path / "two" / kind).mkdir(parents=True)
+    truth = np.zeros((32, 32), np.uint8)
+    truth[:, 16:] = 1
+    for k in range(2):
+        colours = np.random.default_rng(k).integers(0, 255, (2, 3), dtype=np.uint8)
+        colours[1] = 255 - colours[0] // 2
+        Image.fromarray(colours[truth]).save(tmp_path / "two/images" / f"{k}.png")
+        Image.fromarray(truth + np.uint8(1)).save(tmp_path / "two/labels" / f"{k}.png")
+    torch.manual_seed(0)
+    net = UNet(7, 4, **SIZES["tiny"])
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    checkpoint.save(tmp_path / "ckpt.pt", dict(network=dict(in_channels=7, out_channels=4, **SIZES["tiny"]),
+                    ema=net.state_dict(), codec=dict(bits=4), diffusion={}, image_size=16, dataset="two", step=0,
+                    sampling=dict(steps=2, guidance=1.0, sampler="ddpm", variance="large")))
+    words = ["--ckpt", str(tmp_path / "ckpt.pt"), "--dataset", str(tmp_path / "two"), "--out", str(tmp_path / "merge.npz"), "--n", "2"]
+    assert merge.main(words) == 0
+    before, after = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[:2])
+    assert max(before, after) < 0.5                                                # 0.69: not even the mean
+    region, image = tidy_file.renumber(np.arange(32)[:, None] // 8 * 2 + truth), np.array(Image.open(tmp_path / "two/images/0.png"))
+    score = functools.partial(log_odds, net=learnt(tmp_path / "merge.npz"))
+    assert (tidy_file.renumber(join(region, looks(image), np.zeros((32, 32, 4)), score, 0.0)) == truth).all()
+    assert merge.main(words) == 2 and "exists and is not overwritten" in capsys.readouterr().err
 
 
 # ---- in sample.py
 
 
-def test_answers_are_tidied_and_hints_are_not():
+def test_answers_are_tidied_and_hints_are_not(monkeypatch):
     torch.manual_seed(0)
     net = UNet(7, 4, **SIZES["tiny"]).eval().requires_grad_(False)
     for p in net.parameters():
@@ -165,7 +261,8 @@ def test_answers_are_tidied_and_hints_are_not():
     assert min(map(len, flood(mean))) < 4 <= min(map(len, flood(consensus)))
     model.tidy = dict(least=4, merge=0.0)                                          # as a checkpoint says
     assert torch.equal(segment(image, model, 2).x_hat, neat.x_hat) and torch.equal(segment(image, model, 2, least=0).x_hat, rough.x_hat)
-    model.tidy = dict(least=4, merge=9.0)
+    monkeypatch.setattr(tidy_file, "learnt", lambda: ALWAYS)
+    model.tidy = dict(least=4, merge=1.0)
     assert len(model.codec.decode(segment(image, model, 1).x_hat).unique()) == 1
     hints = np.zeros((12, 16), np.int64)
     hints[2, 3], hints[9, 12], hints[9, 3] = 1, 2, 1
