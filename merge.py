@@ -3,7 +3,7 @@
     python merge.py --ckpt weights/photo.pt --dataset PATH --out merge.npz         # 200 images: a quarter of an hour on two cores
 
 Samples of the checkpoint for random crops of the training images, untidied but for specks, are joined in rounds, once by
-a plain distance and once by a first network. For every two segments that touch on the way, the target is the share of
+a plain distance and once by a first network's odds. For every two segments that touch on the way, the target is the share of
 pairs of pixels, one in each, that the annotators put together; the loss is its cross entropy. To use it: tidy.LEARNT.
 """
 
@@ -76,6 +76,8 @@ def examples(drawn, score, least, rng):
                 targets.append((both[some] / known[some]).astype(np.float32))
 
             join(region, look, soft, score, rng.choice(least), watch=watch)
+    if not pairs:
+        raise ValueError("no two segments touch in any sample: there is nothing to learn from")
     return np.concatenate(pairs), np.concatenate(targets)
 
 
@@ -124,9 +126,12 @@ def main(argv=None):
         model = load_checkpoint(a.ckpt or newest_checkpoint(), pick_device(a.device))
         if model.codec.encoding == "rgb":
             raise ValueError("samples of the encoding rgb are not tidied: there is nothing to fit")
-        items = find(a.dataset, "train", a.root)[1]()[: a.limit]
-        fitted_to = run(model, items, a)
-        np.savez(a.out, **fitted_to)
+        if a.dataset == "shapes":
+            raise ValueError("shapes have no files: name a data set of images, see train.py")
+        net, part = run(model, find(a.dataset, "train", a.root)[1]()[: a.limit], a), Path(f"{a.out}.part")
+        with open(part, "wb") as f:
+            np.savez(f, **net)
+        part.replace(a.out)
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -135,6 +140,7 @@ def main(argv=None):
 
 
 def run(model, items, a):
+    """Draw, look, fit, look again with what was learnt, fit again: {name: array}."""
     truth, drawn = [], []
 
     def images():
