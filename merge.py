@@ -1,6 +1,7 @@
 """Learn from people's segmentations which segments belong together: the small network that tidy.py merges by.
 
-    python merge.py --ckpt weights/photo.pt --dataset PATH --out merge.npz         # 200 images: a quarter of an hour on two cores
+    python merge.py --ckpt weights/photo.pt --dataset PATH --out merge.npz         # 800 crops: a quarter of an hour on two cores
+    python merge.py --ckpt weights/photo.pt --dataset photos:3,streets:1:components:ignore --out merge.npz         # of two sets
 
 Samples of the checkpoint for random crops of the training images, untidied but for specks, are joined in rounds, once by
 a plain distance and once by a first network's odds. For every two segments that touch on the way, the target is the share of
@@ -8,6 +9,7 @@ pairs of pixels, one in each, that the annotators put together; the loss is its 
 """
 
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import find
+from data import find, parse_parts
 from engine import pick_device
 from formats import fitted, read_image
 from pictures import subsample
@@ -29,14 +31,15 @@ from tidy import absorb, join, log_odds, looks, parts, renumber
 WIDTH, DROPOUT, STEPS, BATCH, LR = 32, 0.1, 2000, 2048, 1e-2                       # of the small network and its training
 
 
-def crops(items, count, size, unlabelled, seed):
-    """(PIL image, all annotators' maps (m, h, w) at the network's size) of random crops, half of them mirrored, the first of
-    each image whole."""
-    for i, item in enumerate(items):
-        image, maps = read_image(item.image), own_maps(item, unlabelled)
-        for c in range(count):
-            r = np.random.default_rng([seed, i, c])
-            share, stretch = (np.sqrt(r.uniform(0.55, 1)), np.exp(r.uniform(-0.08, 0.08))) if c else (1, 1)
+def crops(sets, count, size, seed):
+    """(PIL image, all annotators' maps (m, h, w) at the network's size) of `count` random crops, half of them mirrored; the
+    first of each image is all of it. sets: of (items, weight, dict(unlabelled, components)); each has its weight's share."""
+    for s, (items, weight, own) in enumerate(sets):
+        order = np.random.default_rng([seed, s]).permutation(len(items))
+        for c in range(math.ceil(count * weight / sum(w for _, w, _ in sets))):
+            item, r = items[order[c % len(items)]], np.random.default_rng([seed, s, c])
+            image, maps = read_image(item.image), own_maps(item, **own)
+            share, stretch = (np.sqrt(r.uniform(0.55, 1)), np.exp(r.uniform(-0.08, 0.08))) if c >= len(items) else (1, 1)
             w, h = (max(1, min(side, int(side * share * f))) for side, f in zip(image.size, (stretch, 1 / stretch)))
             x, y = r.integers(image.width - w + 1), r.integers(image.height - h + 1)
             part, labels = image.crop((x, y, x + w, y + h)), maps[:, y : y + h, x : x + w]
@@ -106,14 +109,14 @@ def fit(pairs, targets, seed):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", required=True, help="a data set, see train.py; its training images are used")
+    p.add_argument("--dataset", required=True, help="a data set or several, see train.py; their training images are used")
     p.add_argument("--root", default="data", help="where named data sets lie")
-    p.add_argument("--unlabelled", default="segment", choices=("segment", "ignore"), help="id 0")
+    p.add_argument("--unlabelled", default="segment", choices=("segment", "ignore"), help="id 0, where a set does not say :ignore")
     p.add_argument("--ckpt", help="default: the newest under out/, else the weights in the box")
     p.add_argument("--out", default="merge.npz", help="the file to write")
-    p.add_argument("--crops", type=int, default=4, help="of each image; the first is all of it")
+    p.add_argument("--crops", type=int, default=800, help="of all images; the first of each is all of it")
     p.add_argument("--n", type=int, default=4, help="samples of each crop")
-    p.add_argument("--limit", type=int, help="at most so many images")
+    p.add_argument("--limit", type=int, help="at most so many images of each set")
     p.add_argument("--batch", type=int, default=8, help="samples at once")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
@@ -126,9 +129,12 @@ def main(argv=None):
         model = load_checkpoint(a.ckpt or newest_checkpoint(), pick_device(a.device))
         if model.codec.encoding == "rgb":
             raise ValueError("samples of the encoding rgb are not tidied: there is nothing to fit")
-        if a.dataset == "shapes":
-            raise ValueError("shapes have no files: name a data set of images, see train.py")
-        net, part = run(model, find(a.dataset, "train", a.root)[1]()[: a.limit], a), Path(f"{a.out}.part")
+        sets = parse_parts(a.dataset)
+        if "shapes" in (name for name, _, _ in sets):
+            raise ValueError("shapes have no files: name data sets of images, see train.py")
+        sets = [(find(name, "train", a.root)[1]()[: a.limit], weight, {**own, "unlabelled": own["unlabelled"] or a.unlabelled})
+                for name, weight, own in sets]
+        net, part = run(model, sets, a), Path(f"{a.out}.part")
         with open(part, "wb") as f:
             np.savez(f, **net)
         part.replace(a.out)
@@ -139,16 +145,16 @@ def main(argv=None):
     return 0
 
 
-def run(model, items, a):
+def run(model, sets, a):
     """Draw, look, fit, look again with what was learnt, fit again: {name: array}."""
     truth, drawn = [], []
 
     def images():
-        for image, maps in crops(items, a.crops, model.image_size, a.unlabelled, a.seed):
+        for image, maps in crops(sets, a.crops, model.image_size, a.seed):
             truth.append(maps)
             yield image
 
-    for job in tqdm(denoise(images(), model, a.n, a.seed, batch=a.batch, least=0, merge=0.0), "sampling", len(items) * a.crops, leave=False):
+    for job in tqdm(denoise(images(), model, a.n, a.seed, batch=a.batch, least=0, merge=0.0), "sampling", a.crops, leave=False):
         (h, w), x = job.size, torch.stack(job.x_hat)
         cells, none = model.codec.decode(x).numpy(), np.zeros(job.size, bool)
         cells = [absorb(v, max(2, model.tidy["least"]), none) for v in cells]

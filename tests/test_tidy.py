@@ -13,6 +13,7 @@ import merge
 import tidy as tidy_file
 from bits import Codec
 from diffusion import Diffusion
+from formats import Item, fitted
 from model import SIZES, UNet
 from segment import Model, denoise, segment
 from tidy import join, lab, learnt, log_odds, looks, tidy
@@ -213,6 +214,23 @@ def test_what_people_put_together():
                 assert (share[a] * share[b]).sum() == pytest.approx((p[:, None] == q).mean())
 
 
+def test_crops_are_shared_out_by_weight(tmp_path):
+    items = []
+    for k in range(3):                                                             # image k is of the colour 100 + k; above, its id is k, below 0
+        Image.fromarray(np.full((24, 32), 100 + k, np.uint8)).save(tmp_path / f"{k}.png")
+        items.append(Item(str(tmp_path / f"{k}.png"), [], lambda item: [np.repeat([item.arg, 0], 12)[:, None].repeat(32, 1)], k))
+    sets = [(items[:2], 3.0, dict(unlabelled="segment", components=False)), (items[2:], 1.0, dict(unlabelled="ignore", components=False))]
+    drawn = list(merge.crops(sets, 8, 16, 0))
+    value = [int(np.array(image)[0, 0, 0]) - 100 for image, _ in drawn]
+    assert set(value[:2]) == {0, 1} and set(value[:6]) == {0, 1} and value[6:] == [2, 2]
+    whole = [image.size == (32, 24) for image, _ in drawn]
+    assert whole == [True, True, False, False, False, False, True, False]          # the first of each
+    for k, (image, maps) in zip(value, drawn):
+        h, w = maps.shape[1:]
+        assert maps.shape == (1, *fitted(*image.size, 16)[::-1]) and (maps[0, 0] == k).all()
+    assert (drawn[6][1][0, -1] == -1).all() and (drawn[0][1][0, -1] == 0).all()    # 0 is ignored in the second set alone
+
+
 def test_merge_learns_colours_from_a_folder(tmp_path, capsys):
     """Two colours side by side, people part them: of the rough samples of a new network, pieces of one colour come together."""
     for kind in ("images", "labels"):
@@ -231,7 +249,8 @@ def test_merge_learns_colours_from_a_folder(tmp_path, capsys):
     checkpoint.save(tmp_path / "ckpt.pt", dict(network=dict(in_channels=7, out_channels=4, **SIZES["tiny"]),
                     ema=net.state_dict(), codec=dict(bits=4), diffusion={}, image_size=16, dataset="two", step=0,
                     sampling=dict(steps=2, guidance=1.0, sampler="ddpm", variance="large")))
-    words = ["--ckpt", str(tmp_path / "ckpt.pt"), "--dataset", str(tmp_path / "two"), "--out", str(tmp_path / "merge.npz"), "--n", "2"]
+    words = ["--ckpt", str(tmp_path / "ckpt.pt"), "--dataset", f"{tmp_path / 'two'}:3,{tmp_path / 'two'}:1:ignore", "--crops", "4",
+             "--out", str(tmp_path / "merge.npz"), "--n", "2"]
     assert merge.main(words) == 0
     before, after = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[:2])
     assert max(before, after) < 0.5                                                # 0.69: not even the mean
