@@ -162,7 +162,7 @@ def run(model, sets, a):
     rng = np.random.default_rng(a.seed)
     pairs, targets = examples(drawn, lambda pairs: -pairs[:, 0] - pairs[:, 1] / 1.5, (-1.0, -1.3, -1.8), rng)
     first = fit(pairs, targets, a.seed)
-    more = examples(drawn, partial(log_odds, net=first), (-0.7, 0.1), rng)
+    more = examples(drawn, partial(log_odds, net=first), (-0.4, 0.4), rng)
     return fit(*map(np.concatenate, zip((pairs, targets), more)), a.seed)
 
 

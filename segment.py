@@ -241,10 +241,10 @@ def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, stren
     sampling = {**model.sampling, **({"resample": 2} if hints is not None else {}), **sampling}
     neat = {k: sampling.pop(k, v) for k, v in model.tidy.items()}
 
-    def tidied(x, job):                                                            # (C, h, w)
+    def tidied(x, job):                                                            # (N, C, h, w)
         h, w = job.size
         keep = None if job.hint is None else job.hint[:h, :w] > 0
-        return tidy(x[None], model.codec, job.image[:h, :w], **neat, keep=keep)[0] if any(neat.values()) else x
+        return tidy(x, model.codec, job.image[:h, :w], **neat, keep=keep) if any(neat.values()) else x
 
     def run(part):
         nonlocal batch
@@ -268,9 +268,10 @@ def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, stren
             run(part[:half])
             return run(part[half:])
         for job, one in zip(jobs, x_hat):
-            job.x_hat.append(tidied(one[:, : job.size[0], : job.size[1]], job))
-            if len(job.x_hat) == n > 1:
-                job.consensus = tidied(torch.stack(job.x_hat).mean(0), job)
+            job.x_hat.append(one[:, : job.size[0], : job.size[1]])
+            if len(job.x_hat) == n:
+                job.x_hat = list(tidied(torch.stack(job.x_hat), job))
+                job.consensus = tidied(torch.stack(job.x_hat).mean(0, keepdim=True), job)[0] if n > 1 else None
 
     queue, jobs = [], deque()
     for image in images:

@@ -18,7 +18,7 @@ import scipy.ndimage
 import torch
 
 LEARNT = Path(__file__).parent / "weights" / "merge.npz"
-SMALL, USUAL = 0.15, 0.08                        # log odds that a segment e times smaller than this share of the map needs more
+SMALL, USUAL = 0.25, 0.04                        # log odds that a segment e times smaller than this share of the map needs more
 
 
 def tidy(x, codec, image, least=0, merge=0.0, keep=None, net=None):
@@ -175,7 +175,7 @@ def learnt(path=LEARNT):
 def log_odds(pairs, net):
     """Features (m, 36) -> log odds (m,) that people see one segment, less for small ones: wrongly gone, they are gone for good."""
     hidden = ((pairs - net["mean"]) / net["scale"]).clip(-6, 6) @ net["w1"].T + net["b1"]
-    return (hidden / (1 + np.exp(-hidden))) @ net["w2"][0] + net["b2"][0] + SMALL * (pairs[:, -1] - np.log(USUAL)).clip(-6, 1)
+    return (hidden / (1 + np.exp(-hidden))) @ net["w2"][0] + net["b2"][0] + SMALL * (pairs[:, -1] - np.log(USUAL))
 
 
 def join(region, look, soft, together, least, kept=(), watch=None):
