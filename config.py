@@ -85,7 +85,7 @@ class Config:
 
 PRESETS = {  # a network of model.SIZES, and the recipe that suits it
     "tiny":  dict(image_size=40,  batch_size=16, max_steps=2500,    lr=2e-3, warmup_steps=50,   decay_steps=2300,   ema=0.99,   weighting="uniform", logsnr_space=False, guidance=1.0, bits=4, log_every=50,  save_every=250,  eval_every=1250, smooth=0.2),
-    "photo": dict(image_size=96,  batch_size=16, max_steps=100_000, lr=1e-3, warmup_steps=200,  decay_steps=50_000, ema=0.999,  weighting="uniform", logsnr_space=False, loss="bce", guidance=12.0, bits=6, log_every=100, save_every=500,  eval_every=5000, crop=0.5, jitter=2.0, dropout=0.1, weight_decay=0.03, smooth=0.2, least=2, merge=1.0),
+    "photo": dict(image_size=96,  batch_size=16, max_steps=100_000, lr=1e-3, warmup_steps=200,  decay_steps=50_000, ema=0.999,  weighting="uniform", logsnr_space=False, loss="bce", guidance=16.0, bits=6, log_every=100, save_every=500,  eval_every=5000, crop=0.5, jitter=2.0, dropout=0.1, weight_decay=0.03, smooth=0.2, least=2, merge=1.0),
     "small": dict(image_size=64,  batch_size=16, max_steps=50_000,  lr=5e-4, warmup_steps=500,  decay_steps=25_000, ema=0.999,  weighting="uniform", logsnr_space=False, guidance=1.0, bits=6, log_every=50,  save_every=500,  eval_every=2500),
     "paper": dict(image_size=128, batch_size=8,  max_steps=300_000, lr=1e-4, warmup_steps=1000, decay_steps=50_000, ema=0.9999, weighting="sigmoid", logsnr_space=True,  guidance=1.0, bits=6, log_every=100, save_every=1000, eval_every=10_000),
     # the same number of images in batches of 128: lr by the square root of the batch, EMA over as many images

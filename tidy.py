@@ -18,7 +18,7 @@ import scipy.ndimage
 import torch
 
 LEARNT = Path(__file__).parent / "weights" / "merge.npz"
-SMALL, USUAL = 0.30, 0.06                        # log odds that a segment e times smaller than this share of the map needs more
+SMALL, USUAL = 0.25, 0.05                        # log odds that a segment e times smaller than this share of the map needs more
 
 
 def tidy(x, codec, image, least=0, merge=0.0, keep=None, net=None):
