@@ -56,6 +56,7 @@ class Config:
     logsnr_space: bool = True                    # the factor -dlambda/dt in the loss
     image_drop: float = 0.05                     # share of samples trained without the image, for guidance
     self_condition: float = 0.0                  # share of samples that see a first guess; doubles the forward cost
+    hints: float = 0.0                           # share of samples that see hints, bits of a few pixels; for encoding bits
     # optimisation
     batch_size: int = 8
     accumulate: int = 1                          # micro-batches a step: raise it when batch_size does not fit
@@ -99,7 +100,7 @@ RANGES = dict.fromkeys(("batch_size", "accumulate", "max_steps", "image_size", "
                         "save_every"), (1, math.inf))
 RANGES |= dict.fromkeys(("keep_every", "workers", "warmup_steps", "decay_steps", "lr", "weight_decay", "grad_clip", "jitter", "guidance",
                          "smooth", "least", "merge"), (0, math.inf))
-RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition"), (0, 1))
+RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition", "hints"), (0, 1))
 RANGES |= {"seed": (0, 2**22 - 1), "crop": (0.01, 1), "ema": (0, 0.999999), "input_scale": (1e-6, math.inf), "bias": (-100, 100)}
 CHOICES = {"sampler": ("ddpm", "ddim"), "variance": ("large", "small")}
 
@@ -140,6 +141,8 @@ def parse(argv):
             raise ValueError(f"--{key} is {' or '.join(known)}, not '{getattr(c, key)}'")
     if c.encoding == "rgb" and (c.least or c.merge):
         raise ValueError(f"--least and --merge must be 0 with --encoding rgb, not {c.least} and {c.merge}")
+    if c.hints and c.encoding != "bits":
+        raise ValueError(f"--hints are bits: use --encoding bits, not {c.encoding}, or --hints 0")
     if c.crop < 1 and (not c.augment or sets == ["shapes"]):
         raise ValueError("--crop belongs to the augmentation of real images: not with shapes, nor with --augment false")
     if c.batch_size % c.accumulate:

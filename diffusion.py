@@ -1,7 +1,7 @@
 """The diffusion process on analog bits: noise schedules, training loss, samplers. Continuous time, 0 = data, 1 = noise.
 
-What it is: plain functions around any network `model(x, t)` that takes cat(xt, image[, previous x_hat]) of shape
-(B, C + 3 [+ C], H, W) and t (B,), and returns (B, C, H, W). What it is not: it knows neither labels nor files.
+What it is: plain functions around any network `model(x, t)` that takes cat(xt, image[, hints][, previous x_hat]) of
+shape (B, C + 3 [+ C] [+ C], H, W) and t (B,), and returns (B, C, H, W). What it is not: it knows neither labels nor files.
 
 Use it alone:
     from diffusion import Diffusion, training_loss, sample
@@ -46,6 +46,7 @@ class Diffusion:
     logsnr_space: bool = True                    # the factor -dlambda/dt of the loss
     image_drop: float = 0.05                     # share of training samples without an image, for guidance
     self_condition: float = 0.0                  # share of training steps with a first pass' x_hat as input; 0 = off
+    hints: float = 0.0                           # share of training samples that see hints (hints.py); 0 = no channels for them
 
     def __post_init__(self):
         for value, known, name in ((self.schedule, SCHEDULES, "schedule"), (self.weighting, WEIGHTINGS, "weighting"),
@@ -182,13 +183,14 @@ def draw(shape, d, generator=None, device=None, eps=True):
     return drawn
 
 
-def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=None):
+def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=None, hints=None):
     """The loss of one batch (Eq. 2), a scalar.
 
     x0 (B, C, H, W) in [-1, 1], 0 where not valid; image (B, 3, H, W), normalised, or (B, 3 d^2, H, W), one of d times the
     resolution, folded; valid (B, H, W) bool. drawn: what `draw` returns, for these B samples; drawn here from generator, on x0's device, if not given. With d.loss
-    "bce", activate must be torch.tanh and x0 bits, -1 or 1.
+    "bce", activate must be torch.tanh and x0 bits, -1 or 1. hints: what is known of x0, (B, C, H, W), 0 where unknown.
     """
+    hints = hint_channels(hints, d, x0.shape, x0.device)
     r = draw(x0.shape, d, generator, x0.device) if drawn is None else drawn
     alpha, sigma, t = r["alpha"], r["sigma"], r["t"].flatten()
     xt = alpha * x0 + sigma * r["eps"]                                             # Eq. 1
@@ -196,9 +198,9 @@ def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=No
     if d.self_condition > 0:
         x_self = torch.zeros_like(xt)
         with torch.no_grad():
-            first = to_x0(model(network_input(xt, image, x_self), t), xt, alpha, sigma, d.prediction, activate)
+            first = to_x0(model(network_input(xt, image, x_self, hints), t), xt, alpha, sigma, d.prediction, activate)
         x_self = first.clamp(-1, 1) * r["chosen"]
-    out = model(network_input(xt, image, x_self), t)
+    out = model(network_input(xt, image, x_self, hints), t)
     if d.loss == "bce":
         error = per_sample_entropy(out.float(), x0, valid)
     else:
@@ -206,7 +208,8 @@ def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=No
     return (r["weight"].flatten() * error).mean()
 
 
-def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, activation, codes=None, dtype=torch.float32):
+def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, activation, codes=None, dtype=torch.float32,
+                        hints=None):
     """training_loss, by the kernels: neither x0 nor eps nor x_hat is ever in memory.
 
     cells (B, H, W) integers, -1 = ignored; seeds (B,) int64, of each sample's noise; drawn as of `draw`, without eps;
@@ -214,10 +217,15 @@ def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, ac
     """
     alpha, sigma, weight, keep, t = (drawn[name].flatten() for name in ("alpha", "sigma", "weight", "keep", "t"))
     again = d.self_condition > 0
+    hints = hint_channels(hints, d, (len(cells), bits, *cells.shape[1:]), cells.device)
 
     def run(x_self=None):
-        return model(kernels.network_input(cells, alpha, sigma, seeds, bits, image, keep=keep, x_self=x_self,
-                                           self_condition=again, codes=codes, dtype=dtype), t)
+        x = kernels.network_input(cells, alpha, sigma, seeds, bits, image, keep=keep, x_self=x_self,
+                                  self_condition=again, codes=codes, dtype=dtype)
+        if hints is not None:                                                      # before x_self
+            seen = bits + image.shape[1]
+            x = torch.cat([x[:, :seen], hints.to(dtype), x[:, seen:]], dim=1)
+        return model(x, t)
 
     x_self = xt = None
     if d.prediction != "x":                                                        # float32: eps divides by alpha
@@ -229,9 +237,20 @@ def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, ac
     return kernels.loss(run(x_self), cells, weight, d.prediction, activation, xt, alpha, sigma, codes, d.loss == "bce").mean()
 
 
-def network_input(xt, image=None, x_self=None):
-    """cat(xt[, image][, x_self]): (B, C [+ 3 d^2] [+ C], H, W)."""
-    return torch.cat([v for v in (xt, image, x_self) if v is not None], dim=1)
+def network_input(xt, image=None, x_self=None, hints=None):
+    """cat(xt[, image][, hints][, x_self]): (B, C [+ 3 d^2] [+ C] [+ C], H, W)."""
+    return torch.cat([v for v in (xt, image, hints, x_self) if v is not None], dim=1)
+
+
+def hint_channels(hints, d, shape, device):
+    """The hints that a network of d takes: these, zeros if there are none, None if it takes none. Raises ValueError."""
+    if hints is None:
+        return torch.zeros(shape, device=device) if d.hints > 0 else None
+    if d.hints == 0:
+        raise ValueError("this network has no input for hints: train one with --hints 0.5, or give none")
+    if hints.shape != torch.Size(shape):
+        raise ValueError(f"hints must be bits of shape {tuple(shape)}, not {tuple(hints.shape)}")
+    return hints
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,7 +259,7 @@ def network_input(xt, image=None, x_self=None):
 
 @torch.no_grad()
 def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, guidance=1.0, sampler="ddpm",
-           variance="large", smooth=0.0, known=None, resample=1, init=None, strength=1.0, callback=None, fused=None):
+           variance="large", smooth=0.0, known=None, resample=1, init=None, strength=1.0, callback=None, fused=None, hints=None):
     """Denoise Gaussian noise into x_hat (B, C, H, W) in [-1, 1] at N equidistant times from 1 to 0.
 
     image (B, 3 d^2, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random generator a sample, so
@@ -253,6 +272,7 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     resample: each step is noised again and repeated until it was done so often. init (B, C, H, W): start from it, noised
     for t = strength in (0, 1], not from t = 1 (SDEdit, Meng et al. 2022); N steps all the same. A model with a method
     image_part sees the image once, not at every step.
+    hints: bits (B, C, H, W), 0 where unknown (hints.py), which the network sees at every step; for one trained with hints.
     fused: what `fused` returned: kernels draw the noise and take the steps (other numbers for a seed than without them).
     """
     if sampler not in ("ddpm", "ddim") or variance not in ("large", "small"):
@@ -294,6 +314,8 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     fixed, hint = known if known is not None else (None, None)
     images = torch.cat([image, torch.zeros_like(image)]) if guidance else image    # both halves in one batch
     halves, once = len(images) // B, getattr(model, "image_part", None)
+    hints = hint_channels(hints, d, (B, channels, H, W), device)
+    hints = hints.repeat(halves, 1, 1, 1) if hints is not None else None
     images, extra = (images, ()) if once is None else (None, (once(images),))
 
     for i, again in [(i, again) for i in range(steps) for again in range(resample if i < steps - 1 else 1)]:
@@ -304,7 +326,7 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
         x_self = x_hat.repeat(halves, 1, 1, 1) if d.self_condition > 0 else None
         xs = xt.repeat(halves, 1, 1, 1)
         t = torch.full((len(xs),), times[i].item(), device=device)
-        out = model(network_input(xs, images, x_self), t, *extra)
+        out = model(network_input(xs, images, x_self, hints), t, *extra)
         a, b, c = update(i)
         if fused and known is None and not smooth:
             after, x_hat = kernels.step(out, xt, alpha[i], sigma[i], a, b, c, valid, guidance, keys, next(stream),

@@ -33,6 +33,7 @@ from checkpoint import Damaged, lock, newest, read, save
 from config import FREE, Config, help_text, parse
 from diffusion import Diffusion, draw, fused, fused_training_loss, training_loss
 from engine import Step, Watch, anyone, append, forget, join, layout, out_of_memory, pick_device, pick_precision, update_ema, written
+from hints import NUMBERS, draw_hints, hint_bits
 from model import SIZES, UNet
 from validate import save_picture, validate
 
@@ -69,16 +70,21 @@ def batches(data, step, c, codec, diffusion, device, rank, world):
             labels = labels.masked_fill(~inside, -1)
             generator = torch.Generator(device).manual_seed(c.seed * 2**32 + step)
             drawn = draw((c.batch_size, codec.channels, *labels.shape[1:]), diffusion, generator, device, eps=not fast)
+            if diffusion.hints > 0:
+                drawn["u"] = torch.rand(c.batch_size, NUMBERS, generator=generator, device=device)
             drawn = {k: v[mine] for k, v in drawn.items()}
+            hints = draw_hints(labels, drawn.pop("u"), diffusion.hints) if diffusion.hints > 0 else None
             numbers = range(step * c.batch_size, (step + 1) * c.batch_size)[mine]  # of the run's samples
             if codec.palette == "none":                                            # random codes, from each sample's number
                 own = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
                 cells = torch.cat([codec.cells(one[None], g) for one, g in zip(labels, own)])
-            elif fast:
+            elif fast and hints is None:
                 below = data.segments if data.segments <= 1024 else None           # a promise, so that nothing waits
                 cells = kernels.locate(labels, codec.side, dtype=torch.int16, labels_below=below)
             else:
-                cells = codec.cells(labels)
+                cells = codec.cells(labels, hints=hints)
+            if hints is not None:
+                drawn["hints"] = hint_bits(codec.encode(cells), hints)
             if fast:
                 seeds = torch.arange(numbers.start, numbers.stop, numbers.step, device=device) + c.seed * 2**40
                 batch = dict(cells=cells, image=x, seeds=seeds, **drawn)
@@ -164,7 +170,7 @@ def build(c, local=None):
     diffusion = Diffusion(**{name: getattr(c, name) for name in names})
     if c.loss == "bce" and (codec.encoding, codec.activation) != ("bits", "tanh"):
         raise ValueError(f"--loss bce is of bits that come out of a tanh, not of {codec.encoding} out of {codec.activation}: use --loss mse")
-    copies = 2 if c.self_condition > 0 else 1
+    copies = 1 + (c.hints > 0) + (c.self_condition > 0)                            # of the bits: xt, hints, x_self
     seen = 3 * SIZES[c.network].get("detail", 1) ** 2                              # channels of the image
     network = dict(in_channels=copies * codec.channels + seen, out_channels=codec.channels, dropout=c.dropout, **SIZES[c.network])
     torch.manual_seed(c.seed)
@@ -182,8 +188,9 @@ def loss_of(diffusion, codec, device, dtype):
     def loss(net, batch):
         if fast:
             return fused_training_loss(net, batch["cells"], batch["image"], codec.channels, batch["seeds"], diffusion, batch,
-                                       codec.activate, **fast, dtype=dtype or torch.float32)
-        return training_loss(net, batch["x0"], batch["image"], batch["valid"], diffusion, codec.activate, drawn=batch)
+                                       codec.activate, **fast, dtype=dtype or torch.float32, hints=batch.get("hints"))
+        return training_loss(net, batch["x0"], batch["image"], batch["valid"], diffusion, codec.activate, drawn=batch,
+                             hints=batch.get("hints"))
 
     return loss
 
@@ -194,20 +201,40 @@ def differences(old, new, free):
             if k not in free and old.get(k) != new.get(k)]
 
 
+def extras(d):
+    """What a network trained with these options sees beside xt and the image, in the order of its input channels."""
+    return [name for name in ("hints", "self_condition") if d.get(name, 0) > 0]
+
+
+def widened(weights, wide):
+    """weights, with zeros for the input channels at the end that only wide has; both are a UNet's state_dict."""
+    out = dict(weights)
+    for name in {"stem.weight", "finer.bits.weight"} & wide.keys():                # they fold each channel on its own
+        out[name] = torch.zeros_like(wide[name])
+        out[name][:, : weights[name].shape[1]] = weights[name]
+    return out
+
+
 def prepare(c):
     """All that can be wrong with the user's input goes wrong here. Raises ValueError or OSError."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if c.batch_size % (c.accumulate * world):
         raise ValueError(f"--batch_size {c.batch_size} cannot be split among {world} processes x --accumulate {c.accumulate}")
     device, dtype, why, codec, diffusion, network, net = build(c, local if world > 1 else None)
+    origin = "from scratch"
     if c.init:
         source = read(c.init, device)
         if lacks := {"network", "ema"} - source.keys():
             raise ValueError(f"--init {c.init} lacks {', '.join(sorted(lacks))}: it is no checkpoint of train.py")
-        if differ := differences(source["network"], network, {"dropout"}):
+        old, new = (extras(d) for d in (source.get("diffusion", {}), vars(c)))
+        differ = differences(source["network"], network, {"dropout"})
+        if new[: len(old)] != old or differences(source["network"], network, {"dropout", "in_channels"}):
+            differ = differ or [f"inputs {', '.join(old)} -> {', '.join(new)}"]    # as many channels, of another meaning
             raise ValueError(f"--init {c.init} is another network ({'; '.join(differ)}): choose --network, --bits and "
                              f"--encoding as it has them")
-        net.load_state_dict(source["ema"])
+        net.load_state_dict(widened(source["ema"], net.state_dict()))
+        added = network["in_channels"] - source["network"]["in_channels"]
+        origin = f"from the weights of {c.init}" + f", {added} more input channels at zero" * (added > 0)
     common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled, components=c.components)
     train_data = datasets.load(c.dataset, "train", datasets.packed_side(c.image_size, c.crop, net.detail), compose=c.compose, **common)
     val_data = datasets.load(c.dataset, "val", c.image_size, **common)
@@ -221,7 +248,7 @@ def prepare(c):
         if lacks:
             raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it was made by --export or another version; start from "
                              f"its weights with --init, into another --out")
-        if differ := differences(resumed["config"], vars(c), FREE) + differences(resumed["network"], network, {"dropout"}):
+        if differ := differences({"hints": 0.0, **resumed["config"]}, vars(c), FREE) + differences(resumed["network"], network, {"dropout"}):
             raise ValueError(f"{path} was made with other options ({'; '.join(differ)}): use the same, or another --out")
     else:
         ours(out)
@@ -236,7 +263,7 @@ def prepare(c):
         print(f"WARNING: {problem}; going on from the one before, {path}", file=sys.stderr)
         if (out / "ckpt.pt").exists():                                             # it must not become the one before
             os.replace(out / "ckpt.pt", out / "ckpt.damaged")
-    return device, dtype, why, codec, diffusion, network, net, resumed, train_data, val_data, val_fine, rank, world, held
+    return device, dtype, why, codec, diffusion, network, net, resumed, origin, train_data, val_data, val_fine, rank, world, held
 
 
 def ours(out):
@@ -252,7 +279,7 @@ def ours(out):
         raise ValueError(f"{foreign} was not written by train.py: move it, or choose another --out")
 
 
-def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_data, val_data, val_fine, rank, world, held):
+def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin, train_data, val_data, val_fine, rank, world, held):
     out, step, best, validated = Path(c.out), 0, -math.inf, 0
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     kind = dict(fused=device.type in ("cuda", "cpu"), capturable=device.type == "cuda")
@@ -291,7 +318,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
 
     say(textwrap.fill("  ".join(f"{k}={v}" for k, v in vars(c).items()), 120, break_on_hyphens=False))
     size = "endless" if len(train_data) >= 2**31 else len(train_data)
-    origin = f"going on from step {step}" if resumed else f"from the weights of {c.init}" if c.init else "from scratch"
+    origin = f"going on from step {step}" if resumed else origin
     say(f"{sum(p.numel() for p in net.parameters()):,} parameters on {f'{world} x ' if world > 1 else ''}{device}, "
         f"{str(dtype or torch.float32)[6:]} ({why}); kernels: {' ('.join(kernels.live(device))}); {size} training images; {origin}; into {out}/")
     if step >= c.max_steps and validated == step:
