@@ -90,7 +90,10 @@ def locate(labels, side, largest_first=False, hints=None):
     """
     index, counts, rows, cols = segments(labels)
     (B, H, W), K, device = labels.shape, side * side, labels.device
-    hinted = totals(index.where(hints.reshape(B, -1), counts.shape[1]), counts.shape[1], labels.shape) if hints is not None else ()
+    hinted = ()
+    if hints is not None:
+        n = counts.shape[1]
+        hinted = totals(index.where(hints.reshape(B, -1), n), n, labels.shape)
 
     if int((counts > 0).sum(1).max()) > K:                                         # 1) too many: merge the smallest
         rank = counts + H * W * (hinted[0] > 0) if hinted else counts

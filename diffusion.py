@@ -259,7 +259,8 @@ def hint_channels(hints, d, shape, device):
 
 @torch.no_grad()
 def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, guidance=1.0, sampler="ddpm",
-           variance="large", smooth=0.0, known=None, resample=1, init=None, strength=1.0, callback=None, fused=None, hints=None):
+           variance="large", smooth=0.0, known=None, resample=1, init=None, strength=1.0, callback=None, fused=None,
+           hints=None):
     """Denoise Gaussian noise into x_hat (B, C, H, W) in [-1, 1] at N equidistant times from 1 to 0.
 
     image (B, 3 d^2, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random generator a sample, so
@@ -272,7 +273,7 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     resample: each step is noised again and repeated until it was done so often. init (B, C, H, W): start from it, noised
     for t = strength in (0, 1], not from t = 1 (SDEdit, Meng et al. 2022); N steps all the same. A model with a method
     image_part sees the image once, not at every step.
-    hints: bits (B, C, H, W), 0 where unknown (hints.py), which the network sees at every step; for one trained with hints.
+    hints: bits (B, C, H, W), 0 where unknown (hints.py), seen at every step by a network that was trained with hints.
     fused: what `fused` returned: kernels draw the noise and take the steps (other numbers for a seed than without them).
     """
     if sampler not in ("ddpm", "ddim") or variance not in ("large", "small"):

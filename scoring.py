@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import metrics
 from data import find, normalise
-from diffusion import fused, network_input, sample
+from diffusion import fused, hint_channels, network_input, sample
 from formats import fitted, read_image
 from packing import connected
 from pictures import subsample
@@ -67,9 +67,10 @@ def draw(model, images, sizes, seeds, batch, setting, sharp=None):
         if first:
             t, xt, x_hat = trace[-1]
             before = trace[0][2] if len(trace) > 1 else torch.zeros_like(x_hat)    # for self-conditioning
+            hints = hint_channels(None, model.diffusion, x_hat[first].shape, device)
             x_self = before[first] if model.diffusion.self_condition > 0 else None
             with torch.no_grad():
-                out = model.net(network_input(xt[first], x[i][first], x_self), torch.full((len(first),), t, device=device))
+                out = model.net(network_input(xt[first], x[i][first], x_self, hints), torch.full((len(first),), t, device=device))
             outs.append(out.float().cpu())
     x_hat = torch.cat(parts).unflatten(0, (len(images), n))
     for i, (h, w) in enumerate(sizes.tolist() if any(model.tidy.values()) else ()):

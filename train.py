@@ -248,7 +248,8 @@ def prepare(c):
         if lacks:
             raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it was made by --export or another version; start from "
                              f"its weights with --init, into another --out")
-        if differ := differences({"hints": 0.0, **resumed["config"]}, vars(c), FREE) + differences(resumed["network"], network, {"dropout"}):
+        differ = differences({"hints": 0.0, **resumed["config"]}, vars(c), FREE)   # hints are newer than some checkpoints
+        if differ := differ + differences(resumed["network"], network, {"dropout"}):
             raise ValueError(f"{path} was made with other options ({'; '.join(differ)}): use the same, or another --out")
     else:
         ours(out)

@@ -79,7 +79,8 @@ def test_drawn_hints_depend_on_the_sample_alone():
     assert not draw_hints(labels, u, 0.0).any()
     x0 = torch.randn(8, 6, 32, 32)
     bits = hint_bits(x0, mask)
-    assert torch.equal(bits.permute(0, 2, 3, 1)[mask], x0.permute(0, 2, 3, 1)[mask]) and not bits.permute(0, 2, 3, 1)[~mask].any()
+    bits, x0 = (v.permute(0, 2, 3, 1) for v in (bits, x0))
+    assert torch.equal(bits[mask], x0[mask]) and not bits[~mask].any()
 
 
 def grid(B, size=64, across=8):
@@ -141,8 +142,8 @@ def test_strokes_and_ellipses():
             here = label == i
             (top, bottom), (left, right) = ((v.min(), v.max() + 1) for v in np.nonzero(here))
             y, x = np.mgrid[:48, :48] + 0.5
-            far = ((y - (top + bottom) / 2) / (bottom - top) * 4) ** 2 + ((x - (left + right) / 2) / (right - left) * 4) ** 2
-            want |= here & (far <= 1 + 1e-6)
+            dy, dx = (y - (top + bottom) / 2) / (bottom - top), (x - (left + right) / 2) / (right - left)
+            want |= here & (16 * (dy**2 + dx**2) <= 1 + 1e-6)
         assert (got == want).all()
 
 
@@ -182,13 +183,14 @@ def test_sampling_sees_hints_at_every_step_in_both_halves(guidance):
     hints = hint_bits(torch.randn(2, 4, 16, 16).sign(), torch.rand(2, 16, 16) < 0.1)
     x = sample(seen, image, valid, 4, [0, 1], d, torch.tanh, 3, guidance, hints=hints)
     assert len(inputs) == 3 and all(torch.equal(v[:, 7:], hints.repeat(len(v) // 2, 1, 1, 1)) for v in inputs)
-    assert torch.allclose(sample(net, image, valid, 4, [0, 1], d, torch.tanh, 3, guidance, hints=hints), x, atol=1e-4)  # image_part
-    nothing = sample(net, image, valid, 4, [0, 1], d, torch.tanh, 3, guidance)
-    assert torch.equal(nothing, sample(net, image, valid, 4, [0, 1], d, torch.tanh, 3, guidance, hints=torch.zeros_like(hints)))
+    again = lambda hints, d=d: sample(net, image, valid, 4, [0, 1], d, torch.tanh, 3, guidance, hints=hints)
+    assert torch.allclose(again(hints), x, atol=1e-4)                              # by image_part
+    nothing = again(None)
+    assert torch.equal(nothing, again(torch.zeros_like(hints)))
     assert not torch.allclose(nothing, x, atol=1e-3)
     for bad, options, words in ((hints, Diffusion(), "no input for hints"), (hints[:1], d, r"shape \(2, 4, 16, 16\)")):
         with pytest.raises(ValueError, match=words):
-            sample(net, image, valid, 4, [0, 1], options, torch.tanh, 3, guidance, hints=bad)
+            again(bad, options)
 
 
 @pytest.mark.parametrize("size", ["tiny", "photo"])
@@ -214,10 +216,10 @@ def run(tmp_path, out, steps, *more):
 
 def test_a_run_with_hints_resumes_exactly(tmp_path):
     steady = ("--decay_steps", "1")                                                # the same learning rates whatever max_steps
-    assert run(tmp_path, "one", 5, *steady) == 0 and run(tmp_path, "two", 3, *steady) == 0 and run(tmp_path, "two", 5, *steady) == 0
+    assert [run(tmp_path, out, steps, *steady) for out, steps in (("one", 5), ("two", 3), ("two", 5))] == [0, 0, 0]
     one, two = (read(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
     assert one["network"]["in_channels"] == 4 + 3 + 4 and one["diffusion"]["hints"] == 0.7
-    lines = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    lines = [map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()) for name in ("one", "two")]
     a, b = ({line["step"]: line["loss"] for line in part if "loss" in line} for part in lines)
     assert a == b and len(a) == 5
     columns = one["net"]["stem.weight"][:, 7 * 4 :]                                # patch 2: 4 of each channel
