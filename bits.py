@@ -159,7 +159,7 @@ def segments(labels):
 
 
 def totals(index, n, shape):
-    """Pixel count, sum of rows and sum of columns of segments 0 to n - 1: index (B, H*W) in [0, n] -> each (B, n)."""
+    """Pixels, sum of rows, sum of columns of segments 0 to n - 1: index (B, H*W) in [0, n] -> each (B, n)."""
     (B, H, W), index = shape, index.view(shape)
     # runs of one segment within a row, of which there are far fewer than pixels
     starts = F.pad(index[:, :, 1:] != index[:, :, :-1], (1, 0), value=True)

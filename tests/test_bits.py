@@ -104,8 +104,8 @@ def test_decode_reads_the_signs_of_soft_bits(bits):
     x = torch.randn(2, bits, 5, 7, generator=torch.Generator().manual_seed(bits))
     x[0, :, 0, 0], x[1, 0, 1] = 0.0, -0.0  # zero is no set bit
     cell_of = {int(code): cell for cell, code in enumerate(palette(2 ** (bits // 2)))}
-    want = [[[cell_of[sum(2**b for b in range(bits) if x[i, b, r, c] > 0)] for c in range(7)] for r in range(5)]
-            for i in range(2)]
+    want = [[[cell_of[sum(2**b for b, v in enumerate(x[i, :, r, c]) if v > 0)] for c in range(7)]
+             for r in range(5)] for i in range(2)]
     codec = Codec(bits=bits)
     for laid_out in (x, x.contiguous(memory_format=torch.channels_last)):
         assert codec.decode(laid_out).tolist() == want and codec.decode(laid_out).dtype == torch.int64
