@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 PALETTES = ("similar", "random", "different", "range", "none")
@@ -168,16 +169,19 @@ def segments(labels):
 
 
 def totals(index, n, shape):
-    """Pixel count, sum of rows and sum of columns of the segments 0 to n - 1: index (B, H*W) in [0, n] -> each (B, n)."""
-    (B, H, W), device = shape, index.device
-    key = (index + (n + 1) * torch.arange(B, device=device)[:, None]).view(-1)
+    """Pixels, sum of rows, sum of columns of segments 0 to n - 1: index (B, H*W) in [0, n] -> each (B, n)."""
+    (B, H, W), index = shape, index.view(shape)
+    # runs of one segment within a row, of which there are far fewer than pixels
+    starts = F.pad(index[:, :, 1:] != index[:, :, :-1], (1, 0), value=True)
+    image, row, col = starts.nonzero().unbind(1)
+    first = (image * H + row) * W + col
+    length = first.diff(append=first.new_tensor([B * H * W]))
+    key = index.view(-1)[first] + (n + 1) * image
 
-    def total(weights=None):                                                       # (B, n); float64 is exact
-        weights = weights if weights is None else weights.expand(B, H, W).reshape(-1)
+    def total(weights):  # (B, n); bincount's float64 is exact
         return torch.bincount(key, weights, minlength=B * (n + 1)).view(B, n + 1)[:, :n].long()
 
-    row, col = (torch.arange(side, device=device, dtype=torch.float64) for side in (H, W))
-    return total(), total(row[:, None]), total(col)
+    return total(length), total(length * row), total(length * (2 * col + length - 1) // 2)
 
 
 def random_cells(labels, classes, generator=None):
@@ -250,7 +254,8 @@ class Codec:
 
     def encode(self, cells):
         """cells (B, H, W) -> x0 (B, C, H, W) float32 in [-1, 1], 0 where ignored (channels_last in memory)."""
-        return rearrange(self.table.to(cells.device)[cells], "b h w c -> b c h w")
+        rows = torch.where(cells < 0, self.classes, cells)  # the table's last row
+        return rearrange(F.embedding(rows, self.table.to(cells.device)), "b h w c -> b c h w")
 
     def decode(self, x, valid=None):
         """x (B, C, H, W) -> cells (B, H, W) int64, -1 outside valid (B, H, W). rgb: cluster numbers, not cells."""
@@ -262,8 +267,10 @@ class Codec:
         elif self.encoding == "onehot":
             cells = self.cell_of_code.to(x.device)[x.argmax(1)]
         else:
-            weight = 2 ** torch.arange(self.bits, device=x.device).view(1, -1, 1, 1)
-            cells = self.cell_of_code.to(x.device)[((x > 0) * weight).sum(1)]
+            code = torch.zeros_like(x[:, 0], dtype=torch.int16)
+            for bit in x.unbind(1)[::-1]:
+                code.mul_(2).add_(bit > 0)
+            cells = self.cell_of_code.to(x.device).index_select(0, code.int().view(-1)).view(code.shape)
         return cells if valid is None else cells.masked_fill(~valid, -1)
 
     def activate(self, out):

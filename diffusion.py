@@ -347,28 +347,55 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
 
 
 def edge_aware(image, valid, reach, colour=0.35):
-    """Filters that average along rows and columns of an image (B, 3 d^2, H, W), normalised: (B, H, W, W) and (B, W, H, H).
+    """Filters for `average`, along rows and columns. image (B, 3 d^2, H, W), normalised; valid (B, H, W).
 
-    The weight of another pixel of the row is exp(-d): d grows by 1 for every `reach` of the longer side on the way there, and
-    by 1 for every `colour` that the image changes by. Weights sum to 1 over the valid pixels. This is normalised
-    convolution in the domain transform (Gastal & Oliveira 2011).
+    The weight of another pixel of the row is exp(-d): d grows by 1 for every `reach` of the longer side on
+    the way, and by 1 for every `colour` that the image changes by. Weights sum to 1 over the valid pixels.
+    This is normalised convolution in the domain transform (Gastal & Oliveira 2011).
     """
-    def along(x, valid):                                                           # (B, rows, columns, 3): its rows
-        change = (x[:, :, 1:] - x[:, :, :-1]).norm(dim=-1) / colour + 1 / (reach * max(image.shape[-2:]))
-        way = torch.cat([torch.zeros_like(change[:, :, :1]), change], dim=2).cumsum(2)
-        far = (way[..., None] - way[..., None, :]).abs()                           # (B, rows, columns, columns)
-        return torch.softmax(-far - 1e4 * ~valid[:, :, None], dim=-1)
+    def along(x, valid):  # the columns of x (B, 3, n, m): two scans, and 1 / the sum of the weights
+        n = x.shape[2]
+        block = max(b for b in range(1, n + 1) if n % b == 0 and b * b <= n)
+        change = (x[:, :, 1:] - x[:, :, :-1]).norm(dim=1, keepdim=True) / colour
+        keep = (-change - 1 / (reach * max(image.shape[-2:]))).exp()
+        keep = F.pad(keep, (0, 0, 1, 1))  # (B, 1, n + 1, m): from pixel to pixel, 0 at the ends
+        scans = []
+        for order, factors in ((1, keep[:, :, :-1]), (-1, keep[:, :, 1:])):
+            steps = factors.unflatten(2, (-1, block)).unbind(3)[::order]
+            products = torch.stack([*itertools.accumulate(steps, torch.mul)][::order], dim=3)
+            scans.append((order, steps, products))
+        valid = valid[:, None].float()
+        return scans, valid / weighted_sum(scans, valid).clamp(min=1)
 
-    x = image.float().unflatten(1, (3, -1)).mean(2).permute(0, 2, 3, 1)            # (B, H, W, 3)
-    return along(x, valid), along(x.transpose(1, 2), valid.transpose(1, 2))
+    x = image.float().unflatten(1, (3, -1)).mean(2)  # (B, 3, H, W)
+    return along(x.mT, valid.mT), along(x, valid)
+
+
+def weighted_sum(scans, x):
+    """Sum over each column of x (B, C, n, m) with the weights exp(-d) of `edge_aware`, at each of its pixels.
+
+    exp(-d) is a product over the steps of the way: two scans do it, y[i] = x[i] + keep[i] y[i - 1] and the
+    same upwards. A scan takes all blocks of the column at once, then hands on from block to block.
+    """
+    out = -x  # each pixel counts in both scans
+    for order, steps, products in scans:
+        y = x.unflatten(2, products.shape[2:4]).clone()  # (B, C, n / block, block, m)
+        rows, handed = y.unbind(3)[::order], torch.zeros_like(y[:, :, :, 0])
+        for before, row, keep in zip(rows, rows[1:], steps[1:]):
+            row.addcmul_(keep, before)
+        whole = products.unbind(3)[::order][-1]  # through a block, (B, 1, n / block, m)
+        ends, through, into = (v.unbind(2)[::order] for v in (rows[-1], whole, handed))
+        for i in range(len(ends) - 1):
+            torch.addcmul(ends[i], through[i], into[i], out=into[i + 1])
+        out += y.addcmul_(products, handed[:, :, :, None]).flatten(2, 3)
+    return out
 
 
 def average(filters, x, times=12):
-    """x (B, C, H, W), averaged along rows, then along columns, several times."""
-    rows, columns = filters
+    """x (B, C, H, W), 0 where not valid, averaged along rows, then along columns, several times."""
     for _ in range(times):
-        x = torch.einsum("bhvw,bchw->bchv", rows, x)
-        x = torch.einsum("bwuh,bchw->bcuw", columns, x)
+        for scans, share in filters:
+            x = weighted_sum(scans, x.mT.contiguous()) * share
     return x
 
 

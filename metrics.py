@@ -26,25 +26,42 @@ def contingency(pred, true):
     """
     if pred.shape != true.shape or pred.dim() != 3:
         raise ValueError(f"two (B, H, W) label maps of one shape are needed, not {tuple(pred.shape)}, {tuple(true.shape)}")
-    B = len(pred)
-    valid = (true != -1).reshape(B, -1)
-    (p, P), (t, T) = ranks(pred), ranks(true)
-    image = torch.arange(B, device=pred.device)[:, None]
-    key = p.add_(image * P).mul_(T).add_(t).masked_fill_(~valid, B * P * T)        # (B, H*W); one more bin: ignored
-    return torch.bincount(key.view(-1), minlength=B * P * T + 1)[:-1].view(B, P, T).double()
+    pred, true = pred.long(), true.long()
+    (low_p, P), (low_t, T) = span(pred), span(true)
+    if P * T > 2**16:  # sparse ids, or many
+        pred, true = ranks(pred), ranks(true).masked_fill_(true == -1, -1)
+        (low_p, P), (low_t, T) = span(pred), span(true)
+    image = torch.arange(len(pred), device=pred.device)[:, None, None]
+    key = (pred - low_p).mul_(T).add_(true).sub_(low_t - P * T * image)
+    table = torch.bincount(key.view(-1), minlength=len(pred) * P * T).view(-1, P, T)
+    table = present(table, 1)
+    if low_t <= -1 < low_t + T:
+        table[:, :, -1 - low_t] = 0
+    return present(table, 2).double()
+
+
+def span(labels):
+    """(the smallest id, how many numbers there are from it to the largest)."""
+    low, high = (int(v) for v in labels.aminmax())
+    return low, high - low + 1
 
 
 def ranks(labels):
-    """Renumber every map of a batch on its own: (B, H, W) -> (B, H*W) ids from 0, and the largest number of ids."""
-    flat = labels.reshape(len(labels), -1).long()
-    low, high = (int(v) for v in flat.aminmax())
-    if high - low < 4096:                                                          # no sort needed
-        flat = flat - low
-        seen = torch.zeros(len(flat), high - low + 1, dtype=torch.int64, device=flat.device)
-        rank = seen.scatter_(1, flat, 1).cumsum(1) - 1
-        return rank.gather(1, flat), int(rank.max()) + 1
-    each = [row.unique(return_inverse=True)[1] for row in flat]
-    return torch.stack(each), max(int(r.max()) for r in each) + 1
+    """Renumber each map on its own, from 0 on, in ascending order: (B, H, W) int64 -> the same."""
+    low, n = span(labels)
+    if n <= 4096:  # no sort needed
+        flat = labels.flatten(1) - low
+        seen = torch.zeros(len(flat), n, dtype=torch.int64, device=flat.device).scatter_(1, flat, 1)
+        return (seen.cumsum(1) - 1).gather(1, flat).view(labels.shape)
+    return torch.stack([one.unique(return_inverse=True)[1] for one in labels])
+
+
+def present(table, dim):
+    """(B, P, T) -> its rows (dim 1) or columns (dim 2) with a pixel, in order: as many as any map has."""
+    rank = (table.sum(3 - dim) > 0).cumsum(1).sub_(1).clamp_(min=0)
+    shape = list(table.shape)
+    shape[dim] = int(rank.max()) + 1
+    return table.new_zeros(shape).scatter_add_(dim, rank.unsqueeze(3 - dim).expand_as(table), table)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from model import UNet
 from pictures import outline, subsample
 from tidy import tidy
 
+STRIP = 16_000_000                               # numbers at once, when maps are made at an image's size
 SHIPPED = Path(__file__).parent / "weights" / "photo.pt"
 
 
@@ -288,13 +289,14 @@ def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, stren
 
 
 def own_size(x_hat, size, width, height, codec, image=None, among=None):
-    """Label maps (..., height, width) int64 of one image: x_hat (..., C, S, S) cut to size (h, w), upsampled and decoded.
+    """Label maps (..., height, width) of an image: x_hat (..., C, S, S) cut to (h, w), upsampled and decoded.
 
-    Each pixel gets the code nearest to its soft bits of those in `among`, a list of cells for each map (default: those of
-    the map at the network's size, so that no third code appears between two). Soft bits are interpolated bilinearly or,
-    with the PIL image, by joint bilateral upsampling (Kopf et al. 2007): of the 3 x 3 nearest network pixels, those of
-    like colour count more; the image is blurred a little, for calm boundaries in texture. In strips: a 10,000 x 10,000
-    image needs no 10,000 x 10,000 x C tensor. (rgb: nearest.)
+    uint8, int16 from 255 cells on; rgb: int64. Each pixel gets the code nearest to its soft bits of those
+    in `among`, a list of cells for each map (default: those of the map at the network's size, so that no
+    third code appears between two). Soft bits are interpolated bilinearly or, with the PIL image, by joint
+    bilateral upsampling (Kopf et al. 2007): of the 3 x 3 nearest network pixels, those of like colour count
+    more; the image is blurred a little, for calm boundaries in texture. Where all 3 x 3 have one code, that
+    is the answer. In strips: a 10,000 x 10,000 image needs no 10,000 x 10,000 x C tensor. (rgb: nearest.)
     """
     h, w = size
     x = x_hat[..., :h, :w].reshape(-1, *x_hat.shape[-3:-2], h, w)                  # (N, C, h, w)
@@ -302,30 +304,69 @@ def own_size(x_hat, size, width, height, codec, image=None, among=None):
     if codec.encoding == "rgb":
         return subsample(cells, height, width).view(*x_hat.shape[:-3], height, width)
     among = [c.unique() for c in cells] if among is None else among                # N of (M,)
-    soft, out = x.flatten(0, 1), torch.empty(len(x), height, width, dtype=torch.int64)         # soft (N*C, h, w)
-    row, col = ((torch.arange(a) + 0.5) * b / a - 0.5 for a, b in ((height, h), (width, w)))   # as interpolate does
+    allowed = torch.zeros(len(x), codec.classes, dtype=torch.bool)
+    for k, choice in enumerate(among):
+        allowed[k, choice] = True
+
+    row, first_row, rows = nearest(height, h)
+    col, first_col, columns = nearest(width, w)
+    step = torch.arange(-1, 2)
+    near_i, near_j = ((torch.arange(n)[:, None] + step).clamp(0, n - 1) for n in (h, w))  # (h, 3), (w, 3)
+    # the columns in w blocks of one width, each around a network column; what fills them up is not kept
+    axis = torch.arange(int(columns.max()))
+    place = (first_col[:, None] + axis).clamp(max=width - 1)  # (w, wide)
+    kept = (axis < columns[:, None]).view(-1).nonzero()[:, 0]  # (width,)
+    far_j = col[place][:, None] - (torch.arange(w)[:, None] + step)[..., None]  # (w, 3, wide)
     if image is not None:
         colour = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BOX))).permute(2, 0, 1) / 255
+        # (h, 3 colours, w, 3, 3, 1, 1)
+        colour = colour[:, near_i][..., near_j].permute(1, 0, 3, 2, 4)[..., None, None]
         image = image.filter(ImageFilter.GaussianBlur(0.2 * max(width, height) / max(w, h)))
-    strip = max(1, 16_000_000 // (width * (len(soft) + max(len(c) for c in among))))
-    for s in range(0, height, strip):
-        r, y = row[s : s + strip, None], 0
-        if image is not None:
-            own = torch.from_numpy(np.array(image.crop((0, s, width, s + len(r))))).permute(2, 0, 1) / 255
-        for dy, dx in product((-1, 0, 1), (-1, 0, 1)):
-            near_r, near_c = r.round() + dy, col.round() + dx
-            i, j = near_r.long().clamp(0, h - 1), near_c.long().clamp(0, w - 1)    # (rows, 1), (width,)
-            if image is None:                                                      # bilinear
-                weight = tent(r.clamp(0, h - 1) - near_r) * tent(col.clamp(0, w - 1) - near_c)
-            else:                                                                  # Gaussians: 0.5 pixels, 0.1 of the range
-                far = ((r - near_r) ** 2 + (col - near_c) ** 2) / 0.5 + ((own - colour[:, i, j]) ** 2).sum(0) / 0.02
-                weight = (-far).exp().clamp(min=1e-12)
-            wide = soft[:, i[0, 0] : i[-1, 0] + 1][:, :, j]                        # columns first: then rows are copied whole
-            y = y + wide[:, i[:, 0] - i[0, 0]] * weight                            # (N*C, rows, width)
-        for k, choice in enumerate(among):
-            like = y.view(len(x), -1, y[0].numel())[k].T @ codec.table[choice].T   # (rows * width, M): 1 for each bit alike
-            out[k, s : s + strip] = choice[like.argmax(1)].view(-1, width)
+
+    def weights(i, s, e):  # of the 3 x 3 network pixels at the rows s to e around network row i
+        far_i = row[s:e] - (i + step)[:, None]  # (3, rows)
+        if image is None:  # bilinear
+            return tent(far_i)[:, None, :, None] * tent(far_j)[:, None, :, None]  # (w, 3, 3, rows, wide)
+        # Gaussians: 0.5 pixels, 0.1 of the range
+        far = (far_i**2)[:, None, :, None] / 0.5 + (far_j**2)[:, None, :, None] / 0.5
+        own = torch.from_numpy(np.array(image.crop((0, s, width, e)))).permute(2, 0, 1) / 255
+        for mine, theirs in zip(own[..., place].transpose(1, 2)[:, :, None, None], colour[i]):
+            difference = mine - theirs
+            far.addcmul_(difference, difference, value=1 / 0.02)
+        return far.neg_().exp_().clamp_(min=1e-12)
+
+    out = torch.empty(len(x), height, width, dtype=torch.uint8 if codec.classes < 255 else torch.int16)
+    strip = max(1, STRIP // (width * (x.shape[1] + 24)))
+    for i in range(h):
+        soft = x[:, :, near_i[i]][..., near_j].permute(0, 3, 1, 2, 4).flatten(3)  # (N, w, C, 9)
+        here, around = cells[:, i], cells[:, near_i[i]][..., near_j]  # (N, w), (N, 3, w, 3)
+        border = (around != here[:, None, :, None]).any(3).any(1) | ~allowed.gather(1, here)
+        top, bottom = int(first_row[i]), int(first_row[i] + rows[i])
+        for s in range(top, bottom, strip):
+            e = min(s + strip, bottom)
+            weight = weights(i, s, e).flatten(3).flatten(1, 2)  # (w, 9, rows * wide)
+            for k, choice in enumerate(among):
+                j = border[k].nonzero()[:, 0]
+                y = soft[k, j] @ weight[j]  # (j, C, rows * wide)
+                cell = codec.decode(y[..., None])[..., 0]
+                # the code itself is the nearest of all, if this map has it
+                other = (~allowed[k])[cell].nonzero(as_tuple=True)
+                like = y.mT[other] @ codec.table[choice].T  # (..., M): 1 for each bit alike
+                cell[other] = choice[like.argmax(1)]
+                answer = here[k].to(out.dtype)[:, None, None].repeat(1, e - s, len(axis))  # (w, rows, wide)
+                answer[j] = cell.view(-1, *answer.shape[1:]).to(out.dtype)
+                out[k, s:e] = answer.transpose(0, 1).flatten(1)[:, kept]
     return out.view(*x_hat.shape[:-3], height, width)
+
+
+def nearest(fine, coarse):
+    """Where `fine` pixels lie among `coarse` ones, as interpolate sees it: (fine,) float32.
+
+    And for each coarse pixel the first of those that it is nearest to, and how many they are: (coarse,) each.
+    """
+    place = (torch.arange(fine) + 0.5) * coarse / fine - 0.5
+    count = place.round().long().bincount(minlength=coarse)
+    return place, count.cumsum(0) - count, count
 
 
 def tent(x):

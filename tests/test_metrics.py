@@ -46,6 +46,23 @@ def check(pred, true):
         assert (s["iou"][i].item(), s["hiou"][i].item()) == pytest.approx((iou, hiou), abs=1e-12)
 
 
+@pytest.mark.parametrize("factor,n", [(1, 7), (1000, 7), (2**58, 7), (1, 400)])  # few, sparse, huge, many ids
+def test_contingency_counts_every_pair(factor, n):
+    """A row for each id of its own map, in order, even if all its pixels are ignored; zeros behind them."""
+    rng = np.random.default_rng(n)
+    pred, true = rng.integers(-4, n, (3, 11, 13)) * factor, rng.integers(-4, n, (3, 11, 13)) * factor
+    true[rng.random(true.shape) < 0.3], true[2] = -1, -1
+    table = contingency(torch.from_numpy(pred), torch.from_numpy(true))
+    assert table.dtype == torch.float64
+    for i in range(3):
+        rows, columns = np.unique(pred[i]), np.unique(true[i][true[i] != -1])
+        want = torch.zeros(table.shape[1:], dtype=torch.float64)
+        for r, c in itertools.product(range(len(rows)), range(len(columns))):
+            want[r, c] = ((pred[i] == rows[r]) & (true[i] == columns[c])).sum()
+        mine = table[i][:, table[i].sum(0) > 0]
+        assert torch.equal(mine, want[:, : mine.shape[1]]) and mine.shape[1] == len(columns)
+
+
 @pytest.mark.parametrize("P,T", [(1, 1), (1, 5), (5, 1), (2, 2), (3, 5), (6, 3)])
 @pytest.mark.parametrize("H,W", [(1, 2), (6, 7), (11, 3)])                         # (1, 2): the fewest pixels with a pair
 def test_random_maps(P, T, H, W):
