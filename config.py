@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import names
+from data import names, parse_void
 from model import SIZES
 
 
@@ -18,7 +18,8 @@ class Config:
     # The defaults are the paper's. A preset (below) changes some, the command line has the last word: --lr 3e-4
 
     # what and where
-    dataset: str = "shapes"                      # shapes, coco, entity, ade20k, bsds500, or a folder with images/ and labels/;
+    dataset: str = "shapes"                      # shapes, coco, entity, ade20k, bsds500, or a folder: images/ and
+                                                 # labels/, LabelMe, VOC, Cityscapes, exports of Roboflow, CVAT ...;
                                                  # several: photos:3,streets:components:ignore,shapes (a number: its weight)
     compose: float = 0.0                         # share of training scenes pasted together from pieces of the images
     preset: str = ""                             # a row of PRESETS; "": tiny for shapes, paper for coco and entity, else small
@@ -37,7 +38,9 @@ class Config:
     image_size: int = 128                        # longer side, in pixels; cost grows with its square
     augment: bool = True                         # of real images; off only to see a model overfit
     unlabelled: str = "segment"                  # id 0: one segment (as in the paper), or ignore
+    void: str = ""                               # ids that are ignored, e.g. 255 (VOC, Cityscapes); several: 254,255
     components: bool = False                     # labels are classes: their connected parts become the segments
+    max_bad: float = 0.01                        # share of unusable images or label maps that is too much
     crop: float = 1.0                            # smallest share of the sides that random crops keep; 1: none
     jitter: float = 1.0                          # how often colours are changed, as a multiple of the paper's probabilities
     workers: int = 1                             # threads that read ahead; 0: none
@@ -94,13 +97,13 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
 }
 
 FREE = {"out", "root", "cache", "device", "kernels", "compile", "workers", "init", "export", "accumulate", "max_steps", "eval_every",
-        "eval_images", "log_every", "save_every", "keep_every"}                    # may change on resume
+        "eval_images", "log_every", "save_every", "keep_every", "max_bad"}  # may change on resume
 
 RANGES = dict.fromkeys(("batch_size", "accumulate", "max_steps", "image_size", "eval_every", "eval_images", "steps", "log_every",
                         "save_every"), (1, math.inf))
 RANGES |= dict.fromkeys(("keep_every", "workers", "warmup_steps", "decay_steps", "lr", "weight_decay", "grad_clip", "jitter", "guidance",
                          "smooth", "least", "merge"), (0, math.inf))
-RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition", "hints"), (0, 1))
+RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition", "hints", "max_bad"), (0, 1))
 RANGES |= {"seed": (0, 2**22 - 1), "crop": (0.01, 1), "ema": (0, 0.999999), "input_scale": (1e-6, math.inf), "bias": (-100, 100)}
 CHOICES = {"sampler": ("ddpm", "ddim"), "variance": ("large", "small")}
 
@@ -128,7 +131,8 @@ def parse(argv):
     if preset not in PRESETS:
         raise ValueError(f"preset '{preset}' is not one of {', '.join(PRESETS)}")
     c = Config(**{**PRESETS[preset], **given, "preset": preset})
-    c.out = c.out or f"out/{Path(sets[0]).name}{'-and-more' if len(sets) > 1 else ''}-{preset}"
+    parse_void(c.void)
+    c.out = c.out or f"out/{Path(sets[0]).resolve().name}{'-and-more' if len(sets) > 1 else ''}-{preset}"
     c.network = c.network or preset
     if c.network not in SIZES:
         raise ValueError(f"network '{c.network}' is not one of {', '.join(SIZES)}")

@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 import kernels
 import metrics
-from data import load, parse_parts
+from data import load, parse_parts, parse_void
 from engine import pick_device
 from pictures import examples, plot
 from scoring import clicks_curve, originals, run
@@ -147,6 +147,8 @@ def arguments(argv):
     p.add_argument("--split", default="val")
     p.add_argument("--components", action="store_true", help="label maps hold classes, whose connected parts are the segments")
     p.add_argument("--unlabelled", default="segment", choices=["segment", "ignore"], help="what id 0 is, as in training")
+    p.add_argument("--void", default="", help="ids that are ignored, as in training, e.g. 255 or 254,255")
+    p.add_argument("--max_bad", "--max-bad", type=float, default=0.01, help="share of unusable items that is too much")
     p.add_argument("--size", type=int, help="longer side to score at: of a baseline (128), of a network besides its own")
     p.add_argument("--limit", type=int, default=256, help="at most so many images")
     p.add_argument("--root", default="data")
@@ -191,6 +193,7 @@ def main(argv=None):
         if more:
             raise ValueError(f"--dataset names {1 + len(more)} data sets: one at a time is evaluated")
         a.components, a.unlabelled = a.components or own["components"], own["unlabelled"] or a.unlabelled
+        a.void = own["void"] or parse_void(a.void)
         rank, local = int(os.environ.get("RANK", 0)), os.environ.get("LOCAL_RANK", "0")
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():               # torchrun: the processes share the images
             dist.init_process_group("gloo")
@@ -208,16 +211,17 @@ def main(argv=None):
             model.net.load_state_dict(content["net"])
 
         def at_size(size, detail=1):
-            return load(a.dataset, a.split, size, a.root, a.cache, unlabelled=a.unlabelled, components=a.components, detail=detail)
+            return load(a.dataset, a.split, size, a.root, a.cache, unlabelled=a.unlabelled,
+                        components=a.components, detail=detail, void=",".join(map(str, a.void)), max_bad=a.max_bad)
 
         data = at_size(model.image_size if model else a.size or 128)
         larger = at_size(a.size) if model and a.size else None
         if larger and not np.array_equal(getattr(larger, "items", None), getattr(data, "items", None)):
             raise ValueError(f"{a.dataset}: other images have labelled pixels at {a.size} pixels than at {model.image_size}: leave out --size")
         fine = at_size(model.image_size * model.detail, model.detail) if model and model.detail > 1 else None
-        files = originals(a.dataset, a.split, a.root)
+        files = originals(a.dataset, a.split, a.root, a.void)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
-        out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).name}-{a.split}")
+        out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}")
         if not a.clicks:
             ours(out)
             out.mkdir(parents=True, exist_ok=True)

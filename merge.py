@@ -132,7 +132,8 @@ def main(argv=None):
         sets = parse_parts(a.dataset)
         if "shapes" in (name for name, _, _ in sets):
             raise ValueError("shapes have no files: name data sets of images, see train.py")
-        sets = [(find(name, "train", a.root)[1]()[: a.limit], weight, {**own, "unlabelled": own["unlabelled"] or a.unlabelled})
+        sets = [(find(name, "train", a.root, void=own.pop("void"))[1]()[: a.limit], weight,
+                 {**own, "unlabelled": own["unlabelled"] or a.unlabelled})
                 for name, weight, own in sets]
         net, part = run(model, sets, a), Path(f"{a.out}.part")
         with open(part, "wb") as f:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 import metrics
 from data import find, normalise
 from diffusion import fused, hint_channels, network_input, sample
-from formats import fitted, read_image
+from formats import fitted, read_image, read_labels
 from packing import connected
 from pictures import subsample
 from segment import hint_map, own_size, segment
@@ -78,14 +78,14 @@ def draw(model, images, sizes, seeds, batch, setting, sharp=None):
     return x_hat, torch.cat(outs)
 
 
-def originals(name, split, root):
+def originals(name, split, root, void=()):
     """The listing of a data set of files, which Packed.items are numbers in; of shapes, which has none, []."""
-    return [] if name == "shapes" else find(name, split, root)[1]()
+    return [] if name == "shapes" else find(name, split, root, void=void)[1]()
 
 
 def own_maps(item, unlabelled, components=False):
     """All label maps of one image at its own size: (annotators, H, W) int64, -1 = ignore."""
-    maps = torch.from_numpy(np.stack([connected(v) if components else v for v in item.read(item)])).long()
+    maps = torch.from_numpy(np.stack([connected(v) if components else v for v in read_labels(item)])).long()
     return maps.masked_fill(maps == 0, -1) if unlabelled == "ignore" else maps
 
 

@@ -11,7 +11,7 @@ without waiting between them. What it is not: it writes no files (sample.py) and
 
 import sys
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
 
@@ -70,14 +70,29 @@ def load_checkpoint(path, device="cpu"):
     c = read_checkpoint(path, device)
     if lacks := {"network", "ema", "codec", "diffusion", "image_size", "sampling", "dataset", "step"} - c.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it is no checkpoint of train.py")
-    net = UNet(**c["network"])
     try:
+        whole, real = ("image_size", "step", "steps", "least", "seed"), ("guidance", "smooth", "merge")
+        numbers = {f.name: f.type for f in fields(Diffusion) if f.type is float}
+        numbers |= dict.fromkeys(whole, int) | dict.fromkeys(real, float)
+        for part in (c, c["codec"], c["diffusion"], c["sampling"], c.get("tidy", {})):
+            for key in numbers.keys() & part.keys():
+                value, kind = part[key], (int, numbers[key])
+                if isinstance(value, bool) or not isinstance(value, kind) or not abs(value) < 2**63:   # nor nan
+                    raise ValueError(f"{key} is {value!r}")
+        if c["image_size"] < 1 or c["sampling"]["steps"] < 1:
+            raise ValueError(f"image_size is {c['image_size']}, steps {c['sampling']['steps']}")
+        net, codec = UNet(**c["network"]), Codec(**c["codec"])
+        if c["network"]["out_channels"] != codec.channels:
+            raise ValueError(f"its network has {c['network']['out_channels']} channels, not {codec.channels}")
         net.load_state_dict(c["ema"])
-    except RuntimeError as e:
-        raise ValueError(f"{path}: its weights do not fit its network ({str(e).splitlines()[-1].strip()})") from None
-    net = net.to(device).eval().requires_grad_(False)
-    return Model(net, Codec(**c["codec"]), Diffusion(**c["diffusion"]), c["image_size"], {"smooth": 0.0, **c["sampling"]},
-                 c["dataset"], c["step"], {"least": 0, "merge": 0.0, **c.get("tidy", {})})
+        net = net.to(device).eval().requires_grad_(False)
+        return Model(net, codec, Diffusion(**c["diffusion"]), c["image_size"],
+                     {"smooth": 0.0, **c["sampling"]}, c["dataset"], c["step"],
+                     {"least": 0, "merge": 0.0, **c.get("tidy", {})})
+    except Exception as e:  # of whatever kind, for whatever lies in it
+        known = {ValueError: str(e), RuntimeError: "its weights do not fit its network"}
+        why = known.get(type(e), "entries of a wrong kind")
+        raise ValueError(f"{path}: no checkpoint that this version can use: {why}") from None
 
 
 def set_tidy(model, least, merge):

@@ -235,7 +235,8 @@ def prepare(c):
         net.load_state_dict(widened(source["ema"], net.state_dict()))
         added = network["in_channels"] - source["network"]["in_channels"]
         origin = f"from the weights of {c.init}" + f", {added} more input channels at zero" * (added > 0)
-    common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled, components=c.components)
+    common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled, components=c.components,
+                  max_bad=c.max_bad, void=c.void)
     train_data = datasets.load(c.dataset, "train", datasets.packed_side(c.image_size, c.crop, net.detail), compose=c.compose, **common)
     val_data = datasets.load(c.dataset, "val", c.image_size, **common)
     val_fine = val_data if net.detail == 1 else datasets.load(c.dataset, "val", c.image_size * net.detail, detail=net.detail, **common)
@@ -248,8 +249,10 @@ def prepare(c):
         if lacks:
             raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it was made by --export or another version; start from "
                              f"its weights with --init, into another --out")
-        differ = differences({"hints": 0.0, **resumed["config"]}, vars(c), FREE)   # hints are newer than some checkpoints
-        if differ := differ + differences(resumed["network"], network, {"dropout"}):
+        old = {"void": "", "hints": 0.0, **resumed["config"]}  # versions before had none
+        if datasets.same(old["dataset"], c.dataset, resumed.get("contents"), train_data):
+            old["dataset"] = c.dataset
+        if differ := differences(old, vars(c), FREE) + differences(resumed["network"], network, {"dropout"}):
             raise ValueError(f"{path} was made with other options ({'; '.join(differ)}): use the same, or another --out")
     else:
         ours(out)
@@ -298,7 +301,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin
     def content():
         return dict(
             step=step, best=best, validated=validated, config=vars(c), dataset=c.dataset, image_size=c.image_size,
-            network=network,
+            network=network, contents=datasets.contents(train_data),
             codec=dict(encoding=c.encoding, bits=c.bits, palette=c.palette, seed=c.seed, activation=c.activation),
             diffusion=dataclasses.asdict(diffusion),
             sampling=dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance, smooth=c.smooth),
