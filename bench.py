@@ -65,6 +65,16 @@ def machine(device):
                 threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d %H:%M"))
 
 
+def usable(name):
+    """The device of that name. Raises ValueError where it, or what the kernels need on it, is not there."""
+    device = pick_device(name)
+    try:
+        kernels.live(device)
+    except RuntimeError as e:
+        raise ValueError(e) from None
+    return device
+
+
 def timed(f, device):
     """Milliseconds a call: median, 20th and 80th percentile. On CUDA with a cold L2 cache."""
     f()
@@ -176,7 +186,7 @@ def kernel_cases(B, dtype, device):
 
 
 def bench_kernels(args):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable("cuda" if torch.cuda.is_available() else "cpu").type
     if device == "cpu":
         print("no CUDA here: these are the kernels' PyTorch twins on the CPU, at batch 2, against plain PyTorch")
     batches, dtypes = (args.batch, [getattr(torch, d) for d in args.dtype]) if device == "cuda" else ([2], [torch.float32])
@@ -225,7 +235,7 @@ def write_scenes(root, n=16, width=640, height=480):
 def bench_data(args):
     """Each stage between the files and x0, and all that a training step needs together; the last line is JSON."""
     torch.set_num_threads(args.threads)
-    device, codec, B = pick_device(args.device), bits.Codec(bits=BITS), args.batch
+    device, codec, B = usable(args.device), bits.Codec(bits=BITS), args.batch
 
     def clocks():
         if device.type == "cuda":
@@ -505,7 +515,7 @@ def bench_sample(args):
 
 def bench_photos(args):
     """What sample.py does with photos of 640 x 480, but for reading and writing files: to soft bits, and to label maps."""
-    device = pick_device(args.device)
+    device = usable(args.device)
     model = load_checkpoint(args.ckpt, device)
     photos = [Image.fromarray(scenes.Shapes("val", 640).get([i])[0][0, :480].numpy()) for i in range(min(max(args.images), 8))]
     options = dict(steps=args.steps) if args.steps else {}
