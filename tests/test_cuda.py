@@ -23,6 +23,7 @@ import train
 from checkpoint import read
 from engine import NoGraph, Step, as_cuda_graph
 from scenes import Shapes
+from segment import load_checkpoint
 
 ROOT = Path(train.__file__).parent
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -68,6 +69,40 @@ def test_compiled_with_a_graph_learns_as_eager_without(tmp_path):
     assert run(tmp_path / "eager", "--graph", "off", "--precision", "fp32") == 0
     assert train.main([*QUICK, "--precision", "fp32", "--compile", "on", "--graph", "on", "--out", str(tmp_path / "fast")]) == 0
     close(weights(tmp_path / "eager"), weights(tmp_path / "fast"), atol=2e-3)
+
+
+def test_a_step_that_cannot_be_captured_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
+    real_loss = train.kernels.loss
+
+    def waiting(out, *rest, **more):
+        float(out.detach().sum())
+        return real_loss(out, *rest, **more)
+
+    monkeypatch.setattr(train.kernels, "loss", waiting)
+    assert run(tmp_path / "run", "--graph", "on") == 2
+    err = capsys.readouterr().err
+    assert "no CUDA graph of a step" in err and "use --graph off" in err and "Traceback" not in err
+    assert run(tmp_path / "run", "--graph", "off") == 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns_through_the_kernels(tmp_path, precision):
+    assert run(tmp_path / "run", "--precision", precision, "--kernels", "triton") == 0
+    assert all(v.isfinite().all() for v in weights(tmp_path / "run").values())
+
+
+def test_the_same_noise_gives_the_same_answer_on_both_devices(tmp_path, monkeypatch):
+    """sample() on CUDA through the kernels against their twins on the CPU, in float32."""
+    assert run(tmp_path / "run", "--device", "cpu") == 0
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    answers = []
+    for device in "cpu", "cuda":
+        model = load_checkpoint(tmp_path / "run" / "ckpt.pt", device)
+        image, inside = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.ones(2, 16, 16, dtype=torch.bool)
+        answers.append(diffusion.sample(
+            model.net, image.to(device), inside.to(device), model.codec.channels, [3, 4], model.diffusion, model.codec.activate, steps=4,
+            fused=dict(activation=model.codec.activation, codes=None)).cpu())
+    torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-3)
 
 
 def test_capture_while_another_thread_pins_memory():
