@@ -5,6 +5,8 @@
     python bench.py train --preset tiny          # images a second, and where a step's time goes
     python bench.py train --preset paper --batch 2
     python bench.py sample --preset tiny         # images x samples a second, latency of one image
+    python bench.py photos                       # what sample.py does with photos and the weights in the box
+    python bench.py gpu --out DIR                # all of it, and the CUDA tests, in nine minutes, into files
 
 kernels: without CUDA it says so and measures the kernels' PyTorch twins on a small batch: a check that everything runs, no
 figure of merit. train, sample: weights are random, for speed does not depend on them; all variants are timed in turn, round
@@ -15,13 +17,19 @@ after round, so that whatever else the machine does meets all of them; figures a
 import argparse
 import contextlib
 import copy
+import itertools
 import json
+import math
 import os
 import platform
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +46,8 @@ import metrics
 import scenes
 import train
 from diffusion import fused, sample
-from engine import Step, pick_device, update_ema
+from engine import Step, layout, pick_device, update_ema
+from segment import SHIPPED, denoise, load_checkpoint, summarise
 
 BITS, SIZE = 6, 128
 MIN_SECONDS = 0.2                                # of measuring, for each figure on a CPU
@@ -54,6 +63,16 @@ def machine(device):
     return dict(gpu=gpu, cpu=platform.processor() or platform.machine(), cores=os.cpu_count(), torch=torch.__version__,
                 triton=getattr(kernels.triton, "__version__", None), cuda=torch.version.cuda, python=platform.python_version(),
                 threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d %H:%M"))
+
+
+def usable(name):
+    """The device of that name. Raises ValueError where it, or what the kernels need on it, is not there."""
+    device = pick_device(name)
+    try:
+        kernels.live(device)
+    except RuntimeError as e:
+        raise ValueError(e) from None
+    return device
 
 
 def timed(f, device):
@@ -167,10 +186,10 @@ def kernel_cases(B, dtype, device):
 
 
 def bench_kernels(args):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable("cuda" if torch.cuda.is_available() else "cpu").type
     if device == "cpu":
         print("no CUDA here: these are the kernels' PyTorch twins on the CPU, at batch 2, against plain PyTorch")
-    batches, dtypes = (args.batch, (torch.bfloat16, torch.float32)) if device == "cuda" else ([2], (torch.float32,))
+    batches, dtypes = (args.batch, [getattr(torch, d) for d in args.dtype]) if device == "cuda" else ([2], [torch.float32])
     about, ceiling, rows = machine(device), copy_gb_s(device), []
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"a plain copy moves {ceiling:.0f} GB/s; {SIZE} x {SIZE}, {BITS} bits; ms: median (p20 to p80); MiB: peak beyond the inputs")
@@ -216,7 +235,7 @@ def write_scenes(root, n=16, width=640, height=480):
 def bench_data(args):
     """Each stage between the files and x0, and all that a training step needs together; the last line is JSON."""
     torch.set_num_threads(args.threads)
-    device, codec, B = pick_device(args.device), bits.Codec(bits=BITS), args.batch
+    device, codec, B = usable(args.device), bits.Codec(bits=BITS), args.batch
 
     def clocks():
         if device.type == "cuda":
@@ -287,9 +306,9 @@ def bench_data(args):
 PARTS = ("data", "forward", "backward", "optimizer")
 
 
-def setting(args):
-    """What train.py would use: configuration, device, dtype and reason, codec, diffusion, network."""
-    argv = ["--preset", args.preset, "--device", args.device, "--precision", args.precision, "--compile", args.compile]
+def setting(args, *more):
+    """What train.py would use: configuration, device, dtype and reason, codec, diffusion, network. more: options."""
+    argv = ["--preset", args.preset, "--device", args.device, "--precision", args.precision, "--compile", args.compile, *more]
     argv += ["--crop", "1"]                                                       # scenes are not cropped
     c = config.parse(argv + (["--batch_size", str(args.batch)] if args.batch else []))
     c.accumulate = 1
@@ -328,71 +347,137 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
+@dataclass
+class Variant:
+    """A way to train, and what was measured of it."""
+
+    dtype: torch.dtype | None                    # of autocast
+    memory: torch.memory_format
+    fast: dict | None = None                     # of the kernels (`fused`); None: plain PyTorch
+    fused: bool = True                           # the optimizer
+    compiled: bool = False
+    graph: bool = False
+    times: list = field(default_factory=list)    # of whole steps
+    parts: list = field(default_factory=list)    # of PARTS, waiting after each
+    warm_up: float = 0.0
+    memory_gb: float | None = None               # peak
+    failed: str = ""                             # why
+    step: Step | None = None
+    ema: torch.nn.Module | None = None
+    coming: Iterator | None = None               # batches
+
+    def start(self, net, c, diffusion, codec, shapes):
+        """Make what it needs, warm up, compile, make the graph."""
+        device, began = next(net.parameters()).device, time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        net = copy.deepcopy(net).to(memory_format=self.memory)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=self.fused,
+                                      capturable=self.fused and device.type == "cuda")
+        loss = train.loss_of(diffusion, codec, self.dtype, self.fast)
+        self.step = Step(net, loss, optimizer, self.dtype, 1, c.grad_clip, self.compiled, self.graph)
+        self.ema = copy.deepcopy(net)
+        self.coming = train.batches(shapes, 0, c, codec, diffusion, device, 0, 1, self.fast)
+        for _ in range(5 if device.type == "cuda" else 2):
+            self.step(next(self.coming), c.lr)
+        self.warm_up = time.perf_counter() - began
+
+    def measure(self, c, device, kind):
+        """A step with a wait after each part, and a step as training makes it."""
+        step, marks = self.step, [clock(device, kind)]
+        batch = next(self.coming)
+        marks.append(clock(device, kind))
+        with step.autocast():
+            value = step.loss(step.fast, batch)
+        marks.append(clock(device, kind))
+        step.scaler.scale(value).backward()
+        marks.append(clock(device, kind))
+        step.finish()
+        update_ema(self.ema, step.net, len(self.times), c.ema)
+        marks.append(clock(device, kind))
+        self.parts.append([b - a for a, b in zip(marks, marks[1:])])
+        batch, start = next(self.coming), clock(device, kind)
+        step(batch, c.lr)
+        update_ema(self.ema, step.net, len(self.times), c.ema)
+        self.times.append(clock(device, kind) - start)
+        self.memory_gb = peak_memory(device)
+
+    def stop(self):
+        """Give the memory back."""
+        if self.coming:
+            self.coming.close()
+        self.step = self.ema = self.coming = None
+
+
+def training_variants(dtype, device, fast, compiled, graph):
+    """name -> Variant, from plain PyTorch to what train.py does; each adds something to the one before."""
+    low, last = dtype or torch.bfloat16, torch.channels_last
+    name = f"{str(low)[6:]} NHWC"
+    found = {"plain float32 NCHW": Variant(None, torch.contiguous_format, fused=False), f"plain {name}": Variant(low, last)}
+    if fast:
+        found[f"kernels {name}"] = Variant(low, last, fast)
+    if compiled and graph:
+        found["compiled, no graph"] = Variant(dtype, layout(device), fast, True, True)
+    found["train.py"] = Variant(dtype, layout(device), fast, True, compiled, graph)
+    return found
+
+
+def run_variants(variants, rounds, start, measure):
+    """Time Variants side by side: what the machine does besides meets all of them. One that fails leaves the others."""
+    for i in range(rounds + 1):
+        for v in variants:
+            try:
+                if not v.failed:
+                    measure(v) if i else start(v)
+            except RuntimeError as e:                                              # out of memory, or no CUDA graph
+                v.failed = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
+                v.stop()
+
+
 def bench_train(args):
-    c, device, dtype, why, codec, diffusion, network, net = setting(args)
+    c, device, dtype, why, codec, diffusion, network, net = setting(args, "--graph", args.graph)
     shapes = data.load("shapes", "train", c.image_size * net.detail, seed=c.seed)
-    compiled = c.compile == "on" or c.compile == "auto" and device.type == "cuda"
-    loss = train.loss_of(diffusion, codec, device, dtype)
+    compiled, graph = train.switches(c, device, dtype, 1)
+    variants = training_variants(dtype, device, fused(codec, device), compiled, graph)
+    if fused(codec, device):
+        kernels.normal(torch.zeros(1, dtype=torch.int64, device=device), 2, 1, 1)  # says what is live before the table begins
 
-    def variant(net, dtype, compiled, fused):
-        net = copy.deepcopy(net)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=fused,
-                                      capturable=fused and device.type == "cuda")
-        return Step(net, loss, optimizer, dtype, 1, c.grad_clip, compiled, graph=compiled), copy.deepcopy(net)
-
-    low = dtype or torch.bfloat16
-    nchw, nhwc = (copy.deepcopy(net).to(memory_format=f) for f in (torch.contiguous_format, torch.channels_last))
-    variants = {"plain fp32 NCHW": variant(nchw, None, False, False),
-                f"eager {str(low)[6:]} NHWC": variant(nhwc, low, False, True),
-                "train.py": variant(net, dtype, compiled, True)}
-    coming = train.batches(shapes, 0, c, codec, diffusion, device, 0, 1)
-    times, parts, warm = {k: [] for k in variants}, {k: [] for k in variants}, {}
-    for name, (step, ema) in variants.items():                                     # compile, choose kernels, make the graph
-        start = time.perf_counter()
-        for _ in range(5 if compiled and device.type == "cuda" else 2):
-            step(next(coming), c.lr)
-        warm[name] = time.perf_counter() - start
-    for i in range(args.rounds):
-        for name, (step, ema) in variants.items():
-            marks = [clock(device, args.clock)]
-            batch = next(coming)
-            marks.append(clock(device, args.clock))
-            with step.autocast():
-                value = step.loss(step.fast, batch)
-            marks.append(clock(device, args.clock))
-            step.scaler.scale(value).backward()
-            marks.append(clock(device, args.clock))
-            step.finish()
-            update_ema(ema, step.net, i, c.ema)
-            marks.append(clock(device, args.clock))
-            parts[name].append([b - a for a, b in zip(marks, marks[1:])])
-            batch, start = next(coming), clock(device, args.clock)                     # as in training: no wait within
-            step(batch, c.lr)
-            update_ema(ema, step.net, i, c.ema)
-            times[name].append(clock(device, args.clock) - start)
-    coming.close()
-
+    batch = next(train.batches(shapes, 0, c, codec, diffusion, device, 0, 1, None))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        loss(net, batch)
-    flop, rate = 3 * counter.get_total_flops(), matrix_rate(device, torch.bfloat16, args.clock)
-    print(f"{args.preset}: batch {c.batch_size} of {c.image_size} x {c.image_size}, {flop / c.batch_size / 1e9:.1f} GFLOP an image "
-          f"and step, on {where(device)};\nbf16 matrix rate {rate / 1e12:.2f} TFLOP/s; train.py: {str(dtype or torch.float32)[6:]} "
-          f"({why}), {'compiled' if compiled else 'not compiled'}; medians of {args.rounds} rounds, {args.clock} clock\n")
-    print(f"{'':20}{'images/s':>9}{'speed':>7}{'step ms':>9}" + "".join(f"{p:>11}" for p in PARTS)
-          + f"{'GFLOP/s':>10}{'of rate':>9}{'warm-up s':>11}")
-    rows, slow = {}, statistics.median(times["plain fp32 NCHW"])
-    for name in variants:
-        t, each = statistics.median(times[name]), [1e3 * statistics.median(p) for p in zip(*parts[name])]
-        rows[name] = dict(images_per_second=c.batch_size / t, speed=slow / t, step_ms=1e3 * t, **dict(zip(PARTS, each)),
-                          flops=flop / t, share_of_rate=flop / t / rate, warm_up_s=warm[name])
-        print(f"{name:20}{c.batch_size / t:9.1f}{slow / t:6.2f}x{1e3 * t:9.1f}" + "".join(f"{v:11.1f}" for v in each)
-              + f"{flop / t / 1e9:10.1f}{flop / t / rate:9.1%}{warm[name]:11.1f}")
-    memory = peak_memory(device)
-    print(f"\npeak memory {memory:.2f} GB" if memory else "")
-    print(json.dumps(dict(bench="train", preset=args.preset, batch=c.batch_size, device=where(device),
-                          torch=torch.__version__, clock=args.clock, gflop_per_image=flop / c.batch_size / 1e9,
-                          matrix_rate=rate, peak_memory_gb=memory, variants=rows,
-                          images_per_second=rows["train.py"]["images_per_second"])))
+        train.loss_of(diffusion, codec, None, None)(net, {k: v[:1] for k, v in batch.items()})
+    gflop, rate = 3 * counter.get_total_flops() / 1e9, matrix_rate(device, torch.bfloat16, args.clock)
+    del batch
+    print(f"{args.preset}: batch {c.batch_size} of {c.image_size} x {c.image_size}, {gflop:.1f} GFLOP an image and step, on "
+          f"{where(device)};\nbf16 matrix rate {rate / 1e12:.2f} TFLOP/s; train.py: {str(dtype or torch.float32)[6:]} ({why}), "
+          f"{'compiled' if compiled else 'not compiled'}, {'one CUDA graph' if graph else 'no CUDA graph'}; medians of {args.rounds} "
+          f"rounds, {args.clock} clock\n")
+    print(f"| {'':24}| images/s | speed | step ms |" + "".join(f" {p:>9} |" for p in PARTS) + " GFLOP/s | of rate | warm-up s | GB    |")
+    print("|" + "-" * 25 + "|----------|-------|---------|" + "-----------|" * len(PARTS) + "---------|---------|-----------|-------|")
+    rows, slow, names = {}, None, list(variants)
+    # On CUDA one after the other: each has the memory to itself, and a row is out as soon as it is known.
+    for group in [[name] for name in names] if device.type == "cuda" else [names]:
+        run_variants([variants[name] for name in group], args.rounds, lambda v: v.start(net, c, diffusion, codec, shapes),
+                     lambda v: v.measure(c, device, args.clock))
+        for name in group:
+            v = variants[name]
+            v.stop()
+            if v.failed:
+                rows[name] = dict(failed=v.failed)
+                print(f"| {name:24}| {v.failed} |" + " |" * (len(PARTS) + 6), flush=True)
+                continue
+            t, each = statistics.median(v.times), [1e3 * statistics.median(p) for p in zip(*v.parts)]
+            slow, speed = slow or t, c.batch_size / t
+            rows[name] = dict(images_per_second=speed, speed=slow / t, step_ms=1e3 * t, **dict(zip(PARTS, each)),
+                              flops=1e9 * gflop * speed, share_of_rate=1e9 * gflop * speed / rate, warm_up_s=v.warm_up,
+                              memory_gb=v.memory_gb)
+            print(f"| {name:24}| {speed:8.1f} | {slow / t:4.2f}x | {1e3 * t:7.1f} |" + "".join(f" {p:9.1f} |" for p in each)
+                  + f" {gflop * speed:7.0f} | {1e9 * gflop * speed / rate:7.1%} | {v.warm_up:9.1f} | {v.memory_gb or math.nan:5.1f} |", flush=True)
+    print()
+    print(json.dumps(dict(bench="train", preset=args.preset, batch=c.batch_size, device=where(device), torch=torch.__version__,
+                          clock=args.clock, gflop_per_image=gflop, matrix_rate=rate, peak_memory_gb=peak_memory(device),
+                          variants=rows, images_per_second=rows["train.py"].get("images_per_second"))))
+    return 2 if all(v.failed for v in variants.values()) else 0
 
 
 def bench_sample(args):
@@ -416,14 +501,120 @@ def bench_sample(args):
     print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, smooth {c.smooth:g}, "
           f"{str(dtype or torch.float32)[6:]} ({why}), on {where(device)}; medians of {args.rounds} rounds, {args.clock} clock\n")
     rows = {}
+    print(f"| {'':25}| ms      | samples/s |\n|{'-' * 26}|---------|-----------|")
     for name, job in jobs.items():
         t = statistics.median(times[name])
         rows[name] = dict(seconds=t, samples_per_second=len(job) / t)
-        print(f"{name:24}{1e3 * t:10.0f} ms{len(job) / t:10.2f} samples/s")
+        print(f"| {name:25}| {1e3 * t:<8.0f}| {len(job) / t:<10.2f}|")
+    print()
     print(json.dumps(dict(bench="sample", preset=args.preset, device=where(device), torch=torch.__version__, clock=args.clock,
                           steps=args.steps, guidance=c.guidance, variants=rows, peak_memory_gb=peak_memory(device),
                           samples_per_second=rows[f"{args.images} images x {n} samples"]["samples_per_second"],
                           latency_s=rows["one image, one sample"]["seconds"])))
+
+
+def bench_photos(args):
+    """What sample.py does with photos of 640 x 480, but for reading and writing files: to soft bits, and to label maps."""
+    device = usable(args.device)
+    model = load_checkpoint(args.ckpt, device)
+    photos = [Image.fromarray(scenes.Shapes("val", 640).get([i])[0][0, :480].numpy()) for i in range(min(max(args.images), 8))]
+    options = dict(steps=args.steps) if args.steps else {}
+    stages = {"soft bits": lambda job, photo: None, "label maps": lambda job, photo: summarise(job, photo, model.codec)}
+    print(f"{Path(args.ckpt).name}: {model.image_size} pixels, {args.n} samples a photo, {args.steps or model.sampling['steps']} steps, on "
+          f"{where(device)}; medians of {args.rounds} rounds after one, {args.clock} clock\n")
+    print(f"| {'photos':<7}| {'up to':<11}| seconds | photos/s | samples/s |\n|--------|------------|---------|----------|-----------|")
+    rows = []
+    for count, (stage, finish) in itertools.product(args.images, stages.items()):
+        given, times = [photos[i % len(photos)] for i in range(count)], []
+        for _ in range(args.rounds + 1):
+            start = clock(device, args.clock)
+            for job, photo in zip(denoise(given, model, args.n, **options), given):
+                finish(job, photo)
+            times.append(clock(device, args.clock) - start)
+        t = statistics.median(times[1:])
+        rows.append(dict(photos=count, stage=stage, seconds=t, photos_per_second=count / t, samples_per_second=count * args.n / t))
+        print(f"| {count:<7}| {stage:<11}| {t:<8.3f}| {count / t:<9.2f}| {count * args.n / t:<10.2f}|", flush=True)
+    print()
+    print(json.dumps(dict(bench="photos", checkpoint=Path(args.ckpt).name, device=where(device), torch=torch.__version__, clock=args.clock,
+                          n=args.n, rows=rows, peak_memory_gb=peak_memory(device))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gpu: the first hour with a GPU, in one command
+
+
+def gpu_parts(small):
+    """[(name, share of the time, command)] in order; small: the same on a CPU, in little."""
+    python, bench = [sys.executable], [sys.executable, Path(__file__).name]
+    if small:
+        files, kernel, options = ["cuda"], [], "--preset tiny --device cpu --precision bf16 --batch 2 --rounds 1"
+        training = {"train": options}
+        photos, reading = "--device cpu --n 1 --images 1 --steps 1 --rounds 1", "--device cpu --batch 2 --seconds 0.05"
+    else:
+        files, kernel = ["cuda", "kernels", "kernels_door", "kernels_maps", "kernels_noise", "fused"], "--batch 8 256 --dtype bfloat16".split()
+        training = {f"train-{n}": f"--preset paper --batch {n} --rounds 5" for n in (8, 64, 256)}
+        photos, reading = "--images 1 64", "--batch 64 --workers 1 --seconds 1"
+    tests = [*python, *"-m pytest -v --tb short -p no:cacheprovider".split(), *(f"tests/test_{name}.py" for name in files)]
+    return [("tests", 90, tests), ("kernels", 80, [*bench, "kernels", *kernel]),
+            *((name, 95, [*bench, "train", *options.split()]) for name, options in training.items()),
+            ("photos", 45, [*bench, "photos", *photos.split()]), ("data", 30, [*bench, "data", *reading.split()])]
+
+
+def bench_gpu(args):
+    """Each part is a process with a limit of its own; whatever it comes to, the next one starts."""
+    out = Path(args.out)
+    if not (args.small or torch.cuda.is_available()):
+        raise ValueError("gpu measures a CUDA device, and there is none: --small tries every part on the CPU")
+    if out.exists() and any(out.iterdir()) and not (out / "gpu.json").exists():
+        raise ValueError(f"{out} holds other files: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    parts, results = gpu_parts(args.small), {}
+    whole = sum(share for _, share, _ in parts)
+    for name, share, command in parts:
+        start, limit = time.perf_counter(), 60 * args.minutes * share / whole
+        print(f"{name}: at most {limit:.0f} s ...", end=" ", flush=True)
+        ended = run_part(command, out / f"{name}.txt", limit)
+        results[name] = dict(command=" ".join(["python", *command[1:]]), ended=ended, seconds=round(time.perf_counter() - start, 1))
+        text = (out / f"{name}.txt").read_text(errors="replace")
+        try:
+            results[name]["result"] = json.loads(text.strip().splitlines()[-1])
+        except (ValueError, IndexError):                                           # it came to no last line, or has none
+            pass
+        print(f"{ended} after {results[name]['seconds']} s", flush=True)
+        report = dict(bench="gpu", machine=machine("cpu" if args.small else "cuda"), small=args.small, parts=results)
+        for path, content in ((out / "gpu.json", json.dumps(report)), (out / "gpu.md", as_markdown(out, report))):
+            path.with_suffix(".part").write_text(content + "\n")
+            os.replace(path.with_suffix(".part"), path)
+    print(f"{out}/gpu.md has the tables, {out}/gpu.json all figures")
+    return 0 if all(part["ended"] == "done" for part in results.values()) else 1
+
+
+def run_part(command, path, limit):
+    """Run a command in this folder for at most `limit` seconds, output and errors to path and path.err. -> how it ended."""
+    with open(path, "w") as out, open(path.with_suffix(".err"), "w") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, cwd=Path(__file__).parent,
+                                   env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=os.name == "posix")
+        try:
+            status = process.wait(limit)
+            return "done" if status == 0 else f"failed with status {status}"
+        except subprocess.TimeoutExpired:
+            return "stopped at its limit"
+        finally:
+            if process.poll() is None:                                             # its compiler's processes, too
+                os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+                process.wait()
+
+
+def as_markdown(out, report):
+    """Every part's own words: its tables, or the end of what it said where it failed."""
+    lines = ["# bench.py gpu", "", ", ".join(f"{key} {value}" for key, value in report["machine"].items())]
+    for name, part in report["parts"].items():
+        said, err = ((out / f"{name}.{end}").read_text(errors="replace").strip().splitlines() for end in ("txt", "err"))
+        said = said[:-1] if "result" in part else said
+        if name == "tests" or part["ended"] != "done":
+            said = [*(line for line in said if line.startswith("|")), "", "```", *said[-40:], *err[-20:], "```"]
+        lines += ["", f"## {name}", "", f"`{part['command']}`: {part['ended']}, {part['seconds']} s", "", *said]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,6 +625,7 @@ def main(argv=None):
     what = p.add_subparsers(dest="what", required=True)
     k = what.add_parser("kernels", help="every fused kernel against PyTorch")
     k.add_argument("--batch", type=int, nargs="+", default=[8, 64, 256], help="batch sizes, on CUDA")
+    k.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"], help="on CUDA")
     k.set_defaults(run=bench_kernels)
     d = what.add_parser("data", help="reading, augmentation, palette")
     d.add_argument("--dataset", default="", help="as in train.py (default: synthetic scenes, made for this)")
@@ -447,6 +639,7 @@ def main(argv=None):
     t = what.add_parser("train", help="a training step")
     t.add_argument("--batch", type=int, help="(default: the preset's)")
     t.add_argument("--rounds", type=int, default=9)
+    t.add_argument("--graph", default="auto")
     t.set_defaults(run=bench_train)
     s = what.add_parser("sample", help="sampling")
     s.add_argument("--n", type=int, default=8, help="samples of an image")
@@ -454,6 +647,20 @@ def main(argv=None):
     s.add_argument("--steps", type=int, default=8)
     s.add_argument("--rounds", type=int, default=3)
     s.set_defaults(run=bench_sample, batch=None)
+    ph = what.add_parser("photos", help="what sample.py does with photos, files apart")
+    ph.add_argument("--ckpt", default=SHIPPED, help="(default: weights/photo.pt)")
+    ph.add_argument("--n", type=int, default=8, help="samples of a photo")
+    ph.add_argument("--images", type=int, nargs="+", default=[1, 4], help="photos at once")
+    ph.add_argument("--steps", type=int, help="(default: the checkpoint's)")
+    ph.add_argument("--rounds", type=int, default=3)
+    ph.add_argument("--device", default="auto")
+    ph.add_argument("--clock", default="wall", choices=["wall", "cpu"])
+    ph.set_defaults(run=bench_photos)
+    g = what.add_parser("gpu", help="all that a GPU has to tell: tests, kernels, training, sampling, reading; into files")
+    g.add_argument("--out", required=True, help="folder for gpu.md, gpu.json and what each part printed")
+    g.add_argument("--small", action="store_true", help="every part in little, on the CPU: to see that all of them run")
+    g.add_argument("--minutes", type=float, default=9, help="for all of it; each part is stopped at its share")
+    g.set_defaults(run=bench_gpu)
     for q in (t, s):
         q.add_argument("--preset", default="tiny", choices=config.PRESETS)
         q.add_argument("--device", default="auto")
@@ -462,7 +669,7 @@ def main(argv=None):
         q.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     args = p.parse_args(argv)
     try:
-        for name in ("batch", "rounds", "n", "images", "steps", "threads", "workers"):
+        for name in ("batch", "rounds", "n", "images", "steps", "threads", "workers", "minutes"):
             value, least = getattr(args, name, None), 0 if name == "workers" else 1
             if value is not None and min(value if isinstance(value, list) else [value]) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {value}")

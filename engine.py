@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+NO_FLOAT64 = ("mps",)                            # devices without it
+
 
 def pick_precision(name, device):
     """(autocast dtype or None, why)."""
@@ -60,7 +62,8 @@ class Step:
     loss(net, batch) -> a scalar; batch: a dictionary of tensors with a row a sample. optimizer: one parameter group, fused on
     CPU and CUDA (and capturable, for graph), so that a nan or infinite gradient changes nothing, without a wait. net: as
     it is, compiled, or (model) under DistributedDataParallel. accumulate: parts of a batch, one after the other.
-    graph: after 3 steps all launches become one CUDA graph, which small batches gain from.
+    graph: after 3 steps all launches become one CUDA graph, which small batches gain from; for a single process on CUDA,
+    without fp16. Raises NoGraph where that fails.
     """
 
     def __init__(self, net, loss, optimizer, dtype=None, accumulate=1, grad_clip=1.0, compiled=False, graph=False, world=1):
@@ -75,8 +78,7 @@ class Step:
         ) if world > 1 else net
         self.fast = torch.compile(self.model) if compiled else self.model
         self.no_sync = self.model.no_sync if world > 1 else contextlib.nullcontext
-        self.graph = graph and self.device.type == "cuda" and world == 1 and dtype != torch.float16
-        self.replay, self.count = None, 0
+        self.graph, self.replay, self.count = graph, None, 0
 
     def autocast(self):
         # no cache of cast weights: each is used once, and a graph must not find what lay there before
@@ -88,8 +90,9 @@ class Step:
         if self.graph and self.count == 4:                                         # the first three were real, and warmed up
             try:
                 self.replay = as_cuda_graph(self.run, batch)
-            except RuntimeError as e:                                              # nothing of a failed capture was computed
-                print(f"no CUDA graph, single launches instead: {str(e).splitlines()[0]}", file=sys.stderr)
+            except NoGraph:
+                self.optimizer.zero_grad(set_to_none=True)                         # recorded perhaps, but never computed
+                raise
         return (self.replay or self.run)(batch)
 
     def run(self, batch):
@@ -135,15 +138,27 @@ class Step:
         return rows
 
 
+class NoGraph(RuntimeError):
+    """Launches that could not be captured. Nothing was computed, but the allocator keeps memory back from then on: end soon."""
+
+
 def as_cuda_graph(run, batch):
     """run(batch) as one CUDA graph: a small batch waits for its thousands of launches, not for its arithmetic.
 
     run must neither wait for the device nor read anything that does not lie at the same address every time. What it
-    returns is copied; the batch of the capture is not computed.
+    returns is copied; the batch of the capture is not computed. Raises NoGraph with the first cause.
     """
     graph, fixed = torch.cuda.CUDAGraph(), {k: v.clone() for k, v in batch.items()}
-    with torch.cuda.graph(graph):
-        result = run(fixed)
+    stream = torch.cuda.current_stream()
+    try:
+        # Other threads allocate page-locked memory meanwhile, which the default mode, "global", forbids them.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = run(fixed)
+    except RuntimeError as e:
+        torch.cuda.set_stream(stream)            # the capture's own one stays current when its end fails
+        while e.__context__:
+            e = e.__context__
+        raise NoGraph(f"no CUDA graph of a step ({str(e).strip().splitlines()[0]})") from e
 
     def replay(batch):
         for k, v in fixed.items():
@@ -154,21 +169,35 @@ def as_cuda_graph(run, batch):
     return replay
 
 
+def fit_state(optimizer):
+    """Bring an optimizer's loaded state to its parameters' device and layout: load_state_dict keeps a file's strides.
+
+    A run may go on on another device, where `layout` differs, and fused kernels pair numbers by their place in memory.
+    """
+    fused = optimizer.defaults["fused"]
+    for p, state in optimizer.state.items():
+        for name, v in state.items():
+            state[name] = torch.empty_like(p).copy_(v) if v.shape == p.shape else v.to(p.device if fused else "cpu")
+
+
 def out_of_memory(e):
     """Whether an exception says so, on any device."""
     return isinstance(e, torch.OutOfMemoryError) or any(words in str(e) for words in ("out of memory", "allocate memory", "not enough memory"))
 
 
 def pick_device(name):
-    """auto, cpu, cuda, cuda:1, mps -> torch.device. Raises ValueError when it is not there."""
+    """auto, cpu, cuda, cuda:1, mps -> torch.device, now the current one. Raises ValueError when it is not there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
-        if torch.device(name).type not in ("cpu", "cuda", "mps"):
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("it is none of cpu, cuda and mps")
-        torch.zeros(1, device=name)
-        return torch.device(name)
+        torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)        # Triton launches on the current device, wherever the tensors are
+        return device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device '{name}' is not usable here ({str(e).splitlines()[0][:80]}): try --device cpu") from None
 

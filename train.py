@@ -28,11 +28,12 @@ import torch.distributed as dist
 
 import data as datasets
 import kernels
-from bits import Codec
+from bits import Codec, paint
 from checkpoint import Damaged, lock, newest, read, save
 from config import FREE, Config, help_text, parse
-from diffusion import Diffusion, draw, fused, fused_training_loss, training_loss
-from engine import Step, Watch, anyone, append, forget, join, layout, out_of_memory, pick_device, pick_precision, update_ema, written
+from diffusion import Diffusion, draw, fused, fused_training_loss, to_device, training_loss
+from engine import (NO_FLOAT64, NoGraph, Step, Watch, anyone, append, fit_state, forget, join, layout, out_of_memory, pick_device,
+                    pick_precision, update_ema, written)
 from hints import NUMBERS, draw_hints, hint_bits
 from model import SIZES, UNet
 from validate import save_picture, validate
@@ -48,16 +49,19 @@ def learning_rate(step, c):
     return c.lr * min(1.0, (step + 1) / max(1, c.warmup_steps)) * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left)))
 
 
-def batches(data, step, c, codec, diffusion, device, rank, world):
+def batches(data, step, c, codec, diffusion, device, rank, world, fast):
     """What the steps from number `step` on need: files are read ahead in threads; on CUDA, the rest on a stream of its own.
 
     Yields dictionaries of what `training_loss` takes and `draw` draws, on the device, one row a sample: every world-th
-    sample of the global batch. All of it depends on the seed and on the step alone, whoever computes it.
+    sample of the global batch. All of it depends on the seed and on the step alone, whoever computes it. fast: what `fused`
+    returned, for the kernels' loss. Nothing waits for a CUDA device, up to 1,024 segments an image.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     source = datasets.batches(data, step * c.batch_size, c.batch_size, c.seed, c.workers, rank, world, pin=bool(stream))
-    mine, fast, detail = slice(rank, None, world), fused(codec, device), SIZES[c.network].get("detail", 1)
+    mine, detail = slice(rank, None, world), SIZES[c.network].get("detail", 1)
     photos = c.augment and datasets.names(c.dataset) != ["shapes"]
+    codec = copy.copy(codec)
+    codec.table = codec.table.to(device)                                           # once, not at every step
 
     def make(step):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
@@ -68,21 +72,23 @@ def batches(data, step, c, codec, diffusion, device, rank, world):
                 labels, sizes = datasets.coarser(labels, sizes, detail)
                 x, inside = datasets.normalise(images, sizes, detail)
             labels = labels.masked_fill(~inside, -1)
-            generator = torch.Generator(device).manual_seed(c.seed * 2**32 + step)
+            generator = torch.Generator().manual_seed(c.seed * 2**32 + step)
             drawn = draw((c.batch_size, codec.channels, *labels.shape[1:]), diffusion, generator, device, eps=not fast)
             if diffusion.hints > 0:
-                drawn["u"] = torch.rand(c.batch_size, NUMBERS, generator=generator, device=device)
+                drawn["u"] = to_device(torch.rand(c.batch_size, NUMBERS, generator=generator), device)
             drawn = {k: v[mine] for k, v in drawn.items()}
             hints = draw_hints(labels, drawn.pop("u"), diffusion.hints) if diffusion.hints > 0 else None
             numbers = range(step * c.batch_size, (step + 1) * c.batch_size)[mine]  # of the run's samples
             if codec.palette == "none":                                            # random codes, from each sample's number
                 own = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
-                cells = torch.cat([codec.cells(one[None], g) for one, g in zip(labels, own)])
+                order = torch.cat([torch.rand(1, codec.classes, generator=g).argsort(1) for g in own])
+                cells = random_cells(labels, to_device(order, device), data.segments)
             elif fast and hints is None:
                 below = data.segments if data.segments <= 1024 else None           # a promise, so that nothing waits
                 cells = kernels.locate(labels, codec.side, dtype=torch.int16, labels_below=below)
             else:
-                cells = codec.cells(labels, hints=hints)
+                on = "cpu" if device.type in NO_FLOAT64 else device                # exact centroids need it
+                cells = codec.cells(labels.to(on), hints=None if hints is None else hints.to(on)).to(device)
             if hints is not None:
                 drawn["hints"] = hint_bits(codec.encode(cells), hints)
             if fast:
@@ -106,6 +112,20 @@ def batches(data, step, c, codec, diffusion, device, rank, world):
                 coming = make(step)
     finally:
         source.close()
+
+
+def random_cells(labels, order, below):
+    """The `none` palette as bits.random_cells has it, without a wait: segments get cells by their size, from an order each.
+
+    labels (B, H, W) in [-1, below); order (B, classes) int64: what the largest segment gets, the second, ... -> (B, H, W).
+    """
+    flat = labels.flatten(1)
+    index = torch.where(flat >= 0, flat, below)
+    counts = torch.zeros(len(flat), below + 1, dtype=torch.int64, device=flat.device)
+    counts = counts.scatter_add_(1, index, torch.ones_like(index))[:, :below]
+    rank = counts.argsort(dim=1, descending=True, stable=True).argsort(1)          # 0 = the largest segment
+    rank = torch.where(rank < order.shape[1], rank, 0)                             # too many: into the largest
+    return paint(order.gather(1, rank), index, labels.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,8 +183,9 @@ def build(c, local=None):
         kernels.live(device)
     except RuntimeError as e:
         raise ValueError(e) from None
-    if c.compile not in ("auto", "on", "off"):
-        raise ValueError(f"compile is auto, on or off, not '{c.compile}'")
+    for name in ("compile", "graph"):
+        if getattr(c, name) not in ("auto", "on", "off"):
+            raise ValueError(f"{name} is auto, on or off, not '{getattr(c, name)}'")
     codec = Codec(c.encoding, c.bits, c.palette, c.seed, c.activation)
     names = [f.name for f in dataclasses.fields(Diffusion) if f.name in Config.__dataclass_fields__]
     diffusion = Diffusion(**{name: getattr(c, name) for name in names})
@@ -181,10 +202,16 @@ def build(c, local=None):
     return device, dtype, why, codec, diffusion, network, net.to(device, memory_format=layout(device))
 
 
-def loss_of(diffusion, codec, device, dtype):
-    """loss(net, batch) of a dictionary that `batches` yields."""
-    fast = fused(codec, device)
+def switches(c, device, dtype, world):
+    """Whether to compile, and whether to make a CUDA graph. Raises ValueError for a graph that cannot be."""
+    able = device.type == "cuda" and world == 1 and dtype != torch.float16
+    if c.graph == "on" and not able:
+        raise ValueError("--graph on needs CUDA, a single process and a precision other than fp16: use --graph auto")
+    return c.compile == "on" or c.compile == "auto" and device.type == "cuda", able and c.graph != "off"
 
+
+def loss_of(diffusion, codec, dtype, fast):
+    """loss(net, batch) of a dictionary that `batches` yields; fast: what `fused` returned, for both."""
     def loss(net, batch):
         if fast:
             return fused_training_loss(net, batch["cells"], batch["image"], codec.channels, batch["seeds"], diffusion, batch,
@@ -221,6 +248,7 @@ def prepare(c):
     if c.batch_size % (c.accumulate * world):
         raise ValueError(f"--batch_size {c.batch_size} cannot be split among {world} processes x --accumulate {c.accumulate}")
     device, dtype, why, codec, diffusion, network, net = build(c, local if world > 1 else None)
+    switches(c, device, dtype, world)
     origin = "from scratch"
     if c.init:
         source = read(c.init, device)
@@ -288,14 +316,15 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     kind = dict(fused=device.type in ("cuda", "cpu"), capturable=device.type == "cuda")
     optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay, **kind)
-    compiled = c.compile == "on" or c.compile == "auto" and device.type == "cuda"
-    update = Step(net, loss_of(diffusion, codec, device, dtype), optimizer, dtype, c.accumulate, c.grad_clip, compiled, graph=compiled, world=world)
+    fast, (compiled, graph) = fused(codec, device), switches(c, device, dtype, world)
+    update = Step(net, loss_of(diffusion, codec, dtype, fast), optimizer, dtype, c.accumulate, c.grad_clip, compiled, graph, world)
     if resumed:
         step, best, validated = resumed["step"], resumed["best"], resumed["validated"]
         net.load_state_dict(resumed["net"])
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
         optimizer.param_groups[0].update(kind)                                     # the run may have changed devices
+        fit_state(optimizer)
         update.scaler.load_state_dict(resumed["scaler"])
 
     def content():
@@ -340,7 +369,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin
             signal.signal(number, signal.SIG_DFL)                                  # a second one ends it at once
 
     handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-    coming = batches(train_data, step, c, codec, diffusion, device, rank, world)
+    coming = batches(train_data, step, c, codec, diffusion, device, rank, world, fast)
     stopped, watch, seen = anyone(stop, world), Watch(), []                        # seen: losses and norms since the last line
     try:
         while not next(stopped):
@@ -367,6 +396,9 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin
                 torch.manual_seed(c.seed * 2**32 + (rank + 1) * 2**24 + step)
             try:
                 seen.append(update(batch, learning_rate(step, c)))
+            except NoGraph as e:
+                print(f"train.py: {e}: use --graph off and run the same command again", file=sys.stderr)
+                return 2
             except RuntimeError as e:
                 full = out_of_memory(e)
                 if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -19,8 +19,13 @@ Words: k bits, B samples, "main arrays" (B, k, H, W) in float32, float16 or bflo
 they are, other strides are copied first. cells (B, H, W), any signed integer type, -1 = ignored.
 """
 
+import functools
 import math
 import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -56,7 +61,10 @@ def use(name):
 
 
 def live(device):
-    """("triton" or "torch", why) for tensors on a device. RuntimeError when Triton was forced and cannot run there."""
+    """("triton" or "torch", why) for tensors on a device.
+
+    RuntimeError when Triton was forced and cannot run there, and on a GPU where all that it lacks is a compiler.
+    """
     device = torch.device(device)
     if mode not in MODES:
         raise ValueError(f"BITSEG_KERNELS '{mode}' is not one of {', '.join(MODES)}")
@@ -67,6 +75,8 @@ def live(device):
         reason = f"the tensors are on {device.type}"
     if not reason and device.type == "cuda" and mode == "auto" and torch.cuda.get_device_capability(device) < (8, 0):
         reason = f"{torch.cuda.get_device_name(device)} is older than Ampere, for which they were written"
+    if not reason and device.type == "cuda" and not triton.knobs.runtime.interpret:
+        _can_launch()
     if mode == "triton":
         if reason:
             raise RuntimeError(f"Triton kernels were asked for, but {reason}: use 'auto' or 'torch'")
@@ -74,6 +84,26 @@ def live(device):
     if reason or device.type != "cuda":                                # the interpreter is for tests: only on demand
         return "torch", reason or f"the tensors are on {device.type}"
     return "triton", f"on {torch.cuda.get_device_name(device)}"
+
+
+@functools.lru_cache(1)
+def _can_launch():
+    """RuntimeError with the remedy where Triton cannot compile what it launches kernels with, a piece of C with Python.h."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
+    if compiler and header.exists():
+        return
+    code = """#include <Python.h>
+        static struct PyModuleDef probe = {PyModuleDef_HEAD_INIT, "probe"};
+        PyMODINIT_FUNC PyInit_probe(void) { return PyModule_Create(&probe); }"""
+    try:                                         # Triton's cache or CPATH may have it all the same
+        triton.runtime.build.compile_module_from_src(code, "probe")
+    except (RuntimeError, OSError, subprocess.CalledProcessError):
+        lacks = f"{header} is missing" if compiler else "there is no C compiler"
+        raise RuntimeError(
+            f"Triton cannot launch kernels here, as {lacks}: install it (Debian and Ubuntu: apt install gcc python3-dev; Fedora: "
+            f"dnf install gcc python3-devel; conda: conda install c-compiler), or go without, with --kernels torch or "
+            f"BITSEG_KERNELS=torch") from None
 
 
 def _triton(device):

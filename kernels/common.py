@@ -123,20 +123,27 @@ def normals(seed, stream, j, p0, K: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.
 
 
 @triton.jit
+def quarters(x):
+    """(N, 4) -> its 4 columns, each (N,), as a tuple."""
+    a, b = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))                             # even and odd columns
+    a0, a1 = tl.split(a)
+    b0, b1 = tl.split(b)
+    return a0, b0, a1, b1
+
+
+@triton.jit
 def take_apart(x, V: tl.constexpr):
-    """(N, V) -> its V columns, each (N,), as a tuple; V is 1, 2, 4 or 8."""
+    """(N, V) -> its V columns, each (N,), as a tuple; V is 1, 2, 4 or 8. Not recursive: Triton 3.4 bears no recursion."""
     if V == 1:
         return (tl.reshape(x, (x.shape[0],)),)
     elif V == 2:
         a, b = tl.split(x)
         return a, b
     elif V == 4:
-        a, b = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))                         # even and odd columns
-        a, b = take_apart(a, 2), take_apart(b, 2)
-        return a[0], b[0], a[1], b[1]
+        return quarters(x)
     else:
         a, b = tl.split(tl.reshape(x, (x.shape[0], 4, 2)))
-        a, b = take_apart(a, 4), take_apart(b, 4)
+        a, b = quarters(a), quarters(b)
         return a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]
 
 

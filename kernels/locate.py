@@ -125,7 +125,7 @@ def locate(labels: Tensor, side: int, largest_first: bool, dtype: torch.dtype, l
     out = torch.empty(labels.shape, dtype=dtype, device=labels.device)
     moments_kernel[(B * blocks,)](labels, moments, labels_below, H, W, blocks, N=N, BLOCK=BLOCK, num_warps=WARPS)
     assign_kernel[(B,)](moments, cell, H, W, side, LARGEST_FIRST=largest_first, N=N, K=K,
-                        num_warps=1 if N <= 256 else 4)
+                        num_warps=1 if max(N, K) <= 256 else 4)
     remap_kernel[(B * blocks,)](labels, cell, out, labels_below, H * W, blocks, N=N, BLOCK=BLOCK, num_warps=WARPS)
     return out
 

@@ -34,7 +34,7 @@ def loss_forward_kernel(
     b, p0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
     base = b.to(tl.int64) * HW
     total, count = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.int32)
-    for j in tl.static_range(K):
+    for j in tl.range(0, K, loop_unroll_factor=K if K <= 8 else K // 2):           # all 10 at once do not fit the registers
         e, p, c, inside = part(j, p0, HW, K, BLOCK, LAST)
         cell = tl.load(cells_ptr + base + p, mask=inside, other=-1).to(tl.int32)
         out = tl.load(out_ptr + base * K + e, mask=inside, other=0).to(tl.float32)

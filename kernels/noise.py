@@ -88,7 +88,7 @@ def noise(seeds: Tensor, stream: int, height: int, width: int, bits: int, dtype:
     I = seen(image)
     C = bits + I + (bits if self_condition else 0)
     out = empty((B, C, height, width), last, dtype, seeds.device)
-    V = 16 // out.element_size()                     # pixels a thread
+    V = 16 // out.element_size() if C <= 20 else 4   # pixels a thread: 8 of more channels do not fit its registers
     blocks = triton.cdiv(HW, GROUPS * V)
     noise_kernel[(B * blocks,)](
         out, seeds if cells is None else cells, seeds if codes is None else codes, alpha, sigma, seeds, image, sizes,

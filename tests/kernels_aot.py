@@ -1,9 +1,11 @@
 """Compiles the kernels, as their launchers launch them, for GPUs that need not be there.
 
-    python kernels_aot.py 90:all 80:last         # sm_90 in both layouts, sm_80 in channels_last only
+    python tests/kernels_aot.py 90:all:6:128 80:last:10:37      # sm_90, both layouts, 6 bits, 128 x 128; sm_80, channels_last
+    python tests/kernels_aot.py                                 # everything: half an hour; the spills, if any, once more last
 
-Prints one JSON line a kernel: registers, local memory (where spills go) and the bytes a thread moves in accesses of at
-least 16. Works by letting Triton compile for a given target instead of launching.
+Prints one JSON line a kernel: registers, stack and local memory (where spills go) and the bytes a thread moves in accesses of
+at least 16. Works by letting Triton compile for a given target instead of launching. Layouts: all, last (channels_last) or
+half (channels_last and bfloat16 only).
 """
 
 import json
@@ -23,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-arch, case = 0, ""
+arch, bits, side, case, spills = 0, 0, 0, "", []
 
 
 class NoDriver:
@@ -60,8 +62,11 @@ compile_and_launch = JITFunction.run
 
 def run(self, *args, grid, warmup, **options):
     kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
-    print(json.dumps(dict(arch=arch, case=case, kernel=self.__name__, load=wide(kernel.asm["ptx"], "ld"),
-                          store=wide(kernel.asm["ptx"], "st"), **resources(kernel.asm["cubin"]))), flush=True)
+    found = dict(arch=arch, bits=bits, side=side, case=case, kernel=self.__name__, load=wide(kernel.asm["ptx"], "ld"),
+                 store=wide(kernel.asm["ptx"], "st"), **resources(kernel.asm["cubin"]))
+    print(json.dumps(found), flush=True)
+    if found["stack"] or found["local"]:
+        spills.append(found)
 
 
 JITFunction.run = run
@@ -69,12 +74,17 @@ driver.set_active(NoDriver())
 
 from kernels import _contingency, _decode, _locate, _loss, _noise, _step       # they take CPU tensors: nothing is launched
 
-B, K, H, W = 2, 6, 128, 128
-ones, seeds, cells = torch.ones(B), torch.ones(B, dtype=torch.int64), torch.zeros(B, H, W, dtype=torch.int8)
-inside, photo, sizes = cells == 0, torch.zeros(B, H, W, 3, dtype=torch.uint8), torch.zeros(B, 2, dtype=torch.int64)
-for arch, layouts in (v.split(":") for v in sys.argv[1:]):
-    arch = int(arch)
-    for dtype in (torch.bfloat16, torch.float32):
+
+
+def every_kernel(layouts, K, side):
+    """Compile all that the launchers launch for K bits and maps of side x side."""
+    global case
+    B, H, W = 2, side, side
+    ones, seeds = torch.ones(B), torch.ones(B, dtype=torch.int64)
+    cells = torch.zeros(B, H, W, dtype=torch.int8 if K < 8 else torch.int16)
+    inside, photo, sizes = cells == 0, torch.zeros(B, H, W, 3, dtype=torch.uint8), torch.zeros(B, 2, dtype=torch.int64)
+    codes = torch.zeros(2**K, dtype=torch.int64)
+    for dtype in (torch.bfloat16,) if layouts == "half" else (torch.bfloat16, torch.float32):
         for last in (True, False) if layouts == "all" else (True,):
             case = f"{str(dtype)[6:]} {'channels_last' if last else 'nchw'}"
             memory = torch.channels_last if last else torch.contiguous_format
@@ -86,9 +96,11 @@ for arch, layouts in (v.split(":") for v in sys.argv[1:]):
             if dtype == torch.bfloat16:
                 case += ", float image"
                 _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, picture, None, ones)
-                case += " of detail 2"
-                _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, picture.repeat(1, 4, 1, 1).contiguous(
-                    memory_format=memory), None, ones)
+                case += ", self"
+                _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, codes, picture, None, ones, x, True)
+                case = case.removesuffix(", self") + " of detail 2"
+                fine = picture.repeat(1, 4, 1, 1).contiguous(memory_format=memory)
+                _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, fine, None, ones)
             case = case.split(",")[0]
             _loss.loss_forward(x, cells, ones, "x", True, False, last, None, None, None, None)
             _loss.loss_backward(ones, ones, ones, x, cells, "x", True, False, last, None, None, None, None)
@@ -96,17 +108,28 @@ for arch, layouts in (v.split(":") for v in sys.argv[1:]):
                 case += ", cross entropy"
                 _loss.loss_forward(x, cells, ones, "x", True, True, last, None, None, None, None)
                 _loss.loss_backward(ones, ones, ones, x, cells, "x", True, True, last, None, None, None, None)
+                case = case.split(",")[0] + ", eps"
+                _loss.loss_forward(x, cells, ones, "eps", True, False, last, x.float(), ones, ones, codes)
+                _loss.loss_backward(ones, ones, ones, x, cells, "eps", True, False, last, x.float(), ones, ones, codes)
                 case = case.split(",")[0]
             _step.step(two, x.float(), last, 0.5, 0.5, 0.1, 0.2, 0.0, inside, 1.0, None, 0, "x", True, False)
             case += ", ddpm"
-            _step.step(two, x.float(), last, 0.5, 0.5, 0.1, 0.2, 0.3, inside, 1.0, seeds, 3, "x", True, False)
+            _step.step(two, x.float(), last, 0.5, 0.5, 0.1, 0.2, 0.3, inside, 1.0, seeds, 3, "x", True, True)
             case = case.split(",")[0]
             _decode.decode(x[:, None], last, inside, None, torch.int64, False, False)
-            if dtype == torch.float32:
-                case += ", soft"
-                _decode.decode(x[:, None], last, inside, None, torch.int64, True, True)
+            case += ", soft"
+            _decode.decode(x[:, None], last, inside, None, torch.int64, True, True)
     case = "float32 channels_last, normal"
     _noise.noise(seeds, 0, H, W, K, torch.float32, True)
-    case = "int64"
-    _locate.locate(cells.long(), 8, False, torch.int8, 256)
+    for below, largest_first in ((256, False), (1024, True)):
+        case = f"int64 below {below}"
+        _locate.locate(cells.long(), 2 ** (K // 2), largest_first, torch.int16, below)
     _contingency.contingency(cells.long(), cells.long(), 64, 64)
+
+
+for task in sys.argv[1:] or [f"{a}:all:{k}:{n}" for k in (2, 4, 6, 8, 10) for n in (1, 37, 96, 128) for a in (80, 90, 100)]:
+    arch, layouts, bits, side = task.split(":")
+    arch, bits, side = int(arch), int(bits), int(side)
+    every_kernel(layouts, bits, side)
+if len(sys.argv) == 1:
+    print(f"{len(spills)} spills", *map(json.dumps, spills), sep="\n")

@@ -355,6 +355,7 @@ def test_augmentation_is_one_sample_at_a_time():
     assert equal([augment(images, labels, sizes, u[:, :16])], [augment(images, labels, sizes, u, 16, 1.0)])
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_augmentation_never_waits_for_the_host():
     batch = [v.cuda() for v in (torch.zeros(9, 16, 16, 3, dtype=torch.uint8), torch.zeros(9, 16, 16, dtype=torch.long), torch.full((9, 2), 12))]

@@ -1,5 +1,6 @@
 """engine.py against a loop written out, and what it does when things go wrong."""
 
+import contextlib
 import copy
 import json
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import Step, Watch, append, forget, pick_precision, written
+import engine
+from engine import NoGraph, Step, Watch, append, fit_state, forget, pick_device, pick_precision, written
 
 
 def setting(**options):
@@ -55,6 +57,77 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(bad, dtype):
         assert all(torch.equal(old[k], new[k]) for k in old)
     step(batch, 1e-2)
     assert weights(net).isfinite().all() and not torch.equal(weights(net), before)
+
+
+@pytest.mark.parametrize("before, after", [(torch.contiguous_format, torch.channels_last), (torch.channels_last, torch.contiguous_format)])
+def test_moments_follow_their_weights_into_the_other_layout(before, after):
+    """Fused AdamW pairs numbers by their place in memory: with equal gradients, both layouts end with equal weights."""
+    torch.manual_seed(0)
+    old = torch.nn.Conv2d(3, 5, 3).to(memory_format=before)
+    new, gradients = copy.deepcopy(old).to(memory_format=after), torch.randn(5, *old.weight.shape)
+
+    def go_on(net, optimizer, gradients):
+        for g in gradients:
+            net.weight.grad = g.clone(memory_format=torch.preserve_format).to(memory_format=net.memory)
+            optimizer.step()
+
+    old.memory, new.memory = before, after
+    optimizers = [torch.optim.AdamW([net.weight], lr=0.1, fused=True) for net in (old, new)]
+    go_on(old, optimizers[0], gradients[:3])
+    new.load_state_dict(old.state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    fit_state(optimizers[1])
+    go_on(old, optimizers[0], gradients[3:])
+    go_on(new, optimizers[1], gradients[3:])
+    assert old.weight.stride() != new.weight.stride()
+    torch.testing.assert_close(new.weight, old.weight, rtol=1e-5, atol=1e-6)       # paired wrongly, they are 0.1 apart
+
+
+class Capture:
+    """In place of torch.cuda: a capture that fails, as PyTorch's does, with its stream still current."""
+
+    def __init__(self, monkeypatch):
+        self.stream, self.modes = "the caller's", []
+        for name, value in dict(CUDAGraph=object, graph=self.graph, current_stream=lambda: self.stream, set_stream=self.set_stream).items():
+            monkeypatch.setattr(engine.torch.cuda, name, value)
+
+    def set_stream(self, stream):
+        self.stream = stream
+
+    @contextlib.contextmanager
+    def graph(self, graph, capture_error_mode="global"):
+        self.modes.append(capture_error_mode)
+        self.stream = "the capture's"
+        try:
+            yield
+        finally:
+            raise RuntimeError("CUDA error: capture invalidated\nand so on")
+
+
+def test_a_failed_capture_says_why_and_leaves_nothing_behind(monkeypatch):
+    net, batch, step, optimizer = setting(graph=True)
+    for _ in range(3):
+        step(batch, 1e-2)
+    before, cuda, loss = weights(net), Capture(monkeypatch), step.loss
+
+    def waits(net, batch):
+        raise_later = loss(net, batch)
+        raise_later.backward(retain_graph=True)                                    # a gradient, half made
+        raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+
+    step.loss = waits
+    with pytest.raises(NoGraph, match=r"^no CUDA graph of a step \(operation not permitted when stream is capturing\)$"):
+        step(batch, 1e-2)
+    assert cuda.modes == ["thread_local"] and cuda.stream == "the caller's"
+    assert all(p.grad is None for p in net.parameters()) and torch.equal(weights(net), before)
+
+
+def test_the_device_picked_is_the_current_one(monkeypatch):
+    current, zeros = [], torch.zeros
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch, "zeros", lambda *a, device: zeros(*a))              # as if there were two
+    assert pick_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
+    assert pick_device("cuda") == torch.device("cuda") and pick_device("cpu") == torch.device("cpu") and len(current) == 1
 
 
 def test_watch_counts_rows_and_names_spikes():

@@ -1,0 +1,148 @@
+"""bench.py: every table, in little, on the CPU. What it measures is not looked at, only that it is all there."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import kernels
+import train
+
+ROOT = Path(bench.__file__).parent
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A bench.main with the smallest of everything: its printed lines, the last one parsed."""
+    monkeypatch.setattr(bench, "MIN_SECONDS", 0)
+    monkeypatch.setattr(bench, "SIZE", 16)
+    monkeypatch.setattr(kernels, "mode", "auto")
+    monkeypatch.setitem(train.SIZES, "tiny", dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=4, patch=2))
+    monkeypatch.setattr(bench, "matrix_rate", lambda device, dtype, kind: 1e12)
+    monkeypatch.setattr(bench, "copy_gb_s", lambda device: 10.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def run(capsys, *arguments):
+        assert bench.main(list(arguments)) == 0
+        *lines, last = capsys.readouterr().out.splitlines()
+        return [line for line in lines if line.startswith("|")], json.loads(last)
+
+    return run
+
+
+def test_kernels(quick, capsys):
+    table, result = quick(capsys, "kernels")
+    assert len(table) == 2 + len(result["rows"]) and {row["kernel"] for row in result["rows"]} >= {"locate", "noise", "decode", "vote"}
+    assert all(row["fused"][0] > 0 and row["eager"][0] > 0 for row in result["rows"])
+
+
+def test_data(quick, capsys):
+    table, result = quick(capsys, "data", "--batch", "2", "--seconds", "0", "--device", "cpu")
+    assert len(table) == 2 + len(result["stages"]) and result["images_per_second"] > 0
+
+
+def test_sample_and_photos(quick, capsys):
+    table, result = quick(capsys, *"sample --n 2 --images 2 --steps 1 --rounds 1 --device cpu".split())
+    assert len(table) == 5 and result["samples_per_second"] > 0
+    table, result = quick(capsys, *"photos --n 1 --images 1 --steps 1 --rounds 1 --device cpu".split())
+    assert len(table) == 4 and [row["stage"] for row in result["rows"]] == ["soft bits", "label maps"]
+
+
+PLAIN = ["plain float32 NCHW", "plain bfloat16 NHWC"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_train(quick, capsys, precision):
+    table, result = quick(capsys, *f"train --batch 2 --rounds 1 --device cpu --precision {precision}".split())
+    assert list(result["variants"]) == [*PLAIN, "train.py"] and len(table) == 2 + 3
+    assert all(row["images_per_second"] > 0 and row["backward"] > 0 for row in result["variants"].values())
+    assert result["gflop_per_image"] > 0
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
+def test_only_the_plain_variants_are_plain(quick, capsys, monkeypatch):
+    """In Triton's interpreter: a bf16 run through the kernels beside plain float32."""
+    monkeypatch.setattr(kernels, "mode", "triton")
+    monkeypatch.setattr(bench, "setting", small_images(bench.setting))
+    seen = []
+    real = {name: getattr(train, name) for name in ("training_loss", "fused_training_loss")}
+    for name in real:
+        monkeypatch.setattr(train, name, lambda *a, name=name, **k: seen.append((name, k.get("dtype"))) or real[name](*a, **k))
+    result = quick(capsys, *"train --batch 2 --rounds 1 --device cpu --precision bf16".split())[1]
+    assert list(result["variants"]) == [*PLAIN, "kernels bfloat16 NHWC", "train.py"]
+    assert not [row for row in result["variants"].values() if "failed" in row]
+    steps = 2 + 2                                                                  # to warm up, and measured
+    assert seen.count(("training_loss", None)) == 1 + 2 * steps                    # and once to count
+    assert seen.count(("fused_training_loss", torch.bfloat16)) == 2 * steps and len(seen) == 1 + 4 * steps
+
+
+def small_images(setting):
+    """`setting` at 8 pixels, which the interpreter bears."""
+    def small(args, *more):
+        return setting(args, *more, "--image_size", "8")
+
+    return small
+
+
+def test_a_variant_that_fails_leaves_the_others(quick, capsys, monkeypatch):
+    real = bench.Variant.start
+
+    def start(v, *rest):
+        if v.dtype is None and not v.fused:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB")
+        real(v, *rest)
+
+    monkeypatch.setattr(bench.Variant, "start", start)
+    table, result = quick(capsys, *"train --batch 2 --rounds 1 --device cpu --precision bf16".split())
+    assert result["variants"][PLAIN[0]] == dict(failed="OutOfMemoryError: CUDA out of memory.")
+    assert len(table) == 5 and result["variants"]["train.py"]["speed"] > 0
+
+
+def gpu(out, minutes=9.0, small=True):
+    return bench.bench_gpu(argparse.Namespace(out=str(out), minutes=minutes, small=small))
+
+
+def test_gpu_keeps_what_it_has_whatever_a_part_does(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    look = f"import json, pathlib; print(json.dumps(sorted(json.loads(pathlib.Path({str(out / 'gpu.json')!r}).read_text())['parts'])))"
+    code = dict(first="print('| a table |'); print('{\"x\": 1}')", breaks="print('| half a table |'); raise SystemExit(3)",
+                hangs="import time; print('| a row |'); time.sleep(60)", last=look)
+    monkeypatch.setattr(bench, "gpu_parts", lambda small: [(name, 1 if name == "hangs" else 20, [sys.executable, "-c", c])
+                                                           for name, c in code.items()])
+    began = time.perf_counter()
+    assert gpu(out, minutes=1.0) == 1 and time.perf_counter() - began < 50         # the one that hangs had 1 second
+    parts = json.loads((out / "gpu.json").read_text())["parts"]
+    assert {name: part["ended"] for name, part in parts.items()} == dict(
+        first="done", breaks="failed with status 3", hangs="stopped at its limit", last="done")
+    assert parts["first"]["result"] == {"x": 1} and "result" not in parts["breaks"]
+    assert parts["last"]["result"] == ["breaks", "first", "hangs"]                 # on disk before the next one starts
+    text = (out / "gpu.md").read_text()
+    assert all(f"\n{row}\n" in text for row in ("| a table |", "| half a table |", "| a row |")) and '\n{"x": 1}\n' not in text
+
+
+def test_gpu_measures_a_gpu_and_overwrites_no_other_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["gpu", "--out", str(tmp_path / "a")]) == 2
+    assert "there is none: --small tries every part on the CPU" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    (tmp_path / "notes.txt").write_text("mine")
+    assert bench.main(["gpu", "--small", "--out", str(tmp_path)]) == 2
+    assert "holds other files: choose another --out" in capsys.readouterr().err
+
+
+def test_gpu_small_runs_every_part(tmp_path):
+    """The real command with its real parts: names and order as on a GPU, where training has three batch sizes."""
+    assert [name for name, _, _ in bench.gpu_parts(False)] == ["tests", "kernels", "train-8", "train-64", "train-256", "photos", "data"]
+    assert sum(share for _, share, _ in bench.gpu_parts(False)) <= 540
+    done = subprocess.run([sys.executable, ROOT / "bench.py", "gpu", "--small", "--out", tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads((tmp_path / "out" / "gpu.json").read_text())["parts"]
+    assert list(parts) == ["tests", "kernels", "train", "photos", "data"]
+    assert [part["result"]["bench"] for name, part in parts.items() if name != "tests"] == ["kernels", "train", "photos", "data"]
+    text = (tmp_path / "out" / "gpu.md").read_text()
+    assert text.count("|--") > 4 and ("passed" in text or "skipped" in text)
