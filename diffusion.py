@@ -271,8 +271,7 @@ def hint_channels(hints, d, shape, device):
 
 @torch.no_grad()
 def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, guidance=1.0, sampler="ddpm",
-           variance="large", smooth=0.0, known=None, resample=1, init=None, strength=1.0, callback=None, fused=None,
-           hints=None):
+           variance="large", smooth=0.0, init=None, strength=1.0, callback=None, fused=None, hints=None):
     """Denoise Gaussian noise into x_hat (B, C, H, W) in [-1, 1] at N equidistant times from 1 to 0.
 
     image (B, 3 d^2, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random generator a sample, so
@@ -280,19 +279,15 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     variance (ddpm): large or small. callback(i, t, xt, x_hat) sees every step. smooth: x_hat is averaged over about this
     share of the longer side at every step, but not across edges of the image (`edge_aware`); 0: not at all, as in the paper.
 
-    known: x0 (B, C, H, W) and hint (B, H, W) integers, the number of the hint that gives x0 there, 0 where unknown. There
-    x_hat is x0 and xt is x0 noised for its time (RePaint, Lugmayr et al. 2022); what resembles a hint follows it (`carry`).
-    resample: each step is noised again and repeated until it was done so often. init (B, C, H, W): start from it, noised
-    for t = strength in (0, 1], not from t = 1 (SDEdit, Meng et al. 2022); N steps all the same. A model with a method
-    image_part sees the image once, not at every step.
+    init (B, C, H, W): start from it, noised for t = strength in (0, 1], not from t = 1 (SDEdit, Meng et al. 2022); N steps
+    all the same. A model with a method image_part sees the image once, not at every step.
     hints: bits (B, C, H, W), 0 where unknown (hints.py), seen at every step by a network that was trained with hints.
     fused: what `fused` returned: kernels draw the noise and take the steps (other numbers for a seed than without them).
     """
     if sampler not in ("ddpm", "ddim") or variance not in ("large", "small"):
         raise ValueError(f"sampler is ddpm or ddim, variance large or small, not '{sampler}' and '{variance}'")
-    if steps < 1 or resample < 1 or len(seeds) != len(image):
-        raise ValueError(f"at least 1 step, 1 resample and one seed an image are needed, not {steps}, {resample} and "
-                         f"{len(seeds)}")
+    if steps < 1 or len(seeds) != len(image):
+        raise ValueError(f"at least 1 step and one seed an image are needed, not {steps} and {len(seeds)}")
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be above 0 and at most 1 (1: ignore init), not {strength}")
     if smooth < 0:
@@ -324,24 +319,19 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     xt, x_hat = noise(), torch.zeros(B, channels, H, W, device=device)
     if init is not None:
         xt = alpha[0] * init + sigma[0] * xt
-    fixed, hint = known if known is not None else (None, None)
     images = torch.cat([image, torch.zeros_like(image)]) if guidance else image    # both halves in one batch
     halves, once = len(images) // B, getattr(model, "image_part", None)
     hints = hint_channels(hints, d, (B, channels, H, W), device)
     hints = hints.repeat(halves, 1, 1, 1) if hints is not None else None
     images, extra = (images, ()) if once is None else (None, (once(images),))
 
-    for i, again in [(i, again) for i in range(steps) for again in range(resample if i < steps - 1 else 1)]:
-        if again:                                                                  # one step of noising: q(xt | xs)
-            xt = alpha[i] / alpha[i + 1] * xt + math.sqrt(-math.expm1(lam[i] - lam[i + 1])) * sigma[i] * noise()
-        if known is not None:
-            xt = torch.where(hint[:, None] > 0, alpha[i] * fixed + sigma[i] * noise(), xt)
+    for i in range(steps):
         x_self = x_hat.repeat(halves, 1, 1, 1) if d.self_condition > 0 else None
         xs = xt.repeat(halves, 1, 1, 1)
         t = torch.full((len(xs),), times[i].item(), device=device)
         out = model(network_input(xs, images, x_self, hints), t, *extra)
         a, b, c = update(i)
-        if fused and known is None and not smooth:
+        if fused and not smooth:
             after, x_hat = kernels.step(out, xt, alpha[i], sigma[i], a, b, c, valid, guidance, keys, next(stream),
                                         d.prediction, fused["activation"], with_x_hat=True)
         else:
@@ -349,8 +339,6 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
             if guidance:
                 x_hat = (1 + guidance) * x_hat[:B] - guidance * x_hat[B:]
             x_hat = (average(filters, x_hat * mask) if smooth else x_hat).clamp(-1, 1) * mask
-            if known is not None:
-                x_hat = carry(x_hat, fixed, hint) * mask
             after = a * xt + b * x_hat + (c * noise() if c else 0)
         if callback:
             callback(i, times[i].item(), xt, x_hat)
@@ -409,19 +397,3 @@ def average(filters, x, times=12):
         for scans, share in filters:
             x = weighted_sum(scans, x.mT.contiguous()) * share
     return x
-
-
-def carry(x_hat, x0, hint, alike=0.5):
-    """x_hat with the hints in it: x0 where hint > 0, and also where x_hat is like what it is, on average, at a hint's pixels.
-
-    Alike: the mean over the channels of the product is above 0.5 (of 6 sure bits, 5 are the same); the hint most alike
-    wins. Holding the pixels alone changes nothing around them: at the noise of most steps a few pixels are not seen.
-    """
-    best, out = torch.full_like(x_hat[:, :1], alike), x_hat
-    for g in range(1, int(hint.max()) + 1):
-        here = (hint == g)[:, None]                                                # (B, 1, H, W)
-        size = here.sum((2, 3), keepdim=True).clamp(min=1)
-        middle, code = ((v * here).sum((2, 3), keepdim=True) / size for v in (x_hat, x0))      # (B, C, 1, 1)
-        like = (x_hat * middle).mean(1, keepdim=True)
-        best, out = torch.maximum(like, best), torch.where(like > best, code, out)
-    return torch.where(hint[:, None] > 0, x0, out)

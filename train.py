@@ -374,7 +374,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin
     try:
         while not next(stopped):
             if step > validated and (step % c.eval_every == 0 or step == c.max_steps):
-                result = validate(ema, val_data, val_fine, codec, diffusion, c, device, update.autocast, stop, rank, world)
+                result = validate(ema, val_data, val_fine, codec, diffusion, c, stop, rank, world)
                 if not result:                                                     # stopped: it is made up for after a resume
                     continue
                 ari, iou, picture = result
