@@ -280,12 +280,17 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     gamma, contrast, brightness = when(1, 2 ** (0.5 * r[0]), 1.0), when(2, 1 + 0.2 * r[1], 1.0), when(2, 0.2 * r[2])
     turn, chroma, value = when(3, 0.35 * r[3]), when(3, 1 + 0.3 * r[4], 1.0), when(3, 1 + 0.15 * r[5], 1.0)
     near, across = chroma * turn.cos() / 3, chroma * turn.sin() / 3**0.5
-    a, b, c = (value * v for v in (1 / 3 + 2 * near, 1 / 3 - near - across, 1 / 3 - near + across))
-    matrix = contrast * torch.stack([a, b, c, c, a, b, b, c, a])                   # (9, B)
+    a, b, c = (contrast * value * v for v in (1 / 3 + 2 * near, 1 / 3 - near - across, 1 / 3 - near + across))
     offset = value * (0.5 - 0.5 * contrast + brightness) + when(4, 0.08 * r[6:9])  # (3, B)
+    # the same map takes mean and deviation off
+    rows = zip(((a, b, c), (c, a, b), (b, c, a)), STD)
+    matrix = torch.stack([v / std for row, std in rows for v in row])  # (9, B)
+    offset = torch.stack([(v - mean) / std for v, mean, std in zip(offset, MEAN, STD)], dim=1)  # (B, 3)
     powers = (torch.arange(256, device=device) / 255) ** gamma[:, None]            # (B, 256): a table spares a power a pixel
     x = powers.gather(1, images.permute(0, 3, 1, 2).reshape(B, -1).long())
-    x = torch.baddbmm(offset.T[..., None], matrix.T.reshape(B, 3, 3), x.view(B, 3, -1)).clamp_(0, 1).view(B, 3, T, T)
+    x = torch.baddbmm(offset[..., None], matrix.T.reshape(B, 3, 3), x.view(B, 3, -1)).view(B, 3, T, T)
+    for channel, mean, std in zip(x.unbind(1), MEAN, STD):
+        channel.clamp_(-mean / std, (1 - mean) / std)
 
     # flip, rotation and crop about the middle of the valid part, as one map from new to old pixels
     old = sizes.to(device, non_blocking=True).T.float()                                               # (2, B): h, w
@@ -303,18 +308,24 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     far = [torch.where(axis < n[:, None], 0.0, 1e6) for n in fine]                 # beyond the valid part: from nowhere
     row_y, row_x = (sy * cos)[:, None] * dy + middle[0][:, None] + far[0], (sy * sin)[:, None] * dx
     col_x, col_y = (sx * cos)[:, None] * dx + middle[1][:, None] + far[1], (sx * sin)[:, None] * dy
-    row, col = row_y[:, :, None] + row_x[:, None], col_x[:, None] - col_y[:, :, None]  # (B, d S, d S)
-    height, width = old.view(2, B, 1, 1)
-    r_, c_ = (v.round() if detail == 1 else F.avg_pool2d(v, detail).round() for v in (row, col))   # (B, S, S), the label's
-    inside = (r_ >= 0) & (r_ < height) & (c_ >= 0) & (c_ < width)
-    nearest = (r_.clamp_(0, T - 1) * T).add_(c_.clamp_(0, T - 1)).long()           # (B, S, S)
+    # folded as the network sees it, (B, d^2, S, S): cheaper than pixel_unshuffle after sampling
+    row_y, col_y, row_x, col_x = (v.view(B, S, detail).mT.contiguous() for v in (row_y, col_y, row_x, col_x))
+    row = (row_y[:, :, None, :, None] + row_x[:, None, :, None]).flatten(1, 2)
+    col = (col_x[:, None, :, None] - col_y[:, :, None, :, None]).flatten(1, 2)
+    last_row, last_col = old.view(2, B, 1, 1) - 1
+    # (B, S, S), the label's
+    r_, c_ = (v[:, 0].round() if detail == 1 else v.mean(1).round() for v in (row, col))
+    r_in, c_in = torch.minimum(r_.clamp(min=0), last_row), torch.minimum(c_.clamp(min=0), last_col)
+    inside = (r_ == r_in) & (c_ == c_in)
+    nearest = r_in.mul_(T).add_(c_in).long()                                       # (B, S, S)
     labels = torch.where(inside, labels.view(B, -1).gather(1, nearest.view(B, -1)).view(B, S, S), -1)
     # clamped to the valid part, so that the padding's black does not bleed in at its border
-    row, col = torch.minimum(row.clamp_(min=0), height - 1), torch.minimum(col.clamp_(min=0), width - 1)
-    # (B, d S, d S, 2), x before y, in [-1, 1]; 5 times faster than stack
-    grid = torch.view_as_real(torch.complex(col, row)).mul_(2 / T).add_(1 / T - 1)
-    x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return *standardise(x, inside, detail), labels
+    row = torch.minimum(row.clamp_(min=0), last_row[:, None])
+    col = torch.minimum(col.clamp_(min=0), last_col[:, None])
+    # (B, d^2, S, S, 2), x before y, in [-1, 1]; 5 times faster than stack
+    grid = torch.view_as_real(torch.complex(col, row)).mul_(2 / T).add_(1 / T - 1).flatten(1, 2)
+    x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False).view(B, -1, S, S)
+    return x.mul_(inside[:, None].float()), inside, labels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
