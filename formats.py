@@ -635,8 +635,8 @@ def read_label(path, rgb=False):
         runs, pixels = np.bincount(which), np.bincount(which, np.diff(ends, prepend=-1))
         if len(ids) > 16 and np.median(runs / pixels) > 0.6:
             raise ValueError(f"{path}: {len(ids)} {'colours' if colours else 'ids'}, most of them in single "
-                             "pixels: no label map, but "
-                             f"a photo, or edges that were smoothed: export it without smoothing")
+                             f"pixels: no label map, which has one id a pixel, but a photo or smoothed edges: "
+                             f"export it without smoothing")
     return value.astype(np.int32)
 
 

@@ -90,11 +90,14 @@ def load_checkpoint(path, device="cpu"):
         if c["image_size"] < 1 or c["sampling"]["steps"] < 1:
             raise ValueError(f"image_size is {c['image_size']}, steps {c['sampling']['steps']}")
         net, codec = UNet(**c["network"]), Codec(**c["codec"])
-        if c["network"]["out_channels"] != codec.channels:
-            raise ValueError(f"its network has {c['network']['out_channels']} channels, not {codec.channels}")
+        diffusion = Diffusion(**c["diffusion"])
+        copies = 1 + (diffusion.hints > 0) + (diffusion.self_condition > 0)  # of the bits, as in train.py
+        want = (copies * codec.channels + 3 * getattr(net, "detail", 1) ** 2, codec.channels)
+        if want != (c["network"]["in_channels"], c["network"]["out_channels"]):
+            raise ValueError(f"its network is not of {want[0]} channels in and {want[1]} out, as its settings say")
         net.load_state_dict(c["ema"])
         net = net.to(device).eval().requires_grad_(False)
-        return Model(net, codec, Diffusion(**c["diffusion"]), c["image_size"],
+        return Model(net, codec, diffusion, c["image_size"],
                      {"smooth": 0.0, **c["sampling"]}, c["dataset"], c["step"],
                      {"least": 0, "merge": 0.0, **c.get("tidy", {})})
     except Exception as e:  # of whatever kind, for whatever lies in it

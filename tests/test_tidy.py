@@ -218,7 +218,7 @@ def test_crops_are_shared_out_by_weight(tmp_path):
     items = []
     for k in range(3):                                                             # image k is of the colour 100 + k; above, its id is k, below 0
         Image.fromarray(np.full((24, 32), 100 + k, np.uint8)).save(tmp_path / f"{k}.png")
-        items.append(Item(str(tmp_path / f"{k}.png"), [], lambda item: [np.repeat([item.arg, 0], 12)[:, None].repeat(32, 1)], k))
+        items.append(Item(str(tmp_path / f"{k}.png"), ["map"], lambda item: [np.repeat([item.arg, 0], 12)[:, None].repeat(32, 1)], k))
     sets = [(items[:2], 3.0, dict(unlabelled="segment", components=False)), (items[2:], 1.0, dict(unlabelled="ignore", components=False))]
     drawn = list(merge.crops(sets, 8, 16, 0))
     value = [int(np.array(image)[0, 0, 0]) - 100 for image, _ in drawn]
