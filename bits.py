@@ -175,7 +175,7 @@ def totals(index, n, shape):
     starts = F.pad(index[:, :, 1:] != index[:, :, :-1], (1, 0), value=True)
     image, row, col = starts.nonzero().unbind(1)
     first = (image * H + row) * W + col
-    length = first.diff(append=first.new_tensor([B * H * W]))
+    length = first.diff(append=first.new_full((1,), B * H * W))
     key = index.view(-1)[first] + (n + 1) * image
 
     def total(weights):  # (B, n); bincount's float64 is exact

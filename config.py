@@ -80,8 +80,8 @@ class Config:
     sampler: str = "ddpm"                        # ddpm, ddim
     variance: str = "large"                      # large, small (ddpm)
     smooth: float = 0.0                          # share of the side over which answers are averaged between the image's edges
-    least: int = 0                               # fewest pixels of an answer's segment, in one piece then; 0: any (tidy.py)
-    merge: float = 0.0                           # ... neighbours become one where the odds that people part them are below this; 0: none
+    least: int = 0                               # regions of fewer pixels join a neighbour first (tree.py); 0: none
+    merge: float = 0.0                           # answers are cut where the odds that people part two regions reach this; 0: as sampled
     # logging
     log_every: int = 100
     save_every: int = 1000

@@ -41,7 +41,7 @@ def crops(items, count, size, own, seed):
     order = np.random.default_rng(seed).permutation(len(items))
     for c in range(count):
         item, r = items[order[c % len(items)]], np.random.default_rng([*seed, c])
-        image, maps = read_image(item.image), own_maps(item, **own)
+        image, maps = read_image(item.image), own_maps(item, own["unlabelled"], own["components"])
         share, stretch = (np.sqrt(r.uniform(0.55, 1)), np.exp(r.uniform(-0.08, 0.08))) if c >= len(items) else (1, 1)
         w, h = (max(1, min(side, int(side * share * f))) for side, f in zip(image.size, (stretch, 1 / stretch)))
         x, y = r.integers(image.width - w + 1), r.integers(image.height - h + 1)
@@ -99,8 +99,8 @@ def examples(drawn, net, rng, share):
             of.append(np.full(use.sum(), number))
 
         tree.grow(evidence, net, hints, closed, watch=watch)
-    if not pairs:
-        raise ValueError("no two regions touch in any image: there is nothing to learn from")
+    if not sum(map(len, of)):
+        raise ValueError("no two labelled regions touch in any image: there is nothing to learn from")
     return np.concatenate(pairs), np.concatenate(targets), np.concatenate(of)
 
 
@@ -195,7 +195,7 @@ def main(argv=None):
         sets = parse_parts(a.dataset)
         if "shapes" in (name for name, _, _ in sets):
             raise ValueError("shapes have no files: name data sets of images, see train.py")
-        sets = [(find(name, "train", a.root)[1]()[: a.limit], weight, {**own, "unlabelled": own["unlabelled"] or a.unlabelled})
+        sets = [(find(name, "train", a.root, void=own["void"])[1]()[: a.limit], weight, {**own, "unlabelled": own["unlabelled"] or a.unlabelled})
                 for name, weight, own in sets]
         net, part = run(model, sets, a), Path(f"{a.out}.part")
         with open(part, "wb") as f:

@@ -10,7 +10,7 @@ Use it alone:
 
 Sources: ARI: Hubert & Arabie 1985; IoU: section 4.1 of "Towards Agnostic and Holistic Universal Image Segmentation with
 Bit Diffusion" (NLDL 2026), after Qi et al. 2023; PQ: Kirillov et al. 2019; covering, Rand index and variation of
-information as in BSDS500: Arbelaez et al. 2011; energy distance: Kohl et al. 2018; grouping: Fred & Jain 2005.
+information as in BSDS500: Arbelaez et al. 2011; energy distance: Kohl et al. 2018.
 """
 
 import numpy as np
@@ -248,46 +248,6 @@ def pairwise(maps):
         values = torch.stack([ari(table), (covering(table) + covering(table.mT)) / 2])
         out[:, i, j] = out[:, j, i] = values
     return out[0], out[1]
-
-
-def medoid(agreement):
-    """The map with the highest mean agreement (N, N) with the others: an index. The first on ties, to 12 digits."""
-    return int(agreement.sum(1).nan_to_num().mul(1e12).round().argmax())
-
-
-def grouping(maps, share=0.5, most=400):
-    """One map from n of them (n, H, W): pixels are together that enough maps put together. (H, W) int64, -1 where any is.
-
-    Evidence accumulation: pixels that every map puts together are one item; two groups of items are alike to the degree that
-    the maps put a pixel of one with a pixel of the other, on average over pixels; the two most alike are joined until none
-    are alike by `share`. Only the `most` largest items decide; each of the rest follows the one it is most like.
-    """
-    valid = (maps >= 0).all(0)
-    out = torch.full(valid.shape, -1, dtype=torch.int64, device=maps.device)
-    if not valid.any():
-        return out
-    item = torch.zeros(int(valid.sum()), dtype=torch.int64, device=maps.device)
-    for one in maps:                                                               # one more map, finer items
-        item = (item * (int(one.max()) + 1) + one[valid]).unique(return_inverse=True)[1]
-    first = torch.full((int(item.max()) + 1,), len(item), device=maps.device).scatter_reduce(
-        0, item, torch.arange(len(item), device=maps.device), "amin")
-    codes, size = maps[:, valid].T[first], item.bincount()                         # (items, n), (items,)
-    large = size.argsort(descending=True, stable=True)[:most]
-    like = torch.cat([(part[:, None] == codes[large]).float().mean(2) for part in codes.split(1000)])       # (items, most)
-    follows = like.argmax(1)
-    weight = follows.bincount(size, len(large)).cpu().numpy()
-    alike, group = like[large].double().cpu().numpy(), np.arange(len(large))
-    np.fill_diagonal(alike, -1)
-    while True:
-        i, j = divmod(int(alike.argmax()), len(large))
-        if alike[i, j] < share:
-            break
-        alike[i] = alike[:, i] = (weight[i] * alike[i] + weight[j] * alike[j]) / (weight[i] + weight[j])
-        alike[j] = alike[:, j] = alike[i, i] = -1                                  # j is gone
-        weight[i] += weight[j]
-        group[group == j] = i
-    out[valid] = torch.from_numpy(group).to(maps.device)[follows][item]
-    return out
 
 
 def energy_distance(distance, n):

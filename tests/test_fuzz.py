@@ -16,7 +16,7 @@ import train
 from checkpoint import MARK, TAIL, read, save
 from formats import FORMATS, find_coco
 from packing import BAD, DONE, EMPTY, LEFT, convert
-from segment import denoise, load_checkpoint
+from segment import denoise, load_checkpoint, prepare
 from test_inputs import coco, folder, labelme, scene
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning",
@@ -192,7 +192,7 @@ def test_checkpoint_content(tmp_path_factory, data):
             path.write_bytes(archive + len(comment).to_bytes(2, "little") + comment)
     try:
         model = load_checkpoint(path)
-        job = next(denoise([Image.fromarray(scene()[0])], model, 1, steps=1, guidance=0))
+        job = next(denoise([prepare(Image.fromarray(scene()[0]), model)], model, 1, steps=1, guidance=0))
     except ValueError as e:
         return sentence(str(e), path, "sampler", "variance", "steps", "multiple", "sides")
     assert len(job.x_hat) == 1 and torch.is_tensor(job.x_hat[0])
