@@ -28,6 +28,7 @@ GRAINS = {"coarse": -0.9, "normal": 0.0, "fine": 1.0}  # cut where the log odds 
 # Regions join in the order of these odds: all pairs above the first, then all above the second, ... A cut is at one of them,
 # or between two.
 LEVELS = (6, 4, 3, 2.5, 2, 1.6, 1.3, 1, 0.75, 0.5, 0.25, 0, -0.25, -0.5, -0.75, -1, -1.3, -1.6, -2, -2.5, -3, -4, -6)
+LEAD = 0.5  # who gives every region to a hint first gives those that prefer one hint to any other: weight of that lead
 CLEAR = 2.5  # pixels around a hint in which no other region may start
 
 
@@ -285,6 +286,21 @@ class Tree:
         return np.unique(home[self.region], return_inverse=True)[1].reshape(self.region.shape)
 
 
+def lead(score, i, j, claim):
+    """By how much the score of a pair exceeds what the region without a hint would get from any other hint: (m,), at most 3, and 0
+    where it does not. claim (n,): the hints of the regions, 0 = none."""
+    one = (claim[i] > 0) != (claim[j] > 0)
+    free = np.where(claim[i] > 0, j, i)
+    first, second = np.full(len(claim), -np.inf), np.full(len(claim), -np.inf)
+    np.maximum.at(first, free[one], score[one])
+    beaten = one & (score < first[free])
+    np.maximum.at(second, free[beaten], score[beaten])
+    out = np.zeros(len(score))
+    winner = one & ~beaten
+    out[winner] = np.minimum(score[winner] - second[free[winner]], 3)
+    return out
+
+
 def grow(evidence, net=None, hints=None, closed=False, least=0, watch=None):
     """Evidence -> Tree. Two regions join that are surest of each other, level by level of LEVELS.
 
@@ -312,10 +328,11 @@ def grow(evidence, net=None, hints=None, closed=False, least=0, watch=None):
                 if least:
                     score = score + 10.0 * (np.minimum(graph.total[i, 0], graph.total[j, 0]) < least)
                 score = np.where((claimed == 2) & (claim[i] != claim[j]), -np.inf, score)
+                rank = score + LEAD * lead(score, i, j, claim) if closed else score
                 best = np.full(graph.n, -np.inf)
-                np.maximum.at(best, i, score)
-                np.maximum.at(best, j, score)
-            pick = np.flatnonzero((score > level) & (score == best[i]) & (score == best[j]))
+                np.maximum.at(best, i, rank)
+                np.maximum.at(best, j, rank)
+            pick = np.flatnonzero((rank > level) & (rank == best[i]) & (rank == best[j]))
             to, free = np.arange(graph.n), np.ones(graph.n, bool)
             for k in pick:
                 a, b = i[k], j[k]
