@@ -29,7 +29,7 @@ import torch.distributed as dist
 import data as datasets
 import kernels
 from bits import Codec, paint
-from checkpoint import Damaged, lock, newest, read, save
+from checkpoint import Beside, Damaged, lock, newest, on_host, read, save
 from config import FREE, Config, help_text, parse
 from diffusion import Diffusion, draw, fused, fused_training_loss, to_device, training_loss
 from engine import (NO_FLOAT64, NoGraph, Step, Watch, anyone, append, fit_state, forget, join, layout, out_of_memory, pick_device,
@@ -309,8 +309,18 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
     def put(name, action):                                                         # rank 0 writes; a full disk only warns
         return rank > 0 or written(out / name, lambda: action(out / name))
 
+    def store(name, choose=dict, **more):
+        """Write a checkpoint beside the training, which waits for the copy to the host, and for the last one to be written."""
+        if rank == 0:
+            beside.wait()
+            held = on_host(choose(content()))
+            beside(lambda: put(name, lambda path: save(path, held, **more)))
+
     def checkpoint():
-        return put("ckpt.pt", lambda path: save(path, content(), keep_previous=True))
+        store("ckpt.pt", keep_previous=True)
+
+    def saved():
+        return rank > 0 or beside.wait()
 
     def say(text, **line):
         if rank == 0:
@@ -328,7 +338,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
         return 0
     put("log.jsonl", lambda path: forget(path, lambda line: line["step"] <= (validated if "ari" in line else step)))
 
-    stop, first, started, saved = [], step, time.time(), True                      # stop: signals; looked at between steps
+    stop, first, started, beside = [], step, time.time(), Beside()                 # stop: signals; looked at between steps
 
     def on_signal(number, frame):
         if step == first:                                                          # still compiling, say: nothing to save
@@ -353,12 +363,12 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
                     step=step, ari=ari, iou=iou, seconds=time.time() - started)
                 if ari > best:
                     best = ari
-                    put("best.pt", lambda path: save(path, portable(content())))
+                    store("best.pt", portable)
             if step >= c.max_steps:
-                saved = checkpoint()
-                say(f"done: {out}/ckpt.pt; now try: python sample.py --n 8 photo.jpg" if saved else
+                checkpoint()
+                say(f"done: {out}/ckpt.pt; now try: python sample.py --n 8 photo.jpg" if saved() else
                     f"done, but not saved in {out}/ckpt.pt: make room, and run the same command again")
-                return 0 if saved else 1
+                return 0 if saved() else 1
 
             batch, full = next(coming), False
             if c.dropout:                                                          # a step's randomness: seed and step alone
@@ -403,14 +413,15 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
                         f"Try a lower --lr, --precision fp32 or more --warmup_steps, into another --out")
                     return 1
             if c.keep_every and step % c.keep_every == 0:                          # before ckpt.pt: a run goes on behind that
-                put(f"ckpt_{step:06d}.pt", lambda path: save(path, content()))
+                store(f"ckpt_{step:06d}.pt")
             if step % c.save_every == 0:
-                saved = checkpoint()
-        saved = checkpoint()
-        say(f"\nstopped{' and saved' if saved else ''} at step {step}: run the same command again to go on")
+                checkpoint()
+        checkpoint()
+        say(f"\nstopped{' and saved' if saved() else ''} at step {step}: run the same command again to go on")
         return 128 + (stop[0] if stop else signal.SIGTERM)
     finally:
         coming.close()
+        beside.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

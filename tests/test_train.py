@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -347,6 +348,33 @@ def test_a_run_goes_on_in_the_layout_of_another_device(tmp_path, monkeypatch, be
     stays, moves = weights(tmp_path, "stays"), weights(tmp_path, "moves")
     for k in stays:                                                                # paired wrongly, they are 0.002 apart and more
         torch.testing.assert_close(moves[k], stays[k], rtol=1e-4, atol=1e-5)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The first write waits for two more steps; the second for the first. What they hold is of their own step."""
+    real, real_ema, done, writing, late = train.save, train.update_ema, [], [], threading.Event()
+
+    def save(path, content, **more):
+        writing.append(path)
+        assert len(writing) == 1                                                   # one at a time
+        if content["step"] == 2 and not late.wait(20):
+            raise AssertionError("training waited for the file")
+        real(path, content, **more)
+        writing.remove(path)
+
+    def update_ema(*args):
+        real_ema(*args)
+        done.append(1)
+        if len(done) == 4:
+            late.set()
+
+    assert run(tmp_path, "--keep_every", "2", "--eval_every", "6", "--max_steps", "6", "--save_every", "3", out="plain") == 0
+    monkeypatch.setattr(train, "save", save)
+    monkeypatch.setattr(train, "update_ema", update_ema)
+    assert run(tmp_path, "--keep_every", "2", "--eval_every", "6", "--max_steps", "6", "--save_every", "5") == 0
+    plain, beside = (read(tmp_path / out / "ckpt_000002.pt") for out in ("plain", "run"))
+    assert beside["step"] == 2 and all(torch.equal(v, plain["net"][k]) for k, v in beside["net"].items())
+    assert all(torch.equal(v, weights(tmp_path, "run")[k]) for k, v in weights(tmp_path, "plain").items())
 
 
 def test_a_full_disk_warns_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
