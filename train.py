@@ -61,6 +61,7 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
     photos = c.augment and datasets.names(c.dataset) != ["shapes"]
     codec = copy.copy(codec)
     codec.table = codec.table.to(device)                                           # once, not at every step
+    kind = torch.int64 if not fast else torch.int8 if codec.classes <= 128 else torch.int16       # of cells
 
     def make(step):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
@@ -78,10 +79,10 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
             if codec.palette == "none":                                            # random codes, from each sample's number
                 own = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
                 order = torch.cat([torch.rand(1, codec.classes, generator=g).argsort(1) for g in own])
-                cells = random_cells(labels, to_device(order, device), data.segments)
+                cells = random_cells(labels, to_device(order, device), data.segments).to(kind)
             elif fast:
                 below = data.segments if data.segments <= 1024 else None           # a promise, so that nothing waits
-                cells = kernels.locate(labels, codec.side, dtype=torch.int16, labels_below=below)
+                cells = kernels.locate(labels, codec.side, dtype=kind, labels_below=below)
             else:
                 on = "cpu" if device.type in NO_FLOAT64 else device                # exact centroids need it
                 cells = codec.cells(labels.to(on)).to(device)
