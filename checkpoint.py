@@ -1,7 +1,8 @@
 """Checkpoint files that survive crashes and full disks, are checked before they are used, and never run code.
 
-What it is: `save`, `read` and `newest` for one dictionary of tensors and plain values in one file, `on_host` and `Beside` to
-save while training goes on, and `lock` for the folder that a run writes to. What it is not: it knows nothing of networks or training; it needs torch only.
+What it is: `save`, `read` and `newest` for one dictionary of tensors and plain values in one file, `on_host`
+and `Beside` to save while training goes on, and `lock` for the folder that a run writes to. What it is not: it
+knows nothing of networks or training; it needs torch only.
 
 Use it alone:
     from checkpoint import lock, newest, save
@@ -77,7 +78,7 @@ def save(path, content, keep_previous=False):
 
 
 def on_host(content):
-    """A copy of dictionaries, lists and tensors, on the host: what the tensors become later does not reach it."""
+    """A copy of dictionaries, lists and tensors on the host, which later changes do not reach."""
     if isinstance(content, torch.Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, dict):
@@ -88,7 +89,7 @@ def on_host(content):
 
 
 class Beside:
-    """Jobs in a thread beside the caller, one at a time: beside(job) begins it, once the one before has ended."""
+    """Jobs in a thread beside the caller: beside(job) begins one, once the one before has ended."""
 
     def __init__(self):
         self.pool, self.job = ThreadPoolExecutor(1), None
@@ -102,7 +103,7 @@ class Beside:
         return self.job and self.job.result()
 
     def close(self):
-        self.pool.shutdown()                     # what has begun is brought to its end
+        self.pool.shutdown()  # what has begun is brought to its end
 
 
 def read(path, device="cpu"):

@@ -32,7 +32,8 @@ from bits import Codec, paint
 from checkpoint import Beside, Damaged, lock, newest, on_host, read, save
 from config import FREE, Config, help_text, parse
 from diffusion import Diffusion, draw, fused, fused_training_loss, to_device, training_loss
-from engine import (NO_FLOAT64, NoGraph, Step, Watch, anyone, append, fit_state, forget, join, layout, out_of_memory, pick_device,
+from engine import (NO_FLOAT64, NoGraph, Step, Watch, anyone, append, fit_state, forget, join, layout,
+                    out_of_memory, pick_device,
                     pick_precision, update_ema, written)
 from model import SIZES, UNet
 from validate import save_picture, validate
@@ -52,16 +53,16 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
     """What the steps from number `step` on need: files are read ahead in threads; on CUDA, the rest on a stream of its own.
 
     Yields dictionaries of what `training_loss` takes and `draw` draws, on the device, one row a sample: every world-th
-    sample of the global batch. All of it depends on the seed and on the step alone, whoever computes it. fast: what `fused`
-    returned, for the kernels' loss. Nothing waits for a CUDA device, up to 1,024 segments an image.
+    sample of the global batch. All of it depends on the seed and on the step alone, whoever computes it. fast: what
+    `fused` returned, for the kernels' loss. Nothing waits for a CUDA device, up to 1,024 segments an image.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     source = datasets.batches(data, step * c.batch_size, c.batch_size, c.seed, c.workers, rank, world, pin=bool(stream))
     mine, detail = slice(rank, None, world), SIZES[c.network].get("detail", 1)
     photos = c.augment and datasets.names(c.dataset) != ["shapes"]
     codec = copy.copy(codec)
-    codec.table = codec.table.to(device)                                           # once, not at every step
-    kind = torch.int64 if not fast else torch.int8 if codec.classes <= 128 else torch.int16       # of cells
+    codec.table = codec.table.to(device)  # once, not at every step
+    kind = torch.int64 if not fast else torch.int8 if codec.classes <= 128 else torch.int16  # of cells
 
     def make(step):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
@@ -84,7 +85,7 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
                 below = data.segments if data.segments <= 1024 else None           # a promise, so that nothing waits
                 cells = kernels.locate(labels, codec.side, dtype=kind, labels_below=below)
             else:
-                on = "cpu" if device.type in NO_FLOAT64 else device                # exact centroids need it
+                on = "cpu" if device.type in NO_FLOAT64 else device  # exact centroids need it
                 cells = codec.cells(labels.to(on)).to(device)
             if fast:
                 seeds = torch.arange(numbers.start, numbers.stop, numbers.step, device=device) + c.seed * 2**40
@@ -110,16 +111,17 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
 
 
 def random_cells(labels, order, below):
-    """The `none` palette as bits.random_cells has it, without a wait: segments get cells by their size, from an order each.
+    """The `none` palette as bits.random_cells has it, without a wait: segments get cells by their size.
 
-    labels (B, H, W) in [-1, below); order (B, classes) int64: what the largest segment gets, the second, ... -> (B, H, W).
+    labels (B, H, W) in [-1, below); order (B, classes) int64: what the largest segment of each map gets, the second
+    largest, ... -> (B, H, W).
     """
     flat = labels.flatten(1)
     index = torch.where(flat >= 0, flat, below)
     counts = torch.zeros(len(flat), below + 1, dtype=torch.int64, device=flat.device)
     counts = counts.scatter_add_(1, index, torch.ones_like(index))[:, :below]
-    rank = counts.argsort(dim=1, descending=True, stable=True).argsort(1)          # 0 = the largest segment
-    rank = torch.where(rank < order.shape[1], rank, 0)                             # too many: into the largest
+    rank = counts.argsort(dim=1, descending=True, stable=True).argsort(1)  # 0 = the largest segment
+    rank = torch.where(rank < order.shape[1], rank, 0)  # too many: into the largest
     return paint(order.gather(1, rank), index, labels.shape)
 
 
@@ -201,7 +203,7 @@ def switches(c, device, dtype, world):
     """Whether to compile, and whether to make a CUDA graph. Raises ValueError for a graph that cannot be."""
     able = device.type == "cuda" and world == 1 and dtype != torch.float16
     if c.graph == "on" and not able:
-        raise ValueError("--graph on needs CUDA, a single process and a precision other than fp16: use --graph auto")
+        raise ValueError("--graph on needs CUDA, a single process and no fp16: use --graph auto")
     return c.compile == "on" or c.compile == "auto" and device.type == "cuda", able and c.graph != "off"
 
 
@@ -287,7 +289,8 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
     kind = dict(fused=device.type in ("cuda", "cpu"), capturable=device.type == "cuda")
     optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay, **kind)
     fast, (compiled, graph) = fused(codec, device), switches(c, device, dtype, world)
-    update = Step(net, loss_of(diffusion, codec, dtype, fast), optimizer, dtype, c.accumulate, c.grad_clip, compiled, graph, world)
+    update = Step(net, loss_of(diffusion, codec, dtype, fast), optimizer, dtype, c.accumulate, c.grad_clip,
+                  compiled, graph, world)
     if resumed:
         step, best, validated = resumed["step"], resumed["best"], resumed["validated"]
         net.load_state_dict(resumed["net"])
@@ -311,7 +314,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
         return rank > 0 or written(out / name, lambda: action(out / name))
 
     def store(name, choose=dict, **more):
-        """Write a checkpoint beside the training, which waits for the copy to the host, and for the last one to be written."""
+        """Write a checkpoint beside the training, which waits for the one before and for a copy to the host."""
         if rank == 0:
             beside.wait()
             held = on_host(choose(content()))
@@ -339,7 +342,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
         return 0
     put("log.jsonl", lambda path: forget(path, lambda line: line["step"] <= (validated if "ari" in line else step)))
 
-    stop, first, started, beside = [], step, time.time(), Beside()                 # stop: signals; looked at between steps
+    stop, first, started, beside = [], step, time.time(), Beside()  # stop: signals; looked at between steps
 
     def on_signal(number, frame):
         if step == first:                                                          # still compiling, say: nothing to save

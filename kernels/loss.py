@@ -19,21 +19,21 @@ from torch import Tensor
 
 from .common import code_of, doubt, exp2, load_rows, log2, signed, store_rows, x_hat_of
 
-GROUPS, WARPS = 128, 4                           # one group of pixels a thread. Not swept on a GPU yet
+GROUPS, WARPS = 128, 4  # one group of pixels a thread. Not swept on a GPU yet
 
 
 @triton.jit
 def loss_forward_kernel(
     out_ptr, cells_ptr, codes_ptr,               # (B, K, H, W); (B, H, W); (2^K,) if TABLE
     xt_ptr, alpha_ptr, sigma_ptr,                # (B, K, H, W), (B,), (B,) unless PREDICTION is x
-    sums_ptr, counts_ptr,                        # (B, blocks) float32, int32: squared error, valid pixels
+    sums_ptr, counts_ptr,  # (B, blocks) float32, int32: squared error, valid pixels
     HW, blocks,
     K: tl.constexpr, TABLE: tl.constexpr, PREDICTION: tl.constexpr, TANH: tl.constexpr, BCE: tl.constexpr, LAST: tl.constexpr,
     V: tl.constexpr, GROUPS: tl.constexpr,
 ):
     b = tl.program_id(0) // blocks
     base = b.to(tl.int64) * HW
-    group = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)              # of V pixels, one a thread
+    group = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)  # of V pixels, one a thread
     cells = load_rows(cells_ptr + base, group, HW, 1, V, False)
     outs = load_rows(out_ptr + base * K, group, HW, K, V, LAST)
     if PREDICTION != "x":
@@ -45,10 +45,11 @@ def loss_forward_kernel(
         code, error = code_of(cell, codes_ptr, inside, K, TABLE), tl.zeros((GROUPS,), tl.float32)
         for c in tl.static_range(K):
             out = outs[q * K + c].to(tl.float32)
-            if BCE:                                                                # log(1 + e^z), for any z
+            if BCE:  # log(1 + e^z), for any z
                 z = signed(-2 * out, code, c)
-                error += tl.maximum(z, 0.0) + 0.6931471805599453 * log2(1 + exp2(-1.4426950408889634 * tl.abs(z)))
-            elif TANH:                                                             # x0 - tanh out is 2 x0 doubt(x0 out)
+                e = exp2(-1.4426950408889634 * tl.abs(z))
+                error += tl.maximum(z, 0.0) + 0.6931471805599453 * log2(1 + e)
+            elif TANH:  # x0 - tanh out is 2 x0 doubt(x0 out)
                 x = doubt(signed(out, code, c))
                 error += 4 * x * x
             else:
@@ -87,34 +88,35 @@ def loss_backward_kernel(
 ):
     b = tl.program_id(0) // blocks
     base = b.to(tl.int64) * HW
-    group = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)              # of V pixels, one a thread
+    group = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)  # of V pixels, one a thread
     scale = tl.load(g_ptr + b).to(tl.float32) * tl.load(weight_ptr + b) / tl.load(valid_ptr + b)
     cells = load_rows(cells_ptr + base, group, HW, 1, V, False)
     outs = load_rows(out_ptr + base * K, group, HW, K, V, LAST)
     if PREDICTION != "x":
         xts = load_rows(xt_ptr + base * K, group, HW, K, V, LAST)
         alpha, sigma = tl.load(alpha_ptr + b), tl.load(sigma_ptr + b)
-        scale *= -sigma / alpha if PREDICTION == "eps" else -sigma                 # the slope of x_hat
+        scale *= -sigma / alpha if PREDICTION == "eps" else -sigma  # the slope of x_hat
     grads = ()
     for q in tl.static_range(V):
         cell = cells[q].to(tl.int32)
         code, size = code_of(cell, codes_ptr, group * V + q < HW, K, TABLE), tl.where(cell >= 0, scale, 0.0)
         for c in tl.static_range(K):
             out = outs[q * K + c].to(tl.float32)
-            if TANH:                                                               # tanh out - x0 is -2 x0 doubt(x0 out),
-                x = doubt(signed(out, code, c))                                    # 1 - tanh^2 is 4 doubt (1 - doubt)
+            if TANH:  # tanh out - x0 is -2 x0 doubt(x0 out),
+                x = doubt(signed(out, code, c))  # 1 - tanh^2 is 4 doubt (1 - doubt)
                 grad = signed(size, code, c) * (-2 * x if BCE else -16 * x * x * (1 - x))
             else:
                 x = out
                 if PREDICTION != "x":
                     x = x_hat_of(out, xts[q * K + c].to(tl.float32), alpha, sigma, PREDICTION, False)
-                grad = tl.where(cell >= 0, 2 * size * (x - signed(tl.full((GROUPS,), 1.0, tl.float32), code, c)), 0.0)
+                target = signed(tl.full((GROUPS,), 1.0, tl.float32), code, c)
+                grad = tl.where(cell >= 0, 2 * size * (x - target), 0.0)
             grads = grads + (grad,)
     store_rows(grad_ptr + base * K, grads, group, HW, K, V, LAST)
 
 
 def pixels(out, prediction):
-    """Of a thread: as many as 16 bytes hold elements, so that even rows of K come in pieces of 16, if they fit its registers."""
+    """Of a thread: as many as 16 bytes hold elements, if its registers hold all their channels, else 4."""
     return 16 // out.element_size() if out.shape[1] <= 8 and prediction == "x" else 4
 
 
@@ -130,8 +132,8 @@ def loss_forward(out: Tensor, cells: Tensor, weight: Tensor, prediction: str, ta
     loss, valid = (torch.empty(B, dtype=torch.float32, device=out.device) for _ in range(2))
     loss_forward_kernel[(B * blocks,)](
         out, cells, cells if codes is None else codes, xt, alpha, sigma, sums, counts, H * W, blocks, K=K,
-        TABLE=codes is not None, PREDICTION=prediction, TANH=tanh and prediction == "x", BCE=bce, LAST=last, V=V, GROUPS=GROUPS,
-        num_warps=WARPS)
+        TABLE=codes is not None, PREDICTION=prediction, TANH=tanh and prediction == "x", BCE=bce, LAST=last,
+        V=V, GROUPS=GROUPS, num_warps=WARPS)
     loss_sum_kernel[(B,)](sums, counts, weight, loss, valid, blocks, N=128, num_warps=1)
     return loss, valid
 
@@ -145,8 +147,8 @@ def loss_backward(g: Tensor, weight: Tensor, valid: Tensor, out: Tensor, cells: 
     grad = torch.empty_like(out)
     loss_backward_kernel[(B * blocks,)](
         grad, g, weight, valid, out, cells, cells if codes is None else codes, xt, alpha, sigma, H * W, blocks, K=K,
-        TABLE=codes is not None, PREDICTION=prediction, TANH=tanh and prediction == "x", BCE=bce, LAST=last, V=V, GROUPS=GROUPS,
-        num_warps=WARPS)
+        TABLE=codes is not None, PREDICTION=prediction, TANH=tanh and prediction == "x", BCE=bce, LAST=last,
+        V=V, GROUPS=GROUPS, num_warps=WARPS)
     return grad
 
 

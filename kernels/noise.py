@@ -41,7 +41,8 @@ def noise_kernel(
     group = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)              # of V pixels, one a thread
     bits, seed = (), tl.load(seeds_ptr + b)
     for i in tl.static_range(V * K // 4):                                          # V x K normal numbers, pixel by pixel
-        bits = bits + four_normals(seed, stream, group * (V * K // 4) + i, out_ptr.dtype.element_ty.primitive_bitwidth == 16)
+        bits = bits + four_normals(seed, stream, group * (V * K // 4) + i,
+                                   out_ptr.dtype.element_ty.primitive_bitwidth == 16)
     if CELLS:
         cells = load_rows(cells_ptr + b64, group, HW, 1, V, False)
         alpha, sigma = tl.load(alpha_ptr + b), tl.load(sigma_ptr + b)
@@ -91,7 +92,8 @@ def noise(seeds: Tensor, stream: int, height: int, width: int, bits: int, dtype:
     I = seen(image)
     C = bits + I + (bits if self_condition else 0)
     out = empty((B, C, height, width), last, dtype, seeds.device)
-    V = 16 // out.element_size() if C <= 20 else 4   # pixels a thread: 8 of more channels do not fit its registers
+    # pixels a thread: 8 of more channels do not fit its registers
+    V = 16 // out.element_size() if C <= 20 else 4
     blocks = triton.cdiv(HW, GROUPS * V)
     noise_kernel[(B * blocks,)](
         out, seeds if cells is None else cells, seeds if codes is None else codes, alpha, sigma, seeds, image, sizes,

@@ -35,11 +35,13 @@ def test_a_file_is_an_ordinary_torch_file_and_keeps_the_one_before(tmp_path):
 
 def test_a_copy_on_the_host_keeps_values_and_strides():
     x = torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last).requires_grad_()
-    content = dict(net=dict(w=x), optimizer=dict(groups=[dict(lr=x.detach().sum(), betas=(0.9, 0.5))]), step=3)
+    content = dict(net=dict(w=x), optimizer=dict(groups=[dict(lr=x.detach().sum(), betas=(0.9, 0.5))]),
+                   step=3)
     held, before = on_host(content), x.detach().clone()
     with torch.no_grad():
         x.zero_()
-    assert torch.equal(held["net"]["w"], before) and held["net"]["w"].stride() == x.stride() and not held["net"]["w"].requires_grad
+    w = held["net"]["w"]
+    assert torch.equal(w, before) and w.stride() == x.stride() and not w.requires_grad
     assert held["step"] == 3 and held["optimizer"]["groups"][0]["betas"] == (0.9, 0.5)
     assert torch.equal(held["optimizer"]["groups"][0]["lr"], before.sum())
 
