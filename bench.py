@@ -5,8 +5,8 @@
     python bench.py train --preset tiny          # images a second, and where a step's time goes
     python bench.py train --preset paper --batch 2
     python bench.py sample --preset tiny         # images x samples a second, latency of one image
-    python bench.py photos                       # what sample.py does with photos and the weights in the box
-    python bench.py gpu --out DIR                # all of it, and the CUDA tests, in nine minutes, into files
+    python bench.py photos  # what sample.py does with photos and the weights in the box
+    python bench.py gpu --out DIR  # all of it, and the CUDA tests, in nine minutes, into files
 
 kernels: without CUDA it says so and measures the kernels' PyTorch twins on a small batch: a check that everything runs, no
 figure of merit. train, sample: weights are random, for speed does not depend on them; all variants are timed in turn, round
@@ -189,7 +189,9 @@ def bench_kernels(args):
     device = usable("cuda" if torch.cuda.is_available() else "cpu").type
     if device == "cpu":
         print("no CUDA here: these are the kernels' PyTorch twins on the CPU, at batch 2, against plain PyTorch")
-    batches, dtypes = (args.batch, [getattr(torch, d) for d in args.dtype]) if device == "cuda" else ([2], [torch.float32])
+    batches, dtypes = [2], [torch.float32]
+    if device == "cuda":
+        batches, dtypes = args.batch, [getattr(torch, d) for d in args.dtype]
     about, ceiling, rows = machine(device), copy_gb_s(device), []
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"a plain copy moves {ceiling:.0f} GB/s; {SIZE} x {SIZE}, {BITS} bits; ms: median (p20 to p80); MiB: peak beyond the inputs")
@@ -307,8 +309,9 @@ PARTS = ("data", "forward", "backward", "optimizer")
 
 
 def setting(args, *more):
-    """What train.py would use: configuration, device, dtype and reason, codec, diffusion, network. more: options."""
-    argv = ["--preset", args.preset, "--device", args.device, "--precision", args.precision, "--compile", args.compile, *more]
+    """What train.py would use, given more options: configuration, and what train.build returns."""
+    argv = ["--preset", args.preset, "--device", args.device, "--precision", args.precision, "--compile",
+            args.compile, *more]
     argv += ["--crop", "1"]                                                       # scenes are not cropped
     c = config.parse(argv + (["--batch_size", str(args.batch)] if args.batch else []))
     c.accumulate = 1
@@ -351,20 +354,20 @@ def peak_memory(device):
 class Variant:
     """A way to train, and what was measured of it."""
 
-    dtype: torch.dtype | None                    # of autocast
+    dtype: torch.dtype | None  # of autocast
     memory: torch.memory_format
-    fast: dict | None = None                     # of the kernels (`fused`); None: plain PyTorch
-    fused: bool = True                           # the optimizer
+    fast: dict | None = None  # of the kernels (`fused`); None: plain PyTorch
+    fused: bool = True  # the optimizer
     compiled: bool = False
     graph: bool = False
-    times: list = field(default_factory=list)    # of whole steps
-    parts: list = field(default_factory=list)    # of PARTS, waiting after each
+    times: list = field(default_factory=list)  # of whole steps
+    parts: list = field(default_factory=list)  # of PARTS, waiting after each
     warm_up: float = 0.0
-    memory_gb: float | None = None               # peak
-    failed: str = ""                             # why
+    memory_gb: float | None = None  # peak
+    failed: str = ""  # why
     step: Step | None = None
     ema: torch.nn.Module | None = None
-    coming: Iterator | None = None               # batches
+    coming: Iterator | None = None  # batches
 
     def start(self, net, c, diffusion, codec, shapes):
         """Make what it needs, warm up, compile, make the graph."""
@@ -373,7 +376,8 @@ class Variant:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         net = copy.deepcopy(net).to(memory_format=self.memory)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=self.fused,
+        optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, weight_decay=c.weight_decay,
+                                      fused=self.fused,
                                       capturable=self.fused and device.type == "cuda")
         loss = train.loss_of(diffusion, codec, self.dtype, self.fast)
         self.step = Step(net, loss, optimizer, self.dtype, 1, c.grad_clip, self.compiled, self.graph)
@@ -414,7 +418,8 @@ def training_variants(dtype, device, fast, compiled, graph):
     """name -> Variant, from plain PyTorch to what train.py does; each adds something to the one before."""
     low, last = dtype or torch.bfloat16, torch.channels_last
     name = f"{str(low)[6:]} NHWC"
-    found = {"plain float32 NCHW": Variant(None, torch.contiguous_format, fused=False), f"plain {name}": Variant(low, last)}
+    found = {"plain float32 NCHW": Variant(None, torch.contiguous_format, fused=False),
+             f"plain {name}": Variant(low, last)}
     if fast:
         found[f"kernels {name}"] = Variant(low, last, fast)
     if compiled and graph:
@@ -424,13 +429,13 @@ def training_variants(dtype, device, fast, compiled, graph):
 
 
 def run_variants(variants, rounds, start, measure):
-    """Time Variants side by side: what the machine does besides meets all of them. One that fails leaves the others."""
+    """Time Variants side by side: what the machine does besides meets all of them. One may fail."""
     for i in range(rounds + 1):
         for v in variants:
             try:
                 if not v.failed:
                     measure(v) if i else start(v)
-            except RuntimeError as e:                                              # out of memory, or no CUDA graph
+            except RuntimeError as e:  # out of memory, or no CUDA graph
                 v.failed = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
                 v.stop()
 
@@ -441,23 +446,28 @@ def bench_train(args):
     compiled, graph = train.switches(c, device, dtype, 1)
     variants = training_variants(dtype, device, fused(codec, device), compiled, graph)
     if fused(codec, device):
-        kernels.normal(torch.zeros(1, dtype=torch.int64, device=device), 2, 1, 1)  # says what is live before the table begins
+        # says what is live before the table begins
+        kernels.normal(torch.zeros(1, dtype=torch.int64, device=device), 2, 1, 1)
 
     batch = next(train.batches(shapes, 0, c, codec, diffusion, device, 0, 1, None))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         train.loss_of(diffusion, codec, None, None)(net, {k: v[:1] for k, v in batch.items()})
     gflop, rate = 3 * counter.get_total_flops() / 1e9, matrix_rate(device, torch.bfloat16, args.clock)
     del batch
-    print(f"{args.preset}: batch {c.batch_size} of {c.image_size} x {c.image_size}, {gflop:.1f} GFLOP an image and step, on "
-          f"{where(device)};\nbf16 matrix rate {rate / 1e12:.2f} TFLOP/s; train.py: {str(dtype or torch.float32)[6:]} ({why}), "
-          f"{'compiled' if compiled else 'not compiled'}, {'one CUDA graph' if graph else 'no CUDA graph'}; medians of {args.rounds} "
-          f"rounds, {args.clock} clock\n")
-    print(f"| {'':24}| images/s | speed | step ms |" + "".join(f" {p:>9} |" for p in PARTS) + " GFLOP/s | of rate | warm-up s | GB    |")
-    print("|" + "-" * 25 + "|----------|-------|---------|" + "-----------|" * len(PARTS) + "---------|---------|-----------|-------|")
+    speed = f"{gflop:.1f} GFLOP an image and step, bf16 matrix rate {rate / 1e12:.2f} TFLOP/s"
+    how = f"{'compiled' if compiled else 'not compiled'}, {'one CUDA graph' if graph else 'no CUDA graph'}"
+    print(f"{args.preset}: batch {c.batch_size}, {c.image_size} x {c.image_size}, on {where(device)};\n{speed};\n"
+          f"train.py: {str(dtype or torch.float32)[6:]} ({why}), {how}; medians of {args.rounds} rounds, "
+          f"{args.clock} clock\n")
+    print(f"| {'':24}| images/s | speed | step ms |" + "".join(f" {p:>9} |" for p in PARTS)
+          + " GFLOP/s | of rate | warm-up s | GB    |")
+    print("|" + "-" * 25 + "|----------|-------|---------|" + "-----------|" * len(PARTS)
+          + "---------|---------|-----------|-------|")
     rows, slow, names = {}, None, list(variants)
     # On CUDA one after the other: each has the memory to itself, and a row is out as soon as it is known.
     for group in [[name] for name in names] if device.type == "cuda" else [names]:
-        run_variants([variants[name] for name in group], args.rounds, lambda v: v.start(net, c, diffusion, codec, shapes),
+        run_variants([variants[name] for name in group], args.rounds,
+                     lambda v: v.start(net, c, diffusion, codec, shapes),
                      lambda v: v.measure(c, device, args.clock))
         for name in group:
             v = variants[name]
@@ -468,14 +478,20 @@ def bench_train(args):
                 continue
             t, each = statistics.median(v.times), [1e3 * statistics.median(p) for p in zip(*v.parts)]
             slow, speed = slow or t, c.batch_size / t
-            rows[name] = dict(images_per_second=speed, speed=slow / t, step_ms=1e3 * t, **dict(zip(PARTS, each)),
-                              flops=1e9 * gflop * speed, share_of_rate=1e9 * gflop * speed / rate, warm_up_s=v.warm_up,
+            rows[name] = dict(images_per_second=speed, speed=slow / t, step_ms=1e3 * t,
+                              **dict(zip(PARTS, each)),
+                              flops=1e9 * gflop * speed, share_of_rate=1e9 * gflop * speed / rate,
+                              warm_up_s=v.warm_up,
                               memory_gb=v.memory_gb)
-            print(f"| {name:24}| {speed:8.1f} | {slow / t:4.2f}x | {1e3 * t:7.1f} |" + "".join(f" {p:9.1f} |" for p in each)
-                  + f" {gflop * speed:7.0f} | {1e9 * gflop * speed / rate:7.1%} | {v.warm_up:9.1f} | {v.memory_gb or math.nan:5.1f} |", flush=True)
+            cells = [f"{speed:8.1f}", f"{slow / t:4.2f}x", f"{1e3 * t:7.1f}", *(f"{p:9.1f}" for p in each),
+                     f"{gflop * speed:7.0f}", f"{1e9 * gflop * speed / rate:7.1%}", f"{v.warm_up:9.1f}",
+                     f"{v.memory_gb or math.nan:5.1f}"]
+            print(f"| {name:24}| " + " | ".join(cells) + " |", flush=True)
     print()
-    print(json.dumps(dict(bench="train", preset=args.preset, batch=c.batch_size, device=where(device), torch=torch.__version__,
-                          clock=args.clock, gflop_per_image=gflop, matrix_rate=rate, peak_memory_gb=peak_memory(device),
+    print(json.dumps(dict(bench="train", preset=args.preset, batch=c.batch_size, device=where(device),
+                          torch=torch.__version__,
+                          clock=args.clock, gflop_per_image=gflop, matrix_rate=rate,
+                          peak_memory_gb=peak_memory(device),
                           variants=rows, images_per_second=rows["train.py"].get("images_per_second"))))
     return 2 if all(v.failed for v in variants.values()) else 0
 
@@ -514,15 +530,19 @@ def bench_sample(args):
 
 
 def bench_photos(args):
-    """What sample.py does with photos of 640 x 480, but for reading and writing files: to soft bits, and to label maps."""
+    """What sample.py does with photos of 640 x 480, files apart: to soft bits, and to label maps."""
     device = usable(args.device)
     model = load_checkpoint(args.ckpt, device)
-    photos = [Image.fromarray(scenes.Shapes("val", 640).get([i])[0][0, :480].numpy()) for i in range(min(max(args.images), 8))]
+    photos = [Image.fromarray(scenes.Shapes("val", 640).get([i])[0][0, :480].numpy())
+              for i in range(min(max(args.images), 8))]
     options = dict(steps=args.steps) if args.steps else {}
-    stages = {"soft bits": lambda job, photo: None, "label maps": lambda job, photo: summarise(job, photo, model)}
-    print(f"{Path(args.ckpt).name}: {model.image_size} pixels, {args.n} samples a photo, {args.steps or model.sampling['steps']} steps, on "
+    stages = {"soft bits": lambda job, photo: None,
+              "label maps": lambda job, photo: summarise(job, photo, model)}
+    steps = args.steps or model.sampling["steps"]
+    print(f"{Path(args.ckpt).name}: {model.image_size} pixels, {args.n} samples a photo, {steps} steps, on "
           f"{where(device)}; medians of {args.rounds} rounds after one, {args.clock} clock\n")
-    print(f"| {'photos':<7}| {'up to':<11}| seconds | photos/s | samples/s |\n|--------|------------|---------|----------|-----------|")
+    print(f"| {'photos':<7}| {'up to':<11}| seconds | photos/s | samples/s |")
+    print("|--------|------------|---------|----------|-----------|")
     rows = []
     for count, (stage, finish) in itertools.product(args.images, stages.items()):
         given, times = [photos[i % len(photos)] for i in range(count)], []
@@ -533,10 +553,13 @@ def bench_photos(args):
                 finish(job, photo)
             times.append(clock(device, args.clock) - start)
         t = statistics.median(times[1:])
-        rows.append(dict(photos=count, stage=stage, seconds=t, photos_per_second=count / t, samples_per_second=count * args.n / t))
-        print(f"| {count:<7}| {stage:<11}| {t:<8.3f}| {count / t:<9.2f}| {count * args.n / t:<10.2f}|", flush=True)
+        rows.append(dict(photos=count, stage=stage, seconds=t, photos_per_second=count / t,
+                         samples_per_second=count * args.n / t))
+        print(f"| {count:<7}| {stage:<11}| {t:<8.3f}| {count / t:<9.2f}| {count * args.n / t:<10.2f}|",
+              flush=True)
     print()
-    print(json.dumps(dict(bench="photos", checkpoint=Path(args.ckpt).name, device=where(device), torch=torch.__version__, clock=args.clock,
+    print(json.dumps(dict(bench="photos", checkpoint=Path(args.ckpt).name, device=where(device),
+                          torch=torch.__version__, clock=args.clock,
                           n=args.n, rows=rows, peak_memory_gb=peak_memory(device))))
 
 
@@ -548,17 +571,21 @@ def gpu_parts(small):
     """[(name, share of the time, command)] in order; small: the same on a CPU, in little."""
     python, bench = [sys.executable], [sys.executable, Path(__file__).name]
     if small:
-        files, kernel, options = ["cuda"], [], "--preset tiny --device cpu --precision bf16 --batch 2 --rounds 1"
-        training = {"train": options}
-        photos, reading = "--device cpu --n 1 --images 1 --steps 1 --rounds 1", "--device cpu --batch 2 --seconds 0.05"
+        files, kernel = ["cuda"], []
+        training = {"train": "--preset tiny --device cpu --precision bf16 --batch 2 --rounds 1"}
+        photos = "--device cpu --n 1 --images 1 --steps 1 --rounds 1"
+        reading = "--device cpu --batch 2 --seconds 0.05"
     else:
-        files, kernel = ["cuda", "kernels", "kernels_door", "kernels_maps", "kernels_noise", "fused"], "--batch 8 256 --dtype bfloat16".split()
+        files = ["cuda", "kernels", "kernels_door", "kernels_maps", "kernels_noise", "fused"]
+        kernel = "--batch 8 256 --dtype bfloat16".split()
         training = {f"train-{n}": f"--preset paper --batch {n} --rounds 5" for n in (8, 64, 256)}
         photos, reading = "--images 1 64", "--batch 64 --workers 1 --seconds 1"
-    tests = [*python, *"-m pytest -v --tb short -p no:cacheprovider".split(), *(f"tests/test_{name}.py" for name in files)]
+    tests = [*python, *"-m pytest -v --tb short -p no:cacheprovider".split()]
+    tests += [f"tests/test_{name}.py" for name in files]
     return [("tests", 90, tests), ("kernels", 80, [*bench, "kernels", *kernel]),
             *((name, 95, [*bench, "train", *options.split()]) for name, options in training.items()),
-            ("photos", 45, [*bench, "photos", *photos.split()]), ("data", 30, [*bench, "data", *reading.split()])]
+            ("photos", 45, [*bench, "photos", *photos.split()]),
+            ("data", 30, [*bench, "data", *reading.split()])]
 
 
 def bench_gpu(args):
@@ -575,15 +602,18 @@ def bench_gpu(args):
         start, limit = time.perf_counter(), 60 * args.minutes * share / whole
         print(f"{name}: at most {limit:.0f} s ...", end=" ", flush=True)
         ended = run_part(command, out / f"{name}.txt", limit)
-        results[name] = dict(command=" ".join(["python", *command[1:]]), ended=ended, seconds=round(time.perf_counter() - start, 1))
+        results[name] = dict(command=" ".join(["python", *command[1:]]), ended=ended,
+                             seconds=round(time.perf_counter() - start, 1))
         text = (out / f"{name}.txt").read_text(errors="replace")
         try:
             results[name]["result"] = json.loads(text.strip().splitlines()[-1])
-        except (ValueError, IndexError):                                           # it came to no last line, or has none
+        except (ValueError, IndexError):  # it came to no last line, or has none
             pass
         print(f"{ended} after {results[name]['seconds']} s", flush=True)
-        report = dict(bench="gpu", machine=machine("cpu" if args.small else "cuda"), small=args.small, parts=results)
-        for path, content in ((out / "gpu.json", json.dumps(report)), (out / "gpu.md", as_markdown(out, report))):
+        report = dict(bench="gpu", machine=machine("cpu" if args.small else "cuda"), small=args.small,
+                      parts=results)
+        for path, content in ((out / "gpu.json", json.dumps(report)),
+                              (out / "gpu.md", as_markdown(out, report))):
             path.with_suffix(".part").write_text(content + "\n")
             os.replace(path.with_suffix(".part"), path)
     print(f"{out}/gpu.md has the tables, {out}/gpu.json all figures")
@@ -591,17 +621,18 @@ def bench_gpu(args):
 
 
 def run_part(command, path, limit):
-    """Run a command in this folder for at most `limit` seconds, output and errors to path and path.err. -> how it ended."""
+    """Run a command here for at most `limit` seconds, output to path, errors beside it. -> how it ended."""
     with open(path, "w") as out, open(path.with_suffix(".err"), "w") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, cwd=Path(__file__).parent,
-                                   env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=os.name == "posix")
+                                   env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                                   start_new_session=os.name == "posix")
         try:
             status = process.wait(limit)
             return "done" if status == 0 else f"failed with status {status}"
         except subprocess.TimeoutExpired:
             return "stopped at its limit"
         finally:
-            if process.poll() is None:                                             # its compiler's processes, too
+            if process.poll() is None:  # its compiler's processes, too
                 os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
                 process.wait()
 
@@ -610,11 +641,14 @@ def as_markdown(out, report):
     """Every part's own words: its tables, or the end of what it said where it failed."""
     lines = ["# bench.py gpu", "", ", ".join(f"{key} {value}" for key, value in report["machine"].items())]
     for name, part in report["parts"].items():
-        said, err = ((out / f"{name}.{end}").read_text(errors="replace").strip().splitlines() for end in ("txt", "err"))
+        said, err = ((out / f"{name}.{end}").read_text(errors="replace").strip().splitlines()
+                     for end in ("txt", "err"))
         said = said[:-1] if "result" in part else said
         if name == "tests" or part["ended"] != "done":
-            said = [*(line for line in said if line.startswith("|")), "", "```", *said[-40:], *err[-20:], "```"]
-        lines += ["", f"## {name}", "", f"`{part['command']}`: {part['ended']}, {part['seconds']} s", "", *said]
+            said = [*(line for line in said if line.startswith("|")), "", "```", *said[-40:], *err[-20:],
+                    "```"]
+        lines += ["", f"## {name}", "", f"`{part['command']}`: {part['ended']}, {part['seconds']} s", "",
+                  *said]
     return "\n".join(lines)
 
 
@@ -626,7 +660,8 @@ def main(argv=None):
     what = p.add_subparsers(dest="what", required=True)
     k = what.add_parser("kernels", help="every fused kernel against PyTorch")
     k.add_argument("--batch", type=int, nargs="+", default=[8, 64, 256], help="batch sizes, on CUDA")
-    k.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"], help="on CUDA")
+    k.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"],
+                   choices=["bfloat16", "float16", "float32"], help="on CUDA")
     k.set_defaults(run=bench_kernels)
     d = what.add_parser("data", help="reading, augmentation, palette")
     d.add_argument("--dataset", default="", help="as in train.py (default: synthetic scenes, made for this)")
@@ -657,10 +692,12 @@ def main(argv=None):
     ph.add_argument("--device", default="auto")
     ph.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     ph.set_defaults(run=bench_photos)
-    g = what.add_parser("gpu", help="all that a GPU has to tell: tests, kernels, training, sampling, reading; into files")
+    g = what.add_parser("gpu", help="all that a GPU has to tell, from tests to reading, into files")
     g.add_argument("--out", required=True, help="folder for gpu.md, gpu.json and what each part printed")
-    g.add_argument("--small", action="store_true", help="every part in little, on the CPU: to see that all of them run")
-    g.add_argument("--minutes", type=float, default=9, help="for all of it; each part is stopped at its share")
+    g.add_argument("--small", action="store_true",
+                   help="every part in little, on the CPU: to see that all of them run")
+    g.add_argument("--minutes", type=float, default=9,
+                   help="for all of it; each part is stopped at its share")
     g.set_defaults(run=bench_gpu)
     for q in (t, s):
         q.add_argument("--preset", default="tiny", choices=config.PRESETS)

@@ -1,7 +1,8 @@
 """Checkpoint files that survive crashes and full disks, are checked before they are used, and never run code.
 
-What it is: `save`, `read` and `newest` for one dictionary of tensors and plain values in one file, and `lock` for the
-folder that a run writes to. What it is not: it knows nothing of networks or training; it needs torch only.
+What it is: `save`, `read` and `newest` for one dictionary of tensors and plain values in one file, `on_host`
+and `Beside` to save while training goes on, and `lock` for the folder that a run writes to. What it is not: it
+knows nothing of networks or training; it needs torch only.
 
 Use it alone:
     from checkpoint import lock, newest, save
@@ -20,6 +21,7 @@ import os
 import pickle
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -73,6 +75,35 @@ def save(path, content, keep_previous=False):
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def on_host(content):
+    """A copy of dictionaries, lists and tensors on the host, which later changes do not reach."""
+    if isinstance(content, torch.Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {k: on_host(v) for k, v in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(map(on_host, content))
+    return content
+
+
+class Beside:
+    """Jobs in a thread beside the caller: beside(job) begins one, once the one before has ended."""
+
+    def __init__(self):
+        self.pool, self.job = ThreadPoolExecutor(1), None
+
+    def __call__(self, job):
+        self.wait()
+        self.job = self.pool.submit(job)
+
+    def wait(self):
+        """What the last job returned, once it has; None before the first. Raises what it raised."""
+        return self.job and self.job.result()
+
+    def close(self):
+        self.pool.shutdown()  # what has begun is brought to its end
 
 
 def read(path, device="cpu"):

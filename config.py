@@ -32,7 +32,7 @@ class Config:
     precision: str = "auto"                      # auto, fp32, bf16, fp16
     kernels: str = ""                            # auto (Triton with CUDA), triton, torch; "": BITSEG_KERNELS, or auto
     compile: str = "auto"                        # on, off; auto: on with CUDA. A minute at the start, then faster steps
-    graph: str = "auto"                          # a step's launches as one CUDA graph. on, off; auto: on with CUDA, where one process trains
+    graph: str = "auto"                          # on, off; auto: on with CUDA. A step is one CUDA graph then
     init: str = ""                               # a checkpoint whose weights to start from (fine-tuning)
     export: str = ""                             # write the averaged weights of --out there, and do nothing else
     # data
@@ -97,8 +97,10 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
     "paper-fast": dict(network="paper", image_size=128, batch_size=128, max_steps=18_750, lr=4e-4, warmup_steps=500, decay_steps=3125, ema=0.9984, weighting="sigmoid", logsnr_space=True, guidance=1.0, bits=6, log_every=20, save_every=250, eval_every=625),
 }
 
-FREE = {"out", "root", "cache", "device", "kernels", "compile", "graph", "workers", "init", "export", "accumulate", "max_steps", "eval_every",
-        "eval_images", "log_every", "save_every", "keep_every", "max_bad"}  # may change on resume
+# May change on resume.
+FREE = {"out", "root", "cache", "device", "kernels", "compile", "graph", "workers", "init", "export",
+        "accumulate", "max_steps", "eval_every", "eval_images", "log_every", "save_every", "keep_every",
+        "max_bad"}
 
 RANGES = dict.fromkeys(("batch_size", "accumulate", "max_steps", "image_size", "eval_every", "eval_images", "steps", "log_every",
                         "save_every"), (1, math.inf))

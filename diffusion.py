@@ -169,8 +169,9 @@ def draw(shape, d, generator=None, device=None, eps=True):
     """The random part of training samples of shape (B, C, H, W) and what follows from it, as a dictionary of rows of samples.
 
     t, alpha, sigma and weight (of the loss), (B, 1, 1, 1) float32; eps (B, C, H, W), if asked for; keep, the image, and
-    chosen, for self-conditioning, (B, 1, 1, 1) bool; all on the device. Draw for a whole batch, then share the rows out: t is
-    stratified over the batch. generator: the host's, where all but eps is computed, in float64, which not every device has.
+    chosen, for self-conditioning, (B, 1, 1, 1) bool; all on the device. Draw for a whole batch, then share the
+    rows out: t is stratified over the batch. generator: the host's, which computes all but eps, in float64, which
+    not every device has.
     """
     B, device = shape[0], torch.device(device or "cpu")
     t, drawn, noise = stratified_t(B, generator), {}, generator
@@ -183,14 +184,14 @@ def draw(shape, d, generator=None, device=None, eps=True):
     if d.self_condition > 0:
         rows["chosen"] = torch.rand(B, generator=generator) < d.self_condition
     rows.update(zip(("t", "alpha", "sigma", "weight"), (t, *alpha_sigma(t, d), loss_weight(t, d))))
-    values = to_device(torch.stack([v.float() for v in rows.values()]), device)    # one copy
+    values = to_device(torch.stack([v.float() for v in rows.values()]), device)  # one copy
     for name, row, value in zip(rows, rows.values(), values.view(-1, B, 1, 1, 1)):
         drawn[name] = value > 0 if row.dtype == torch.bool else value
     return drawn
 
 
 def to_device(x, device):
-    """A tensor of the host on a device, without waiting for it: from page-locked memory, where that is CUDA."""
+    """A tensor of the host on a device, without a wait: from page-locked memory, where that is CUDA."""
     return (x.pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
 
 
@@ -198,9 +199,9 @@ def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=No
     """The loss of one batch (Eq. 2), a scalar.
 
     x0 (B, C, H, W) in [-1, 1], 0 where not valid; image (B, 3, H, W), normalised, or (B, 3 d^2, H, W), one of d times the
-    resolution, folded; valid (B, H, W) bool. drawn: what `draw` returns, for these B samples; drawn here, with generator as
-    `draw` takes it, if not given. With d.loss "bce", activate must be torch.tanh and x0 bits, -1 or 1. hints: what is known
-    of x0, (B, C, H, W), 0 where unknown.
+    resolution, folded; valid (B, H, W) bool. drawn: what `draw` returns, for these B samples; drawn here, with
+    generator as `draw` takes it, if not given. With d.loss "bce", activate must be torch.tanh, x0 bits, -1 or 1.
+    hints: what is known of x0, (B, C, H, W), 0 where unknown.
     """
     hints = hint_channels(hints, d, x0.shape, x0.device)
     r = draw(x0.shape, d, generator, x0.device) if drawn is None else drawn

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-NO_FLOAT64 = ("mps",)                            # devices without it
+NO_FLOAT64 = ("mps",)  # devices without it
 
 
 def pick_precision(name, device):
@@ -62,8 +62,8 @@ class Step:
     loss(net, batch) -> a scalar; batch: a dictionary of tensors with a row a sample. optimizer: one parameter group, fused on
     CPU and CUDA (and capturable, for graph), so that a nan or infinite gradient changes nothing, without a wait. net: as
     it is, compiled, or (model) under DistributedDataParallel. accumulate: parts of a batch, one after the other.
-    graph: after 3 steps all launches become one CUDA graph, which small batches gain from; for a single process on CUDA,
-    without fp16. Raises NoGraph where that fails.
+    graph: after 3 steps all launches become one CUDA graph, which small batches gain from; for one process on
+    CUDA, without fp16. Raises NoGraph where that fails.
     """
 
     def __init__(self, net, loss, optimizer, dtype=None, accumulate=1, grad_clip=1.0, compiled=False, graph=False, world=1):
@@ -91,7 +91,7 @@ class Step:
             try:
                 self.replay = as_cuda_graph(self.run, batch)
             except NoGraph:
-                self.optimizer.zero_grad(set_to_none=True)                         # recorded perhaps, but never computed
+                self.optimizer.zero_grad(set_to_none=True)  # recorded perhaps, but never computed
                 raise
         return (self.replay or self.run)(batch)
 
@@ -139,7 +139,7 @@ class Step:
 
 
 class NoGraph(RuntimeError):
-    """Launches that could not be captured. Nothing was computed, but the allocator keeps memory back from then on: end soon."""
+    """Launches that could not be captured. Nothing was computed; the allocator keeps memory back from now on."""
 
 
 def as_cuda_graph(run, batch):
@@ -155,7 +155,7 @@ def as_cuda_graph(run, batch):
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = run(fixed)
     except RuntimeError as e:
-        torch.cuda.set_stream(stream)            # the capture's own one stays current when its end fails
+        torch.cuda.set_stream(stream)  # the capture's own one stays current when its end fails
         while e.__context__:
             e = e.__context__
         raise NoGraph(f"no CUDA graph of a step ({str(e).strip().splitlines()[0]})") from e
@@ -170,14 +170,17 @@ def as_cuda_graph(run, batch):
 
 
 def fit_state(optimizer):
-    """Bring an optimizer's loaded state to its parameters' device and layout: load_state_dict keeps a file's strides.
+    """Bring an optimizer's loaded state to its parameters' device and layout; load_state_dict keeps strides.
 
-    A run may go on on another device, where `layout` differs, and fused kernels pair numbers by their place in memory.
+    On another device than before, `layout` may differ, and fused kernels pair numbers by their place in memory.
     """
     fused = optimizer.defaults["fused"]
     for p, state in optimizer.state.items():
         for name, v in state.items():
-            state[name] = torch.empty_like(p).copy_(v) if v.shape == p.shape else v.to(p.device if fused else "cpu")
+            if v.shape == p.shape:
+                state[name] = torch.empty_like(p).copy_(v)
+            else:
+                state[name] = v.to(p.device if fused else "cpu")  # the number of steps
 
 
 def out_of_memory(e):
@@ -186,7 +189,7 @@ def out_of_memory(e):
 
 
 def pick_device(name):
-    """auto, cpu, cuda, cuda:1, mps -> torch.device, now the current one. Raises ValueError when it is not there."""
+    """auto, cpu, cuda, cuda:1, mps -> torch.device, now the current one. Raises ValueError if it is not there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -196,7 +199,7 @@ def pick_device(name):
             raise RuntimeError("it is none of cpu, cuda and mps")
         torch.zeros(1, device=device)
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)        # Triton launches on the current device, wherever the tensors are
+            torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors are
         return device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device '{name}' is not usable here ({str(e).splitlines()[0][:80]}): try --device cpu") from None

@@ -29,10 +29,11 @@ import torch.distributed as dist
 import data as datasets
 import kernels
 from bits import Codec, paint
-from checkpoint import Damaged, lock, newest, read, save
+from checkpoint import Beside, Damaged, lock, newest, on_host, read, save
 from config import FREE, Config, help_text, parse
 from diffusion import Diffusion, draw, fused, fused_training_loss, to_device, training_loss
-from engine import (NO_FLOAT64, NoGraph, Step, Watch, anyone, append, fit_state, forget, join, layout, out_of_memory, pick_device,
+from engine import (NO_FLOAT64, NoGraph, Step, Watch, anyone, append, fit_state, forget, join, layout,
+                    out_of_memory, pick_device,
                     pick_precision, update_ema, written)
 from hints import NUMBERS, draw_hints, hint_bits
 from model import SIZES, UNet
@@ -53,15 +54,16 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
     """What the steps from number `step` on need: files are read ahead in threads; on CUDA, the rest on a stream of its own.
 
     Yields dictionaries of what `training_loss` takes and `draw` draws, on the device, one row a sample: every world-th
-    sample of the global batch. All of it depends on the seed and on the step alone, whoever computes it. fast: what `fused`
-    returned, for the kernels' loss. Nothing waits for a CUDA device, up to 1,024 segments an image.
+    sample of the global batch. All of it depends on the seed and on the step alone, whoever computes it. fast: what
+    `fused` returned, for the kernels' loss. Nothing waits for a CUDA device, up to 1,024 segments an image.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     source = datasets.batches(data, step * c.batch_size, c.batch_size, c.seed, c.workers, rank, world, pin=bool(stream))
     mine, detail = slice(rank, None, world), SIZES[c.network].get("detail", 1)
     photos = c.augment and datasets.names(c.dataset) != ["shapes"]
     codec = copy.copy(codec)
-    codec.table = codec.table.to(device)                                           # once, not at every step
+    codec.table = codec.table.to(device)  # once, not at every step
+    kind = torch.int64 if not fast else torch.int8 if codec.classes <= 128 else torch.int16  # of cells
 
     def make(step):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
@@ -82,12 +84,12 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
             if codec.palette == "none":                                            # random codes, from each sample's number
                 own = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
                 order = torch.cat([torch.rand(1, codec.classes, generator=g).argsort(1) for g in own])
-                cells = random_cells(labels, to_device(order, device), data.segments)
+                cells = random_cells(labels, to_device(order, device), data.segments).to(kind)
             elif fast and hints is None:
                 below = data.segments if data.segments <= 1024 else None           # a promise, so that nothing waits
-                cells = kernels.locate(labels, codec.side, dtype=torch.int16, labels_below=below)
+                cells = kernels.locate(labels, codec.side, dtype=kind, labels_below=below)
             else:
-                on = "cpu" if device.type in NO_FLOAT64 else device                # exact centroids need it
+                on = "cpu" if device.type in NO_FLOAT64 else device  # exact centroids need it
                 cells = codec.cells(labels.to(on), hints=None if hints is None else hints.to(on)).to(device)
             if hints is not None:
                 drawn["hints"] = hint_bits(codec.encode(cells), hints)
@@ -115,16 +117,17 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
 
 
 def random_cells(labels, order, below):
-    """The `none` palette as bits.random_cells has it, without a wait: segments get cells by their size, from an order each.
+    """The `none` palette as bits.random_cells has it, without a wait: segments get cells by their size.
 
-    labels (B, H, W) in [-1, below); order (B, classes) int64: what the largest segment gets, the second, ... -> (B, H, W).
+    labels (B, H, W) in [-1, below); order (B, classes) int64: what the largest segment of each map gets, the second
+    largest, ... -> (B, H, W).
     """
     flat = labels.flatten(1)
     index = torch.where(flat >= 0, flat, below)
     counts = torch.zeros(len(flat), below + 1, dtype=torch.int64, device=flat.device)
     counts = counts.scatter_add_(1, index, torch.ones_like(index))[:, :below]
-    rank = counts.argsort(dim=1, descending=True, stable=True).argsort(1)          # 0 = the largest segment
-    rank = torch.where(rank < order.shape[1], rank, 0)                             # too many: into the largest
+    rank = counts.argsort(dim=1, descending=True, stable=True).argsort(1)  # 0 = the largest segment
+    rank = torch.where(rank < order.shape[1], rank, 0)  # too many: into the largest
     return paint(order.gather(1, rank), index, labels.shape)
 
 
@@ -206,7 +209,7 @@ def switches(c, device, dtype, world):
     """Whether to compile, and whether to make a CUDA graph. Raises ValueError for a graph that cannot be."""
     able = device.type == "cuda" and world == 1 and dtype != torch.float16
     if c.graph == "on" and not able:
-        raise ValueError("--graph on needs CUDA, a single process and a precision other than fp16: use --graph auto")
+        raise ValueError("--graph on needs CUDA, a single process and no fp16: use --graph auto")
     return c.compile == "on" or c.compile == "auto" and device.type == "cuda", able and c.graph != "off"
 
 
@@ -317,7 +320,8 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin
     kind = dict(fused=device.type in ("cuda", "cpu"), capturable=device.type == "cuda")
     optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay, **kind)
     fast, (compiled, graph) = fused(codec, device), switches(c, device, dtype, world)
-    update = Step(net, loss_of(diffusion, codec, dtype, fast), optimizer, dtype, c.accumulate, c.grad_clip, compiled, graph, world)
+    update = Step(net, loss_of(diffusion, codec, dtype, fast), optimizer, dtype, c.accumulate, c.grad_clip,
+                  compiled, graph, world)
     if resumed:
         step, best, validated = resumed["step"], resumed["best"], resumed["validated"]
         net.load_state_dict(resumed["net"])
@@ -340,8 +344,18 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin
     def put(name, action):                                                         # rank 0 writes; a full disk only warns
         return rank > 0 or written(out / name, lambda: action(out / name))
 
+    def store(name, choose=dict, **more):
+        """Write a checkpoint beside the training, which waits for the one before and for a copy to the host."""
+        if rank == 0:
+            beside.wait()
+            held = on_host(choose(content()))
+            beside(lambda: put(name, lambda path: save(path, held, **more)))
+
     def checkpoint():
-        return put("ckpt.pt", lambda path: save(path, content(), keep_previous=True))
+        store("ckpt.pt", keep_previous=True)
+
+    def saved():
+        return rank > 0 or beside.wait()
 
     def say(text, **line):
         if rank == 0:
@@ -359,7 +373,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin
         return 0
     put("log.jsonl", lambda path: forget(path, lambda line: line["step"] <= (validated if "ari" in line else step)))
 
-    stop, first, started, saved = [], step, time.time(), True                      # stop: signals; looked at between steps
+    stop, first, started, beside = [], step, time.time(), Beside()  # stop: signals; looked at between steps
 
     def on_signal(number, frame):
         if step == first:                                                          # still compiling, say: nothing to save
@@ -384,12 +398,12 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin
                     step=step, ari=ari, iou=iou, seconds=time.time() - started)
                 if ari > best:
                     best = ari
-                    put("best.pt", lambda path: save(path, portable(content())))
+                    store("best.pt", portable)
             if step >= c.max_steps:
-                saved = checkpoint()
-                say(f"done: {out}/ckpt.pt; now try: python sample.py --n 8 photo.jpg" if saved else
+                checkpoint()
+                say(f"done: {out}/ckpt.pt; now try: python sample.py --n 8 photo.jpg" if saved() else
                     f"done, but not saved in {out}/ckpt.pt: make room, and run the same command again")
-                return 0 if saved else 1
+                return 0 if saved() else 1
 
             batch, full = next(coming), False
             if c.dropout:                                                          # a step's randomness: seed and step alone
@@ -434,14 +448,15 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin
                         f"Try a lower --lr, --precision fp32 or more --warmup_steps, into another --out")
                     return 1
             if c.keep_every and step % c.keep_every == 0:                          # before ckpt.pt: a run goes on behind that
-                put(f"ckpt_{step:06d}.pt", lambda path: save(path, content()))
+                store(f"ckpt_{step:06d}.pt")
             if step % c.save_every == 0:
-                saved = checkpoint()
-        saved = checkpoint()
-        say(f"\nstopped{' and saved' if saved else ''} at step {step}: run the same command again to go on")
+                checkpoint()
+        checkpoint()
+        say(f"\nstopped{' and saved' if saved() else ''} at step {step}: run the same command again to go on")
         return 128 + (stop[0] if stop else signal.SIGTERM)
     finally:
         coming.close()
+        beside.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -63,7 +63,7 @@ def use(name):
 def live(device):
     """("triton" or "torch", why) for tensors on a device.
 
-    RuntimeError when Triton was forced and cannot run there, and on a GPU where all that it lacks is a compiler.
+    RuntimeError when Triton was forced and cannot run there, and on a GPU where only a compiler is missing.
     """
     device = torch.device(device)
     if mode not in MODES:
@@ -88,7 +88,7 @@ def live(device):
 
 @functools.lru_cache(1)
 def _can_launch():
-    """RuntimeError with the remedy where Triton cannot compile what it launches kernels with, a piece of C with Python.h."""
+    """RuntimeError with the remedy where Triton cannot compile its launcher, a piece of C with Python.h."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
     if compiler and header.exists():
@@ -96,14 +96,14 @@ def _can_launch():
     code = """#include <Python.h>
         static struct PyModuleDef probe = {PyModuleDef_HEAD_INIT, "probe"};
         PyMODINIT_FUNC PyInit_probe(void) { return PyModule_Create(&probe); }"""
-    try:                                         # Triton's cache or CPATH may have it all the same
+    try:  # Triton's cache or CPATH may have it all the same
         triton.runtime.build.compile_module_from_src(code, "probe")
     except (RuntimeError, OSError, subprocess.CalledProcessError):
         lacks = f"{header} is missing" if compiler else "there is no C compiler"
         raise RuntimeError(
-            f"Triton cannot launch kernels here, as {lacks}: install it (Debian and Ubuntu: apt install gcc python3-dev; Fedora: "
-            f"dnf install gcc python3-devel; conda: conda install c-compiler), or go without, with --kernels torch or "
-            f"BITSEG_KERNELS=torch") from None
+            f"Triton cannot launch kernels here, as {lacks}: install it (Debian and Ubuntu: apt install gcc "
+            f"python3-dev; Fedora: dnf install gcc python3-devel; conda: conda install c-compiler), or go "
+            f"without, with --kernels torch or BITSEG_KERNELS=torch") from None
 
 
 def _triton(device):

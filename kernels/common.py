@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 
 
+PTX = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Device functions
 
@@ -37,16 +40,81 @@ def code_of(cell, codes_ptr, inside, K: tl.constexpr, TABLE: tl.constexpr):
 
 
 @triton.jit
-def target_bit(cell, channel, codes_ptr, inside, K: tl.constexpr, TABLE: tl.constexpr):
-    """x0: -1 or +1, 0 where the cell is ignored; float32."""
-    bit = (code_of(cell, codes_ptr, inside, K, TABLE) >> channel) & 1
-    return tl.where(cell >= 0, (2 * bit - 1).to(tl.float32), 0.0)
+def signed(x, code, channel):
+    """x (float32) where that bit of the code is 1, -x where it is 0, in two instructions."""
+    flip = (~code << (31 - channel)) & -2147483648
+    return (x.to(tl.int32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
+
+
+# PTX's approximations, one instruction each where Triton's are 3 to 20; errors by PTX's manual. Triton's
+# interpreter has none of them.
+
+
+@triton.jit
+def exp2(x):
+    """2^x: 2 units in the last place; 0 below 2^-126."""
+    if PTX:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def log2(x):
+    """log2 x: 2^-22, absolute between 0.5 and 2, else relative."""
+    if PTX:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x: 1 unit in the last place; 0 of infinity."""
+    if PTX:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def square_root(x):
+    """The root of x: 2^-23, relative."""
+    if PTX:
+        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def sin(x):
+    """Of x in [-pi, pi]: 2^-20, absolute."""
+    if PTX:
+        return tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.sin(x)
+
+
+@triton.jit
+def cos(x):
+    """Of x in [-pi, pi]: 2^-20, absolute."""
+    if PTX:
+        return tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.cos(x)
+
+
+@triton.jit
+def doubt(x):
+    """1 / (1 + e^(2 x)) = (1 - tanh x) / 2: how far tanh x is from 1, without the cancellation."""
+    return reciprocal(1.0 + exp2(x * 2.8853900817779268))  # 2 log2 e
 
 
 @triton.jit
 def tanh(x):
-    e = tl.exp(-2 * tl.abs(x))
-    return tl.where(x >= 0, 1 - e, e - 1) / (1 + e)
+    e = exp2(-2.8853900817779268 * tl.abs(x))
+    y = (1.0 - e) * reciprocal(1.0 + e)
+    return tl.where(x >= 0, y, -y)
 
 
 @triton.jit
@@ -97,13 +165,29 @@ def sin_cos_turns(word):
 
 
 @triton.jit
-def four_normals(seed, stream, call):
-    """Philox4x32-10, key: the sample's 64-bit seed, counter: (call, stream, 0, 0); Box-Muller. A tuple of float32."""
+def radians(word):
+    """2 pi word / 2^32, less a whole turn from half a turn on: in [-pi, pi]."""
+    return word.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-9  # pi / 2^31
+
+
+@triton.jit
+def four_normals(seed, stream, call, ROUGH: tl.constexpr = False):
+    """Philox4x32-10, key: the sample's 64-bit seed, counter: (call, stream, 0, 0); Box-Muller. Four float32.
+
+    ROUGH: for numbers that are rounded to 16 bits: to within 6e-4, most to within 3e-6.
+    """
     call = call.to(tl.uint32, bitcast=True)
     a, b, c, d = philox(seed, call, call * 0 + stream.to(tl.uint32, bitcast=True))
-    r1, r2 = tl.sqrt(-2 * tl.log(unit(a))), tl.sqrt(-2 * tl.log(unit(c)))
-    sin1, cos1 = sin_cos_turns(b)
-    sin2, cos2 = sin_cos_turns(d)
+    if ROUGH:
+        # 2 ln 2; the logarithm of 1 may be above 0
+        r1 = square_root(tl.maximum(-1.3862943611198906 * log2(unit(a)), 0.0))
+        r2 = square_root(tl.maximum(-1.3862943611198906 * log2(unit(c)), 0.0))
+        angle1, angle2 = radians(b), radians(d)
+        sin1, cos1, sin2, cos2 = sin(angle1), cos(angle1), sin(angle2), cos(angle2)
+    else:
+        r1, r2 = tl.sqrt(-2 * tl.log(unit(a))), tl.sqrt(-2 * tl.log(unit(c)))
+        sin1, cos1 = sin_cos_turns(b)
+        sin2, cos2 = sin_cos_turns(d)
     return r1 * cos1, r1 * sin1, r2 * cos2, r2 * sin2
 
 
@@ -125,7 +209,7 @@ def normals(seed, stream, j, p0, K: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.
 @triton.jit
 def quarters(x):
     """(N, 4) -> its 4 columns, each (N,), as a tuple."""
-    a, b = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))                             # even and odd columns
+    a, b = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))  # even and odd columns
     a0, a1 = tl.split(a)
     b0, b1 = tl.split(b)
     return a0, b0, a1, b1
@@ -133,7 +217,7 @@ def quarters(x):
 
 @triton.jit
 def take_apart(x, V: tl.constexpr):
-    """(N, V) -> its V columns, each (N,), as a tuple; V is 1, 2, 4 or 8. Not recursive: Triton 3.4 bears no recursion."""
+    """(N, V) -> its V columns, each (N,), as a tuple; V is 1, 2, 4 or 8. Triton 3.4 bears no recursion."""
     if V == 1:
         return (tl.reshape(x, (x.shape[0],)),)
     elif V == 2:

@@ -98,7 +98,8 @@ def decode(x: Tensor, last: bool, valid: Optional[Tensor], table: Optional[Tenso
     What is not asked for is empty.
     """
     B, n, K, H, W = x.shape
-    V = 16 // x.element_size() if K <= 8 else 4  # pixels a thread: 8 of more channels do not fit its registers
+    # pixels a thread: 8 of more channels do not fit its registers
+    V = 16 // x.element_size() if K <= 8 else 4
     blocks = triton.cdiv(H * W, GROUPS * V)
     cells, average, confidence, entropy = results(x, last, dtype, soft, mean)
     decode_kernel[(B * blocks,)](

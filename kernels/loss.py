@@ -17,46 +17,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import part, target_bit, tanh, x_hat_of
+from .common import code_of, doubt, exp2, load_rows, log2, signed, store_rows, x_hat_of
 
-BLOCK, WARPS = 1024, 4                           # pixels a program. Not swept on a GPU yet
+GROUPS, WARPS = 128, 4  # one group of pixels a thread. Not swept on a GPU yet
 
 
 @triton.jit
 def loss_forward_kernel(
     out_ptr, cells_ptr, codes_ptr,               # (B, K, H, W); (B, H, W); (2^K,) if TABLE
     xt_ptr, alpha_ptr, sigma_ptr,                # (B, K, H, W), (B,), (B,) unless PREDICTION is x
-    sums_ptr, counts_ptr,                        # (B, blocks) float32, int32: squared error, valid elements
+    sums_ptr, counts_ptr,  # (B, blocks) float32, int32: squared error, valid pixels
     HW, blocks,
     K: tl.constexpr, TABLE: tl.constexpr, PREDICTION: tl.constexpr, TANH: tl.constexpr, BCE: tl.constexpr, LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    V: tl.constexpr, GROUPS: tl.constexpr,
 ):
-    b, p0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
+    b = tl.program_id(0) // blocks
     base = b.to(tl.int64) * HW
-    total, count = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.int32)
-    for j in tl.range(0, K, loop_unroll_factor=K if K <= 8 else K // 2):           # all 10 at once do not fit the registers
-        e, p, c, inside = part(j, p0, HW, K, BLOCK, LAST)
-        cell = tl.load(cells_ptr + base + p, mask=inside, other=-1).to(tl.int32)
-        out = tl.load(out_ptr + base * K + e, mask=inside, other=0).to(tl.float32)
-        xt, alpha, sigma = out, 1.0, 0.0
-        if PREDICTION != "x":
-            xt = tl.load(xt_ptr + base * K + e, mask=inside, other=0).to(tl.float32)
-            alpha, sigma = tl.load(alpha_ptr + b), tl.load(sigma_ptr + b)
-        target = target_bit(cell, c, codes_ptr, inside, K, TABLE)
-        if BCE:
-            z = -2 * target * out                                                  # log(1 + e^z), for any z
-            error = tl.maximum(z, 0.0) + tl.log(1 + tl.exp(-tl.abs(z)))
-        else:
-            error = x_hat_of(out, xt, alpha, sigma, PREDICTION, TANH) - target
-            error *= error
-        total += tl.where(cell >= 0, error, 0.0)
-        count += (cell >= 0).to(tl.int32)
+    group = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)  # of V pixels, one a thread
+    cells = load_rows(cells_ptr + base, group, HW, 1, V, False)
+    outs = load_rows(out_ptr + base * K, group, HW, K, V, LAST)
+    if PREDICTION != "x":
+        xts = load_rows(xt_ptr + base * K, group, HW, K, V, LAST)
+        alpha, sigma = tl.load(alpha_ptr + b), tl.load(sigma_ptr + b)
+    total, count = tl.zeros((GROUPS,), tl.float32), tl.zeros((GROUPS,), tl.int32)
+    for q in tl.static_range(V):
+        cell, inside = cells[q].to(tl.int32), group * V + q < HW
+        code, error = code_of(cell, codes_ptr, inside, K, TABLE), tl.zeros((GROUPS,), tl.float32)
+        for c in tl.static_range(K):
+            out = outs[q * K + c].to(tl.float32)
+            if BCE:  # log(1 + e^z), for any z
+                z = signed(-2 * out, code, c)
+                e = exp2(-1.4426950408889634 * tl.abs(z))
+                error += tl.maximum(z, 0.0) + 0.6931471805599453 * log2(1 + e)
+            elif TANH:  # x0 - tanh out is 2 x0 doubt(x0 out)
+                x = doubt(signed(out, code, c))
+                error += 4 * x * x
+            else:
+                x = out
+                if PREDICTION != "x":
+                    x = x_hat_of(out, xts[q * K + c].to(tl.float32), alpha, sigma, PREDICTION, False)
+                x = signed(x, code, c) - 1
+                error += x * x
+        known = inside & (cell >= 0)
+        total += tl.where(known, error, 0.0)
+        count += known.to(tl.int32)
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total))
     tl.store(counts_ptr + tl.program_id(0), tl.sum(count))
 
 
 @triton.jit
-def loss_sum_kernel(sums_ptr, counts_ptr, weight_ptr, loss_ptr, valid_ptr, blocks, K: tl.constexpr, N: tl.constexpr):
+def loss_sum_kernel(sums_ptr, counts_ptr, weight_ptr, loss_ptr, valid_ptr, blocks, N: tl.constexpr):
     """Adds up a sample's blocks: loss (B,) and the number of valid pixels (B,), at least 1, float32."""
     b = tl.program_id(0)
     total, count = tl.zeros((N,), tl.float32), tl.zeros((N,), tl.int32)
@@ -64,7 +74,7 @@ def loss_sum_kernel(sums_ptr, counts_ptr, weight_ptr, loss_ptr, valid_ptr, block
         i = start + tl.arange(0, N)
         total += tl.load(sums_ptr + b.to(tl.int64) * blocks + i, mask=i < blocks, other=0.0)
         count += tl.load(counts_ptr + b.to(tl.int64) * blocks + i, mask=i < blocks, other=0)
-    valid = tl.maximum(tl.sum(count) // K, 1).to(tl.float32)
+    valid = tl.maximum(tl.sum(count), 1).to(tl.float32)
     tl.store(loss_ptr + b, tl.load(weight_ptr + b) * tl.sum(total) / valid)
     tl.store(valid_ptr + b, valid)
 
@@ -74,31 +84,40 @@ def loss_backward_kernel(
     grad_ptr, g_ptr, weight_ptr, valid_ptr,      # (B, K, H, W) to write; (B,) each
     out_ptr, cells_ptr, codes_ptr, xt_ptr, alpha_ptr, sigma_ptr, HW, blocks,
     K: tl.constexpr, TABLE: tl.constexpr, PREDICTION: tl.constexpr, TANH: tl.constexpr, BCE: tl.constexpr, LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    V: tl.constexpr, GROUPS: tl.constexpr,
 ):
-    b, p0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
+    b = tl.program_id(0) // blocks
     base = b.to(tl.int64) * HW
-    scale = (1 if BCE else 2) * tl.load(g_ptr + b).to(tl.float32) * tl.load(weight_ptr + b) / tl.load(valid_ptr + b)
-    outs, xts = (), ()
-    for j in tl.static_range(K):                                                   # all reads before the first write
-        e, p, c, inside = part(j, p0, HW, K, BLOCK, LAST)
-        outs = outs + (tl.load(out_ptr + base * K + e, mask=inside, other=0),)
-        if PREDICTION != "x":
-            xts = xts + (tl.load(xt_ptr + base * K + e, mask=inside, other=0),)
-    for j in tl.static_range(K):
-        e, p, c, inside = part(j, p0, HW, K, BLOCK, LAST)
-        cell = tl.load(cells_ptr + base + p, mask=inside, other=-1).to(tl.int32)
-        out = outs[j].to(tl.float32)
-        target = target_bit(cell, c, codes_ptr, inside, K, TABLE)
-        if PREDICTION == "x":
-            x_hat = tanh(out) if TANH else out
-            slope = 1 - x_hat * x_hat if TANH and not BCE else 1.0
-        else:
-            alpha, sigma = tl.load(alpha_ptr + b), tl.load(sigma_ptr + b)
-            x_hat = x_hat_of(out, xts[j].to(tl.float32), alpha, sigma, PREDICTION, TANH)
-            slope = -sigma / alpha if PREDICTION == "eps" else -sigma
-        grad = tl.where(cell >= 0, scale * (x_hat - target) * slope, 0.0)
-        tl.store(grad_ptr + base * K + e, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+    group = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)  # of V pixels, one a thread
+    scale = tl.load(g_ptr + b).to(tl.float32) * tl.load(weight_ptr + b) / tl.load(valid_ptr + b)
+    cells = load_rows(cells_ptr + base, group, HW, 1, V, False)
+    outs = load_rows(out_ptr + base * K, group, HW, K, V, LAST)
+    if PREDICTION != "x":
+        xts = load_rows(xt_ptr + base * K, group, HW, K, V, LAST)
+        alpha, sigma = tl.load(alpha_ptr + b), tl.load(sigma_ptr + b)
+        scale *= -sigma / alpha if PREDICTION == "eps" else -sigma  # the slope of x_hat
+    grads = ()
+    for q in tl.static_range(V):
+        cell = cells[q].to(tl.int32)
+        code, size = code_of(cell, codes_ptr, group * V + q < HW, K, TABLE), tl.where(cell >= 0, scale, 0.0)
+        for c in tl.static_range(K):
+            out = outs[q * K + c].to(tl.float32)
+            if TANH:  # tanh out - x0 is -2 x0 doubt(x0 out),
+                x = doubt(signed(out, code, c))  # 1 - tanh^2 is 4 doubt (1 - doubt)
+                grad = signed(size, code, c) * (-2 * x if BCE else -16 * x * x * (1 - x))
+            else:
+                x = out
+                if PREDICTION != "x":
+                    x = x_hat_of(out, xts[q * K + c].to(tl.float32), alpha, sigma, PREDICTION, False)
+                target = signed(tl.full((GROUPS,), 1.0, tl.float32), code, c)
+                grad = tl.where(cell >= 0, 2 * size * (x - target), 0.0)
+            grads = grads + (grad,)
+    store_rows(grad_ptr + base * K, grads, group, HW, K, V, LAST)
+
+
+def pixels(out, prediction):
+    """Of a thread: as many as 16 bytes hold elements, if its registers hold all their channels, else 4."""
+    return 16 // out.element_size() if out.shape[1] <= 8 and prediction == "x" else 4
 
 
 @torch.library.custom_op("bitseg::loss_forward", mutates_args=())
@@ -106,14 +125,16 @@ def loss_forward(out: Tensor, cells: Tensor, weight: Tensor, prediction: str, ta
                  xt: Optional[Tensor], alpha: Optional[Tensor], sigma: Optional[Tensor],
                  codes: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
     """The launcher. out and xt in the layout that `last` says, the rest contiguous -> loss (B,), valid pixels (B,)."""
-    (B, K, H, W), blocks = out.shape, triton.cdiv(out[0, 0].numel(), BLOCK)
+    (B, K, H, W), V = out.shape, pixels(out, prediction)
+    blocks = triton.cdiv(H * W, GROUPS * V)
     sums = torch.empty(B * blocks, dtype=torch.float32, device=out.device)
     counts = torch.empty(B * blocks, dtype=torch.int32, device=out.device)
     loss, valid = (torch.empty(B, dtype=torch.float32, device=out.device) for _ in range(2))
     loss_forward_kernel[(B * blocks,)](
         out, cells, cells if codes is None else codes, xt, alpha, sigma, sums, counts, H * W, blocks, K=K,
-        TABLE=codes is not None, PREDICTION=prediction, TANH=tanh, BCE=bce, LAST=last, BLOCK=BLOCK, num_warps=WARPS)
-    loss_sum_kernel[(B,)](sums, counts, weight, loss, valid, blocks, K=K, N=128, num_warps=1)
+        TABLE=codes is not None, PREDICTION=prediction, TANH=tanh and prediction == "x", BCE=bce, LAST=last,
+        V=V, GROUPS=GROUPS, num_warps=WARPS)
+    loss_sum_kernel[(B,)](sums, counts, weight, loss, valid, blocks, N=128, num_warps=1)
     return loss, valid
 
 
@@ -121,11 +142,13 @@ def loss_forward(out: Tensor, cells: Tensor, weight: Tensor, prediction: str, ta
 def loss_backward(g: Tensor, weight: Tensor, valid: Tensor, out: Tensor, cells: Tensor, prediction: str, tanh: bool,
                   bce: bool, last: bool, xt: Optional[Tensor], alpha: Optional[Tensor], sigma: Optional[Tensor],
                   codes: Optional[Tensor]) -> Tensor:
-    (B, K, H, W), blocks = out.shape, triton.cdiv(out[0, 0].numel(), BLOCK)
+    (B, K, H, W), V = out.shape, pixels(out, prediction)
+    blocks = triton.cdiv(H * W, GROUPS * V)
     grad = torch.empty_like(out)
     loss_backward_kernel[(B * blocks,)](
         grad, g, weight, valid, out, cells, cells if codes is None else codes, xt, alpha, sigma, H * W, blocks, K=K,
-        TABLE=codes is not None, PREDICTION=prediction, TANH=tanh, BCE=bce, LAST=last, BLOCK=BLOCK, num_warps=WARPS)
+        TABLE=codes is not None, PREDICTION=prediction, TANH=tanh and prediction == "x", BCE=bce, LAST=last,
+        V=V, GROUPS=GROUPS, num_warps=WARPS)
     return grad
 
 

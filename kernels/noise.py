@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import empty, four_normals, load_rows, store_rows, target_bit
+from .common import code_of, empty, four_normals, load_rows, signed, store_rows
 
 GROUPS, WARPS = 128, 4                           # one group of pixels a thread. Not swept on a GPU yet
 
@@ -41,7 +41,8 @@ def noise_kernel(
     group = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)              # of V pixels, one a thread
     bits, seed = (), tl.load(seeds_ptr + b)
     for i in tl.static_range(V * K // 4):                                          # V x K normal numbers, pixel by pixel
-        bits = bits + four_normals(seed, stream, group * (V * K // 4) + i)
+        bits = bits + four_normals(seed, stream, group * (V * K // 4) + i,
+                                   out_ptr.dtype.element_ty.primitive_bitwidth == 16)
     if CELLS:
         cells = load_rows(cells_ptr + b64, group, HW, 1, V, False)
         alpha, sigma = tl.load(alpha_ptr + b), tl.load(sigma_ptr + b)
@@ -56,10 +57,13 @@ def noise_kernel(
     rows = ()
     for q in tl.static_range(V):
         p = group * V + q
+        if CELLS:
+            cell = cells[q].to(tl.int32)
+            code, size = code_of(cell, codes_ptr, p < HW, K, TABLE), tl.where(cell >= 0, alpha, 0.0)
         for c in tl.static_range(K):
             x = bits[q * K + c]
             if CELLS:
-                x = sigma * x + alpha * target_bit(cells[q].to(tl.int32), c, codes_ptr, p < HW, K, TABLE)
+                x = sigma * x + signed(size, code, c)
             rows = rows + (x,)
         if IMAGE != "none":
             for c in tl.static_range(I):
@@ -88,7 +92,8 @@ def noise(seeds: Tensor, stream: int, height: int, width: int, bits: int, dtype:
     I = seen(image)
     C = bits + I + (bits if self_condition else 0)
     out = empty((B, C, height, width), last, dtype, seeds.device)
-    V = 16 // out.element_size() if C <= 20 else 4   # pixels a thread: 8 of more channels do not fit its registers
+    # pixels a thread: 8 of more channels do not fit its registers
+    V = 16 // out.element_size() if C <= 20 else 4
     blocks = triton.cdiv(HW, GROUPS * V)
     noise_kernel[(B * blocks,)](
         out, seeds if cells is None else cells, seeds if codes is None else codes, alpha, sigma, seeds, image, sizes,

@@ -1,11 +1,11 @@
 """Compiles the kernels, as their launchers launch them, for GPUs that need not be there.
 
-    python tests/kernels_aot.py 90:all:6:128 80:last:10:37      # sm_90, both layouts, 6 bits, 128 x 128; sm_80, channels_last
-    python tests/kernels_aot.py                                 # everything: half an hour; the spills, if any, once more last
+    python tests/kernels_aot.py 90:all:6:128 80:last:10:37      # sm_90, both layouts, 6 bits, 128 x 128; and sm_80
+    python tests/kernels_aot.py                                 # everything: an hour; the spills once more last
 
-Prints one JSON line a kernel: registers, stack and local memory (where spills go) and the bytes a thread moves in accesses of
-at least 16. Works by letting Triton compile for a given target instead of launching. Layouts: all, last (channels_last) or
-half (channels_last and bfloat16 only).
+Prints one JSON line a kernel: registers, stack and local memory (where spills go) and the bytes a thread moves in
+accesses of at least 16. Works by letting Triton compile for a given target instead of launching. Layouts: all, last
+(channels_last) or half (channels_last and bfloat16 only).
 """
 
 import json
@@ -62,7 +62,8 @@ compile_and_launch = JITFunction.run
 
 def run(self, *args, grid, warmup, **options):
     kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
-    found = dict(arch=arch, bits=bits, side=side, case=case, kernel=self.__name__, load=wide(kernel.asm["ptx"], "ld"),
+    found = dict(arch=arch, bits=bits, side=side, case=case, kernel=self.__name__,
+                 load=wide(kernel.asm["ptx"], "ld"),
                  store=wide(kernel.asm["ptx"], "st"), **resources(kernel.asm["cubin"]))
     print(json.dumps(found), flush=True)
     if found["stack"] or found["local"]:
@@ -82,7 +83,8 @@ def every_kernel(layouts, K, side):
     B, H, W = 2, side, side
     ones, seeds = torch.ones(B), torch.ones(B, dtype=torch.int64)
     cells = torch.zeros(B, H, W, dtype=torch.int8 if K < 8 else torch.int16)
-    inside, photo, sizes = cells == 0, torch.zeros(B, H, W, 3, dtype=torch.uint8), torch.zeros(B, 2, dtype=torch.int64)
+    inside, sizes = cells == 0, torch.zeros(B, 2, dtype=torch.int64)
+    photo = torch.zeros(B, H, W, 3, dtype=torch.uint8)
     codes = torch.zeros(2**K, dtype=torch.int64)
     for dtype in (torch.bfloat16,) if layouts == "half" else (torch.bfloat16, torch.float32):
         for last in (True, False) if layouts == "all" else (True,):
@@ -97,7 +99,8 @@ def every_kernel(layouts, K, side):
                 case += ", float image"
                 _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, picture, None, ones)
                 case += ", self"
-                _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, codes, picture, None, ones, x, True)
+                _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, codes, picture, None, ones, x,
+                             True)
                 case = case.removesuffix(", self") + " of detail 2"
                 fine = picture.repeat(1, 4, 1, 1).contiguous(memory_format=memory)
                 _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, fine, None, ones)
@@ -110,7 +113,8 @@ def every_kernel(layouts, K, side):
                 _loss.loss_backward(ones, ones, ones, x, cells, "x", True, True, last, None, None, None, None)
                 case = case.split(",")[0] + ", eps"
                 _loss.loss_forward(x, cells, ones, "eps", True, False, last, x.float(), ones, ones, codes)
-                _loss.loss_backward(ones, ones, ones, x, cells, "eps", True, False, last, x.float(), ones, ones, codes)
+                _loss.loss_backward(ones, ones, ones, x, cells, "eps", True, False, last, x.float(), ones,
+                                    ones, codes)
                 case = case.split(",")[0]
             _step.step(two, x.float(), last, 0.5, 0.5, 0.1, 0.2, 0.0, inside, 1.0, None, 0, "x", True, False)
             case += ", ddpm"
@@ -127,7 +131,8 @@ def every_kernel(layouts, K, side):
     _contingency.contingency(cells.long(), cells.long(), 64, 64)
 
 
-for task in sys.argv[1:] or [f"{a}:all:{k}:{n}" for k in (2, 4, 6, 8, 10) for n in (1, 37, 96, 128) for a in (80, 90, 100)]:
+every = [f"{a}:all:{k}:{n}" for k in (2, 4, 6, 8, 10) for n in (37, 96, 128) for a in (80, 90, 100)]
+for task in sys.argv[1:] or every:
     arch, layouts, bits, side = task.split(":")
     arch, bits, side = int(arch), int(bits), int(side)
     every_kernel(layouts, bits, side)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import Damaged, lock, newest, previous, read, save
+from checkpoint import Beside, Damaged, lock, newest, on_host, previous, read, save
 
 
 def some(step):
@@ -31,6 +31,31 @@ def test_a_file_is_an_ordinary_torch_file_and_keeps_the_one_before(tmp_path):
     with zipfile.ZipFile(path) as z:
         assert z.testzip() is None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.prev.pt", "ckpt.pt"]
+
+
+def test_a_copy_on_the_host_keeps_values_and_strides():
+    x = torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last).requires_grad_()
+    content = dict(net=dict(w=x), optimizer=dict(groups=[dict(lr=x.detach().sum(), betas=(0.9, 0.5))]),
+                   step=3)
+    held, before = on_host(content), x.detach().clone()
+    with torch.no_grad():
+        x.zero_()
+    w = held["net"]["w"]
+    assert torch.equal(w, before) and w.stride() == x.stride() and not w.requires_grad
+    assert held["step"] == 3 and held["optimizer"]["groups"][0]["betas"] == (0.9, 0.5)
+    assert torch.equal(held["optimizer"]["groups"][0]["lr"], before.sum())
+
+
+def test_jobs_run_one_after_the_other_and_what_fails_is_raised():
+    beside, order = Beside(), []
+    assert beside.wait() is None
+    for i in range(5):
+        beside(lambda i=i: order.append(i) or i)
+    assert beside.wait() == 4 and order == [0, 1, 2, 3, 4]
+    beside(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        beside.wait()
+    beside.close()
 
 
 def test_any_altered_byte_and_any_cut_is_found(tmp_path):

@@ -1,7 +1,7 @@
-"""What only a CUDA device can show: train.py with its graph, without hidden waits, on a device that is not the first.
+"""What only a CUDA device can show: train.py with its graph, without waits, on a device that is not the first.
 
-Skipped without one. Together with test_kernels*.py and test_fused.py, which run on the GPU where there is one, this is the
-first part of `python bench.py gpu`.
+Skipped without one. With test_kernels*.py and test_fused.py, which run on the GPU where there is one, this is the first
+part of `python bench.py gpu`.
 """
 
 import os
@@ -26,10 +26,12 @@ from scenes import Shapes
 from segment import load_checkpoint
 
 ROOT = Path(train.__file__).parent
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(),
+                                                   reason="needs a CUDA device")]
 two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 SMALL = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=4, patch=2)
-QUICK = "--image_size 16 --batch_size 4 --max_steps 6 --eval_images 2 --steps 2 --log_every 2 --save_every 2 --eval_every 6".split()
+QUICK = ("--image_size 16 --batch_size 4 --max_steps 6 --eval_images 2 --steps 2 --log_every 2 --save_every 2 "
+         "--eval_every 6").split()
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +56,8 @@ def close(a, b, atol=2e-4):
         torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=atol, msg=lambda m: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("more", [[], ["--dropout", "0.1"], ["--accumulate", "2", "--self_condition", "0.5"], ["--palette", "none"],
+@pytest.mark.parametrize("more", [[], ["--dropout", "0.1"], ["--accumulate", "2", "--self_condition", "0.5"],
+                                  ["--palette", "none"],
                                   ["--kernels", "torch"], ["--encoding", "rgb"]])
 def test_a_graph_changes_nothing(tmp_path, monkeypatch, more):
     made, real = [], engine.as_cuda_graph
@@ -67,7 +70,8 @@ def test_a_graph_changes_nothing(tmp_path, monkeypatch, more):
 
 def test_compiled_with_a_graph_learns_as_eager_without(tmp_path):
     assert run(tmp_path / "eager", "--graph", "off", "--precision", "fp32") == 0
-    assert train.main([*QUICK, "--precision", "fp32", "--compile", "on", "--graph", "on", "--out", str(tmp_path / "fast")]) == 0
+    assert train.main([*QUICK, "--precision", "fp32", "--compile", "on", "--graph", "on", "--out",
+                       str(tmp_path / "fast")]) == 0
     close(weights(tmp_path / "eager"), weights(tmp_path / "fast"), atol=2e-3)
 
 
@@ -98,9 +102,11 @@ def test_the_same_noise_gives_the_same_answer_on_both_devices(tmp_path, monkeypa
     answers = []
     for device in "cpu", "cuda":
         model = load_checkpoint(tmp_path / "run" / "ckpt.pt", device)
-        image, inside = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.ones(2, 16, 16, dtype=torch.bool)
+        image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        inside = torch.ones(2, 16, 16, dtype=torch.bool)
         answers.append(diffusion.sample(
-            model.net, image.to(device), inside.to(device), model.codec.channels, [3, 4], model.diffusion, model.codec.activate, steps=4,
+            model.net, image.to(device), inside.to(device), model.codec.channels, [3, 4], model.diffusion,
+                                        model.codec.activate, steps=4,
             fused=dict(activation=model.codec.activation, codes=None)).cpu())
     torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-3)
 
@@ -110,7 +116,7 @@ def test_capture_while_another_thread_pins_memory():
 
     def pin():
         size = 1
-        while not stop.is_set():                                                   # other sizes each time: no cached block fits
+        while not stop.is_set():  # other sizes each time: no cached block fits
             torch.empty(size := size % 2**22 + 4097, dtype=torch.uint8).pin_memory()
 
     def work(batch):
@@ -136,7 +142,7 @@ def test_a_failed_capture_leaves_stream_and_gradients():
 
     def loss(net, batch):
         value = net(batch["x"]).square().mean()
-        return value * float(value.detach() > -1)                                  # waits, which no capture bears
+        return value * float(value.detach() > -1)  # waits, which no capture bears
 
     step, batch = Step(net, loss, optimizer, graph=True), dict(x=torch.rand(2, 4, device="cuda"))
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -149,7 +155,8 @@ def test_a_failed_capture_leaves_stream_and_gradients():
 
 
 def test_neither_batches_nor_a_step_wait_for_the_device():
-    for more in ([], ["--kernels", "torch", "--encoding", "onehot", "--palette", "none"], ["--palette", "none"], ["--self_condition", "0.5"]):
+    for more in ([], ["--kernels", "torch", "--encoding", "onehot", "--palette", "none"],
+                 ["--palette", "none"], ["--self_condition", "0.5"]):
         c = train.parse([*QUICK, *more])
         device, dtype, _, codec, d, _, net = train.build(c)
         fast = diffusion.fused(codec, device)
@@ -182,10 +189,12 @@ def test_everything_on_the_second_device(tmp_path):
     assert run(tmp_path / "run", "--device", "cuda:1") == 0
     ckpt = str(tmp_path / "run" / "ckpt.pt")
     torch.cuda.set_device(0)
-    assert evaluation.main(["--ckpt", ckpt, "--dataset", "shapes", "--limit", "2", "--device", "cuda:1", "--out", str(tmp_path / "eval")]) == 0
+    assert evaluation.main(["--ckpt", ckpt, "--dataset", "shapes", "--limit", "2", "--device", "cuda:1",
+                            "--out", str(tmp_path / "eval")]) == 0
     Image.fromarray(Shapes("test", 64).get([0])[0][0].numpy()).save(tmp_path / "photo.png")
     torch.cuda.set_device(0)
-    assert sample.main(["--n", "2", "--ckpt", ckpt, "--device", "cuda:1", "--out", str(tmp_path / "samples"), str(tmp_path / "photo.png")]) == 0
+    assert sample.main(["--n", "2", "--ckpt", ckpt, "--device", "cuda:1", "--out", str(tmp_path / "samples"),
+                        str(tmp_path / "photo.png")]) == 0
 
 
 @two
@@ -193,9 +202,11 @@ def test_two_nccl_ranks_are_one(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, ROOT / "train.py", *QUICK, "--compile", "off", "--precision", "fp32", "--graph", "off", "--kernels", "torch"]
+    command = [sys.executable, ROOT / "train.py", *QUICK, "--compile", "off", "--precision", "fp32",
+               "--graph", "off", "--kernels", "torch"]
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [subprocess.Popen([*command, "--out", tmp_path / "two"], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    ranks = [subprocess.Popen([*command, "--out", tmp_path / "two"],
+                              env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
     assert [rank.wait(300) for rank in ranks] == [0, 0]
     assert subprocess.run([*command, "--out", tmp_path / "one"]).returncode == 0
     close(weights(tmp_path / "one"), weights(tmp_path / "two"))

@@ -1,4 +1,4 @@
-"""A training step on a device that the host must not wait for, and on one without float64. No GPU is needed: see device.py."""
+"""A training step on a device that the host must not wait for, and on one without float64: on device.py's."""
 
 import itertools
 import sys
@@ -26,24 +26,29 @@ class AnyGenerator(torch.Generator):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """steps(device, *options): losses and norms of three of train.py's steps, the weights after them, the last batch."""
+    """steps(device, *options): losses and norms of three training steps, the weights then, the last batch."""
     monkeypatch.setitem(train.SIZES, "tiny", SMALL)
     monkeypatch.setattr(kernels, "mode", "auto")
-    for name in ("pick_device", "layout"):                                         # `meta` is no device for training
-        monkeypatch.setattr(train, name, dict(pick_device=torch.device, layout=lambda device: torch.contiguous_format)[name])
-    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *args, **more: None)
+    for name in ("pick_device", "layout"):  # `meta` is no device for training
+        monkeypatch.setattr(train, name,
+                            dict(pick_device=torch.device,
+                                 layout=lambda device: torch.contiguous_format)[name])
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *args,
+                        **more: None)
     monkeypatch.setattr(torch, "Generator", AnyGenerator)
 
     def run(device, *options, waits):
-        c = train.parse([*"--batch_size 2 --image_size 8 --warmup_steps 1 --precision fp32 --device".split(), str(device), *options])
+        c = train.parse([*"--batch_size 2 --image_size 8 --warmup_steps 1 --precision fp32 --device".split(),
+                         str(device), *options])
         device, dtype, _, codec, d, _, net = train.build(c)
         fast = fused(codec, device)
-        update = Step(net, train.loss_of(d, codec, dtype, fast), torch.optim.AdamW(net.parameters(), fused=True), dtype)
+        update = Step(net, train.loss_of(d, codec, dtype, fast),
+                      torch.optim.AdamW(net.parameters(), fused=True), dtype)
         coming, values = train.batches(Shapes("train", 8), 5, c, codec, d, device, 0, 1, fast), []
         for batch in itertools.islice(coming, 3):
             values.append(update(batch, 1e-3))
             if len(values) == 1:
-                del waits[:]                                                       # what is copied once, at the start
+                del waits[:]  # what is copied once, at the start
         coming.close()
         return torch.stack(values), torch.cat([p.detach().flatten() for p in net.parameters()]), batch
 
@@ -51,8 +56,8 @@ def steps(monkeypatch):
 
 
 def assert_same(here, there):
-    """The last batch; losses and weights, too, where the noise is the kernels'. Plain noise is each device's own, and on the
-    CPU of the same generator as what is drawn after it."""
+    """The last batch; losses and weights, too, where the noise is the kernels'. Plain noise is each device's own,
+    and on the CPU of the same generator as what is drawn after it."""
     (values, weights, batch), (others, others_weights, other) = here, there
     for name in batch.keys() - ({"eps", "keep", "chosen"} if "eps" in batch else set()):
         torch.testing.assert_close(other[name].here, batch[name], msg=lambda m: f"{name}: {m}")
@@ -62,7 +67,9 @@ def assert_same(here, there):
     assert others.here.isfinite().all()
 
 
-@pytest.mark.parametrize("options", [["--palette", "none"], "--palette none --encoding onehot --bits 4 --prediction v".split(),
+@pytest.mark.parametrize("options",
+                         [["--palette", "none"],
+                          "--palette none --encoding onehot --bits 4 --prediction v".split(),
                                      "--palette none --loss bce --self_condition 0.5".split()])
 def test_a_plain_step_waits_for_nothing_and_needs_no_float64(steps, options):
     with Device(float64=False) as device:
@@ -72,7 +79,8 @@ def test_a_plain_step_waits_for_nothing_and_needs_no_float64(steps, options):
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
-@pytest.mark.parametrize("options", [[], ["--palette", "none"], ["--palette", "random", "--self_condition", "0.5"]])
+@pytest.mark.parametrize("options",
+                         [[], ["--palette", "none"], ["--palette", "random", "--self_condition", "0.5"]])
 def test_a_step_through_the_kernels_waits_for_nothing(steps, options):
     with Device() as device:
         there = steps(THERE, "--kernels", "triton", *options, waits=device.waits)
@@ -86,20 +94,24 @@ def test_without_float64_the_palette_is_made_on_the_host(steps, monkeypatch):
     monkeypatch.setattr(train, "NO_FLOAT64", ("meta",))
     with Device(float64=False) as device:
         there = steps(THERE, "--kernels", "torch", waits=device.waits)
-    assert device.waits                                                            # for the labels, which go to the host and back
+    assert device.waits  # for the labels, which go to the host and back
     assert_same(steps(HERE, "--kernels", "torch", waits=[]), there)
 
 
 @pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs a Mac with MPS")
 def test_a_mac_trains_and_samples(tmp_path, monkeypatch):
     monkeypatch.setitem(train.SIZES, "tiny", SMALL)
-    options = "--device mps --image_size 16 --batch_size 2 --max_steps 4 --eval_images 2 --eval_every 4 --steps 2 --smooth 0.2"
+    options = ("--device mps --image_size 16 --batch_size 2 --max_steps 4 --eval_images 2 --eval_every 4 --steps 2 "
+               "--smooth 0.2")
     assert train.main([*options.split(), "--out", str(tmp_path / "run")]) == 0
 
 
-@pytest.mark.parametrize("waits", [lambda x: x.sum().item(), lambda x: int(x.max()), lambda x: bool((x > 0).all()), lambda x: x.tolist(),
-                                   lambda x: x.cpu(), lambda x: torch.ones(3).to(x.device), lambda x: x + torch.tensor(range(3), device=x.device),
-                                   lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.copy_(torch.ones(3))])
+@pytest.mark.parametrize("waits", [lambda x: x.sum().item(), lambda x: int(x.max()),
+                                   lambda x: bool((x > 0).all()), lambda x: x.tolist(),
+                                   lambda x: x.cpu(), lambda x: torch.ones(3).to(x.device), lambda x: x
+                                   + torch.tensor(range(3), device=x.device),
+                                   lambda x: x.nonzero(), lambda x: x[x > 0],
+                                   lambda x: x.copy_(torch.ones(3))])
 def test_what_waits_is_seen(waits):
     """The device itself: each of these stops a CUDA program until the GPU is done."""
     with Device() as device:
@@ -107,6 +119,6 @@ def test_what_waits_is_seen(waits):
         assert not device.waits
         try:
             waits(x)
-        except (RuntimeError, NotImplementedError):                                # as of tensors without numbers
+        except (RuntimeError, NotImplementedError):  # as of tensors without numbers
             return
         assert device.waits

@@ -59,9 +59,10 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(bad, dtype):
     assert weights(net).isfinite().all() and not torch.equal(weights(net), before)
 
 
-@pytest.mark.parametrize("before, after", [(torch.contiguous_format, torch.channels_last), (torch.channels_last, torch.contiguous_format)])
+@pytest.mark.parametrize("before, after", [(torch.contiguous_format, torch.channels_last),
+                                           (torch.channels_last, torch.contiguous_format)])
 def test_moments_follow_their_weights_into_the_other_layout(before, after):
-    """Fused AdamW pairs numbers by their place in memory: with equal gradients, both layouts end with equal weights."""
+    """Fused AdamW pairs numbers by place in memory: with equal gradients, both layouts end with equal weights."""
     torch.manual_seed(0)
     old = torch.nn.Conv2d(3, 5, 3).to(memory_format=before)
     new, gradients = copy.deepcopy(old).to(memory_format=after), torch.randn(5, *old.weight.shape)
@@ -80,7 +81,8 @@ def test_moments_follow_their_weights_into_the_other_layout(before, after):
     go_on(old, optimizers[0], gradients[3:])
     go_on(new, optimizers[1], gradients[3:])
     assert old.weight.stride() != new.weight.stride()
-    torch.testing.assert_close(new.weight, old.weight, rtol=1e-5, atol=1e-6)       # paired wrongly, they are 0.1 apart
+    # paired wrongly, they are 0.1 apart
+    torch.testing.assert_close(new.weight, old.weight, rtol=1e-5, atol=1e-6)
 
 
 class Capture:
@@ -88,7 +90,8 @@ class Capture:
 
     def __init__(self, monkeypatch):
         self.stream, self.modes = "the caller's", []
-        for name, value in dict(CUDAGraph=object, graph=self.graph, current_stream=lambda: self.stream, set_stream=self.set_stream).items():
+        for name, value in dict(CUDAGraph=object, graph=self.graph, current_stream=lambda: self.stream,
+                                set_stream=self.set_stream).items():
             monkeypatch.setattr(engine.torch.cuda, name, value)
 
     def set_stream(self, stream):
@@ -112,11 +115,12 @@ def test_a_failed_capture_says_why_and_leaves_nothing_behind(monkeypatch):
 
     def waits(net, batch):
         raise_later = loss(net, batch)
-        raise_later.backward(retain_graph=True)                                    # a gradient, half made
+        raise_later.backward(retain_graph=True)  # a gradient, half made
         raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
 
     step.loss = waits
-    with pytest.raises(NoGraph, match=r"^no CUDA graph of a step \(operation not permitted when stream is capturing\)$"):
+    why = r"^no CUDA graph of a step \(operation not permitted when stream is capturing\)$"
+    with pytest.raises(NoGraph, match=why):
         step(batch, 1e-2)
     assert cuda.modes == ["thread_local"] and cuda.stream == "the caller's"
     assert all(p.grad is None for p in net.parameters()) and torch.equal(weights(net), before)
@@ -125,9 +129,10 @@ def test_a_failed_capture_says_why_and_leaves_nothing_behind(monkeypatch):
 def test_the_device_picked_is_the_current_one(monkeypatch):
     current, zeros = [], torch.zeros
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(torch, "zeros", lambda *a, device: zeros(*a))              # as if there were two
+    monkeypatch.setattr(torch, "zeros", lambda *a, device: zeros(*a))  # as if there were two
     assert pick_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
-    assert pick_device("cuda") == torch.device("cuda") and pick_device("cpu") == torch.device("cpu") and len(current) == 1
+    assert pick_device("cuda") == torch.device("cuda") and pick_device("cpu") == torch.device("cpu")
+    assert len(current) == 1
 
 
 def test_watch_counts_rows_and_names_spikes():

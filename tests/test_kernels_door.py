@@ -89,19 +89,22 @@ def test_a_gpu_without_a_compiler_gets_a_sentence_with_the_remedy(monkeypatch, t
     kernels._can_launch.cache_clear()
     paths, variable = sysconfig.get_paths, sysconfig.get_config_var
     if "Python.h" in lacks:
-        monkeypatch.setattr(sysconfig, "get_paths", lambda **more: {**paths(**more), "include": str(tmp_path)})
-        monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path) if name == "INCLUDEPY" else variable(name))
+        monkeypatch.setattr(sysconfig, "get_paths",
+                            lambda **more: {**paths(**more), "include": str(tmp_path)})
+        monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path) if name == "INCLUDEPY"
+                            else variable(name))
     else:
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CC", raising=False)
     for mode in "triton", "auto":
         kernels.use(mode)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        with pytest.raises(RuntimeError, match=f"{lacks}.*apt install gcc python3-dev.*dnf install.*conda install.*--kernels torch"):
+        with pytest.raises(RuntimeError,
+                           match=f"{lacks}.*apt install gcc python3-dev.*dnf install.*conda install.*--kernels torch"):
             kernels.live("cuda")
     kernels.use("torch")
     assert kernels.live("cuda") == ("torch", "asked for")
-    if "Python.h" in lacks:                                            # it may lie where only the compiler looks
+    if "Python.h" in lacks:  # it may lie where only the compiler looks
         kernels.use("triton")
         monkeypatch.setenv("CPATH", variable("INCLUDEPY"))
         assert kernels.live("cuda")[0] == "triton"

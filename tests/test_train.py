@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -318,7 +319,8 @@ def test_a_failed_capture_ends_with_one_sentence_and_what_was_saved(tmp_path, mo
     monkeypatch.setattr("engine.as_cuda_graph", no)
     assert run(tmp_path) == 2
     err = capsys.readouterr().err
-    assert err == "train.py: no CUDA graph of a step (operation not permitted): use --graph off and run the same command again\n"
+    assert err == ("train.py: no CUDA graph of a step (operation not permitted): use --graph off and run the same "
+                   "command again\n")
     assert read(tmp_path / "run" / "ckpt.pt")["step"] == 2
     monkeypatch.undo()
     assert run(tmp_path, "--graph", "off") == 0 and run(tmp_path, out="whole") == 0
@@ -329,24 +331,56 @@ def test_what_is_compiled_and_captured():
     def switches(device="cuda", dtype=torch.bfloat16, world=1, **options):
         return train.switches(train.Config(**options), torch.device(device), dtype, world)
 
-    assert switches() == (True, True) and switches("cpu") == (False, False) and switches("cpu", compile="on") == (True, False)
+    assert switches() == (True, True) and switches("cpu") == (False, False)
+    assert switches("cpu", compile="on") == (True, False)
     assert switches(compile="off") == (False, True) and switches(graph="off") == (True, False)
     assert switches(world=2) == switches(dtype=torch.float16) == (True, False)
     with pytest.raises(ValueError, match="a single process"):
         switches(world=2, graph="on")
 
 
-@pytest.mark.parametrize("before, after", [(torch.contiguous_format, torch.channels_last), (torch.channels_last, torch.contiguous_format)])
+@pytest.mark.parametrize("before, after", [(torch.contiguous_format, torch.channels_last),
+                                           (torch.channels_last, torch.contiguous_format)])
 def test_a_run_goes_on_in_the_layout_of_another_device(tmp_path, monkeypatch, before, after):
     """As from a GPU to a CPU and back: `layout` differs, and AdamW's moments come with the file."""
     more = ["--precision", "fp32", "--decay_steps", "1"]
     monkeypatch.setattr(train, "layout", lambda device: before)
-    assert run(tmp_path, *more, out="stays") == 0 and run(tmp_path, *more, "--max_steps", "2", out="moves") == 0
+    assert run(tmp_path, *more, out="stays") == 0 and run(tmp_path, *more, "--max_steps", "2",
+                                                          out="moves") == 0
     monkeypatch.setattr(train, "layout", lambda device: after)
     assert run(tmp_path, *more, out="moves") == 0
     stays, moves = weights(tmp_path, "stays"), weights(tmp_path, "moves")
-    for k in stays:                                                                # paired wrongly, they are 0.002 apart and more
+    for k in stays:  # paired wrongly, they are 0.002 apart and more
         torch.testing.assert_close(moves[k], stays[k], rtol=1e-4, atol=1e-5)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The first write waits for two more steps, the second for the first. Each holds its own step."""
+    real, real_ema, done, writing, late = train.save, train.update_ema, [], [], threading.Event()
+
+    def save(path, content, **more):
+        writing.append(path)
+        assert len(writing) == 1  # one at a time
+        if content["step"] == 2 and not late.wait(20):
+            raise AssertionError("training waited for the file")
+        real(path, content, **more)
+        writing.remove(path)
+
+    def update_ema(*args):
+        real_ema(*args)
+        done.append(1)
+        if len(done) == 4:
+            late.set()
+
+    assert run(tmp_path, "--keep_every", "2", "--eval_every", "6", "--max_steps", "6", "--save_every", "3",
+               out="plain") == 0
+    monkeypatch.setattr(train, "save", save)
+    monkeypatch.setattr(train, "update_ema", update_ema)
+    assert run(tmp_path, "--keep_every", "2", "--eval_every", "6", "--max_steps", "6", "--save_every",
+               "5") == 0
+    plain, beside = (read(tmp_path / out / "ckpt_000002.pt") for out in ("plain", "run"))
+    assert beside["step"] == 2 and all(torch.equal(v, plain["net"][k]) for k, v in beside["net"].items())
+    assert all(torch.equal(v, weights(tmp_path, "run")[k]) for k, v in weights(tmp_path, "plain").items())
 
 
 def test_a_full_disk_warns_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
