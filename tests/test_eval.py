@@ -1,5 +1,6 @@
 """eval.py as a user runs it, on label maps whose scores are known, and its parts against loops."""
 
+import argparse
 import csv
 import itertools
 import json
@@ -15,10 +16,11 @@ import eval as evaluation
 import metrics
 import scoring
 import train
+import tree
 from bits import Codec
 from diffusion import sample
 from metrics import calibration_error
-from segment import load_checkpoint
+from segment import evidence_of, joined, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -90,24 +92,26 @@ def test_a_checkpoint_with_several_annotators_and_a_sweep(ckpt, tmp_path, capsys
                                         for k in range(3)})
     status, report = run(capsys, tmp_path, "--ckpt", ckpt, "--dataset", d, "--n", "1,3", "--steps", "1,2", "--guidance", "0,1",
                          "--sampler", "ddpm,ddim", "--batch", 2, "--size", 48)
-    assert report["48"].keys() == {"sample", "medoid", "consensus", "grouping", "human"}
+    assert report["48"].keys() == {"sample", "coarse", "answer", "fine", "human"}
     assert status == 0 and (report["images"], report["annotators"], report["steps"]) == (3, 2, 2)
     settings = [(s["sampler"], s["steps"], s["guidance"], s["n"]) for s in report["sweep"]]
     expected = [(sampler, steps, guidance, n) for sampler in ("ddpm", "ddim") for steps in (1, 2) for guidance in (0, 1)
                 for n in ((1, 3) if (sampler, steps) == ("ddpm", 2) else (1,))]
     assert sorted(settings) == sorted(expected)
     for s in report["sweep"]:
-        assert s["oracle"][0] >= s["one"][0] and (s["n"] > 1 or s["one"] == s["oracle"] == s["medoid"])
+        assert s["oracle"][0] >= s["one"][0] and (s["n"] > 1 or s["one"] == s["oracle"])
     home = next(s for s in report["sweep"] if (s["sampler"], s["steps"], s["guidance"], s["n"]) == ("ddpm", 2, 0, 3))
-    assert report["network"]["medoid"]["ari"][0] == pytest.approx(home["medoid"][0])
-    assert report["network"]["consensus"]["iou"][0] == pytest.approx(home["consensus"][1])
-    for where, answer in itertools.product(("network", "own"), ("sample", "medoid", "consensus", "grouping", "human")):
+    for k, key in enumerate(("ari", "iou")):
+        assert report["network"]["answer"][key][0] == report[key] == pytest.approx(home["answer"][k])
+    for where, answer in itertools.product(("network", "own"), ("sample", "coarse", "answer", "fine", "human")):
         for key, (mean, low, high) in report[where][answer].items():
             assert low <= mean <= high if mean is not None else key == "sq", (where, answer, key)   # sq: no match at all
-    assert set(report["bits_ece"]) == {"sample", "last step, tanh", "last step, no tanh"} and 0 <= report["joined_ece"] <= 1
+    eces = [report[f"{key}_ece"] for key in ("bits", "joined", "segments", "borders")]
+    alone = report["network"]["answer"]["pred"][0] == 1                            # one segment everywhere has no borders
+    assert all(v is None and alone or 0 <= v <= 1 for v in eces[3:]) and all(0 <= v <= 1 for v in eces[:3])
     assert len(report["spread_ARI"]) == 3
     rows = list(csv.DictReader(open(tmp_path / "out/images.csv")))
-    values = [float(row["network_sample_ari"]) for row in rows]
+    values = [float(row["network_answer_ari"]) for row in rows]
     assert np.mean(values) == pytest.approx(report["ari"]) and rows[0]["own_human_ari"] == ""    # a single annotator
     assert Image.open(tmp_path / "out/sweep.png").width > 1000 and (tmp_path / "out/examples.png").exists()
     alone = run(capsys, tmp_path, "--baseline", "human", "--dataset", d, "--size", 48)[1]["network"]["human"]
@@ -121,55 +125,111 @@ def test_the_same_answers_in_every_batch(ckpt, tmp_path, capsys):
     assert "own" not in reports[0]                                                 # shapes has no files
 
 
-def test_draw_is_plain_sampling(ckpt):
-    """Sample j of image i is what `sample` gives alone for its seed; out is the last step's output before tanh."""
+@pytest.fixture
+def lively(ckpt):
+    """The checkpoint's model; zero-initialised layers speak, as after training."""
     model = load_checkpoint(ckpt)
     torch.manual_seed(0)
-    for p in model.net.parameters():                                               # zero-initialised layers: let them speak
+    for p in model.net.parameters():
         p.data += 0.05 * torch.randn_like(p)
-    images, _, sizes = data.load("shapes", "val", 16).get([0, 1])
-    sizes = torch.tensor([[16, 16], [16, 9]])
-    setting = {**model.sampling, "smooth": 0.0}                                    # then x_hat is out's tanh
-    x_hat, out = scoring.draw(model, images, sizes, [[5, 6, 7], [8, 9, 10]], 4, setting)
+    return model
+
+
+@pytest.mark.parametrize("merge", [0.0, 1.0])
+def test_rows_are_scores_of_plain_samples_and_of_their_tree(lively, merge):
+    """Sample j of image i is what `sample` gives alone for its seed; "answer" of n is the tree of the first n."""
+    lively.tidy = dict(least=0, merge=merge)
+    images, _, sizes = (shapes := data.load("shapes", "val", 16)).get([0, 1])
+    setting = {**lively.sampling, "steps": 2}
+    a = argparse.Namespace(seed=3, batch=4, baseline=None)
+    rows = scoring.run(shapes, [0, 1], lively, a, setting, [1, 3], [], keep=True)
     x, inside = data.normalise(images, sizes)
-    for i, j in itertools.product(range(2), range(3)):
-        alone = sample(model.net, x[i : i + 1], inside[i : i + 1], 4, [5 + 3 * i + j], model.diffusion, torch.tanh, **setting)
-        assert torch.allclose(x_hat[i, j], alone[0], atol=1e-5)
-    assert out.std() > 0.01 and torch.allclose(out.tanh() * inside[:, None], x_hat[:, 0], atol=1e-5)      # guidance is 0
+    for i, row in enumerate(rows):
+        (h, w), photo = sizes[i].tolist(), images[i].numpy()
+        alone = [sample(lively.net, x[i : i + 1], inside[i : i + 1], 4, [(3 * 10**6 + i) * 1000 + j], lively.diffusion,
+                        torch.tanh, **setting)[0, :, :h, :w] for j in range(3)]
+        evidence = evidence_of(torch.stack(alone), photo[:h, :w], lively.codec)
+        grown, joint = joined(evidence, lively)
+        each = [lively.codec.decode(v[None])[0] for v in alone] if not merge else [
+            torch.from_numpy(joined(evidence_of(v[None], photo[:h, :w], lively.codec), lively)[1]) for v in alone]
+        true = shapes.maps(i)[:, :h, :w]
+
+        def score(labels):
+            s = metrics.scores(torch.as_tensor(labels).long()[None], true)
+            return [float(s["ari"]), float(s["iou"])]
+
+        curve = row["curve"]
+        assert curve[3]["one"] == pytest.approx(np.mean([score(v) for v in each], 0), abs=1e-6)
+        assert curve[3]["oracle"] == pytest.approx(np.max([score(v) for v in each], 0), abs=1e-6)
+        assert curve[3]["answer"] == pytest.approx(score(joint), abs=1e-6)
+        assert curve[1]["one"] == pytest.approx(score(each[0]), abs=1e-6)
+        assert list(row["network"]) == ["sample", "coarse", "answer", "fine"]
+        for name, grain in (("coarse", "coarse"), ("answer", "normal"), ("fine", "fine")):
+            assert row["network"][name]["ari"] == pytest.approx(score(grown.cut(grain))[0], abs=1e-6)
+        assert len(row["tiles"]) == 1 + 1 + 4
 
 
-def test_best_of(ckpt):
-    g = torch.Generator().manual_seed(0)
-    cells, consensus = torch.randint(0, 4, (4, 6, 6), generator=g), torch.randint(0, 4, (2, 6, 6), generator=g)
-    maps = torch.randint(0, 3, (3, 6, 6), generator=g)
-
-    def score(a):
-        s = metrics.scores(a.expand(3, -1, -1), maps)
-        return float(s["ari"].mean()), float(s["iou"].mean())
-
-    agreement = metrics.pairwise(cells)[0]
-    groups = torch.stack([cells[0], consensus[0]])
-    curve = scoring.best_of(cells, consensus, groups, maps, agreement, [1, 3])
-    each = [score(c) for c in cells]
-    assert curve[3]["one"] == pytest.approx(np.mean(each[:3], 0)) and curve[3]["oracle"] == pytest.approx(np.max(each[:3], 0))
-    others = [agreement[i, :3].sum() for i in range(3)]                            # of the first three only
-    assert curve[3]["medoid"] == pytest.approx(each[int(np.argmax(others))])
-    assert curve[3]["grouping"] == pytest.approx(score(groups[1]))
-    assert curve[3]["consensus"] == pytest.approx(score(consensus[1])) and curve[1]["one"] == pytest.approx(each[0])
-
-
-def test_bit_tables():
+def test_bit_table():
     codec, g = Codec(bits=4), torch.Generator().manual_seed(0)
     maps = torch.randint(0, 5, (2, 8, 8), generator=g)
     maps[:, :2] = -1
     truth = codec.encode(codec.cells(maps))                                        # (2, 4, 8, 8)
-    sure = scoring.bit_tables(truth[0], truth[0] * 3, maps[:1], codec, True)
-    assert calibration_error(sure["sample"]) == 0 and calibration_error(sure["last step, no tanh"]) == 0
-    assert sure["sample"][9].tolist() == [6 * 8 * 4] * 3 and sure["last step, tanh"][9, 1] < 6 * 8 * 4    # tanh(3) < 1
-    table = scoring.bit_tables(0.6 * truth[0], truth[0], maps, codec, False)["sample"]                  # against both
+    sure = scoring.bit_table(truth[0], maps[:1], codec)
+    assert calibration_error(sure) == 0 and sure[9].tolist() == [6 * 8 * 4] * 3
+    table = scoring.bit_table(0.6 * truth[0], maps, codec)                         # against both
     right = int((truth[0] == truth[1])[:, 2:].sum()) + 6 * 8 * 4
-    assert table[6].tolist() == pytest.approx([2 * 6 * 8 * 4, 0.8 * 2 * 6 * 8 * 4, right], rel=1e-6) or \
-        table[5].tolist() == pytest.approx([2 * 6 * 8 * 4, 0.8 * 2 * 6 * 8 * 4, right], rel=1e-6)          # 0.8 is an edge
+    assert table.sum(0).tolist() == pytest.approx([2 * 6 * 8 * 4, 0.8 * 2 * 6 * 8 * 4, right], rel=1e-6)
+    assert (table[:, 0] > 0).sum() == 1 and table[5:7, 0].sum() == 2 * 6 * 8 * 4   # 0.8 is an edge
+
+
+@pytest.fixture
+def cut():
+    """A map of 4 segments that a tree was cut into, its evidence, and what three people drew; pixels without a label."""
+    rng = np.random.default_rng(0)
+    cells = rng.integers(0, 4, (2, 3, 4)).repeat(4, 1).repeat(4, 2)
+    soft = (cells[..., None] >> np.arange(2) & 1) * 2.0 - 1
+    evidence = tree.gather(rng.integers(0, 256, (12, 16, 3)).astype(np.uint8), soft, cells, 4)
+    grown = tree.grow(evidence)
+    labels = grown.cut(4)
+    maps = torch.from_numpy(rng.integers(0, 3, (3, 3, 4)).repeat(4, 1).repeat(4, 2))
+    maps[0] = torch.from_numpy(np.where(labels == 2, 7, 5))                        # has one of the segments
+    maps[1, :, :3], maps[2] = -1, torch.where(torch.from_numpy(labels == 1), -1, maps[2])
+    return evidence, grown, labels, maps
+
+
+def test_segments_are_right_where_people_have_one_like_them(cut):
+    evidence, grown, labels, maps = cut
+    sure = np.array([0.05, 0.35, 0.95, 0.55])
+    table = scoring.segment_table(sure, labels, maps)
+    want = np.zeros((10, 3))
+    for k, p in enumerate(sure):
+        hits = []
+        for truth in maps.numpy():
+            mask = (labels == k) & (truth >= 0)
+            best = max((mask & (truth == one)).sum() / (mask | (truth == one)).sum() for one in np.unique(truth[truth >= 0]))
+            hits.append(best > 0.5)
+        want[int(p * 10)] += [1, p, np.mean(hits)]
+    assert np.allclose(table, want) and want[:, 2].sum() > 0
+
+
+def test_borders_are_right_where_people_part_the_two(cut):
+    """Weighed by their length; against every pair of pixels, one in each segment."""
+    evidence, grown, labels, maps = cut
+    table = scoring.border_table(evidence, grown, labels, maps, None)
+    want = np.zeros((10, 3))
+    for i, j, chance in tree.confidence(evidence, grown, labels)[1]:
+        steps = [(a, b) for a, b in ((labels[1:], labels[:-1]), (labels[:, 1:], labels[:, :-1]))]
+        length = sum(int((((a == i) & (b == j)) | ((a == j) & (b == i))).sum()) for a, b in steps)
+        parted = []
+        for truth in maps.numpy():
+            p, q = (truth[(labels == k) & (truth >= 0)] for k in (i, j))
+            if len(p) and len(q):
+                parted.append((p[:, None] != q).mean())
+        if parted:
+            want[min(9, int(chance * 10))] += length * np.array([1, chance, np.mean(parted)])
+    assert np.allclose(table, want) and want[:, 0].sum() > 10
+    nothing = scoring.border_table(evidence, grown, labels, torch.full_like(maps, -1), None)
+    assert nothing.shape == (10, 3) and not nothing.any()
 
 
 def test_joined_table():
@@ -194,9 +254,26 @@ def test_maps_at_their_own_size(tmp_path):
     assert np.array_equal(scoring.own_maps(b, "ignore")[0], np.where(several[0] == 0, -1, several[0]))
 
 
-def test_clicks_that_cannot_be(ckpt, tmp_path, capsys):
-    assert evaluation.main(["--ckpt", str(ckpt), "--clicks", "99", "--limit", "1", "--device", "cpu"]) == 2
-    assert "at least 99 codes, not 16 of bits" in capsys.readouterr().err
+def test_clicks_are_tables_of_every_method(ckpt, tmp_path, capsys):
+    d = folder(tmp_path / "d", {f"i{k}": [thirds(24, 32), halves(24, 32)][: k + 1] for k in range(2)})
+    words = ["--ckpt", str(ckpt), "--dataset", str(d), "--n", "2", "--device", "cpu", "--cache", str(tmp_path / "cache")]
+    assert evaluation.main([*words, "--clicks", "0,2,all"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    report = json.loads(out[-1])
+    assert (report["images"], report["n"]) == (2, 2) and report["clicks"]["open"].keys() == {"0", "2", "all"}
+    for name in ("closed", "nearest click", "watershed, Lab", "watershed, samples", "random walker"):
+        by = report["clicks"][name]
+        assert by.keys() == {"2", "all"} and by["2"]["pred"] == [2, 2, 2]          # two clicks, two segments
+        mean, low, high = by["all"]["ari"]
+        assert low <= mean <= high and any(line.startswith(name) for line in out)
+    assert report["clicks"]["closed"]["all"]["pred"][0] == pytest.approx((9 + 5.5) / 2)
+    # noise has no borders; objects are of half the photo or a ninth
+    assert evaluation.main([*words, "--clicks_to", "0.6", "--limit", "3"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["clicks_to"].keys() == {"tree", "watershed, Lab", "watershed, samples", "nearest click"}
+    assert all(1 <= low <= mean <= high <= 20 for mean, low, high in report["clicks_to"].values())
+    assert evaluation.main(["--ckpt", str(ckpt), "--clicks_to", "0.85", "--device", "cpu"]) == 2
+    assert "--clicks_to needs a data set of files" in capsys.readouterr().err
 
 
 def test_files_of_others_stay(ckpt, tmp_path, capsys):
@@ -241,7 +318,8 @@ def test_shared_rows_without_torchrun():
     ("--ckpt nowhere.pt", "nowhere.pt"), ("--baseline grid --dataset nowhere", "nowhere"), ("--baseline grid --limit 0", "--limit"),
     ("--baseline grid --dataset a:2,shapes", "names 2 data sets"),
     ("--n 0", "'0' is not a number from 1 up"), ("--steps 4,x", "'4,x'"), ("--guidance -1", "-1"), ("--sampler euler", "'euler'"),
-    ("--guidance 1,nan", "nan"), ("--seed 1000000", "--seed"), ("--clicks 0,1 --baseline grid", "leave out --baseline"), ("--merge nan", "--merge"),
+    ("--guidance 1,nan", "nan"), ("--seed 1000000", "--seed"), ("--clicks 0,1 --baseline grid", "leave out --baseline"), ("--clicks few", "'few'"),
+    ("--clicks_to 0.85 --out o", "leave out"), ("--clicks_to 1.5", "--clicks_to must be above 0"), ("--merge nan", "--merge"),
     ("--variance tiny", "'tiny'"), ("--baseline human --limit 2 --out o", "several annotators"), ("--baseline grid --dataset shapes --device cuda:99", "cuda:99")])
 def test_wrong_use(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

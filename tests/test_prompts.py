@@ -1,4 +1,6 @@
-"""Hints, initial maps and what the sampler makes of them: against loops, marginals and exact pixels."""
+"""Hints, initial maps and what becomes of them: against loops, marginals and exact pixels."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,9 +8,9 @@ import torch
 from PIL import Image
 
 from bits import Codec
-from diffusion import Diffusion, alpha_sigma, carry, sample
+from diffusion import Diffusion, alpha_sigma, sample
 from model import SIZES, UNet
-from segment import Model, denoise, hint_map, prepare, segment, shrink
+from segment import Model, denoise, hint_map, joined, prepare, segment, shrink
 
 D = Diffusion()
 
@@ -40,33 +42,6 @@ def trace(net, x0, **options):
     return steps
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_known_pixels_are_x0_noised_for_their_time(sampler):
-    x0 = torch.randint(0, 2, (1, 4, 64, 64), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    hint = torch.zeros(1, 64, 64, dtype=torch.int64)
-    hint[:, :, :40] = 1
-    steps = trace(lambda x, t: torch.tanh(x[:, :4]), x0, known=(x0, hint), sampler=sampler, steps=5, resample=2)
-    assert [round(t, 3) for t, _, _ in steps] == [1, 1, 0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2]     # the last one is not repeated
-    for t, xt, x_hat in steps:
-        alpha, sigma = (v.item() for v in alpha_sigma(t, D))
-        z = ((xt - alpha * x0) / sigma)[..., :40]                                  # 10,240 values
-        assert abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.04 and abs((z * x0[..., :40]).mean()) < 0.05
-        assert torch.equal(x_hat[..., :40], x0[..., :40])
-    noises = [((xt - alpha_sigma(t, D)[0].item() * x0) / alpha_sigma(t, D)[1].item())[..., :40] for t, xt, _ in steps]
-    assert all(abs((a * b).mean()) < 0.05 for a, b in zip(noises, noises[1:]))     # fresh at every step
-
-
-def test_resampling_keeps_the_marginal():
-    """With a network that knows x0, the posterior steps and the noise between them leave xt ~ N(alpha x0, sigma^2)."""
-    x0 = torch.randint(0, 2, (1, 4, 64, 64), generator=torch.Generator().manual_seed(1)) * 2.0 - 1
-    steps = trace(lambda x, t: x0, x0, steps=4, resample=3, variance="small")
-    assert len(steps) == 3 * 3 + 1
-    for t, xt, _ in steps:
-        alpha, sigma = (v.item() for v in alpha_sigma(t, D))
-        z = (xt - alpha * x0) / sigma                                              # 16,384 values
-        assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.03 and abs((z * x0).mean()) < 0.03
-
-
 def test_init_starts_at_its_noised_value():
     x0 = torch.randint(0, 2, (1, 4, 64, 64), generator=torch.Generator().manual_seed(2)) * 2.0 - 1
     steps = trace(lambda x, t: torch.zeros_like(x[:, :4]), x0, init=x0, strength=0.3, steps=3)
@@ -75,31 +50,6 @@ def test_init_starts_at_its_noised_value():
     assert torch.allclose(steps[0][1], alpha * x0 + sigma * torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(0)))
     with pytest.raises(ValueError, match="strength"):
         trace(identity, x0, init=x0, strength=0.0)
-
-
-def test_carry_is_a_loop_over_pixels():
-    generator = torch.Generator().manual_seed(3)
-    x_hat, x0 = torch.rand(2, 4, 6, 7, generator=generator) * 2 - 1, torch.randint(0, 2, (2, 4, 1, 1), generator=generator) * 2.0 - 1
-    x_hat = torch.where(torch.rand(2, 1, 6, 7, generator=generator) < 0.6, x_hat[:, :, :1, :1].sign(), x_hat)
-    hint = torch.zeros(2, 6, 7, dtype=torch.int64)
-    hint[:, 0, :2], hint[:, 3, 4], hint[1, 3, 4] = 1, 2, 0                         # the second image has one hint only
-    x0 = (x0 * torch.where(hint == 2, -1, 1)[:, None]) * (hint > 0)[:, None]
-    out, changed = carry(x_hat, x0, hint), 0
-    for b in range(2):
-        groups = [(hint[b] == g).nonzero().tolist() for g in (1, 2)]
-        for y in range(6):
-            for x in range(7):
-                want, best = x_hat[b, :, y, x], 0.5
-                for pixels in filter(None, groups):
-                    middle = torch.stack([x_hat[b, :, r, c] for r, c in pixels]).mean(0)
-                    like = float((x_hat[b, :, y, x] * middle).mean())
-                    if like > best:
-                        want, best = x0[b, :, pixels[0][0], pixels[0][1]], like
-                if hint[b, y, x]:
-                    want = x0[b, :, y, x]
-                changed += not torch.equal(want, x_hat[b, :, y, x])
-                assert torch.allclose(out[b, :, y, x], want)
-    assert 10 < changed < 80
 
 
 @pytest.mark.parametrize("in_channels", [7, 11])                                   # 11: with self-conditioning
@@ -135,16 +85,16 @@ def test_a_hint_map_of_points_and_boxes():
     ids = hint_map(200, 100, "20,20 60,20;100,50", [(120, 20, 180, 80), (140, 40, 160, 60)])
     first, second = ids[20, 20], ids[50, 100]
     assert first == ids[20, 60] != second and 0 not in (first, second)
-    assert ids[20, 24] == first and ids[20, 25] == 0                               # a disc of 2 % of 200 pixels
+    assert ids[20, 21] == ids[19, 20] == first and ids[20, 22] == ids[19, 19] == 0     # a disc of 0.5 % of 200 pixels
     outer, inner = ids[50, 136], ids[50, 150]
     assert len({first, second, outer, inner, 0}) == 5                              # the small box lies over the large one
     assert ids[37, 150] == outer and ids[34, 150] == 0 and ids[38, 138] == 0       # an ellipse of half its size
     drawn = np.zeros((100, 200), np.int64)
     drawn[:, 190:] = 7
-    ids = hint_map(200, 100, "187,50", drawn=drawn)
-    assert ids[50, 191] == 7 and ids[50, 186] == 8                                 # what is drawn lies over discs
-    near = hint_map(200, 100, "50,50;53,50")                                       # discs that would touch are smaller
-    assert near[50, 50] != near[50, 53] and near[50, 51] in (0, near[50, 50]) and near[50, 52] in (0, near[50, 53])
+    ids = hint_map(200, 100, "189,50", drawn=drawn)
+    assert ids[50, 190] == 7 and ids[50, 188] == 8                                 # what is drawn lies over discs
+    near = hint_map(200, 100, "50,50;51,50")                                       # discs that would touch are smaller
+    assert near[50, 50] != near[50, 51] and (near > 0).sum() == 2
 
 
 @pytest.mark.parametrize("points, boxes, words", [
@@ -157,29 +107,89 @@ def test_wrong_hints_are_named(points, boxes, words):
 
 def test_prompts_that_do_not_fit_are_named(model):
     image, hints = picture(), np.zeros((30, 40), np.int64)
-    with pytest.raises(ValueError, match="40 x 31 pixels, but the image 40 x 30"):
+    result = segment(image, model, 1)
+    with pytest.raises(ValueError, match="the hint has 40 x 31 pixels, but the image 40 x 30"):
         prepare(image, model, np.ones((31, 40), np.int64))
+    with pytest.raises(ValueError, match="the hint has 40 x 31 pixels, but the image 40 x 30"):
+        result.cut(hints=np.ones((31, 40), np.int64))
+    with pytest.raises(ValueError, match="the initial map has 4 x 4 pixels"):
+        prepare(image, model, init=np.ones((4, 4), np.int64))
     with pytest.raises(ValueError, match="empty"):
         prepare(image, model, hints)
     hints[0, :2] = 3, 4
-    with pytest.raises(ValueError, match="contradictory hints: id 3 shares|contradictory hints: id 4 shares"):
-        prepare(image, model, hints)
+    for use in (lambda: segment(image, model, 1, hints=hints), lambda: result.cut(hints=hints)):
+        with pytest.raises(ValueError, match="contradictory hints: id [34] shares all its pixels with others"):
+            use()
+    many = np.arange(30)[:, None] * 4 // 30 * 5 + np.arange(40) * 5 // 40 + 1
     with pytest.raises(ValueError, match="20 ids in the hints are more than the 16"):
-        prepare(image, model, np.arange(1, 41).reshape(1, 40).repeat(30, 0) // 2.001 + 1)
+        prepare(image, model, many, init=np.ones((30, 40), np.int64))
     with pytest.raises(ValueError, match="0 x 3"):
         prepare(Image.new("RGB", (0, 3)), model)
+    hints = hint_map(40, 30, "20,10")
+    assert (prepare(image, Model(None, Codec("rgb"), D, 16, {}, "mine", 0), hints).hints == hints).all()
     with pytest.raises(ValueError, match="encoding bits, not rgb"):
-        prepare(image, Model(None, Codec("rgb"), D, 16, {}, "mine", 0), hints)
+        prepare(image, Model(None, Codec("rgb"), D, 16, {}, "mine", 0), init=hints)
 
 
 def test_hints_get_the_cells_of_their_centroids(model):
+    """What a network that was trained with hints is told of them, and an initial map beside them."""
+    knowing = replace(model, diffusion=Diffusion(hints=0.5))
     hints = np.zeros((32, 32), np.int64)
     hints[1:5, 1:5], hints[1:5, 25:31], hints[26:30, 2:6] = 9, 2, 400
-    job = prepare(picture(32, 32), model, hints)
-    cells = model.codec.decode(job.x0[None])[0]
+    job, codec = prepare(picture(32, 32), knowing, hints), model.codec
+    cells, small = codec.decode(job.known[None])[0], torch.from_numpy(shrink(hints, 16, 16))
     assert [int(cells[1, 1]), int(cells[1, 14]), int(cells[14, 2])] == [0, 3, 12]  # corners of the 4 x 4 palette
-    assert (job.x0[:, job.hint == 0] == 0).all() and set(job.hint.unique().tolist()) == {0, 1, 2, 3}
-    assert torch.equal(job.held, torch.from_numpy(np.select([hints == 9, hints == 2, hints == 400], [0, 3, 12], -1)))
+    assert (job.known[:, small == 0] == 0).all() and (job.known[:, small > 0].abs() == 1).all() and job.init is None
+    plain = prepare(picture(32, 32), model, hints)
+    assert plain.known is None and plain.init is None and (plain.hints == hints).all()
+    init = np.full((32, 32), 3)
+    init[:, :4], init[8:10] = 0, 5                                                 # nothing is given at the left
+    job = prepare(picture(32, 32), knowing, hints, init)
+    cells, start = codec.decode(job.init[None])[0], torch.from_numpy(shrink(init, 16, 16))
+    assert torch.equal((job.init != 0).all(0), (small > 0) | (start > 0))
+    groups = [set(cells[m].tolist()) for m in (small == 9, small == 2, small == 400, (start == 3) & (small == 0),
+                                               (start == 5) & (small == 0))]
+    assert all(len(g) == 1 for g in groups) and len(set().union(*groups)) == 5     # a cell for each, none twice
+
+
+@pytest.mark.parametrize("merge", [0.0, 1.0])
+@pytest.mark.parametrize("size", [(40, 30), (150, 97), (7, 9)])
+def test_hints_hold_to_the_pixel(model, merge, size):
+    """Pixels of one hint are together and of two apart, in answers of every grain; closed: nothing else is left."""
+    (w, h), rng = size, np.random.default_rng(0)
+    hints = np.zeros((h, w), np.int64)
+    hints[: h // 3, : w // 4], hints[2 * h // 3 :, w // 2 :] = 40, 7
+    hints[-1, 0], hints[h // 2, w // 2 : w // 2 + 2] = 40, 1000                    # a hint in two far places, and a small one
+    model = replace(model, tidy=dict(least=0, merge=merge))
+    result = segment(picture(w, h), model, n=2, hints=hints, grain="fine")
+    answers = [result.answer] + [result.cut(grain, hints, closed) for grain in ("coarse", "fine", 5) for closed in (False, True)]
+    for k, answer in enumerate(answers):
+        labels = answer.labels.numpy()
+        found = [set(labels[hints == i].tolist()) for i in (7, 40, 1000)]
+        assert [len(s) for s in found] == [1, 1, 1] and len(set().union(*found)) == 3
+        assert labels.shape == (h, w) and sum(s["area"] for s in answer.segments) == h * w
+        ids = {s["id"] for s in answer.segments}
+        assert ids == set((labels + 1).flat) and {i for pair in answer.borders for i in pair[:2]} <= ids
+        assert all(0 <= s["confidence"] <= 1 for s in answer.segments) and all(0 <= p <= 1 for *_, p in answer.borders)
+        if k and k % 2 == 0:                                                       # closed
+            assert set(labels.flat) == set().union(*found)
+    again = segment(picture(w, h), model, n=2, hints=hints, grain="fine")
+    assert torch.equal(again.answer.labels, result.answer.labels) and again.answer.segments == result.answer.segments
+
+
+def test_a_click_into_a_segment_splits_it_and_grains_nest(model):
+    result = segment(picture(64, 48), model, n=3)
+    whole = result.cut(1)
+    assert len(whole.segments) == 1 and not whole.borders
+    two = result.cut(1, hint_map(64, 48, "10,10; 50,40"))
+    assert len(two.segments) == 2 and len(two.borders) == 1 and two.labels[10, 10] != two.labels[40, 50]
+    three = result.cut(1, hint_map(64, 48, "10,10; 50,40; 55,5"))
+    assert len(three.segments) == 3
+    counts = [len(result.cut(grain).segments) for grain in (2, 4, 8)]
+    assert counts == sorted(counts) and counts[0] >= 2
+    _, coarse = joined(result.evidence, model, 3)
+    _, fine = joined(result.evidence, model, 7)
+    assert all(len(set(coarse[fine == k])) == 1 for k in np.unique(fine))
 
 
 def test_an_edited_region_is_held_exactly_and_the_rest_may_change(model):
@@ -188,11 +198,11 @@ def test_an_edited_region_is_held_exactly_and_the_rest_may_change(model):
     edit = np.zeros_like(first)
     edit[10:20, 15:40] = 1                                                         # one new segment, drawn by hand
     result = segment(image, model, n=3, seed=1, hints=edit, init=first, strength=0.5)
-    for labels in (*result.labels, result.consensus):
-        assert len(labels[10:20, 15:40].unique()) == 1
-    other = prepare(image, model, edit, first)
-    cells = model.codec.decode(other.x0[None])[0][:12]                             # the edit has a cell of its own
-    assert not set(cells[other.hint[:12] > 0].tolist()) & set(cells[other.hint[:12] == 0].tolist())
+    assert len(result.answer.labels[10:20, 15:40].unique()) == 1
+    job = prepare(image, model, edit, first)
+    cells = model.codec.decode(job.init[None])[0][:12]                             # the edit has a cell of its own
+    small = torch.from_numpy(shrink(edit, 12, 16) > 0)
+    assert not set(cells[small].tolist()) & set(cells[~small & (job.init != 0).all(0)[:12]].tolist())
 
 
 def test_the_weaker_the_strength_the_more_of_init_is_left():
@@ -205,34 +215,6 @@ def test_the_weaker_the_strength_the_more_of_init_is_left():
     init = np.arange(4).repeat(4)[None].repeat(16, 0) + 1
     kept = []
     for strength in (0.05, 0.5, 1.0):
-        job = next(denoise([picture(16, 16)], model, 1, init=init, strength=strength))
-        kept.append(float((codec.decode(job.x_hat[0][None]) == codec.decode(job.x0[None])).float().mean()))
+        job = next(denoise([prepare(picture(16, 16), model, init=init)], model, 1, strength=strength))
+        kept.append(float((codec.decode(job.x_hat[0][None]) == codec.decode(job.init[None])).float().mean()))
     assert kept[0] == 1 and kept[0] > kept[1] > kept[2] and kept[2] < 0.2
-
-
-def test_simulated_clicks_lie_deep_in_the_largest_segments(model, monkeypatch):
-    import scoring
-
-    class Data:
-        def get(self, positions):
-            return torch.zeros(1, 16, 16, 3, dtype=torch.uint8), None, torch.tensor([[12, 16]])
-
-        def maps(self, i):
-            out = torch.full((2, 16, 16), -1)
-            out[:, :12], out[0, 2:7, 9:14], out[1, 0, 0] = 4, 9, 3
-            return out
-
-    seen = []
-
-    def answer(image, model, n, seed, hints, resample):
-        seen.append((image.size, seed, hints))
-        return type("Result", (), dict(labels=torch.zeros(n, 12, 16, dtype=torch.uint8), medoid=1))
-
-    monkeypatch.setattr(scoring, "segment", answer)
-    curve = scoring.clicks_curve(model, Data(), [5], [0, 1, 2, 8], n=2)
-    assert list(curve) == [0, 1, 2, 8] and curve[2] == [[0.0, 0.0]]                # one segment for all: ARI 0
-    assert {(size, seed) for size, seed, _ in seen} == {((16, 12), 5000)} and len(seen) == 2 * 4
-    (none, one, two, all_), (_, _, tiny, _) = [h for _, _, h in seen[:4]], [h for _, _, h in seen[4:]]
-    assert none is None and len(np.unique(one)) == 2 and np.array_equal(two, all_)
-    y, x = np.argwhere(two == two[4, 11])[0]                                       # the middle of the small square
-    assert two[4, 11] > 0 and (y, x) == (4, 11) and tiny[0, 0] > 0
