@@ -43,11 +43,12 @@ import data
 import diffusion
 import kernels
 import metrics
-import scenes
+from sources import scenes
 import train
 from diffusion import fused, sample
 from engine import Step, layout, pick_device, update_ema
-from segment import SHIPPED, denoise, load_checkpoint, prepare, summarise
+from answers.segment import SHIPPED, denoise, load_checkpoint, prepare, summarise
+import frame
 
 BITS, SIZE = 6, 128
 MIN_SECONDS = 0.2                                # of measuring, for each figure on a CPU
@@ -139,7 +140,7 @@ def kernel_cases(B, dtype, device):
         return (a4 * x0 + s4 * torch.randn_like(x0)).to(dtype)
 
     def plain_input():
-        x = data.normalise(image, sizes)[0] * keep.view(-1, 1, 1, 1)
+        x = frame.normalise(image, sizes)[0] * keep.view(-1, 1, 1, 1)
         x0 = codec.encode(cells)
         return diffusion.network_input(a4 * x0 + s4 * torch.randn_like(x0), x).to(dtype, memory_format=torch.channels_last)
 
@@ -501,7 +502,7 @@ def bench_sample(args):
     net, n = net.to(memory_format=torch.channels_last).eval().requires_grad_(False), args.n      # as sample.py has it
     shapes = data.load("shapes", "val", c.image_size * net.detail, seed=c.seed)
     images, _, sizes = shapes.get(list(range(args.images)))
-    x, inside = data.normalise(images.to(device), (sizes // net.detail).to(device), net.detail)
+    x, inside = frame.normalise(images.to(device), (sizes // net.detail).to(device), net.detail)
     which = [i for i in range(args.images) for _ in range(n)]
     jobs = {"one image, one sample": [0], f"one image, {n} samples": which[:n], f"{args.images} images x {n} samples": which}
     context = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()

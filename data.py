@@ -30,12 +30,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from download import download
-from formats import FORMATS, format_of, others
-from packing import pack
-from scenes import Mixture, Shapes
+from sources.download import download
+from sources.formats import FORMATS, format_of, others
+from sources.packing import pack
+from sources.scenes import Mixture, Shapes
+from frame import MEAN, STD
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)               # ImageNet
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -217,33 +217,6 @@ def batches(data, start, count, seed, workers=1, rank=0, ranks=1, pin=False):
             start += count
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def inside_mask(sizes, size):
-    """(B, 2) h, w -> (B, S, S) bool."""
-    axis = torch.arange(size, device=sizes.device)
-    return (axis[:, None] < sizes[:, 0, None, None]) & (axis < sizes[:, 1, None, None])
-
-
-def normalise(images, sizes, detail=1):
-    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, ImageNet mean and deviation, 0 outside; and inside (B, S, S).
-
-    With detail d: images (B, d S, d S, 3) beside label maps of S x S, whose sizes (B, 2) are -> (B, 3 d^2, S, S).
-    """
-    x = images.permute(0, 3, 1, 2).contiguous().float() / 255
-    return standardise(x, inside_mask(sizes, images.shape[1] // detail), detail)
-
-
-def standardise(x, inside, detail=1):
-    x = F.pixel_unshuffle(x, detail)                                               # (B, 3 d^2, S, S)
-    for channel, mean, std in zip(x.unflatten(1, (3, -1)).unbind(1), MEAN, STD):   # in place; no tensor made on the host
-        channel.sub_(mean).div_(std)
-    return x.mul_(inside[:, None].float()), inside
-
-
-def coarser(labels, sizes, detail):
-    """Label maps (..., d S, d S) and sizes (..., 2) at the side S: every d-th pixel of both axes."""
-    return labels[..., detail // 2 :: detail, detail // 2 :: detail], (sizes + detail // 2) // detail
 
 
 def packed_side(size, crop, detail=1):

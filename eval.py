@@ -32,12 +32,12 @@ import torch.distributed as dist
 
 import kernels
 import metrics
-from clicks import clicks_curve, clicks_needed
+from answers.clicks import clicks_curve, clicks_needed
 from data import load, parse_parts, parse_void
 from engine import pick_device
-from pictures import examples, plot
-from scoring import originals, run
-from segment import load_checkpoint, newest_checkpoint, read_checkpoint, set_tidy
+from answers.pictures import examples, plot
+from answers.scoring import originals, run
+from answers.segment import load_checkpoint, newest_checkpoint, read_checkpoint, set_tidy
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",
         "voi": "VoI (bits)", "boundary": "boundary F", "pred": "segments predicted", "true": "segments true"}

@@ -35,10 +35,12 @@ from tqdm import tqdm
 
 import kernels
 from engine import pick_device
-from formats import IMAGE_TYPES, read_image, read_label
-from pictures import colours, grid, overlay, panel, shade, uncertainty
-from segment import SHIPPED, denoise, hint_map, load_checkpoint, newest_checkpoint, prepare, set_tidy, summarise
-from tree import GRAINS
+from sources.formats import IMAGE_TYPES, read_image, read_label
+from answers.pictures import colours, grid, overlay, panel, shade, uncertainty
+from answers.segment import (
+    SHIPPED, denoise, hint_map, load_checkpoint, newest_checkpoint, prepare, set_tidy, summarise,
+)
+from answers.tree import GRAINS
 
 MARK = "bitseg sample.py"                        # in every file written: others are never overwritten
 

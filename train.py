@@ -35,9 +35,10 @@ from diffusion import Diffusion, draw, fused, fused_training_loss, to_device, tr
 from engine import (NO_FLOAT64, NoGraph, Step, Watch, anyone, append, fit_state, forget, join, layout,
                     out_of_memory, pick_device,
                     pick_precision, update_ema, written)
-from hints import NUMBERS, draw_hints, hint_bits
+from sources.hints import NUMBERS, draw_hints, hint_bits
 from model import SIZES, UNet
 from validate import save_picture, validate
+import frame
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,8 +72,8 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
             if photos:
                 x, inside, labels = datasets.augment(images, labels, sizes, u, c.image_size, c.crop, c.jitter, detail)
             else:
-                labels, sizes = datasets.coarser(labels, sizes, detail)
-                x, inside = datasets.normalise(images, sizes, detail)
+                labels, sizes = frame.coarser(labels, sizes, detail)
+                x, inside = frame.normalise(images, sizes, detail)
             labels = labels.masked_fill(~inside, -1)
             generator = torch.Generator().manual_seed(c.seed * 2**32 + step)
             drawn = draw((c.batch_size, codec.channels, *labels.shape[1:]), diffusion, generator, device, eps=not fast)

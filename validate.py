@@ -11,8 +11,8 @@ from PIL import Image
 
 from bits import Codec
 from metrics import scores
-from pictures import grid, overlay, side_of
-from segment import Job, Model, denoise, placed, sample_map
+from answers.pictures import grid, overlay, side_of
+from answers.segment import Job, Model, denoise, placed, sample_map
 
 
 class Stopped(Exception):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import augment, normalise
+from data import augment
+from frame import normalise
 
 OFF = torch.full((16,), 0.999)                                                     # nothing happens ...
 OFF[6:] = 0.9                                                                      # ... however large the amounts

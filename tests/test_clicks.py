@@ -6,21 +6,14 @@ import torch
 from PIL import Image
 from scipy.ndimage import label
 
-import clicks
+from answers import clicks
 import metrics
-from clicks import (
-    by_baseline,
-    clicks_of,
-    clicks_to,
-    gradient,
-    hints_of,
-    middle_of_largest,
-    nearest_click,
-    random_walker,
+from answers.clicks import (
+    by_baseline, clicks_of, clicks_to, gradient, hints_of, middle_of_largest, nearest_click, random_walker,
     watershed,
 )
-from formats import Item
-from tree import gather, lab
+from sources.formats import Item
+from answers.tree import gather, lab
 
 
 def depth(mask, y, x):

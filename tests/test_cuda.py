@@ -22,8 +22,8 @@ import sample
 import train
 from checkpoint import read
 from engine import NoGraph, Step, as_cuda_graph
-from scenes import Shapes
-from segment import load_checkpoint
+from sources.scenes import Shapes
+from answers.segment import load_checkpoint
 
 ROOT = Path(train.__file__).parent
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(),

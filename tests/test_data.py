@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-import packing
+from sources import packing
 from data import load, order, uniforms
-from formats import find_folder, read_image, read_label
-from scenes import draw_scene, paint
+from sources.formats import find_folder, read_image, read_label
+from sources.scenes import draw_scene, paint
 
 PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)                      # 8 wide, 6 high
 LABEL = np.repeat(np.arange(8, dtype=np.uint8)[None] // 3 * 50, 6, 0)              # three bands: 0, 50, 100

@@ -23,11 +23,12 @@ import torch
 from PIL import Image
 
 import data
-import formats
-import packing
+from sources import formats
+from sources import packing
 from data import augment, batches, load, main, order, uniforms
-from formats import fitted
-from packing import Packed
+from frame import fitted
+from sources.packing import Packed
+import frame
 
 ROOT = Path(__file__).parent.parent
 
@@ -362,7 +363,7 @@ def test_augmentation_never_waits_for_the_host():
     u = torch.rand(9, 20)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        augment(*batch, u, crop=0.5), augment(*batch, u.pin_memory()), data.normalise(batch[0], batch[2])
+        augment(*batch, u, crop=0.5), augment(*batch, u.pin_memory()), frame.normalise(batch[0], batch[2])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -16,7 +16,8 @@ import sample
 import train
 from bits import Codec
 from model import SIZES, UNet, time_features
-from segment import Model, load_checkpoint, prepare, segment
+from answers.segment import Model, load_checkpoint, prepare, segment
+import frame
 
 MINI = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=2, patch=2, groups=8)
 
@@ -35,12 +36,12 @@ def network(detail, seed=0, looks=True, **options):
 def test_normalise_folds_the_image(detail):
     """Place by place against the image; beyond the label map's size it is 0."""
     image = torch.randint(0, 256, (2, 6 * detail, 6 * detail, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    x, inside = data.normalise(image, torch.tensor([[6, 4], [3, 6]]), detail)
+    x, inside = frame.normalise(image, torch.tensor([[6, 4], [3, 6]]), detail)
     assert x.shape == (2, 3 * detail**2, 6, 6) and inside.sum((1, 2)).tolist() == [24, 18]
     for i, c, r, k in ((0, 0, 0, 0), (0, 2, 5, 3), (1, 1, 2, 5), (1, 0, 3, 0)):
         for a in range(detail):
             for b in range(detail):
-                true = (float(image[i, r * detail + a, k * detail + b, c]) / 255 - data.MEAN[c]) / data.STD[c] if inside[i, r, k] else 0
+                true = (float(image[i, r * detail + a, k * detail + b, c]) / 255 - frame.MEAN[c]) / frame.STD[c] if inside[i, r, k] else 0
                 assert float(x[i, c * detail**2 + a * detail + b, r, k]) == pytest.approx(true, abs=1e-5)
 
 
@@ -63,9 +64,9 @@ def test_augment_shows_the_same_scene_in_more_detail(T, S, crop):
 
 def test_coarser_takes_every_second():
     labels = torch.arange(64).view(1, 8, 8)
-    small, sizes = data.coarser(labels, torch.tensor([[8, 5]]), 2)
+    small, sizes = frame.coarser(labels, torch.tensor([[8, 5]]), 2)
     assert small.tolist() == [[[8 * r + c for c in (1, 3, 5, 7)] for r in (1, 3, 5, 7)]] and sizes.tolist() == [[4, 3]]
-    assert torch.equal(data.coarser(labels, sizes, 1)[0], labels)
+    assert torch.equal(frame.coarser(labels, sizes, 1)[0], labels)
     assert data.packed_side(80, 0.5) == 113 and data.packed_side(80, 0.5, 2) == 160
 
 

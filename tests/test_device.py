@@ -11,7 +11,7 @@ import train
 from device import Device
 from diffusion import fused
 from engine import Step
-from scenes import Shapes
+from sources.scenes import Shapes
 
 HERE, THERE = torch.device("cpu"), torch.device("meta")
 SMALL = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=4, patch=2)

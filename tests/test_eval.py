@@ -14,13 +14,14 @@ from PIL import Image
 import data
 import eval as evaluation
 import metrics
-import scoring
+from answers import scoring
 import train
-import tree
+from answers import tree
 from bits import Codec
 from diffusion import sample
 from metrics import calibration_error
-from segment import evidence_of, joined, load_checkpoint
+from answers.segment import evidence_of, joined, load_checkpoint
+import frame
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_rows_are_scores_of_plain_samples_and_of_their_tree(lively, merge):
     setting = {**lively.sampling, "steps": 2}
     a = argparse.Namespace(seed=3, batch=4, baseline=None)
     rows = scoring.run(shapes, [0, 1], lively, a, setting, [1, 3], [], keep=True)
-    x, inside = data.normalise(images, sizes)
+    x, inside = frame.normalise(images, sizes)
     for i, row in enumerate(rows):
         (h, w), photo = sizes[i].tolist(), images[i].numpy()
         alone = [sample(lively.net, x[i : i + 1], inside[i : i + 1], 4, [(3 * 10**6 + i) * 1000 + j], lively.diffusion,

@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 
 import checkpoint
-import fit_tree
-import tree
-from formats import Item, fitted
+from answers import fit_tree
+from answers import tree
+from sources.formats import Item
+from frame import fitted
 from model import SIZES, UNet
 
 

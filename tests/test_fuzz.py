@@ -14,9 +14,9 @@ from PIL import Image
 
 import train
 from checkpoint import MARK, TAIL, read, save
-from formats import FORMATS, find_coco
-from packing import BAD, DONE, EMPTY, LEFT, convert
-from segment import denoise, load_checkpoint, prepare
+from sources.formats import FORMATS, find_coco
+from sources.packing import BAD, DONE, EMPTY, LEFT, convert
+from answers.segment import denoise, load_checkpoint, prepare
 from test_inputs import coco, folder, labelme, scene
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning",

@@ -13,7 +13,7 @@ import train
 from bits import Codec, locate
 from checkpoint import read, save
 from diffusion import Diffusion, draw, fused_training_loss, sample, training_loss
-from hints import NUMBERS, draw_hints, hint_bits
+from sources.hints import NUMBERS, draw_hints, hint_bits
 from model import SIZES, UNet
 from test_locate import random_map
 

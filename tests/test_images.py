@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import normalise
-from formats import fitted, read_image, read_label, resize_image, resize_label
+from frame import normalise
+from frame import fitted, resize_image, resize_label
+from sources.formats import read_image, read_label
 
 PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)                      # 8 wide, 6 high
 LABEL = np.repeat(np.arange(8, dtype=np.uint8)[None] // 3 * 50, 6, 0)              # three bands: 0, 50, 100

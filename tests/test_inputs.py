@@ -5,23 +5,19 @@ import io
 import json
 import shutil
 import struct
-import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 import data
-import formats
+from sources import formats
 import train
 from data import load
-from formats import HEIC, format_of, read_image, read_label
-from packing import DONE, convert
-from scoring import originals, own_maps
+from sources.formats import HEIC, format_of, read_image
+from answers.scoring import originals, own_maps
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:__array__ implementation")
 H, W = 24, 32

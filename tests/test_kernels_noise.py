@@ -7,10 +7,10 @@ import torch
 from scipy import stats
 
 import bits
-import data
 import diffusion
 import kernels
 from kernels import reference
+import frame
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(kernels.triton is None, reason="needs Triton"))]
@@ -118,13 +118,13 @@ def test_noise_is_alpha_x0_plus_sigma_eps(either, channels_last, bits_, dtype):
     (False, torch.float32, "given", True, 1), (False, torch.float32, "", False, 1), (True, torch.bfloat16, "", False, 2),
     (False, torch.float32, "given", False, 2)])
 def test_network_input(either, channels_last, dtype, x_self, photo, detail):
-    """Against data.normalise and diffusion.network_input; one image is dropped, one is padded, some are folded."""
+    """Against frame.normalise and diffusion.network_input; one image is dropped, one is padded, some are folded."""
     g = torch.Generator().manual_seed(0)
     cells = torch.randint(-1, 64, (2, 9, 9), generator=g).to(DEVICE)
     image, sizes = torch.randint(0, 256, (2, 9 * detail, 9 * detail, 3), generator=g).byte().to(DEVICE), torch.tensor([[9, 6], [4, 9]], device=DEVICE)
     alpha, sigma, keep, s = (torch.tensor(v, device=DEVICE) for v in ([0.8, 0.1], [0.6, 0.99], [True, False], [3, 4]))
     previous = torch.rand(2, 6, 9, 9, generator=g).to(DEVICE)
-    normalised, _ = data.normalise(image, sizes, detail)
+    normalised, _ = frame.normalise(image, sizes, detail)
     xt = kernels.noise(cells, alpha, sigma, s, 6)
     last = {"": None, "zeros": 0 * previous, "given": previous}[x_self]
     true = diffusion.network_input(xt, normalised * keep.view(-1, 1, 1, 1), last)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import data
-import scenes
+from sources import scenes
 import train
 
 

@@ -14,9 +14,10 @@ from bits import Codec
 from diffusion import Diffusion
 from metrics import scores
 from model import SIZES, UNet
-from pictures import colours, grid, outline, overlay, subsample
+from answers.pictures import colours, grid, overlay
+from frame import outline, subsample
 from sample import folder_names
-from segment import Job, Model, denoise, own_size, segment, summarise
+from answers.segment import Job, Model, denoise, own_size, segment, summarise
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def slow_soft_bits(x, width, height, image):
 @pytest.mark.parametrize("with_image", [False, True])
 def test_own_size_pixel_by_pixel(encoding, width, height, with_image, monkeypatch):
     """No allowed code is nearer, in strips of one row, too. The first map may not have its largest code."""
-    monkeypatch.setattr("segment.STRIP", 1)
+    monkeypatch.setattr("frame.STRIP", 1)
     g, codec = torch.Generator().manual_seed(width), Codec(encoding, 4)
     cells = torch.full((2, 7, 9), 3)
     cells[:, :3, :4], cells[1, 4:, 6:] = torch.randint(0, 16, (2, 3, 4), generator=g), 12
@@ -205,11 +206,11 @@ def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
             raise torch.OutOfMemoryError("no")
         return real(net, x, *rest, **options)
 
-    monkeypatch.setattr("segment.sample", small)
+    monkeypatch.setattr("answers.segment.sample", small)
     job = next(denoise([picture()], model, 7, batch=8))
     assert sizes == [7, 3, 1, 2, 4, 2, 2] and len(job.x_hat) == 7
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(job.x_hat, whole.x_hat))
-    monkeypatch.setattr("segment.sample", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr("answers.segment.sample", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(ValueError, match="memory does not hold one sample"):
         next(denoise([picture()], model, 2))
 

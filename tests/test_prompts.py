@@ -10,7 +10,8 @@ from PIL import Image
 from bits import Codec
 from diffusion import Diffusion, alpha_sigma, sample
 from model import SIZES, UNet
-from segment import Model, denoise, hint_map, joined, prepare, segment, shrink
+from answers.segment import Model, denoise, hint_map, joined, prepare, segment
+from frame import shrink
 
 D = Diffusion()
 

@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 import sample
 import train
 from bits import Codec
-from segment import hint_map, load_checkpoint, own_size, segment
+from answers.segment import hint_map, load_checkpoint, own_size, segment
 
 
 @pytest.fixture(scope="module")

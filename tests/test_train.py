@@ -19,7 +19,7 @@ import train
 import validate
 from checkpoint import lock, read, save
 from engine import NoGraph
-from segment import load_checkpoint
+from answers.segment import load_checkpoint
 
 ROOT = Path(train.__file__).parent
 QUICK = "--device cpu --max_steps 4 --batch_size 2 --image_size 16 --eval_images 3 --steps 2 --log_every 2 --save_every 2 --eval_every 4".split()
@@ -420,7 +420,7 @@ def test_a_signal_during_validation_stops_it_and_it_is_made_up_for(tmp_path, mon
 
 
 def test_validation_scores_answers_as_sample_and_eval_make_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("tree.log_odds", lambda features, net, claimed: np.zeros(len(features)))
+    monkeypatch.setattr("answers.tree.log_odds", lambda features, net, claimed: np.zeros(len(features)))
     assert run(tmp_path, "--least", "3", "--merge", "99") == 0                     # everything joins: one segment, ARI 0
     assert log(tmp_path)[-1]["ari"] == 0
     assert load_checkpoint(tmp_path / "run" / "ckpt.pt").tidy == dict(least=3, merge=99.0)

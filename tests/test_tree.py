@@ -10,20 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-import tree
-from tree import (
-    GRAINS,
-    LEVELS,
-    Graph,
-    confidence,
-    forest,
-    gather,
-    grow,
-    lab,
-    learnt,
-    log_odds,
-    looks,
-    regions,
+from answers import tree
+from answers.tree import (
+    GRAINS, LEVELS, Graph, confidence, forest, gather, grow, lab, learnt, log_odds, looks, regions,
 )
 
 RNG = np.random.default_rng

@@ -10,7 +10,7 @@ from PIL import Image
 
 import sample
 from metrics import scores
-from segment import SHIPPED, load_checkpoint, newest_checkpoint, read_checkpoint, segment
+from answers.segment import SHIPPED, load_checkpoint, newest_checkpoint, read_checkpoint, segment
 
 
 def test_the_file_says_where_it_comes_from():

@@ -3,7 +3,7 @@
 What it is: data sets as data.py's `load` returns them, with len(), get(positions) and name; every sample is drawn from its
 own number alone, the same on every machine. What it is not: it reads no files (formats.py, packing.py do).
 
-    from scenes import Shapes
+    from sources.scenes import Shapes
     images, labels, sizes = Shapes("train", 64).get([0, 1, 2, 3])   # (4, 64, 64, 3) uint8, (4, 64, 64) int64, (4, 2) h and w
 """
 
@@ -14,7 +14,7 @@ import scipy.ndimage
 import torch
 from PIL import Image, ImageDraw
 
-from packing import Packed
+from sources.packing import Packed
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Synthetic scenes: 1 to 8 textured ellipses and polygons over each other, on a textured background.

@@ -25,6 +25,7 @@ import numpy as np
 import scipy.io
 from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
+from frame import fitted
 
 try:
     import pillow_heif  # not required: photos of iPhones
@@ -43,7 +44,6 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # EXIF orientation -> what makes it upright
-IGNORE = 65535                                                         # in packed uint16 label maps; -1 everywhere else
 
 
 class Notice(UserWarning):
@@ -930,30 +930,3 @@ def completed(path, kind):
     return image
 
 
-def fitted(width, height, size, detail=1):
-    """(w, h) with the longer side equal to size, the other rounded up to an even number (a network's last stage may see 2 x 2
-    pixels at once, and half a block confuses it), but not beyond size; with a detail, detail times what size / detail gives."""
-    side = size // detail
-    return tuple(detail * min(side, 2 * -(-n * side // (2 * max(width, height)))) for n in (width, height))
-
-
-def resize_image(image, size, fit=None):
-    """A PIL image as (S, S, 3) uint8, area-averaged (bilinear, where it grows) to `size` on the longer side (or to
-    fit: w, h), top-left; and (h, w)."""
-    w, h = fit or fitted(*image.size, size)
-    out = np.zeros((size, size, 3), np.uint8)
-    out[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BOX if w <= image.width else Image.Resampling.BILINEAR))
-    return out, (h, w)
-
-
-def resize_label(label, size):
-    """(H, W) ids as (S, S) uint16, by nearest; ids renumbered in their order, -1 and padding become IGNORE."""
-    (H, W), (w, h) = label.shape, fitted(*label.shape[::-1], size)
-    rows, cols = ((np.arange(h) + 0.5) * H / h).astype(int), ((np.arange(w) + 0.5) * W / w).astype(int)
-    small = label[rows][:, cols]
-    ids, small_rank = np.unique(small, return_inverse=True)
-    if len(ids) >= IGNORE:
-        raise ValueError(f"{len(ids)} segments in one label map: at most {IGNORE - 1} are possible")
-    out = np.full((size, size), IGNORE, np.uint16)
-    out[:h, :w] = np.where(small == -1, IGNORE, small_rank.reshape(h, w))
-    return out

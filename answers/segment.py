@@ -4,8 +4,8 @@ What it is: `load_checkpoint(path)` -> Model; `segment(image, model, n)` -> Segm
 by clicks, without sampling again; `denoise` samples many images without waiting between them. What it is not: it writes no
 files (sample.py) and compares with no truth (scoring.py).
 
-    from formats import read_image  # upright, RGB
-    from segment import hint_map, load_checkpoint, segment
+    from sources.formats import read_image  # upright, RGB
+    from answers.segment import hint_map, load_checkpoint, segment
     result = segment(read_image("photo.jpg"), load_checkpoint("weights/photo.pt"), n=8)
     result.answer.labels, result.labels, result.boundary  # (H, W), (8, H, W), (H, W)
     clicks = hint_map(640, 480, "120,80 160,90; 30,200")
@@ -15,30 +15,29 @@ files (sample.py) and compares with no truth (scoring.py).
 import sys
 from collections import deque
 from dataclasses import dataclass, field, fields
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image
 from pycocotools import mask as coco_mask
 
-import tree
+from answers import tree
 from bits import Codec, entropy, locate
 from checkpoint import newest
-from data import normalise
+from frame import normalise
 from diffusion import Diffusion, fused, sample
 from engine import out_of_memory
-from formats import fitted, resize_image
-from hints import hint_bits
+from frame import fitted, resize_image
+from sources.hints import hint_bits
 from metrics import pairwise
 from model import UNet
-from pictures import outline, subsample
+from frame import outline, subsample
+from frame import shrink, enlarge
 
-STRIP = 4_000_000  # numbers at once, when maps are made at an image's size
 CLICK = 0.005  # radius of a click, as a share of the longer side: about one of the network's pixels
-SHIPPED = Path(__file__).parent / "weights" / "photo.pt"
+SHIPPED = Path(__file__).parent.parent / "weights" / "photo.pt"
 
 
 @dataclass
@@ -125,19 +124,6 @@ def newest_checkpoint(root="out", shipped=SHIPPED):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts. Hints and initial maps are label maps of the image's own size; 0 and below = not given.
-
-
-def shrink(ids, height, width):
-    """(H, W) ids -> (height, width): the most frequent id above 0 of the pixels that fall there, 0 where there is none."""
-    (rows, cols), K = (np.arange(max(a, b)) for a, b in zip(ids.shape, (height, width))), height * width
-    ids = ids[rows * ids.shape[0] // len(rows)][:, cols * ids.shape[1] // len(cols)]           # at least height x width
-    place = (rows * height // len(rows))[:, None] * width + cols * width // len(cols)
-    names, rank = np.unique(ids[ids > 0], return_inverse=True)
-    votes, count = np.unique(rank * K + place[ids > 0], return_counts=True)
-    votes = votes[np.argsort(count, kind="stable")]
-    out = np.zeros(K, np.int64)
-    out[votes % K] = names[votes // K]                                             # the last one stays
-    return out.reshape(height, width)
 
 
 def hint_map(width, height, points="", boxes=(), drawn=None):
@@ -373,50 +359,6 @@ def placed(maps, side):
     while side * side < max(len(np.unique(one)) for one in maps):
         side *= 2
     return locate(torch.from_numpy(np.asarray(maps)).long(), side), side
-
-
-def enlarge(labels, image):
-    """Label maps (N, h, w) -> (N, H, W) at the size of a PIL image.
-
-    By joint bilateral votes (after Kopf et al. 2007): a pixel gets the label that has most weight among the 3 x 3 nearest pixels
-    of the map; those that are near, and of like colour in the photo, weigh more. The photo is blurred a little, for calm borders
-    in texture. Where all 3 x 3 agree, nothing is computed. In strips, whose memory is bounded.
-    """
-    (h, w), (width, height) = labels.shape[1:], image.size
-    labels, kind = torch.as_tensor(labels), torch.uint8 if int(labels.max()) < 255 else torch.int32
-    row, col = ((torch.arange(a) + 0.5) * b / a - 0.5 for a, b in ((height, h), (width, w)))
-    near_row, near_col = row.round().long(), col.round().long()
-    colour = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BOX))).float() / 255  # (h, w, 3)
-    image = image.filter(ImageFilter.GaussianBlur(0.2 * max(width, height) / max(w, h)))
-    around = F.pad(labels[:, None].float(), (1, 1, 1, 1), mode="replicate")[:, 0].long()
-    mixed = torch.zeros(labels.shape, dtype=torch.bool)
-    for dy, dx in product(range(3), range(3)):
-        mixed |= around[:, dy : dy + h, dx : dx + w] != labels
-    out = torch.empty(len(labels), height, width, dtype=kind)
-    strip = max(1, STRIP // (width * 9))
-    for top in range(0, height, strip):
-        rows = near_row[top : top + strip]
-        out[:, top : top + strip] = labels[:, rows][:, :, near_col].to(kind)
-        some = mixed[:, rows][:, :, near_col]
-        y, x = some.any(0).nonzero(as_tuple=True)  # the pixels in question, of any map
-        if not len(y):
-            continue
-        own = torch.from_numpy(np.array(image.crop((0, top, width, top + len(rows)))))[y, x].float() / 255
-        weight, at = [], []
-        for dy, dx in product((-1, 0, 1), (-1, 0, 1)):
-            i, j = rows[y] + dy, near_col[x] + dx
-            far = (row[top + y] - i) ** 2 + (col[x] - j) ** 2
-            i, j = i.clamp(0, h - 1), j.clamp(0, w - 1)
-            # Gaussians: of 0.5 pixels, and of 0.1 of the colours' range
-            weight.append(torch.exp(-far / 0.5 - ((own - colour[i, j]) ** 2).sum(1) / 0.02).clamp(min=1e-12))
-            at.append(i * w + j)
-        weight, at = torch.stack(weight), torch.stack(at)  # (9, P)
-        for k, one in enumerate(labels):
-            here = some[k, y, x]
-            label, votes = one.flatten()[at[:, here]], weight[:, here]
-            total = torch.stack([(votes * (label == candidate)).sum(0) for candidate in label])
-            out[k, top + y[here], x[here]] = label.gather(0, total.argmax(0, keepdim=True))[0].to(kind)
-    return out
 
 
 def answer(grown, labels, result, hints=None):

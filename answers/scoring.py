@@ -11,13 +11,14 @@ from scipy.cluster.vq import kmeans2
 from tqdm import tqdm
 
 import metrics
-import tree
+from answers import tree
 from data import find
-from formats import read_image, read_labels
-from packing import connected
-from pictures import subsample
-from segment import Job, denoise, enlarge, evidence_of, joined, placed, sample_map
-from tree import lab
+from sources.formats import read_image, read_labels
+from frame import connected
+from frame import subsample
+from answers.segment import Job, denoise, evidence_of, joined, placed, sample_map
+from frame import enlarge
+from answers.tree import lab
 
 ANSWERS = {"coarse": "coarse", "answer": "normal", "fine": "fine"}  # name of the joint answer: its grain
 

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.ndimage
 import torch
 from tqdm import tqdm
 
-from formats import IGNORE, Notice, fitted, ids_of, open_image, read_labels, resize_image, resize_label, said
+from frame import IGNORE, fitted, resize_image, resize_label
+from sources.formats import Notice, ids_of, open_image, read_labels, said
+from frame import connected
 
 try:
     import fcntl
@@ -80,21 +81,6 @@ class Packed:
 
 def unpack(labels):
     return torch.from_numpy(np.where(labels == IGNORE, -1, labels.astype(np.int64)))   # numpy: no second team of threads
-
-
-def parts(cells):
-    """The 4-connected parts of equal cells (H, W), numbered from 1."""
-    H, W = cells.shape
-    links = np.zeros((2 * H - 1, 2 * W - 1), bool)  # pixels, and links between equal ones
-    links[::2, ::2] = True
-    links[::2, 1::2] = cells[:, 1:] == cells[:, :-1]
-    links[1::2, ::2] = cells[1:] == cells[:-1]
-    return scipy.ndimage.label(links)[0][::2, ::2]
-
-
-def connected(label):
-    """Classes -> segments: the 4-connected parts of each class, numbered from 1. 0 (unlabelled) and -1 stay."""
-    return np.where(label > 0, parts(label), label)
 
 
 DONE, EMPTY, BAD, LEFT = range(4)

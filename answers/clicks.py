@@ -12,11 +12,12 @@ from scipy.sparse.linalg import spsolve
 from tqdm import tqdm
 
 import metrics
-import tree
-from formats import read_image, read_labels
-from scoring import job_of, seed_of
-from segment import denoise, enlarge, evidence_of, joined, shrink
-from tree import lab
+from answers import tree
+from sources.formats import read_image, read_labels
+from answers.scoring import job_of, seed_of
+from answers.segment import denoise, evidence_of, joined
+from frame import enlarge, shrink
+from answers.tree import lab
 
 
 def clicks_of(true):

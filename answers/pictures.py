@@ -2,7 +2,7 @@
 
 What it is: functions from label maps and images to (H, W, 3) uint8. What it is not: it computes no segmentation.
 
-    from pictures import grid, overlay
+    from answers.pictures import grid, overlay
     Image.fromarray(grid([overlay(image, one, side=8) for one in labels], columns=4)).save("sheet.png")
 """
 
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from bits import Codec
-from formats import fitted
+from frame import fitted
+from frame import outline, subsample
 
 
 def colours(side):
@@ -29,14 +30,6 @@ def colours(side):
     hue, block = hues[row % 3 * 3 + col % 3], (row // 3 + col // 3) % 3
     tint = np.array([0, 0.3, 0.25])[block][:, None]                                # towards white, towards black
     return (hue * (1 - tint) + np.where(block == 1, 255, 0)[:, None] * tint).round().astype(np.uint8)
-
-
-def outline(labels):
-    """(..., H, W) -> bool: pixels that differ from the one to the left or above."""
-    edge = torch.zeros(labels.shape, dtype=torch.bool)
-    edge[..., 1:] |= labels[..., 1:] != labels[..., :-1]
-    edge[..., 1:, :] |= labels[..., 1:, :] != labels[..., :-1, :]
-    return edge
 
 
 def overlay(image, cells, side, opacity=0.55):
@@ -55,12 +48,6 @@ def shade(share):
     """(H, W) in [0, 1] -> white, blue, nearly black: (H, W, 3) uint8."""
     stops = np.array([(255, 255, 255), (66, 130, 190), (8, 20, 60)])
     return np.stack([np.interp(np.asarray(share), (0, 0.5, 1), stop) for stop in stops.T], -1).round().astype(np.uint8)
-
-
-def subsample(maps, height, width):
-    """(..., H, W) -> (..., height, width), by nearest."""
-    (H, W), rows, cols = maps.shape[-2:], torch.arange(height), torch.arange(width)
-    return maps[..., ((2 * rows + 1) * H // (2 * height))[:, None], (2 * cols + 1) * W // (2 * width)]
 
 
 def grid(tiles, columns, gap=4, captions=()):

@@ -5,7 +5,7 @@ What it is: `gather` (what samples and photo say about neighbouring pixels), `gr
 works at the network's resolution (segment.py enlarges).
 
 Use it alone (needs numpy, scipy and, for learnt odds, weights/tree.npz):
-    from tree import gather, grow, learnt
+    from answers.tree import gather, grow, learnt
     tree = grow(gather(image, soft, cells, 64), learnt())    # (h, w, 3) uint8, (n, h, w, k) in [-1, 1], (n, h, w) below 64
     labels, finer = tree.cut(), tree.cut("fine")             # (h, w) each
 
@@ -23,7 +23,7 @@ import scipy.ndimage
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
-LEARNT = Path(__file__).parent / "weights" / "tree.npz"
+LEARNT = Path(__file__).parent.parent / "weights" / "tree.npz"
 GRAINS = {"coarse": -0.9, "normal": 0.0, "fine": 1.0}  # cut where the log odds that two regions are one fall below this
 # Regions join in the order of these odds: all pairs above the first, then all above the second, ... A cut is at one of them,
 # or between two.

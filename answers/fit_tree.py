@@ -1,7 +1,7 @@
 """Learn from people's segmentations which regions belong together: the small network behind the odds of tree.py.
 
-    python fit_tree.py --ckpt weights/photo.pt --dataset PATH --out tree.npz       # 800 crops: a quarter of an hour
-    python fit_tree.py --ckpt weights/photo.pt --dataset photos:3,streets:1:components:ignore --out tree.npz
+    python -m answers.fit_tree --ckpt weights/photo.pt --dataset PATH --out tree.npz       # 800 crops: a quarter of an hour
+    python -m answers.fit_tree --ckpt weights/photo.pt --dataset photos:3,streets:1:components:ignore --out tree.npz
 
 Samples of the checkpoint for random crops of the training images become trees, with and without simulated clicks: once by a plain
 measure, once by a first network's odds. For every two regions that touch on the way, the target is the share of pairs of pixels, one in
@@ -23,13 +23,14 @@ from scipy.ndimage import distance_transform_edt
 from tqdm import tqdm
 
 import metrics
-import tree
+from answers import tree
 from data import find, parse_parts
 from engine import pick_device
-from formats import fitted, read_image
-from pictures import subsample
-from scoring import own_maps
-from segment import denoise, load_checkpoint, newest_checkpoint, prepare
+from frame import fitted
+from sources.formats import read_image
+from frame import subsample
+from answers.scoring import own_maps
+from answers.segment import denoise, load_checkpoint, newest_checkpoint, prepare
 
 WIDTH, DROPOUT, STEPS, BATCH, LR = 48, 0.1, 3000, 2048, 5e-3  # of the small network and its training
 MOST = 1 / 3  # of the weight, for any one set

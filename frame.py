@@ -1,0 +1,162 @@
+"""The network's frame: images and label maps at its resolution, and back at the photo's own.
+
+What it is: plain functions on images and label maps. What it is not: it opens no files and knows nothing of networks.
+
+    from frame import enlarge, fitted, normalise, resize_image
+    small, (h, w) = resize_image(photo, 96)  # PIL image -> (96, 96, 3) uint8, its longer side 96; the rest is padding
+    maps = enlarge(labels, photo)  # (N, h, w) -> (N, H, W), along the photo's own edges
+"""
+
+from itertools import product
+
+import numpy as np
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+
+IGNORE = 65535                                                         # in packed uint16 label maps; -1 everywhere else
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)               # ImageNet
+STRIP = 4_000_000  # numbers at once, when maps are made at an image's size
+
+
+def fitted(width, height, size, detail=1):
+    """(w, h) with the longer side equal to size, the other rounded up to an even number (a network's last stage may see 2 x 2
+    pixels at once, and half a block confuses it), but not beyond size; with a detail, detail times what size / detail gives."""
+    side = size // detail
+    return tuple(detail * min(side, 2 * -(-n * side // (2 * max(width, height)))) for n in (width, height))
+
+
+def resize_image(image, size, fit=None):
+    """A PIL image as (S, S, 3) uint8, area-averaged (bilinear, where it grows) to `size` on the longer side (or to
+    fit: w, h), top-left; and (h, w)."""
+    w, h = fit or fitted(*image.size, size)
+    out = np.zeros((size, size, 3), np.uint8)
+    out[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BOX if w <= image.width else Image.Resampling.BILINEAR))
+    return out, (h, w)
+
+
+def resize_label(label, size):
+    """(H, W) ids as (S, S) uint16, by nearest; ids renumbered in their order, -1 and padding become IGNORE."""
+    (H, W), (w, h) = label.shape, fitted(*label.shape[::-1], size)
+    rows, cols = ((np.arange(h) + 0.5) * H / h).astype(int), ((np.arange(w) + 0.5) * W / w).astype(int)
+    small = label[rows][:, cols]
+    ids, small_rank = np.unique(small, return_inverse=True)
+    if len(ids) >= IGNORE:
+        raise ValueError(f"{len(ids)} segments in one label map: at most {IGNORE - 1} are possible")
+    out = np.full((size, size), IGNORE, np.uint16)
+    out[:h, :w] = np.where(small == -1, IGNORE, small_rank.reshape(h, w))
+    return out
+
+
+def inside_mask(sizes, size):
+    """(B, 2) h, w -> (B, S, S) bool."""
+    axis = torch.arange(size, device=sizes.device)
+    return (axis[:, None] < sizes[:, 0, None, None]) & (axis < sizes[:, 1, None, None])
+
+
+def normalise(images, sizes, detail=1):
+    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, ImageNet mean and deviation, 0 outside; and inside (B, S, S).
+
+    With detail d: images (B, d S, d S, 3) beside label maps of S x S, whose sizes (B, 2) are -> (B, 3 d^2, S, S).
+    """
+    x = images.permute(0, 3, 1, 2).contiguous().float() / 255
+    return standardise(x, inside_mask(sizes, images.shape[1] // detail), detail)
+
+
+def standardise(x, inside, detail=1):
+    x = F.pixel_unshuffle(x, detail)                                               # (B, 3 d^2, S, S)
+    for channel, mean, std in zip(x.unflatten(1, (3, -1)).unbind(1), MEAN, STD):   # in place; no tensor made on the host
+        channel.sub_(mean).div_(std)
+    return x.mul_(inside[:, None].float()), inside
+
+
+def coarser(labels, sizes, detail):
+    """Label maps (..., d S, d S) and sizes (..., 2) at the side S: every d-th pixel of both axes."""
+    return labels[..., detail // 2 :: detail, detail // 2 :: detail], (sizes + detail // 2) // detail
+
+
+def parts(cells):
+    """The 4-connected parts of equal cells (H, W), numbered from 1."""
+    H, W = cells.shape
+    links = np.zeros((2 * H - 1, 2 * W - 1), bool)  # pixels, and links between equal ones
+    links[::2, ::2] = True
+    links[::2, 1::2] = cells[:, 1:] == cells[:, :-1]
+    links[1::2, ::2] = cells[1:] == cells[:-1]
+    return scipy.ndimage.label(links)[0][::2, ::2]
+
+
+def connected(label):
+    """Classes -> segments: the 4-connected parts of each class, numbered from 1. 0 (unlabelled) and -1 stay."""
+    return np.where(label > 0, parts(label), label)
+
+
+def outline(labels):
+    """(..., H, W) -> bool: pixels that differ from the one to the left or above."""
+    edge = torch.zeros(labels.shape, dtype=torch.bool)
+    edge[..., 1:] |= labels[..., 1:] != labels[..., :-1]
+    edge[..., 1:, :] |= labels[..., 1:, :] != labels[..., :-1, :]
+    return edge
+
+
+def subsample(maps, height, width):
+    """(..., H, W) -> (..., height, width), by nearest."""
+    (H, W), rows, cols = maps.shape[-2:], torch.arange(height), torch.arange(width)
+    return maps[..., ((2 * rows + 1) * H // (2 * height))[:, None], (2 * cols + 1) * W // (2 * width)]
+
+
+def shrink(ids, height, width):
+    """(H, W) ids -> (height, width): the most frequent id above 0 of the pixels that fall there, 0 where there is none."""
+    (rows, cols), K = (np.arange(max(a, b)) for a, b in zip(ids.shape, (height, width))), height * width
+    ids = ids[rows * ids.shape[0] // len(rows)][:, cols * ids.shape[1] // len(cols)]           # at least height x width
+    place = (rows * height // len(rows))[:, None] * width + cols * width // len(cols)
+    names, rank = np.unique(ids[ids > 0], return_inverse=True)
+    votes, count = np.unique(rank * K + place[ids > 0], return_counts=True)
+    votes = votes[np.argsort(count, kind="stable")]
+    out = np.zeros(K, np.int64)
+    out[votes % K] = names[votes // K]                                             # the last one stays
+    return out.reshape(height, width)
+
+
+def enlarge(labels, image):
+    """Label maps (N, h, w) -> (N, H, W) at the size of a PIL image.
+
+    By joint bilateral votes (after Kopf et al. 2007): a pixel gets the label that has most weight among the 3 x 3 nearest pixels
+    of the map; those that are near, and of like colour in the photo, weigh more. The photo is blurred a little, for calm borders
+    in texture. Where all 3 x 3 agree, nothing is computed. In strips, whose memory is bounded.
+    """
+    (h, w), (width, height) = labels.shape[1:], image.size
+    labels, kind = torch.as_tensor(labels), torch.uint8 if int(labels.max()) < 255 else torch.int32
+    row, col = ((torch.arange(a) + 0.5) * b / a - 0.5 for a, b in ((height, h), (width, w)))
+    near_row, near_col = row.round().long(), col.round().long()
+    colour = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BOX))).float() / 255  # (h, w, 3)
+    image = image.filter(ImageFilter.GaussianBlur(0.2 * max(width, height) / max(w, h)))
+    around = F.pad(labels[:, None].float(), (1, 1, 1, 1), mode="replicate")[:, 0].long()
+    mixed = torch.zeros(labels.shape, dtype=torch.bool)
+    for dy, dx in product(range(3), range(3)):
+        mixed |= around[:, dy : dy + h, dx : dx + w] != labels
+    out = torch.empty(len(labels), height, width, dtype=kind)
+    strip = max(1, STRIP // (width * 9))
+    for top in range(0, height, strip):
+        rows = near_row[top : top + strip]
+        out[:, top : top + strip] = labels[:, rows][:, :, near_col].to(kind)
+        some = mixed[:, rows][:, :, near_col]
+        y, x = some.any(0).nonzero(as_tuple=True)  # the pixels in question, of any map
+        if not len(y):
+            continue
+        own = torch.from_numpy(np.array(image.crop((0, top, width, top + len(rows)))))[y, x].float() / 255
+        weight, at = [], []
+        for dy, dx in product((-1, 0, 1), (-1, 0, 1)):
+            i, j = rows[y] + dy, near_col[x] + dx
+            far = (row[top + y] - i) ** 2 + (col[x] - j) ** 2
+            i, j = i.clamp(0, h - 1), j.clamp(0, w - 1)
+            # Gaussians: of 0.5 pixels, and of 0.1 of the colours' range
+            weight.append(torch.exp(-far / 0.5 - ((own - colour[i, j]) ** 2).sum(1) / 0.02).clamp(min=1e-12))
+            at.append(i * w + j)
+        weight, at = torch.stack(weight), torch.stack(at)  # (9, P)
+        for k, one in enumerate(labels):
+            here = some[k, y, x]
+            label, votes = one.flatten()[at[:, here]], weight[:, here]
+            total = torch.stack([(votes * (label == candidate)).sum(0) for candidate in label])
+            out[k, top + y[here], x[here]] = label.gather(0, total.argmax(0, keepdim=True))[0].to(kind)
+    return out
