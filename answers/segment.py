@@ -378,8 +378,10 @@ def answer(grown, labels, result, hints=None):
         here = hints > 0
         full[torch.from_numpy(here)] = torch.from_numpy(values[np.searchsorted(ids, hints[here])]).to(full.dtype)
     confidence = {int(number[k]): float(sure[k]) for k in range(len(number))}
+    segments = coco_segments(full.numpy(), confidence)
+    left = {s["id"] for s in segments}  # in a photo smaller than the map, segments may lose all their pixels
     pairs = [(int(number[i]) + 1, int(number[j]) + 1, float(p)) for i, j, p in borders]
-    return Answer(full, side, coco_segments(full.numpy(), confidence), pairs)
+    return Answer(full, side, segments, [pair for pair in pairs if left.issuperset(pair[:2])])
 
 
 def summarise(job, image, model, grain="normal", closed=False):

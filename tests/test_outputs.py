@@ -17,7 +17,8 @@ from model import SIZES, UNet
 from answers.pictures import colours, grid, overlay
 from frame import outline, subsample
 from sample import folder_names
-from answers.segment import Job, Model, denoise, own_size, segment, summarise
+from answers.segment import Job, Model, denoise, placed, prepare, segment, summarise
+from frame import enlarge
 
 
 @pytest.fixture(scope="module")
@@ -47,126 +48,99 @@ def picture(width=40, height=30, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
+def plain(codec, merge=0.0):
+    """A Model without a network, for what is made of its samples."""
+    return Model(None, codec, Diffusion(), 16, {}, "mine", 0, dict(least=0, merge=merge))
+
+
+def job_of(x, image=None):
+    """A Job with samples x (n, C, h, w); its photo is black, if not given."""
+    h, w = x.shape[2:]
+    return Job(np.zeros((h, w, 3), np.uint8) if image is None else image, None, (h, w), list(x))
+
+
 def samples(n=4, h=12, w=16, codec=Codec(bits=4)):
-    """A Job with n soft samples of a few segments that differ from one another."""
+    """A Job with n soft samples of a few segments that differ from one another, and their cells."""
     generator = torch.Generator().manual_seed(0)
     cells = torch.randint(0, 5, (n, 3, 4), generator=generator).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :h, :w]
-    x = codec.encode(cells) * (0.4 + 0.6 * torch.rand(n, 4, h, w, generator=generator))
-    return Job(None, (h, w), list(x)), cells
+    return job_of(codec.encode(cells) * (0.4 + 0.6 * torch.rand(n, 4, h, w, generator=generator))), cells
 
 
 # ---- numbers
 
 
-def test_own_size_with_an_image_is_joint_bilateral_upsampling():
-    """Pixel by pixel; the image's edge lies between two network pixels."""
-    array = np.full((24, 40, 3), (200, 60, 60), np.uint8)
-    array[:, 22:] = (40, 90, 220)
-    image, codec = Image.fromarray(array), Codec(bits=4)
-    x = codec.encode((torch.arange(5) > 2).long()[None, None].expand(1, 3, 5) * 5)             # (1, 4, 3, 5): 8 x 8 pixels each
-    x = x * torch.rand(1, 4, 3, 5, generator=torch.Generator().manual_seed(0))
-    mine = own_size(x[0], (3, 5), 40, 24, codec, image)
-    small = np.asarray(image.resize((5, 3), Image.Resampling.BOX)) / 255
-    big = np.asarray(image.filter(ImageFilter.GaussianBlur(0.2 * 8))) / 255
-    for r in range(24):
-        for c in range(40):
-            y, z, soft = (r + 0.5) / 8 - 0.5, (c + 0.5) / 8 - 0.5, 0
-            for i in range(round(y) - 1, round(y) + 2):
-                for j in range(round(z) - 1, round(z) + 2):
-                    k, m = min(max(i, 0), 2), min(max(j, 0), 4)
-                    colour = ((big[r, c] - small[k, m]) ** 2).sum()
-                    soft = soft + x[0, :, k, m] * np.exp(-((y - i) ** 2 + (z - j) ** 2) / (2 * 0.5**2) - colour / (2 * 0.1**2))
-            score = [float(soft @ codec.table[cell]) for cell in (0, 5)]
-            assert mine[r, c] == (0, 5)[int(np.argmax(score))]
-    plain = own_size(x[0], (3, 5), 40, 24, codec)
-    assert (mine == (torch.arange(40) >= 22) * 5).float().mean() > (plain == (torch.arange(40) >= 22) * 5).float().mean()
-
-
-def slow_soft_bits(x, width, height, image):
-    """(C, h, w) float64 -> (C, height, width): each pixel from its 3 x 3 network pixels, one by one."""
-    (C, h, w), out = x.shape, np.zeros((len(x), height, width))
-    if image is not None:
-        small = np.asarray(image.resize((w, h), Image.Resampling.BOX)) / 255
-        big = np.asarray(image.filter(ImageFilter.GaussianBlur(0.2 * max(width, height) / max(w, h)))) / 255
+def slow_votes(labels, image):
+    """Labels (h, w) -> {label: weight} at every pixel of an image: what its 3 x 3 nearest pixels of the map say."""
+    (h, w), (width, height) = labels.shape, image.size
+    small = np.asarray(image.resize((w, h), Image.Resampling.BOX)) / 255
+    big = np.asarray(image.filter(ImageFilter.GaussianBlur(0.2 * max(width, height) / max(w, h)))) / 255
+    votes = {}
     for r, c in np.ndindex(height, width):
-        y, z = (r + 0.5) * h / height - 0.5, (c + 0.5) * w / width - 0.5
+        y, z, here = (r + 0.5) * h / height - 0.5, (c + 0.5) * w / width - 0.5, votes.setdefault((r, c), {})
         for i, j in np.ndindex(3, 3):
             i, j = round(y) + i - 1, round(z) + j - 1
             k, m = min(max(i, 0), h - 1), min(max(j, 0), w - 1)
-            if image is None:
-                weight = max(0, 1 - abs(y - i)) * max(0, 1 - abs(z - j))
-            else:
-                far = ((y - i) ** 2 + (z - j) ** 2) / 0.5 + ((big[r, c] - small[k, m]) ** 2).sum() / 0.02
-                weight = max(np.exp(-far), 1e-12)
-            out[:, r, c] += weight * x[:, k, m]
-    return out
+            far = ((y - i) ** 2 + (z - j) ** 2) / (2 * 0.5**2) + ((big[r, c] - small[k, m]) ** 2).sum() / (2 * 0.1**2)
+            here[labels[k, m]] = here.get(labels[k, m], 0) + max(np.exp(-far), 1e-12)
+    return votes
 
 
-@pytest.mark.parametrize("encoding", ["bits", "onehot"])
-@pytest.mark.parametrize("width,height", [(31, 22), (5, 3), (1, 1), (6, 40), (70, 2)])
-@pytest.mark.parametrize("with_image", [False, True])
-def test_own_size_pixel_by_pixel(encoding, width, height, with_image, monkeypatch):
-    """No allowed code is nearer, in strips of one row, too. The first map may not have its largest code."""
+@pytest.mark.parametrize("width,height", [(31, 22), (5, 3), (1, 1), (6, 40), (70, 2), (9, 7)])
+def test_enlarging_pixel_by_pixel(width, height, monkeypatch):
+    """The label with most votes, in strips of one row, too; of several maps at once; with few labels and with many."""
+    rng = np.random.default_rng(width)
+    maps = np.full((2, 7, 9), 3)
+    maps[:, :3, :4], maps[1, 4:, 6:] = rng.integers(0, 16, (2, 3, 4)), 300
+    image = picture(width, height)
+    whole = enlarge(maps, image)
     monkeypatch.setattr("frame.STRIP", 1)
-    g, codec = torch.Generator().manual_seed(width), Codec(encoding, 4)
-    cells = torch.full((2, 7, 9), 3)
-    cells[:, :3, :4], cells[1, 4:, 6:] = torch.randint(0, 16, (2, 3, 4), generator=g), 12
-    x = codec.encode(cells) * torch.rand(2, 1, 7, 9, generator=g)
-    x += 0.1 * torch.randn(x.shape, generator=g)
-    among = [torch.tensor([0, 5, 6, 12]), codec.decode(x)[1].unique()]
-    image = picture(width, height) if with_image else None
-    mine = own_size(x, (7, 9), width, height, codec, image, among)
-    assert mine.shape == (2, height, width) and mine.dtype == torch.uint8
-    for k, choice in enumerate(among):
-        soft = slow_soft_bits(x[k].double().numpy(), width, height, image)
-        alike = np.einsum("cyx,kc->yxk", soft, codec.table[choice].double())
-        rank = (mine[k][..., None] == choice).int().argmax(-1).numpy()
-        assert set(mine[k].unique().tolist()) <= set(choice.tolist())
-        best, chosen = alike.max(-1), np.take_along_axis(alike, rank[..., None], -1)[..., 0]
-        assert (chosen >= best - 1e-5 * np.abs(best) - 1e-15).all()
+    assert torch.equal(enlarge(maps, image), whole) and whole.shape == (2, height, width) and whole.dtype == torch.int32
+    few = enlarge(maps % 16, image)
+    assert few.dtype == torch.uint8
+    for got, labels in zip([*whole, *few], [*maps, *maps % 16]):
+        votes = slow_votes(labels, image)
+        for at, chosen in np.ndenumerate(got.numpy()):
+            assert votes[at][chosen] >= max(votes[at].values()) * (1 - 1e-4)
 
 
-def test_no_code_appears_between_two_others():
-    codec = Codec(bits=6)
-    x = codec.encode(torch.randint(0, 64, (1, 3, 5, 6), generator=torch.Generator().manual_seed(0))[0])
-    cells = codec.decode(x)
-    for k, labels in enumerate(own_size(x, (5, 6), 90, 77, codec)):
-        assert set(labels.unique().tolist()) <= set(cells[k].unique().tolist())
-    assert len(codec.decode(torch.nn.functional.interpolate(x, (77, 90), mode="bilinear"))[0].unique()) > len(cells[0].unique())
+def test_enlarged_borders_follow_the_photo():
+    """The photo's edge lies between two pixels of the map."""
+    array = np.full((24, 40, 3), (200, 60, 60), np.uint8)
+    array[:, 22:] = (40, 90, 220)
+    labels = np.where(np.arange(5) > 2, 5, 1) + np.zeros((3, 1), int)              # 8 x 8 pixels each: the border at 24
+    for image, border in ((Image.fromarray(array), 22), (Image.new("RGB", (40, 24)), 24)):
+        columns = enlarge(labels[None], image)[0].numpy()
+        assert (columns == columns[0]).all() and set(columns[0]) == {1, 5}
+        assert abs(np.count_nonzero(columns[0] == 1) - border) <= (border == 22)   # the photo is blurred a little
 
 
+@pytest.mark.parametrize("merge", [0.0, 1.0])
 @pytest.mark.parametrize("encoding", ["bits", "onehot", "rgb"])
 @pytest.mark.parametrize("width,height", [(40, 30), (1, 1), (7, 200), (16, 12)])
-def test_all_encodings_and_shapes_are_summarised(encoding, width, height):
+def test_all_encodings_and_shapes_are_summarised(encoding, width, height, merge):
     codec = Codec(encoding, 4)
-    job, _ = samples(2, codec=Codec(bits=4))
     x = codec.encode(torch.randint(0, 9, (2, 12, 16), generator=torch.Generator().manual_seed(0)))
-    result = summarise(Job(None, (12, 16), list(x)), picture(width, height), codec)
-    assert result.labels.shape == (2, height, width) and result.consensus.shape == result.boundary.shape == (height, width)
-    assert (result.entropy is None) == (encoding != "bits") and sum(s["area"] for s in result.segments) == width * height
+    result = summarise(job_of(x), picture(width, height), plain(codec, merge))
+    assert result.labels.shape == (2, height, width) and result.answer.labels.shape == result.boundary.shape == (height, width)
+    assert (result.entropy is None) == (encoding != "bits") and sum(s["area"] for s in result.answer.segments) == width * height
     assert sample.panel(picture(width, height), result, codec).ndim == 3
 
 
-def test_medoid_agreement_and_confidence():
+def test_agreement_is_the_mean_ari_to_the_others():
     job, cells = samples()
-    result = summarise(job, picture(16, 12), Codec(bits=4))
+    result = summarise(job, picture(16, 12), plain(Codec(bits=4)))
     each = [[float(scores(a[None], b[None])["ari"]) for b in cells] for a in cells]
-    means = [(sum(row) - 1) / 3 for row in each]
-    assert result.agreement.tolist() == pytest.approx(means) and result.medoid == int(np.argmax(means))
-    middle, others = cells[result.medoid], [c for j, c in enumerate(cells) if j != result.medoid]
-    for s in result.segments:
-        mask = middle == s["id"] - 1
-        best = [max(float((mask & (o == i)).sum() / (mask | (o == i)).sum()) for i in o.unique()) for o in others]
-        assert s["confidence"] == pytest.approx(np.mean(best))
-    one = summarise(samples(1)[0], picture(16, 12), Codec(bits=4))
-    assert one.medoid == 0 and one.agreement.isnan().all() and all(s["confidence"] is None for s in one.segments)
+    assert result.agreement.tolist() == pytest.approx([(sum(row) - 1) / 3 for row in each])
+    assert summarise(samples(1)[0], picture(16, 12), plain(Codec(bits=4))).agreement.isnan().all()
 
 
-def test_consensus_is_the_vote_of_equally_sure_samples():
-    codec, cells = Codec(bits=4), torch.tensor([0, 0, 5, 5, 5]).view(5, 1, 1).expand(5, 12, 16).clone()
-    cells[2, :6] = 0                                                               # 3 of 5 for cell 0 in the upper half
-    result = summarise(Job(None, (12, 16), list(codec.encode(cells) * 0.9)), Image.new("RGB", (16, 12)), codec)
-    assert (result.consensus[:5] == 0).all() and (result.consensus[7:] == 5).all()
+def test_the_answer_is_the_vote_of_equally_sure_samples():
+    codec, cells = Codec(bits=4), torch.full((5, 12, 16), 5)
+    cells[:3, :6] = 0                                                              # 3 of 5 part the halves
+    result = summarise(job_of(codec.encode(cells) * 0.9), Image.new("RGB", (16, 12)), plain(codec))
+    assert len(result.answer.segments) == 2 and result.answer.borders[0][2] == pytest.approx(3 / 5)
+    assert (result.answer.labels[:6] == result.answer.labels[0, 0]).all() and result.answer.labels[0, 0] != result.answer.labels[6, 0]
+    assert len(summarise(job_of(codec.encode(cells[2:])), Image.new("RGB", (16, 12)), plain(codec)).answer.segments) == 1
     p = 0.5 + 0.9 * (3 - 2) / 5 / 2                                                # of each of the two bits that differ
     sure = -(0.95 * np.log2(0.95) + 0.05 * np.log2(0.05))
     assert float(result.entropy[0, 0]) == pytest.approx(2 * sure - 2 * (p * np.log2(p) + (1 - p) * np.log2(1 - p)), abs=1e-4)
@@ -175,30 +149,50 @@ def test_consensus_is_the_vote_of_equally_sure_samples():
 def test_boundary_is_the_share_of_samples():
     codec, cells = Codec(bits=4), torch.zeros(4, 12, 16, dtype=torch.int64)
     cells[:, :, 8:], cells[:3, 6:] = 3, 9                                          # all see the upper vertical, three the horizontal
-    result = summarise(Job(None, (12, 16), list(codec.encode(cells))), Image.new("RGB", (160, 120)), codec)
+    result = summarise(job_of(codec.encode(cells)), Image.new("RGB", (160, 120)), plain(codec))
     at = lambda y, x: float(result.boundary[y, x])
     assert at(20, 80) == 1 and at(100, 80) == 0.25 and at(60, 20) == 0.75 and at(20, 20) == at(100, 140) == 0
     assert 8 <= int((result.boundary[20] > 0.5).sum()) <= 12                       # a network pixel wide: 10
-    again = summarise(Job(None, (12, 16), list(codec.encode((cells + 2) % 16))), Image.new("RGB", (160, 120)), codec)
+    again = summarise(job_of(codec.encode((cells + 2) % 16)), Image.new("RGB", (160, 120)), plain(codec))
     assert (again.boundary != result.boundary).float().mean() < 0.01               # whatever the numbers, but for corners
+
+
+def test_the_same_place_has_the_same_number_in_all_trees():
+    """Places of a 4 x 4 palette, by the learnt odds: halves left and right, at their centroids, in every sample."""
+    codec, cells = Codec(bits=4), torch.tensor([[0, 5], [9, 3]])[:, None].repeat_interleave(8, 2).expand(2, 12, 16)
+    image = np.where(np.arange(16)[:, None] < 8, (200, 60, 40), (40, 90, 200)).astype(np.uint8)[None].repeat(12, 0)
+    result = summarise(job_of(codec.encode(cells), image), Image.fromarray(image), plain(codec, merge=1.0), "coarse")
+    assert result.side == result.answer.side == 4
+    for labels in (*result.labels, result.answer.labels):
+        assert (labels[:, :8] == 8).all() and (labels[:, 8:] == 10).all()          # rows 1.5, columns 0.5 and 2.5: half to even
+
+
+def test_more_segments_than_the_palette_has_places_get_a_larger_one():
+    maps = np.arange(12 * 16).reshape(1, 12, 16) // 4                              # 48
+    cells, side = placed(maps, 4)
+    assert side == 8 and len(cells.unique()) == 48 and placed(maps % 16, 4)[1] == 4
 
 
 # ---- the same seed, whatever else
 
 
+def jobs_of(images, model, seed):
+    return [prepare(image, model, seed=seed) for image in images]
+
+
 def test_a_seed_gives_the_same_x_hat_whatever_the_order_and_number_of_images(model):
     images = [picture(40, 30, 1), picture(20, 33, 2), picture(64, 64, 3)]
-    jobs = list(denoise(images, model, 3, 5))
-    back = list(denoise(images[::-1], model, 2, 6))[::-1]
+    jobs = list(denoise(jobs_of(images, model, 5), model, 3))
+    back = list(denoise(jobs_of(images[::-1], model, 6), model, 2))[::-1]
     assert [job.size for job in jobs] == [(12, 16), (16, 10), (16, 16)]
     for job, other in zip(jobs, back):
         assert all(torch.equal(a, b) for a, b in zip(job.x_hat[1:], other.x_hat))
-    mixed = list(denoise(images, model, 3, 5, batch=4))                            # batches hold several images
+    mixed = list(denoise(jobs_of(images, model, 5), model, 3, batch=4))                            # batches hold several images
     assert all(torch.allclose(a, b, atol=1e-4) for job, other in zip(jobs, mixed) for a, b in zip(job.x_hat, other.x_hat))
 
 
 def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
-    whole, sizes, real = list(denoise([picture()], model, 7, batch=8))[0], [], diffusion.sample
+    whole, sizes, real = list(denoise([prepare(picture(), model)], model, 7, batch=8))[0], [], diffusion.sample
 
     def small(net, x, *rest, **options):
         sizes.append(len(x))
@@ -207,12 +201,12 @@ def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
         return real(net, x, *rest, **options)
 
     monkeypatch.setattr("answers.segment.sample", small)
-    job = next(denoise([picture()], model, 7, batch=8))
+    job = next(denoise([prepare(picture(), model)], model, 7, batch=8))
     assert sizes == [7, 3, 1, 2, 4, 2, 2] and len(job.x_hat) == 7
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(job.x_hat, whole.x_hat))
     monkeypatch.setattr("answers.segment.sample", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(ValueError, match="memory does not hold one sample"):
-        next(denoise([picture()], model, 2))
+        next(denoise([prepare(picture(), model)], model, 2))
 
 
 # ---- pictures
@@ -265,11 +259,11 @@ def test_coco_reads_segments_json(run, tmp_path):
     picture().save("a.png")
     assert run("a.png", "--n", 3) == 0
     coco = COCO(str(tmp_path / "samples/a/segments.json"))
-    medoid = np.array(Image.open("samples/a/medoid.png"))
+    answer = np.array(Image.open("samples/a/answer.png"))
     for s in coco.loadAnns(coco.getAnnIds(imgIds=[1])):
         mask = coco.annToMask(s).astype(bool)
         rows, cols = np.nonzero(mask)
-        assert (mask == (medoid == s["id"])).all() and s["area"] == mask.sum() and 0 < s["confidence"] <= 1
+        assert (mask == (answer == s["id"])).all() and s["area"] == mask.sum() and 0 < s["confidence"] <= 1
         assert s["bbox"] == [cols.min(), rows.min(), np.ptp(cols) + 1, np.ptp(rows) + 1]
 
 
@@ -350,10 +344,10 @@ def test_no_panoptic_png_of_an_earlier_answer_stays(run, tmp_path):
 def test_a_map_corrected_in_place_is_not_overwritten(run, tmp_path, capsys):
     picture().save("a.png")
     assert run("a.png", "--n", 1) == 0
-    before = (tmp_path / "samples/a/medoid.png").read_bytes()
-    assert run("a.png", "--n", 1, "--init", "samples/a/medoid.png") == 2
-    assert "lies where this image's results go" in capsys.readouterr().err and (tmp_path / "samples/a/medoid.png").read_bytes() == before
-    assert run("a.png", "--n", 1, "--init", "samples/a/medoid.png", "--out", "o") == 0
+    before = (tmp_path / "samples/a/answer.png").read_bytes()
+    assert run("a.png", "--n", 1, "--init", "samples/a/answer.png") == 2
+    assert "lies where this image's results go" in capsys.readouterr().err and (tmp_path / "samples/a/answer.png").read_bytes() == before
+    assert run("a.png", "--n", 1, "--init", "samples/a/answer.png", "--out", "o") == 0
 
 
 def test_the_processes_of_torchrun_share_the_images(run, tmp_path, monkeypatch):
@@ -376,13 +370,13 @@ def test_what_is_written_is_what_segment_returns(run, model):
     result = segment(picture(), model, n=3, seed=7, steps=3)
     for j in range(3):
         assert (np.array(Image.open(f"samples/a/labels_{j:02d}.png")) == result.labels[j].numpy() + 1).all()
-    assert (np.array(Image.open("samples/a/consensus.png")) == result.consensus.numpy() + 1).all()
+    assert (np.array(Image.open("samples/a/answer.png")) == result.answer.labels.numpy() + 1).all()
     assert Image.open("samples/a/labels_00.png").convert("RGB").getpixel((0, 0)) == tuple(colours(4)[result.labels[0, 0, 0]])
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--format", "voc"], "format"), (["--hint", "small.png"], "4 x 4 pixels, but the image 40 x 30"), (["--hint", "a.png"], "one id a pixel"),
-    (["--hint", "none.png"], "none.png"), (["--init", "small.png"], "4 x 4"), (["--init", "zero.png"], "empty"),
+    (["--hint", "none.png"], "none.png"), (["--closed"], "--closed gives every pixel to a hint"), (["--grain", "x"], "not 'x'"), (["--init", "small.png"], "4 x 4"), (["--init", "zero.png"], "empty"),
     (["--init", "small.png", "--strength", "0"], "--strength"), (["--points", "1,1;1,1"], "contradictory"), (["--box", "9,9,5,5"], "box 9,9,5,5"),
     (["b.png", "--points", "1,1"], "for one image, not for 2"), (["--nonsense"], "nonsense"), (["--n", "x"], "--n"),
     (["--guidance", "nan"], "--guidance"), (["--smooth", "inf"], "--smooth"), (["--merge", "nan"], "--merge"), (["--seed", "-1"], "--seed"),

@@ -193,6 +193,15 @@ def test_a_click_into_a_segment_splits_it_and_grains_nest(model):
     assert all(len(set(coarse[fine == k])) == 1 for k in np.unique(fine))
 
 
+@pytest.mark.parametrize("size", [(1, 1), (5, 4)])
+def test_borders_are_of_segments_that_the_answer_has(model, size):
+    """Of photos smaller than the network's maps, which have more segments than the photo has room for."""
+    answer = segment(picture(*size), model, n=2).cut(60)
+    ids = {s["id"] for s in answer.segments}
+    assert ids == set((answer.labels + 1).flatten().tolist()) and {i for pair in answer.borders for i in pair[:2]} <= ids
+    assert sum(s["area"] for s in answer.segments) == size[0] * size[1]
+
+
 def test_an_edited_region_is_held_exactly_and_the_rest_may_change(model):
     image = picture(64, 48)
     first = segment(image, model, n=1).labels[0].long().numpy() + 1

@@ -10,8 +10,7 @@ from pycocotools import mask as coco_mask
 
 import sample
 import train
-from bits import Codec
-from answers.segment import hint_map, load_checkpoint, own_size, segment
+from answers.segment import load_checkpoint, segment
 
 
 @pytest.fixture(scope="module")
@@ -39,25 +38,26 @@ def test_one_image_gives_everything_at_its_own_size(ckpt, tmp_path, capsys):
     assert run(ckpt, tmp_path, tmp_path / "a.png", "--n", 3) == 0
     out = tmp_path / "out" / "a"
     maps = [f"{kind}_{j:02d}.png" for kind in ("labels", "overlay") for j in range(3)]
-    assert {p.name for p in out.iterdir()} == {*maps, "medoid.png", "consensus.png", "grouping.png", "uncertainty.png", "panel.png", "segments.json"}
-    assert all(Image.open(out / name).size == (40, 30) for name in (*maps, "medoid.png", "consensus.png", "grouping.png"))
+    assert {p.name for p in out.iterdir()} == {*maps, "answer.png", "answer_overlay.png", "uncertainty.png", "panel.png", "segments.json"}
+    assert all(Image.open(out / name).size == (40, 30) for name in (*maps, "answer.png", "answer_overlay.png"))
     label = np.array(Image.open(out / "labels_00.png"))
     assert label.ndim == 2 and label.min() >= 1 and label.max() <= 16
     text = capsys.readouterr().out
     assert "step 3" in text and "only seen synthetic shapes" in text
 
 
-def test_segments_json_is_the_medoid_in_coco_format(ckpt, tmp_path):
+def test_segments_json_is_the_answer_in_coco_format(ckpt, tmp_path):
     photo().save(tmp_path / "a.png")
     assert run(ckpt, tmp_path, tmp_path / "a.png", "--n", 3) == 0
-    medoid = np.array(Image.open(tmp_path / "out" / "a" / "medoid.png"))
+    answer = np.array(Image.open(tmp_path / "out" / "a" / "answer.png"))
     content = json.loads((tmp_path / "out" / "a" / "segments.json").read_text())
     segments = content["annotations"]
-    assert len(segments) == len(np.unique(medoid))
+    assert [s["id"] for s in segments] == np.unique(answer).tolist()
     masks = [coco_mask.decode(s["segmentation"]).astype(bool) for s in segments]
     assert (sum(m.astype(int) for m in masks) == 1).all()                          # they tile the image
     for s, m in zip(segments, masks):
-        assert s["area"] == m.sum() and len(np.unique(medoid[m])) == 1
+        assert s["area"] == m.sum() and (answer[m] == s["id"]).all() and 0 <= s["confidence"] <= 1
+    assert all(i != j and {i, j} <= set(answer.flat) and 0 <= p <= 1 for i, j, p in content["borders"])
 
 
 @pytest.mark.parametrize("name, mode, size", [
@@ -109,26 +109,44 @@ def test_a_seed_gives_the_same_map_beside_other_images(ckpt):
     assert not torch.equal(several.labels[0], several.labels[1])
 
 
-def test_own_size_is_bilinear_then_the_nearest_code():
-    """Without the image and with every code allowed, this is interpolation and the signs."""
-    codec, x = Codec(bits=4), torch.randn(4, 16, 16)
-    whole = torch.nn.functional.interpolate(x[None, :, :12, :16].clamp(-1, 1), (37, 50), mode="bilinear", align_corners=False)
-    mine = own_size(x.clamp(-1, 1), (12, 16), 50, 37, codec, among=[torch.arange(16)])
-    assert torch.equal(mine, codec.decode(whole)[0])
+def numbers_in(folder):
+    return np.array(Image.open(folder / "answer.png"))
 
 
-def test_hints_are_held(ckpt):
-    model, image = load_checkpoint(ckpt), photo((32, 32))
-    hints = hint_map(32, 32, "4,4 8,20;26,16")
-    assert set(np.unique(hints)) == {0, 1, 2} and hints[4, 4] == hints[20, 8] != hints[16, 26]
-    labels = segment(image, model, n=2, hints=hints).labels
-    for one in labels:
-        assert one[4, 4] == one[20, 8] != one[16, 26]
+def test_grain_cuts_coarser_and_finer(ckpt, tmp_path):
+    photo().save(tmp_path / "a.png")
+    counts = []
+    for grain in ("1", "4", "12"):
+        assert run(ckpt, tmp_path, tmp_path / "a.png", "--n", 2, "--grain", grain) == 0
+        counts.append(len(np.unique(numbers_in(tmp_path / "out/a"))))
+    assert counts[0] == 1 < counts[1] <= 4 and counts[1] <= counts[2]
+    info = json.loads((tmp_path / "out/a/segments.json").read_text())["info"]
+    assert info["grain"] == 12
+    assert run(ckpt, tmp_path, tmp_path / "a.png", "--n", 2, "--grain", "coarse", "--merge", 1, "--least", 2) == 0
+    info = json.loads((tmp_path / "out/a/segments.json").read_text())["info"]
+    assert (info["grain"], info["merge"], info["least"]) == ("coarse", 1.0, 2)
+
+
+def test_clicks_are_held_and_closed_leaves_nothing_else(ckpt, tmp_path, capsys):
+    photo((32, 32)).save(tmp_path / "a.png")
+    hint = np.zeros((32, 32), np.uint8)
+    hint[:6, 20:] = 9
+    Image.fromarray(hint).save(tmp_path / "hint.png")
+    words = (tmp_path / "a.png", "--n", 2, "--points", "4,4 8,20;26,16", "--hint", tmp_path / "hint.png", "--box", "2,24,20,30")
+    for more in ((), ("--closed",)):
+        assert run(ckpt, tmp_path, *words, *more) == 0
+        label = numbers_in(tmp_path / "out/a")
+        held = [{label[4, 4], label[20, 8]}, {label[16, 26]}, set(label[:6, 20:].flat), {label[27, 11]}]
+        assert [len(s) for s in held] == [1] * 4 and len(set().union(*held)) == 4
+    assert set(label.flat) == set().union(*held)
+    assert run(ckpt, tmp_path, tmp_path / "a.png", "--n", 2, "--closed") == 2
+    assert "--closed gives every pixel to a hint: name some" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--least", "-1"], "--least and --merge must be 0"), (["--merge", "-0.5"], "--least and --merge must be 0"),
-    (["--n", "0"], "--n must be at least 1"), (["--steps", "0"], "--steps must be at least 1"),
+    (["--grain", "huge"], "--grain is coarse, normal, fine, or a number"), (["--grain", "0"], "--grain is"),
+    (["--grain", "-3"], "--grain is"), (["--n", "0"], "--n must be at least 1"), (["--steps", "0"], "--steps must be at least 1"),
     (["--device", "cuda:99"], "try --device cpu"), (["--ckpt", "nowhere.pt"], "no such file"),
     (["--ckpt", "README.md"], "README.md"), (["--box", "1,2"], "x0,y0,x1,y1"), (["--points", "900,900"], "900")])
 def test_wrong_use_gets_one_sentence(ckpt, tmp_path, capsys, arguments, words):
