@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 import kernels
 import metrics
+from clicks import clicks_curve, clicks_needed
 from data import load, parse_parts, parse_void
 from engine import pick_device
 from pictures import examples, plot

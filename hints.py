@@ -11,7 +11,7 @@ of hints. What it is not: it knows nothing of noise or networks, and no hints th
 import torch
 import torch.nn.functional as F
 
-from bits import segments, totals
+from bits import segments
 
 SEGMENTS, CLICKS = 20, 3  # most segments a sample, most clicks a segment
 TRIES = 4  # pixels that each click is the best of
