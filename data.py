@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from download import download
+from engine import program
 from formats import FORMATS, format_of, others
 from packing import pack
 from scenes import Mixture, Shapes
@@ -332,6 +333,7 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
 # Command line: fetch COCO, pack a data set
 
 
+@program("data.py", "run the same command again to go on")
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Fetch COCO, or decode and resize a data set, for training to read it fast.")
     option = parser.add_argument
@@ -374,9 +376,6 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"data.py: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nstopped: run the same command again to go on", file=sys.stderr)
-        return 130
     return 0
 
 
