@@ -30,11 +30,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from engine import program
+from frame import MEAN, STD
 from sources.download import download
 from sources.formats import FORMATS, format_of, others
 from sources.packing import pack
 from sources.scenes import Mixture, Shapes
-from frame import MEAN, STD
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -305,6 +306,7 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
 # Command line: fetch COCO, pack a data set
 
 
+@program("data.py", "run the same command again to go on")
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Fetch COCO, or decode and resize a data set, for training to read it fast.")
     option = parser.add_argument
@@ -347,9 +349,6 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"data.py: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nstopped: run the same command again to go on", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -10,10 +10,13 @@ Use it alone:
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -245,6 +248,83 @@ class Watch:
         mean = sum(finite) / len(finite) if finite else None
         self.mean = self.mean if mean is None else mean
         return dict(loss=mean, skipped=len(ok) - len(finite), spikes=spikes)
+
+
+class Output:
+    """A text stream that takes what it can and never raises: a closed pipe, a full disk, a terminal that is gone."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                self.stream.write(text.encode("ascii", "backslashreplace").decode())
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal, or the connection to it, was closed; Windows has none
+
+
+def program(name, stopped):
+    """Decorates main(argv) -> exit status, so that it outlasts its terminal.
+
+    Nothing that is printed inside can raise. SIGTERM and SIGHUP (unless it is ignored, as with nohup) raise KeyboardInterrupt
+    as Ctrl-C does; where main lets it pass, the sentence "name: stopped: ..." and 128 + the signal's number are the end.
+    """
+    def interrupt(process, number, frame):
+        if os.getpid() != process:  # forked meanwhile: ends as without this handler
+            os._exit(128 + number)
+        if number == HANGUP:  # the shell repeats the kernel's
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    def around(main):
+        @functools.wraps(main)
+        def run(argv=None):
+            for number in range(3):  # where closed: else the next file that is opened gets the number, and what is printed
+                try:
+                    os.fstat(number)
+                except OSError:
+                    os.open(os.devnull, os.O_RDWR)
+            handlers, streams = {}, (sys.stdout, sys.stderr)
+            if threading.current_thread() is threading.main_thread():
+                handlers = {n: signal.signal(n, functools.partial(interrupt, os.getpid()))
+                            for n in (signal.SIGTERM, HANGUP) if n and signal.getsignal(n) == signal.SIG_DFL}
+            sys.stdout, sys.stderr = outputs = [Output(stream) for stream in streams]
+            try:
+                return main(argv)
+            except KeyboardInterrupt as e:
+                print(f"\n{name}: stopped: {stopped}", file=sys.stderr)
+                return 128 + (e.args or (signal.SIGINT,))[0]
+            finally:
+                sys.stdout, sys.stderr = streams
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+                for output in outputs:
+                    drop(output.stream)
+        return run
+    return around
+
+
+def drop(stream):
+    """Flush a stream; if that fails, Python's own attempt at the end must not, which would change the exit status."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def written(what, action):

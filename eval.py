@@ -33,11 +33,11 @@ import torch.distributed as dist
 import kernels
 import metrics
 from answers.clicks import clicks_curve, clicks_needed
-from data import load, parse_parts, parse_void
-from engine import pick_device
 from answers.pictures import examples, plot
 from answers.scoring import originals, run
 from answers.segment import load_checkpoint, newest_checkpoint, read_checkpoint, set_tidy
+from data import load, parse_parts, parse_void
+from engine import pick_device, program
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",
         "voi": "VoI (bits)", "boundary": "boundary F", "pred": "segments predicted", "true": "segments true"}
@@ -197,6 +197,7 @@ def ours(out):
         raise ValueError(f"{foreign[0]} was not written by eval.py and is not overwritten: move it, or choose another --out")
 
 
+@program("eval.py", "run the same command again")
 def main(argv=None):
     a = arguments(argv)
     try:
@@ -366,8 +367,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("eval.py: stopped: run the same command again", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

@@ -28,6 +28,7 @@ import config
 import data
 import eval as evaluation
 import train
+from engine import program
 
 BUDGET = {  # of every run with this preset's network; written out, so that a change of train.py's presets changes no result
     "tiny":  "--image_size 32  --bits 4 --batch_size 16 --max_steps 1000   --lr 2e-3 --warmup_steps 50   --decay_steps 1000   --ema 0.99   --weighting uniform --logsnr_space false",
@@ -163,6 +164,7 @@ def table(name, rows, also, a):
     return result
 
 
+@program("experiments.py", "the same command goes on")
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="experiment", help=f"{', '.join(EXPERIMENTS)}, or all")
@@ -209,8 +211,9 @@ def main(argv=None):
         print(f"\n--- {k + 1} of {len(todo)}: {folder}\npython train.py {' '.join(train_arguments(folder, full, a))}", flush=True)
         try:
             status = 0 if a.list else finish(folder, full, a)
-        except KeyboardInterrupt:                                                  # during the evaluation
-            status = 130
+        except OSError as e:  # a full disk, say
+            print(f"experiments.py: {folder}: {e}", file=sys.stderr)
+            status = 2
         if status:
             print(f"experiments.py: stopped; the same command goes on with {folder}", file=sys.stderr)
             return status

@@ -32,9 +32,8 @@ from bits import Codec, paint
 from checkpoint import Beside, Damaged, lock, newest, on_host, read, save
 from config import FREE, Config, help_text, parse
 from diffusion import Diffusion, draw, fused, fused_training_loss, to_device, training_loss
-from engine import (NO_FLOAT64, NoGraph, Step, Watch, anyone, append, fit_state, forget, join, layout,
-                    out_of_memory, pick_device,
-                    pick_precision, update_ema, written)
+from engine import (HANGUP, NO_FLOAT64, NoGraph, Step, Watch, anyone, append, fit_state, forget, join, layout,
+                    out_of_memory, pick_device, pick_precision, program, update_ema, written)
 from sources.hints import NUMBERS, draw_hints, hint_bits
 from model import SIZES, UNet
 from validate import save_picture, validate
@@ -135,6 +134,7 @@ def random_cells(labels, order, below):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@program("train.py", "run the same command again to go on")
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
@@ -148,9 +148,6 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped: run the same command again to go on", file=sys.stderr)
-        return 130
     status = train(c, *run)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -380,10 +377,15 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin
         if step == first:                                                          # still compiling, say: nothing to save
             raise SystemExit(128 + number)
         stop.append(number)
-        if world == 1:                                                             # torchrun repeats it
+        if number == HANGUP:  # the shell repeats the kernel's
+            signal.signal(number, signal.SIG_IGN)
+        elif world == 1:                                                           # torchrun repeats it
             signal.signal(number, signal.SIG_DFL)                                  # a second one ends it at once
 
-    handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # which nohup does
+        kinds.append(HANGUP)
+    handlers = {n: signal.signal(n, on_signal) for n in kinds}
     coming = batches(train_data, step, c, codec, diffusion, device, rank, world, fast)
     stopped, watch, seen = anyone(stop, world), Watch(), []                        # seen: losses and norms since the last line
     try:
