@@ -38,17 +38,16 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import bits
-import config
 import data
 import diffusion
+import frame
 import kernels
 import metrics
-from sources import scenes
 import train
+from answers.segment import SHIPPED, denoise, load_checkpoint, prepare, summarise
 from diffusion import fused, sample
 from engine import Step, layout, pick_device, update_ema
-from answers.segment import SHIPPED, denoise, load_checkpoint, prepare, summarise
-import frame
+from sources import scenes
 
 BITS, SIZE = 6, 128
 MIN_SECONDS = 0.2                                # of measuring, for each figure on a CPU
@@ -314,7 +313,7 @@ def setting(args, *more):
     argv = ["--preset", args.preset, "--device", args.device, "--precision", args.precision, "--compile",
             args.compile, *more]
     argv += ["--crop", "1"]                                                       # scenes are not cropped
-    c = config.parse(argv + (["--batch_size", str(args.batch)] if args.batch else []))
+    c = train.parse(argv + (["--batch_size", str(args.batch)] if args.batch else []))
     c.accumulate = 1
     return c, *train.build(c)
 
@@ -701,7 +700,7 @@ def main(argv=None):
                    help="for all of it; each part is stopped at its share")
     g.set_defaults(run=bench_gpu)
     for q in (t, s):
-        q.add_argument("--preset", default="tiny", choices=config.PRESETS)
+        q.add_argument("--preset", default="tiny", choices=train.PRESETS)
         q.add_argument("--device", default="auto")
         q.add_argument("--precision", default="auto" if q is t else "fp32")
         q.add_argument("--compile", default="auto")

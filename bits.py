@@ -278,6 +278,11 @@ class Codec:
         return ACTIVATIONS[self.activation](out)
 
 
+def hint_bits(x0, hints):
+    """x0 (B, C, H, W) where hints (B, H, W) bool, 0 elsewhere."""
+    return x0 * hints[:, None]
+
+
 def dichotomy(rgb, valid):
     """Progressive dichotomy (UniGS): split the colours of one image by 2-means until every cluster is tight.
 

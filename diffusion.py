@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 try:
-    import kernels                               # fused, for CUDA; this file works without the folder
+    import kernels  # fused, for CUDA; this file works without the folder
 except ImportError:
     kernels = None
 

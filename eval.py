@@ -35,7 +35,12 @@ import metrics
 from answers.clicks import clicks_curve, clicks_needed
 from answers.pictures import examples, plot
 from answers.scoring import originals, run
-from answers.segment import load_checkpoint, newest_checkpoint, read_checkpoint, set_tidy
+from answers.segment import (
+    load_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    set_tidy,
+)
 from data import load, parse_parts, parse_void
 from engine import pick_device, program
 

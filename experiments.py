@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 
-import config
 import data
 import eval as evaluation
 import train
@@ -128,7 +127,7 @@ def finish(folder, full, a):
     clock.write_text(str(minutes))                                                 # of this and the interrupted calls
     if status:
         return status
-    c = config.parse(train_arguments(folder, full, a))
+    c = train.parse(train_arguments(folder, full, a))
     with open(folder / "eval.txt", "w") as tables, contextlib.redirect_stdout(tables):
         status = evaluation.main(["--ckpt", str(folder / "ckpt.pt"), "--dataset", a.dataset, "--limit", str(a.limit), "--out",
                                   str(folder / "eval"), "--root", a.root, "--cache", a.cache, "--device", a.device,
@@ -197,7 +196,7 @@ def main(argv=None):
             for name in names:
                 for _, flags, _, _ in tables[name]:
                     folder, full = run_of(flags, also, a, seed)
-                    config.parse(train_arguments(folder, full, a))                 # complains now, not in the night
+                    train.parse(train_arguments(folder, full, a))                 # complains now, not in the night
                     runs[folder] = full
         Path(a.out).mkdir(parents=True, exist_ok=True)
         missing = [(folder, full) for folder, full in runs.items() if not finished(folder, full, a)]

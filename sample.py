@@ -34,13 +34,20 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import kernels
-from engine import pick_device
-from sources.formats import IMAGE_TYPES, read_image, read_label
 from answers.pictures import colours, grid, overlay, panel, shade, uncertainty
 from answers.segment import (
-    SHIPPED, denoise, hint_map, load_checkpoint, newest_checkpoint, prepare, set_tidy, summarise,
+    SHIPPED,
+    denoise,
+    hint_map,
+    load_checkpoint,
+    newest_checkpoint,
+    prepare,
+    set_tidy,
+    summarise,
 )
 from answers.tree import GRAINS
+from engine import pick_device
+from sources.formats import IMAGE_TYPES, read_image, read_label
 
 MARK = "bitseg sample.py"                        # in every file written: others are never overwritten
 

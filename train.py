@@ -21,23 +21,194 @@ import signal
 import sys
 import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 import data as datasets
-import kernels
-from bits import Codec, paint
-from checkpoint import Beside, Damaged, lock, newest, on_host, read, save
-from config import FREE, Config, help_text, parse
-from diffusion import Diffusion, draw, fused, fused_training_loss, to_device, training_loss
-from engine import (HANGUP, NO_FLOAT64, NoGraph, Step, Watch, anyone, append, fit_state, forget, join, layout,
-                    out_of_memory, pick_device, pick_precision, program, update_ema, written)
-from sources.hints import NUMBERS, draw_hints, hint_bits
-from model import SIZES, UNet
-from validate import save_picture, validate
 import frame
+import kernels
+from answers.pictures import grid, overlay, side_of
+from answers.segment import Job, Model, denoise, placed, sample_map
+from bits import Codec, hint_bits, paint
+from diffusion import (
+    Diffusion,
+    draw,
+    fused,
+    fused_training_loss,
+    to_device,
+    training_loss,
+)
+from engine import (
+    HANGUP,
+    NO_FLOAT64,
+    Beside,
+    Damaged,
+    NoGraph,
+    Step,
+    Watch,
+    anyone,
+    append,
+    fit_state,
+    forget,
+    join,
+    layout,
+    lock,
+    newest,
+    on_host,
+    options_given,
+    out_of_memory,
+    pick_device,
+    pick_precision,
+    program,
+    read,
+    save,
+    update_ema,
+    written,
+)
+from metrics import scores
+from model import SIZES, UNet
+
+
+@dataclass
+class Config:
+    # The defaults are the paper's. A preset (below) changes some, the command line has the last word: --lr 3e-4
+
+    # what and where
+    dataset: str = "shapes"                      # shapes, coco, entity, ade20k, bsds500, or a folder: images/ and
+                                                 # labels/, LabelMe, VOC, Cityscapes, exports of Roboflow, CVAT ...;
+                                                 # several: photos:3,streets:components:ignore,shapes (a number: its weight)
+    compose: float = 0.0                         # share of training scenes pasted together from pieces of the images
+    preset: str = ""                             # a row of PRESETS; "": tiny for shapes, paper for coco and entity, else small
+    network: str = ""                            # tiny, photo, small or paper (model.SIZES); "": the preset's
+    out: str = ""                                # "": out/<dataset>-<preset>
+    root: str = "data"                           # coco is expected in <root>/coco, and so on
+    cache: str = "cache"                         # resized copies of the data set; safe to delete
+    seed: int = 0                                # of everything random; below 2^22
+    device: str = "auto"                         # auto, cpu, cuda, cuda:1, mps
+    precision: str = "auto"                      # auto, fp32, bf16, fp16
+    kernels: str = ""                            # auto (Triton with CUDA), triton, torch; "": BITSEG_KERNELS, or auto
+    compile: str = "auto"                        # on, off; auto: on with CUDA. A minute at the start, then faster steps
+    graph: str = "auto"                          # on, off; auto: on with CUDA. A step is one CUDA graph then
+    init: str = ""                               # a checkpoint whose weights to start from (fine-tuning)
+    export: str = ""                             # write the averaged weights of --out there, and do nothing else
+    # data
+    image_size: int = 128                        # longer side, in pixels; cost grows with its square
+    augment: bool = True                         # of real images; off only to see a model overfit
+    unlabelled: str = "segment"                  # id 0: one segment (as in the paper), or ignore
+    void: str = ""                               # ids that are ignored, e.g. 255 (VOC, Cityscapes); several: 254,255
+    components: bool = False                     # labels are classes: their connected parts become the segments
+    max_bad: float = 0.01                        # share of unusable images or label maps that is too much
+    crop: float = 1.0                            # smallest share of the sides that random crops keep; 1: none
+    jitter: float = 1.0                          # how often colours are changed, as a multiple of the paper's probabilities
+    workers: int = 1                             # threads that read ahead; 0: none
+    # encoding
+    encoding: str = "bits"                       # bits, onehot, rgb (the last two are the paper's baselines)
+    bits: int = 6                                # 2^bits segments at most; 8 or 10 for very crowded images
+    palette: str = "similar"                     # similar, random, different, range, none (ablations)
+    activation: str = ""                         # "": tanh for bits; none, sigmoid, softmax, tanh
+    # diffusion
+    schedule: str = "cosine"                     # cosine, linear, linear_simple, parabola
+    input_scale: float = 0.1                     # b; smaller = harder. Lower it for larger images
+    prediction: str = "x"                        # x, eps, v
+    loss: str = "mse"                            # mse, bce (cross entropy of the bits; for prediction x)
+    weighting: str = "sigmoid"                   # sigmoid, snr, snr+1, snr_trunc, uniform. uniform learns fastest
+    bias: float = -4.0                           # of the sigmoid weighting
+    logsnr_space: bool = True                    # the factor -dlambda/dt in the loss
+    image_drop: float = 0.05                     # share of samples trained without the image, for guidance
+    self_condition: float = 0.0                  # share of samples that see a first guess; doubles the forward cost
+    hints: float = 0.0                           # share of samples that see hints, bits of a few pixels; for encoding bits
+    # optimisation
+    batch_size: int = 8
+    accumulate: int = 1                          # micro-batches a step: raise it when batch_size does not fit
+    max_steps: int = 300_000
+    lr: float = 1e-4
+    warmup_steps: int = 1000
+    decay_steps: int = 50_000                    # cosine decay to 0 over the last so many steps
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0                       # largest norm of the gradients; 0: any
+    ema: float = 0.9999                          # decay a step of the averaged weights; lower for short runs
+    dropout: float = 0.0
+    # validation, by real sampling with the averaged weights
+    eval_every: int = 10_000                     # steps
+    eval_images: int = 256
+    steps: int = 8                               # denoising steps
+    guidance: float = 1.0                        # 0: half the cost
+    sampler: str = "ddpm"                        # ddpm, ddim
+    variance: str = "large"                      # large, small (ddpm)
+    smooth: float = 0.0                          # share of the side over which answers are averaged between the image's edges
+    least: int = 0                               # regions of fewer pixels join a neighbour first (tree.py); 0: none
+    merge: float = 0.0                           # answers are cut where the odds that people part two regions reach this; 0: as sampled
+    # logging
+    log_every: int = 100
+    save_every: int = 1000
+    keep_every: int = 0                          # besides, keep ckpt_<step>.pt every so many steps; 0: none
+
+
+PRESETS = {  # a network of model.SIZES, and the recipe that suits it
+    "tiny":  dict(image_size=40,  batch_size=16, max_steps=2500,    lr=2e-3, warmup_steps=50,   decay_steps=2300,   ema=0.99,   weighting="uniform", logsnr_space=False, guidance=1.0, bits=4, log_every=50,  save_every=250,  eval_every=1250, smooth=0.2),
+    "photo": dict(image_size=96,  batch_size=16, max_steps=100_000, lr=1e-3, warmup_steps=200,  decay_steps=50_000, ema=0.999,  weighting="uniform", logsnr_space=False, loss="bce", guidance=16.0, bits=6, log_every=100, save_every=500,  eval_every=5000, crop=0.5, jitter=2.0, dropout=0.1, weight_decay=0.03, smooth=0.2, least=2, merge=1.0),
+    "small": dict(image_size=64,  batch_size=16, max_steps=50_000,  lr=5e-4, warmup_steps=500,  decay_steps=25_000, ema=0.999,  weighting="uniform", logsnr_space=False, guidance=1.0, bits=6, log_every=50,  save_every=500,  eval_every=2500),
+    "paper": dict(image_size=128, batch_size=8,  max_steps=300_000, lr=1e-4, warmup_steps=1000, decay_steps=50_000, ema=0.9999, weighting="sigmoid", logsnr_space=True,  guidance=1.0, bits=6, log_every=100, save_every=1000, eval_every=10_000),
+    # the same number of images in batches of 128: lr by the square root of the batch, EMA over as many images
+    "paper-fast": dict(network="paper", image_size=128, batch_size=128, max_steps=18_750, lr=4e-4, warmup_steps=500, decay_steps=3125, ema=0.9984, weighting="sigmoid", logsnr_space=True, guidance=1.0, bits=6, log_every=20, save_every=250, eval_every=625),
+}
+
+# May change on resume.
+FREE = {"out", "root", "cache", "device", "kernels", "compile", "graph", "workers", "init", "export",
+        "accumulate", "max_steps", "eval_every", "eval_images", "log_every", "save_every", "keep_every",
+        "max_bad"}
+
+RANGES = dict.fromkeys(("batch_size", "accumulate", "max_steps", "image_size", "eval_every", "eval_images", "steps", "log_every",
+                        "save_every"), (1, math.inf))
+RANGES |= dict.fromkeys(("keep_every", "workers", "warmup_steps", "decay_steps", "lr", "weight_decay", "grad_clip", "jitter", "guidance",
+                         "smooth", "least", "merge"), (0, math.inf))
+RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition", "hints", "max_bad"), (0, 1))
+RANGES |= {"seed": (0, 2**22 - 1), "crop": (0.01, 1), "ema": (0, 0.999999), "input_scale": (1e-6, math.inf), "bias": (-100, 100)}
+CHOICES = {"sampler": ("ddpm", "ddim"), "variance": ("large", "small")}
+
+
+def parse(argv):
+    """Command line -> Config: the dataclass' defaults, then the preset, then --key value. Raises ValueError."""
+    given = options_given(argv, Config)
+    dataset = given.get("dataset", Config.dataset)
+    sets = datasets.names(dataset)
+    preset = given.get("preset") or {("shapes",): "tiny", ("coco",): "paper", ("entity",): "paper"}.get(tuple(sets), "small")
+    if preset not in PRESETS:
+        raise ValueError(f"preset '{preset}' is not one of {', '.join(PRESETS)}")
+    c = Config(**{**PRESETS[preset], **given, "preset": preset})
+    datasets.parse_void(c.void)
+    c.out = c.out or f"out/{Path(sets[0]).resolve().name}{'-and-more' if len(sets) > 1 else ''}-{preset}"
+    c.network = c.network or preset
+    if c.network not in SIZES:
+        raise ValueError(f"network '{c.network}' is not one of {', '.join(SIZES)}")
+    for key, (least, most) in RANGES.items():
+        if not (least <= getattr(c, key) <= most and (math.isfinite(getattr(c, key)) or key == "grad_clip")):   # nan is in no range
+            span = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"--{key} must be {span}, not {getattr(c, key)}")
+    for key, known in CHOICES.items():
+        if getattr(c, key) not in known:
+            raise ValueError(f"--{key} is {' or '.join(known)}, not '{getattr(c, key)}'")
+    if c.encoding == "rgb" and (c.least or c.merge):
+        raise ValueError(f"--least and --merge must be 0 with --encoding rgb, not {c.least} and {c.merge}")
+    if c.hints and c.encoding != "bits":
+        raise ValueError(f"--hints are bits: use --encoding bits, not {c.encoding}, or --hints 0")
+    if c.crop < 1 and (not c.augment or sets == ["shapes"]):
+        raise ValueError("--crop belongs to the augmentation of real images: not with shapes, nor with --augment false")
+    if c.batch_size % c.accumulate:
+        raise ValueError(f"--batch_size {c.batch_size} cannot be split into --accumulate {c.accumulate} equal parts")
+    return c
+
+
+def help_text(doc):
+    """A docstring, then Config as it stands in this file."""
+    source = Path(__file__).read_text()
+    body = source.split("class Config:\n")[1].split("\n\n\n")[0]
+    return f"{doc}\noptions (--key value), with their defaults:\n\n{body}\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,9 +248,9 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
             generator = torch.Generator().manual_seed(c.seed * 2**32 + step)
             drawn = draw((c.batch_size, codec.channels, *labels.shape[1:]), diffusion, generator, device, eps=not fast)
             if diffusion.hints > 0:
-                drawn["u"] = to_device(torch.rand(c.batch_size, NUMBERS, generator=generator), device)
+                drawn["u"] = to_device(torch.rand(c.batch_size, datasets.NUMBERS, generator=generator), device)
             drawn = {k: v[mine] for k, v in drawn.items()}
-            hints = draw_hints(labels, drawn.pop("u"), diffusion.hints) if diffusion.hints > 0 else None
+            hints = datasets.draw_hints(labels, drawn.pop("u"), diffusion.hints) if diffusion.hints > 0 else None
             numbers = range(step * c.batch_size, (step + 1) * c.batch_size)[mine]  # of the run's samples
             if codec.palette == "none":                                            # random codes, from each sample's number
                 own = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
@@ -132,6 +303,82 @@ def random_cells(labels, order, below):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Validation, by real sampling with the averaged weights
+
+
+class Stopped(Exception):
+    pass
+
+
+def validate(net, data, fine, codec, diffusion, c, stop, rank, world):
+    """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None if stopped.
+
+    fine: the same data set at the resolution of the images that the network sees, `net.detail` times the label maps'.
+    """
+    n, totals, tiles, side = min(c.eval_images, len(data)), [], [], side_of(codec)
+    device = next(net.parameters()).device
+    sampling = dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance, smooth=c.smooth)
+    model = Model(net, codec, diffusion, c.image_size, sampling, c.dataset, 0, dict(least=c.least, merge=c.merge))
+    size = min(32, c.batch_size) if device.type == "cpu" else 32  # small: a signal is looked at in between
+
+    def look(*_):
+        if stop:
+            raise Stopped
+
+    def maps_of(at, seeds):
+        """One sample's map (h, w) of each image."""
+        images, _, sizes = data.get(at)
+        sharp = images if net.detail == 1 else fine.get(at)[0]
+        jobs = [Job(image.numpy(), big.numpy(), tuple(hw), [], seed=seed)
+                for image, big, hw, seed in zip(images, sharp, sizes.tolist(), seeds)]
+        return [sample_map(job.x_hat[0], job.image[: job.size[0], : job.size[1]], model)
+                for job in denoise(jobs, model, 1, size, callback=look)]
+
+    try:
+        for start in range(size * rank, n, size * world):
+            at = list(range(start, min(start + size, n)))
+            images, labels, sizes = data.get(at)
+            found = maps_of(at, at)
+            for i, one in zip(at, found):
+                maps = data.maps(i)[:, : one.shape[0], : one.shape[1]]
+                s = scores(torch.from_numpy(one).long().expand(len(maps), -1, -1), maps)
+                totals.append([float(s["ari"].nanmean()), float(s["iou"].nanmean())])
+            m = min(8 - len(tiles), len(at)) if rank == 0 else 0
+            if m > 0:
+                truth = (Codec(bits=codec.bits) if codec.palette == "none" else codec).cells(labels[:m])
+                more = [maps_of(at[:m], [1000 * j + i for i in at[:m]]) for j in (1, 2)]
+                for image, true, *three in zip(images[:m], truth, found, *more):
+                    if c.merge:
+                        three = [placed(one[None], side)[0][0] for one in three]
+                    padded = [np.pad(one, [(0, c.image_size - n) for n in one.shape], constant_values=-1) for one in three]
+                    tiles.append([image.numpy(), *(overlay(image, v, side, 0.8) for v in (true, *padded))])
+    except Stopped:
+        pass
+    scored = torch.tensor(totals, dtype=torch.float64).reshape(-1, 2)
+    sums = torch.cat([scored.nansum(0), (~scored.isnan()).sum(0), torch.tensor([len(stop)])]).double()
+    if world > 1:
+        dist.all_reduce(sums)
+    if sums[4]:
+        return None
+    ari, iou = (sums[:2] / sums[2:4]).tolist()
+    if rank > 0:
+        return ari, iou, None
+    scale = max(1, 128 // c.image_size)
+    sheet = grid([tile.repeat(scale, 0).repeat(scale, 1) for row in tiles for tile in row], columns=2 * len(tiles[0]))
+    return ari, iou, Image.fromarray(sheet)
+
+
+def save_picture(picture, path):
+    """Write it, or raise OSError and leave no half of it."""
+    try:
+        picture.save(path)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
 
 
 @program("train.py", "run the same command again to go on")
@@ -148,7 +395,7 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
-    status = train(c, *run)
+    status = train(c, run)
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
@@ -243,8 +490,29 @@ def widened(weights, wide):
     return out
 
 
+@dataclass
+class Run:
+    """What a run is made of: built once by `prepare`."""
+
+    device: torch.device
+    dtype: torch.dtype | None  # of autocast; None: float32
+    why: str  # this dtype
+    codec: Codec
+    diffusion: Diffusion
+    network: dict  # the arguments of UNet
+    net: UNet
+    resumed: dict | None  # the checkpoint to go on from
+    origin: str  # of the weights, in words
+    train_data: object  # data.load's
+    val_data: object
+    val_fine: object  # the same images at the resolution that the network sees
+    rank: int
+    world: int  # processes
+    held: object  # the lock of --out
+
+
 def prepare(c):
-    """All that can be wrong with the user's input goes wrong here. Raises ValueError or OSError."""
+    """Config -> Run. All that can be wrong with the user's input goes wrong here. Raises ValueError or OSError."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if c.batch_size % (c.accumulate * world):
         raise ValueError(f"--batch_size {c.batch_size} cannot be split among {world} processes x --accumulate {c.accumulate}")
@@ -296,7 +564,8 @@ def prepare(c):
         print(f"WARNING: {problem}; going on from the one before, {path}", file=sys.stderr)
         if (out / "ckpt.pt").exists():                                             # it must not become the one before
             os.replace(out / "ckpt.pt", out / "ckpt.damaged")
-    return device, dtype, why, codec, diffusion, network, net, resumed, origin, train_data, val_data, val_fine, rank, world, held
+    return Run(device, dtype, why, codec, diffusion, network, net, resumed, origin, train_data, val_data, val_fine, rank, world,
+               held)
 
 
 def ours(out):
@@ -312,29 +581,30 @@ def ours(out):
         raise ValueError(f"{foreign} was not written by train.py: move it, or choose another --out")
 
 
-def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin, train_data, val_data, val_fine, rank, world, held):
+def train(c, run):
+    device, net, rank, world = run.device, run.net, run.rank, run.world
     out, step, best, validated = Path(c.out), 0, -math.inf, 0
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     kind = dict(fused=device.type in ("cuda", "cpu"), capturable=device.type == "cuda")
     optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay, **kind)
-    fast, (compiled, graph) = fused(codec, device), switches(c, device, dtype, world)
-    update = Step(net, loss_of(diffusion, codec, dtype, fast), optimizer, dtype, c.accumulate, c.grad_clip,
+    fast, (compiled, graph) = fused(run.codec, device), switches(c, device, run.dtype, world)
+    update = Step(net, loss_of(run.diffusion, run.codec, run.dtype, fast), optimizer, run.dtype, c.accumulate, c.grad_clip,
                   compiled, graph, world)
-    if resumed:
-        step, best, validated = resumed["step"], resumed["best"], resumed["validated"]
-        net.load_state_dict(resumed["net"])
-        ema.load_state_dict(resumed["ema"])
-        optimizer.load_state_dict(resumed["optimizer"])
+    if run.resumed:
+        step, best, validated = run.resumed["step"], run.resumed["best"], run.resumed["validated"]
+        net.load_state_dict(run.resumed["net"])
+        ema.load_state_dict(run.resumed["ema"])
+        optimizer.load_state_dict(run.resumed["optimizer"])
         optimizer.param_groups[0].update(kind)                                     # the run may have changed devices
         fit_state(optimizer)
-        update.scaler.load_state_dict(resumed["scaler"])
+        update.scaler.load_state_dict(run.resumed["scaler"])
 
     def content():
         return dict(
             step=step, best=best, validated=validated, config=vars(c), dataset=c.dataset, image_size=c.image_size,
-            network=network, contents=datasets.contents(train_data),
+            network=run.network, contents=datasets.contents(run.train_data),
             codec=dict(encoding=c.encoding, bits=c.bits, palette=c.palette, seed=c.seed, activation=c.activation),
-            diffusion=dataclasses.asdict(diffusion),
+            diffusion=dataclasses.asdict(run.diffusion),
             sampling=dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance, smooth=c.smooth),
             tidy=dict(least=c.least, merge=c.merge),
             net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=update.scaler.state_dict())
@@ -362,10 +632,10 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin
             put("log.jsonl", lambda path: append(path, line))
 
     say(textwrap.fill("  ".join(f"{k}={v}" for k, v in vars(c).items()), 120, break_on_hyphens=False))
-    size = "endless" if len(train_data) >= 2**31 else len(train_data)
-    origin = f"going on from step {step}" if resumed else origin
+    size = "endless" if len(run.train_data) >= 2**31 else len(run.train_data)
+    origin = f"going on from step {step}" if run.resumed else run.origin
     say(f"{sum(p.numel() for p in net.parameters()):,} parameters on {f'{world} x ' if world > 1 else ''}{device}, "
-        f"{str(dtype or torch.float32)[6:]} ({why}); kernels: {' ('.join(kernels.live(device))}); {size} training images; {origin}; into {out}/")
+        f"{str(run.dtype or torch.float32)[6:]} ({run.why}); kernels: {' ('.join(kernels.live(device))}); {size} training images; {origin}; into {out}/")
     if step >= c.max_steps and validated == step:
         say(f"{out}/ckpt.pt is complete at step {step}: raise --max_steps to go on, or start anew with another --out")
         return 0
@@ -386,12 +656,12 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin
     if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # which nohup does
         kinds.append(HANGUP)
     handlers = {n: signal.signal(n, on_signal) for n in kinds}
-    coming = batches(train_data, step, c, codec, diffusion, device, rank, world, fast)
+    coming = batches(run.train_data, step, c, run.codec, run.diffusion, device, rank, world, fast)
     stopped, watch, seen = anyone(stop, world), Watch(), []                        # seen: losses and norms since the last line
     try:
         while not next(stopped):
             if step > validated and (step % c.eval_every == 0 or step == c.max_steps):
-                result = validate(ema, val_data, val_fine, codec, diffusion, c, stop, rank, world)
+                result = validate(ema, run.val_data, run.val_fine, run.codec, run.diffusion, c, stop, rank, world)
                 if not result:                                                     # stopped: it is made up for after a resume
                     continue
                 ari, iou, picture = result

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 import metrics
 from answers import tree
-from sources.formats import read_image, read_labels
 from answers.scoring import job_of, seed_of
 from answers.segment import denoise, evidence_of, joined
-from frame import enlarge, shrink
 from answers.tree import lab
+from frame import enlarge, shrink
+from sources.formats import read_image, read_labels
 
 
 def clicks_of(true):

@@ -24,13 +24,12 @@ from tqdm import tqdm
 
 import metrics
 from answers import tree
-from data import find, parse_parts
-from engine import pick_device
-from frame import fitted
-from sources.formats import read_image
-from frame import subsample
 from answers.scoring import own_maps
 from answers.segment import denoise, load_checkpoint, newest_checkpoint, prepare
+from data import find, parse_parts
+from engine import pick_device
+from frame import fitted, subsample
+from sources.formats import read_image
 
 WIDTH, DROPOUT, STEPS, BATCH, LR = 48, 0.1, 3000, 2048, 5e-3  # of the small network and its training
 MOST = 1 / 3  # of the weight, for any one set

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from bits import Codec
-from frame import fitted
-from frame import outline, subsample
+from frame import fitted, outline, subsample
 
 
 def colours(side):

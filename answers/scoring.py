@@ -12,13 +12,11 @@ from tqdm import tqdm
 
 import metrics
 from answers import tree
-from data import find
-from sources.formats import read_image, read_labels
-from frame import connected
-from frame import subsample
 from answers.segment import Job, denoise, evidence_of, joined, placed, sample_map
-from frame import enlarge
 from answers.tree import lab
+from data import find
+from frame import connected, enlarge, subsample
+from sources.formats import read_image, read_labels
 
 ANSWERS = {"coarse": "coarse", "answer": "normal", "fine": "fine"}  # name of the joint answer: its grain
 

@@ -24,17 +24,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from answers import tree
-from bits import Codec, entropy, locate
-from checkpoint import newest
-from frame import normalise
+from bits import Codec, entropy, hint_bits, locate
 from diffusion import Diffusion, fused, sample
-from engine import out_of_memory
-from frame import fitted, resize_image
-from sources.hints import hint_bits
+from engine import newest, out_of_memory
+from frame import enlarge, fitted, normalise, outline, resize_image, shrink, subsample
 from metrics import pairwise
 from model import UNet
-from frame import outline, subsample
-from frame import shrink, enlarge
 
 CLICK = 0.005  # radius of a click, as a share of the longer side: about one of the network's pixels
 SHIPPED = Path(__file__).parent.parent / "weights" / "photo.pt"

@@ -36,8 +36,13 @@ try:
 except ImportError as e:                                               # macOS, Windows, a CPU build
     triton, why_not = None, f"triton cannot be imported ({e})"
 else:
-    from . import common as _common, contingency as _contingency, decode as _decode, locate as _locate, loss as _loss
-    from . import noise as _noise, step as _step
+    from . import common as _common
+    from . import contingency as _contingency
+    from . import decode as _decode
+    from . import locate as _locate
+    from . import loss as _loss
+    from . import noise as _noise
+    from . import step as _step
     why_not = ""
 
 MODES, PREDICTIONS, ACTIVATIONS = ("auto", "triton", "torch"), ("x", "eps", "v"), ("tanh", "none")

@@ -25,6 +25,7 @@ import numpy as np
 import scipy.io
 from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
+
 from frame import fitted
 
 try:

@@ -1,7 +1,7 @@
 """Hints: the bits of a few pixels of a few segments, as input channels of the network.
 
-What it is: `draw_hints`, the clicks, strokes and ellipses of training samples, and `hint_bits`, what the network sees
-of hints. What it is not: it knows nothing of noise or networks, and no hints that a user gives.
+What it is: `draw_hints`, the clicks, strokes and ellipses of training samples. What it is not: it knows nothing of noise or
+networks, and no hints that a user gives (answers/segment.py); bits.hint_bits makes input channels of both.
 
     mask = draw_hints(labels, torch.rand(len(labels), NUMBERS), share=0.5)  # (B, H, W) bool: which pixels are hinted
     x0 = codec.encode(codec.cells(labels, hints=mask))  # hinted segments choose their cells first
@@ -19,11 +19,6 @@ RADIUS = 0.5, 2.2  # of a click's disc, in pixels
 STROKES, ELLIPSES, POINTS = 0.2, 0.1, 64  # shares of the samples with hints; points of a stroke
 PARTS = (3, 512, SEGMENTS, SEGMENTS * CLICKS, SEGMENTS * CLICKS * TRIES)
 NUMBERS = sum(PARTS)  # uniform numbers a sample
-
-
-def hint_bits(x0, hints):
-    """x0 (B, C, H, W) where hints (B, H, W) bool, 0 elsewhere."""
-    return x0 * hints[:, None]
 
 
 def draw_hints(labels, u, share):

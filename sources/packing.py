@@ -25,9 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from frame import IGNORE, fitted, resize_image, resize_label
+from frame import IGNORE, connected, fitted, resize_image, resize_label
 from sources.formats import Notice, ids_of, open_image, read_labels, said
-from frame import connected
 
 try:
     import fcntl

@@ -73,8 +73,14 @@ def run(self, *args, grid, warmup, **options):
 JITFunction.run = run
 driver.set_active(NoDriver())
 
-from kernels import _contingency, _decode, _locate, _loss, _noise, _step       # they take CPU tensors: nothing is launched
-
+from kernels import (  # they take CPU tensors: nothing is launched
+    _contingency,
+    _decode,
+    _locate,
+    _loss,
+    _noise,
+    _step,
+)
 
 
 def every_kernel(layouts, K, side):

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from bits import Codec, code_probability, confidence, dichotomy, entropy, gray, gray_inverse, palette
+from bits import (
+    Codec,
+    code_probability,
+    confidence,
+    dichotomy,
+    entropy,
+    gray,
+    gray_inverse,
+    palette,
+)
 
 SIMILAR_16 = [0, 1, 3, 2, 4, 5, 7, 6, 12, 13, 15, 14, 8, 9, 11, 10]
 GRAY_8 = [0, 1, 3, 2, 6, 7, 5, 4]

@@ -10,8 +10,8 @@ import zipfile
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import Beside, Damaged, lock, newest, on_host, previous, read, save
+import engine
+from engine import Beside, Damaged, lock, newest, on_host, previous, read, save
 
 
 def some(step):
@@ -111,7 +111,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
 
 
 def test_another_format_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    monkeypatch.setattr(engine, "FORMAT", 1)
     save(tmp_path / "a.pt", some(1))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="a.pt: its format is 1, this version reads format 2"):
@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
             super().write(bytes(data)[:100])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "open", Full, raising=False)
+    monkeypatch.setattr(engine, "open", Full, raising=False)
     with pytest.raises(OSError, match="No space left"):
         save(path, some(2), keep_previous=True)
     assert step_of(path) == 1 and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]

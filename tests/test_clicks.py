@@ -6,14 +6,21 @@ import torch
 from PIL import Image
 from scipy.ndimage import label
 
-from answers import clicks
 import metrics
+from answers import clicks
 from answers.clicks import (
-    by_baseline, clicks_of, clicks_to, gradient, hints_of, middle_of_largest, nearest_click, random_walker,
+    by_baseline,
+    clicks_of,
+    clicks_to,
+    gradient,
+    hints_of,
+    middle_of_largest,
+    nearest_click,
+    random_walker,
     watershed,
 )
-from sources.formats import Item
 from answers.tree import gather, lab
+from sources.formats import Item
 
 
 def depth(mask, y, x):

@@ -20,10 +20,9 @@ import engine
 import eval as evaluation
 import sample
 import train
-from checkpoint import read
-from engine import NoGraph, Step, as_cuda_graph
-from sources.scenes import Shapes
 from answers.segment import load_checkpoint
+from engine import NoGraph, Step, as_cuda_graph, read
+from sources.scenes import Shapes
 
 ROOT = Path(train.__file__).parent
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sources import packing
 from data import load, order, uniforms
+from sources import packing
 from sources.formats import find_folder, read_image, read_label
 from sources.scenes import draw_scene, paint
 

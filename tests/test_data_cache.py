@@ -23,12 +23,11 @@ import torch
 from PIL import Image
 
 import data
-from sources import formats
-from sources import packing
+import frame
 from data import augment, batches, load, main, order, uniforms
 from frame import fitted
+from sources import formats, packing
 from sources.packing import Packed
-import frame
 
 ROOT = Path(__file__).parent.parent
 

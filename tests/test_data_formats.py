@@ -10,12 +10,12 @@ import scipy.io
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sources import formats
 from bits import Codec
 from data import load
+from frame import connected
+from sources import formats
 from sources.formats import rle_runs
 from sources.packing import DONE, convert
-from frame import connected
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")         # pycocotools with numpy 2
 ORIGINAL = Path(__file__).parent.parent.parent / "shared/data/original"

@@ -11,13 +11,13 @@ from PIL import Image
 import data
 import diffusion
 import eval as evaluation
+import frame
 import kernels
 import sample
 import train
+from answers.segment import Model, load_checkpoint, prepare, segment
 from bits import Codec
 from model import SIZES, UNet, time_features
-from answers.segment import Model, load_checkpoint, prepare, segment
-import frame
 
 MINI = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=2, patch=2, groups=8)
 

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+from device import Device
 
 import kernels
 import train
-from device import Device
 from diffusion import fused
 from engine import Step
 from sources.scenes import Shapes

@@ -6,8 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusion import (PREDICTIONS, SCHEDULES, WEIGHTINGS, Diffusion, alpha_sigma, gamma_and_slope, logsnr, loss_weight,
-                       per_sample_error, stratified_t, to_x0, training_loss)
+from diffusion import (
+    PREDICTIONS,
+    SCHEDULES,
+    WEIGHTINGS,
+    Diffusion,
+    alpha_sigma,
+    gamma_and_slope,
+    logsnr,
+    loss_weight,
+    per_sample_error,
+    stratified_t,
+    to_x0,
+    training_loss,
+)
 
 T = torch.linspace(0.001, 0.999, 97, dtype=torch.float64)
 RAW = {"cosine": lambda t: torch.cos(t * math.pi / 2) ** 2,

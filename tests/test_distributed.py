@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from checkpoint import read
+from engine import read
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not torch.distributed.is_available(), reason="needs fork and gloo")
 OPTIONS = ("--device cpu --image_size 16 --batch_size 4 --max_steps 6 --save_every 2 --eval_every 6 --eval_images 10 --steps 2 --log_every 1 "

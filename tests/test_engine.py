@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 
 import engine
-from engine import NoGraph, Step, Watch, append, fit_state, forget, pick_device, pick_precision, written
+from engine import (
+    NoGraph,
+    Step,
+    Watch,
+    append,
+    fit_state,
+    forget,
+    pick_device,
+    pick_precision,
+    written,
+)
 
 
 def setting(**options):

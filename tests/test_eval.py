@@ -13,15 +13,14 @@ from PIL import Image
 
 import data
 import eval as evaluation
+import frame
 import metrics
-from answers import scoring
 import train
-from answers import tree
+from answers import scoring, tree
+from answers.segment import evidence_of, joined, load_checkpoint
 from bits import Codec
 from diffusion import sample
 from metrics import calibration_error
-from answers.segment import evidence_of, joined, load_checkpoint
-import frame
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import statistics
 
 import pytest
 
-import config
 import experiments
 import train
 from bits import Codec
@@ -28,7 +27,7 @@ def test_every_run_is_one_that_train_understands(preset):
             Codec(c.encoding, c.bits, c.palette, c.seed, c.activation)
             Diffusion(prediction=c.prediction, weighting=c.weighting, input_scale=c.input_scale, bias=c.bias, schedule=c.schedule)
             assert (c.weighting == "sigmoid") == c.logsnr_space and c.seed == 1 and c.preset == preset
-            assert set(config.PRESETS[preset]) - {"log_every"} <= set(full)
+            assert set(train.PRESETS[preset]) - {"log_every"} <= set(full)
             seen.add(str(folder))
         assert len(seen) == len(rows), name                                        # no two rows are the same run
 

@@ -5,12 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-from answers import fit_tree
-from answers import tree
-from sources.formats import Item
+import engine
+from answers import fit_tree, tree
 from frame import fitted
 from model import SIZES, UNet
+from sources.formats import Item
 
 
 def test_targets_are_shares_of_pairs_of_pixels_and_unlabelled_ones_never_count(monkeypatch):
@@ -135,7 +134,7 @@ def folder(tmp_path):
     net = UNet(7, 4, **SIZES["tiny"])
     for p in net.parameters():
         p.data += 0.05 * torch.randn_like(p)
-    checkpoint.save(
+    engine.save(
         tmp_path / "ckpt.pt",
         dict(
             network=dict(in_channels=7, out_channels=4, **SIZES["tiny"]),

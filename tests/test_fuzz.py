@@ -11,13 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_inputs import coco, folder, labelme, scene
 
 import train
-from checkpoint import MARK, TAIL, read, save
+from answers.segment import denoise, load_checkpoint, prepare
+from engine import MARK, TAIL, read, save
 from sources.formats import FORMATS, find_coco
 from sources.packing import BAD, DONE, EMPTY, LEFT, convert
-from answers.segment import denoise, load_checkpoint, prepare
-from test_inputs import coco, folder, labelme, scene
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning",
                                         "ignore::RuntimeWarning",

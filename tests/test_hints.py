@@ -7,15 +7,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from test_locate import random_map
 
 import kernels
 import train
-from bits import Codec, locate
-from checkpoint import read, save
+from bits import Codec, hint_bits, locate
 from diffusion import Diffusion, draw, fused_training_loss, sample, training_loss
-from sources.hints import NUMBERS, draw_hints, hint_bits
+from engine import read, save
 from model import SIZES, UNet
-from test_locate import random_map
+from sources.hints import NUMBERS, draw_hints
 
 QUICK = ("--device cpu --batch_size 4 --image_size 16 --eval_images 2 --steps 1 --log_every 1 --save_every 2 --eval_every 4 "
          "--precision fp32 --hints 0.7").split()

@@ -5,8 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from frame import normalise
-from frame import fitted, resize_image, resize_label
+from frame import fitted, normalise, resize_image, resize_label
 from sources.formats import read_image, read_label
 
 PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)                      # 8 wide, 6 high

@@ -13,11 +13,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import data
-from sources import formats
 import train
-from data import load
-from sources.formats import HEIC, format_of, read_image
 from answers.scoring import originals, own_maps
+from data import load
+from sources import formats
+from sources.formats import HEIC, format_of, read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:__array__ implementation")
 H, W = 24, 32
@@ -740,7 +740,7 @@ def test_the_same_run_by_another_path_goes_on(tmp_path, small, monkeypatch, caps
 
 
 def test_a_checkpoint_of_before_these_options_goes_on(tmp_path, small):
-    from checkpoint import read, save
+    from engine import read, save
     root = folder(tmp_path / "mine")
     assert run(tmp_path, "--dataset", str(root), "--max_steps", "1") == 0
     content = read(tmp_path / "out/ckpt.pt")

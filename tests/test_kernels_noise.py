@@ -8,9 +8,9 @@ from scipy import stats
 
 import bits
 import diffusion
+import frame
 import kernels
 from kernels import reference
-import frame
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(kernels.triton is None, reason="needs Triton"))]

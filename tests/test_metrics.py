@@ -10,8 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import (all_scores, bootstrap, boundary_f, calibration_error, contingency, diversity, energy_distance, iou_matrix,
-                     pairwise, quality, reliability, scores)
+from metrics import (
+    all_scores,
+    bootstrap,
+    boundary_f,
+    calibration_error,
+    contingency,
+    diversity,
+    energy_distance,
+    iou_matrix,
+    pairwise,
+    quality,
+    reliability,
+    scores,
+)
 
 
 def ari_of_pairs(pred, true):

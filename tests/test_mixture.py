@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 import data
-from sources import scenes
 import train
+from sources import scenes
 
 
 def folder(path, value, ids, count=4):

@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import PAPER_MULT, SIZES, Attention, ResBlock, UNet, position_features, time_features
+from model import (
+    PAPER_MULT,
+    SIZES,
+    Attention,
+    ResBlock,
+    UNet,
+    position_features,
+    time_features,
+)
 
 MINI = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=4)
 

@@ -10,15 +10,14 @@ from pycocotools.coco import COCO
 
 import diffusion
 import sample
+from answers.pictures import colours, grid, overlay
+from answers.segment import Job, Model, denoise, placed, prepare, segment, summarise
 from bits import Codec
 from diffusion import Diffusion
+from frame import enlarge, outline, subsample
 from metrics import scores
 from model import SIZES, UNet
-from answers.pictures import colours, grid, overlay
-from frame import outline, subsample
 from sample import folder_names
-from answers.segment import Job, Model, denoise, placed, prepare, segment, summarise
-from frame import enlarge
 
 
 @pytest.fixture(scope="module")

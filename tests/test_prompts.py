@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from answers.segment import Model, denoise, hint_map, joined, prepare, segment
 from bits import Codec
 from diffusion import Diffusion, alpha_sigma, sample
-from model import SIZES, UNet
-from answers.segment import Model, denoise, hint_map, joined, prepare, segment
 from frame import shrink
+from model import SIZES, UNet
 
 D = Diffusion()
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import train
-from checkpoint import read
+from engine import read
 
 # Checkpoints at log lines: a line after a resume is the mean since the resume.
 OPTIONS = ("--device cpu --image_size 16 --batch_size 2 --max_steps 12 --save_every 2 --eval_every 6 --eval_images 2 --steps 1 --log_every 2 "

@@ -14,12 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-import config
 import train
-import validate
-from checkpoint import lock, read, save
-from engine import NoGraph
 from answers.segment import load_checkpoint
+from engine import NoGraph, lock, read, save
 
 ROOT = Path(train.__file__).parent
 QUICK = "--device cpu --max_steps 4 --batch_size 2 --image_size 16 --eval_images 3 --steps 2 --log_every 2 --save_every 2 --eval_every 4".split()
@@ -69,7 +66,8 @@ def test_resuming_equals_not_stopping(tmp_path, monkeypatch, more):
         update_ema(*args)
         calls.append(1)
         if len(calls) == 3:
-            import os, signal
+            import os
+            import signal
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(train, "update_ema", interrupted)
@@ -401,7 +399,7 @@ def test_a_full_disk_warns_and_leaves_the_last_good_checkpoint(tmp_path, monkeyp
 
 
 def test_a_signal_during_validation_stops_it_and_it_is_made_up_for(tmp_path, monkeypatch):
-    real, calls = validate.scores, []
+    real, calls = train.scores, []
 
     def interrupted(*args):
         calls.append(1)
@@ -410,7 +408,7 @@ def test_a_signal_during_validation_stops_it_and_it_is_made_up_for(tmp_path, mon
         return real(*args)
 
     assert run(tmp_path, out="whole") == 0
-    monkeypatch.setattr(validate, "scores", interrupted)
+    monkeypatch.setattr(train, "scores", interrupted)
     assert run(tmp_path, "--batch_size", "2") == 143
     assert len(calls) == 2 and not any("ari" in line for line in log(tmp_path))
     assert run(tmp_path) == 0
@@ -439,10 +437,10 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path, capsys):
 
 
 def test_presets_name_real_options_and_networks():
-    for name, row in config.PRESETS.items():
+    for name, row in train.PRESETS.items():
         c = train.parse(["--preset", name, "--dataset", "coco"])
         assert all(getattr(c, key) == value for key, value in row.items()) and c.network in train.SIZES
-    slow, fast = config.PRESETS["paper"], config.PRESETS["paper-fast"]
+    slow, fast = train.PRESETS["paper"], train.PRESETS["paper-fast"]
     assert slow["batch_size"] * slow["max_steps"] == fast["batch_size"] * fast["max_steps"]
     assert fast["ema"] == pytest.approx(slow["ema"] ** (fast["batch_size"] / slow["batch_size"]), abs=1e-4)
 

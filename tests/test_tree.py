@@ -12,7 +12,18 @@ from scipy.ndimage import gaussian_filter
 
 from answers import tree
 from answers.tree import (
-    GRAINS, LEVELS, Graph, confidence, forest, gather, grow, lab, learnt, log_odds, looks, regions,
+    GRAINS,
+    LEVELS,
+    Graph,
+    confidence,
+    forest,
+    gather,
+    grow,
+    lab,
+    learnt,
+    log_odds,
+    looks,
+    regions,
 )
 
 RNG = np.random.default_rng

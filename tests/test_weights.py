@@ -9,8 +9,14 @@ import torch
 from PIL import Image
 
 import sample
+from answers.segment import (
+    SHIPPED,
+    load_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    segment,
+)
 from metrics import scores
-from answers.segment import SHIPPED, load_checkpoint, newest_checkpoint, read_checkpoint, segment
 
 
 def test_the_file_says_where_it_comes_from():
