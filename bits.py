@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 PALETTES = ("similar", "random", "different", "range", "none")
@@ -79,26 +80,37 @@ def popcount(i):
 # Location-aware palette
 
 
-def locate(labels, side, largest_first=False):
+def locate(labels, side, largest_first=False, hints=None):
     """Location-aware palette: every segment gets the grid cell nearest to its centroid, no two the same one.
 
     labels (B, H, W), any integer type, -1 = ignore -> cells (B, H, W) int64 in [0, side^2), -1 where ignored.
     Segments choose in ascending label order (or largest first): the cell that holds the centroid if it is free, else
     the free cell nearest to the centroid, the first in raster order on ties. Beyond side^2 segments the smallest ones
-    are merged into the largest. Raises ValueError for labels that are not (B, H, W) integers.
+    are merged into the largest. hints (B, H, W) bool: segments with hinted pixels choose before all others, by the centroid
+    of these pixels, and are the last to be merged. Raises ValueError for labels that are not (B, H, W) integers.
     """
     index, counts, rows, cols = segments(labels)
     (B, H, W), K, device = labels.shape, side * side, labels.device
+    hinted = ()
+    if hints is not None:
+        n = counts.shape[1]
+        hinted = totals(index.where(hints.reshape(B, -1), n), n, labels.shape)
 
     if int((counts > 0).sum(1).max()) > K:                                         # 1) too many: merge the smallest
-        by_size = counts.argsort(dim=1, descending=True, stable=True)                  # (B, n)
+        rank = counts + H * W * (hinted[0] > 0) if hinted else counts
+        by_size = rank.argsort(dim=1, descending=True, stable=True)                    # (B, n)
         kept = torch.zeros_like(counts, dtype=torch.bool).scatter_(1, by_size[:, :K], True)
-        for total in (counts, rows, cols):
+        largest = counts.where(kept, -1).argmax(1, keepdim=True)
+        for total in (counts, rows, cols, *hinted):
             spare = torch.where(kept, 0, total).sum(1, keepdim=True)
-            total.mul_(kept).scatter_add_(1, by_size[:, :1], spare)
+            total.mul_(kept).scatter_add_(1, largest, spare)
     else:
-        by_size, kept = None, counts > 0
+        largest, kept = None, counts > 0
     kept = kept & (counts > 0)
+    key = torch.where(kept, -counts if largest_first else -torch.ones_like(counts), 1)
+    if hinted:
+        key = torch.where(hinted[0] > 0, -H * W - 1, key)
+        counts, rows, cols = (part.where(hinted[0] > 0, whole) for part, whole in zip(hinted, (counts, rows, cols)))
 
     # 2) the centroid in grid units, p = (sum / n + 1/2) / H * side - 1/2, kept as the fraction a / 2nH: int64 is exact,
     # so that ties are ties, on every device.
@@ -107,7 +119,6 @@ def locate(labels, side, largest_first=False):
     wanted = round_half_even(a_row, 2 * n * H) * side + round_half_even(a_col, 2 * n * W)
 
     # 3) the segments choose one after the other, all images at once
-    key = torch.where(kept, -counts if largest_first else -torch.ones_like(counts), 1)
     turn = key.argsort(dim=1, stable=True)[:, : max(1, int(kept.sum(1).max()))]        # (B, M), ascending labels on ties
     r, c = torch.arange(K, device=device) // side, torch.arange(K, device=device) % side
     # squared distance to every cell, less |p|^2, times nHW: (B, M, K); none is nearer than a free cell that is wanted
@@ -120,9 +131,9 @@ def locate(labels, side, largest_first=False):
         chosen[:, j] = cell = distance[:, j].masked_fill(taken, torch.iinfo(torch.int64).max).argmin(1)
         taken.scatter_(1, cell[:, None], True)
     cell_of = torch.full_like(wanted, -1).scatter_(1, turn, chosen.masked_fill(~kept.gather(1, turn), -1))
-    if by_size is not None:
+    if largest is not None:
         merged = ~kept & (cell_of < 0)
-        cell_of = torch.where(merged, cell_of.gather(1, by_size[:, :1]), cell_of)
+        cell_of = torch.where(merged, cell_of.gather(1, largest), cell_of)
     return paint(cell_of, index, labels.shape)
 
 
@@ -145,7 +156,7 @@ def segments(labels):
     """
     if labels.dim() != 3 or labels.is_floating_point() or labels.numel() == 0:
         raise ValueError(f"labels must be integers of shape (B, H, W), not {labels.dtype} {tuple(labels.shape)}")
-    (B, H, W), device = labels.shape, labels.device
+    B, H, W = labels.shape
     flat = labels.reshape(B, H * W).long()
     low, high = (int(v) for v in flat.aminmax())
     if high - low < 4096:                                                          # small ids: no sort needed
@@ -154,14 +165,23 @@ def segments(labels):
         unique, index = flat.unique(return_inverse=True)
         n = len(unique)
     index.masked_fill_(flat == -1, n)
-    key = (index + (n + 1) * torch.arange(B, device=device)[:, None]).view(-1)
+    return index, *totals(index, n, labels.shape)
 
-    def total(weights=None):                                                       # (B, n); float64 is exact
-        weights = weights if weights is None else weights.expand(B, H, W).reshape(-1)
+
+def totals(index, n, shape):
+    """Pixels, sum of rows, sum of columns of segments 0 to n - 1: index (B, H*W) in [0, n] -> each (B, n)."""
+    (B, H, W), index = shape, index.view(shape)
+    # runs of one segment within a row, of which there are far fewer than pixels
+    starts = F.pad(index[:, :, 1:] != index[:, :, :-1], (1, 0), value=True)
+    image, row, col = starts.nonzero().unbind(1)
+    first = (image * H + row) * W + col
+    length = first.diff(append=first.new_full((1,), B * H * W))
+    key = index.view(-1)[first] + (n + 1) * image
+
+    def total(weights):  # (B, n); bincount's float64 is exact
         return torch.bincount(key, weights, minlength=B * (n + 1)).view(B, n + 1)[:, :n].long()
 
-    row, col = (torch.arange(side, device=device, dtype=torch.float64) for side in (H, W))
-    return index, total(), total(row[:, None]), total(col)
+    return total(length), total(length * row), total(length * (2 * col + length - 1) // 2)
 
 
 def random_cells(labels, classes, generator=None):
@@ -223,15 +243,19 @@ class Codec:
         self.channels = table.shape[1]
         self.table = torch.cat([table, torch.zeros(1, self.channels)])             # the last row: cell -1, ignored
 
-    def cells(self, labels, generator=None):
-        """labels (B, H, W) -> cells (B, H, W) int64 in [0, classes), -1 = ignore. generator: for palette none."""
+    def cells(self, labels, generator=None, hints=None):
+        """labels (B, H, W) -> cells (B, H, W) int64 in [0, classes), -1 = ignore.
+
+        generator: for palette none; hints (B, H, W) bool: for the others, see `locate`.
+        """
         if self.palette == "none":
             return random_cells(labels, self.classes, generator)
-        return locate(labels, self.side)
+        return locate(labels, self.side, hints=hints)
 
     def encode(self, cells):
         """cells (B, H, W) -> x0 (B, C, H, W) float32 in [-1, 1], 0 where ignored (channels_last in memory)."""
-        return rearrange(self.table.to(cells.device)[cells], "b h w c -> b c h w")
+        rows = torch.where(cells < 0, self.classes, cells)  # the table's last row
+        return rearrange(F.embedding(rows, self.table.to(cells.device)), "b h w c -> b c h w")
 
     def decode(self, x, valid=None):
         """x (B, C, H, W) -> cells (B, H, W) int64, -1 outside valid (B, H, W). rgb: cluster numbers, not cells."""
@@ -243,8 +267,10 @@ class Codec:
         elif self.encoding == "onehot":
             cells = self.cell_of_code.to(x.device)[x.argmax(1)]
         else:
-            weight = 2 ** torch.arange(self.bits, device=x.device).view(1, -1, 1, 1)
-            cells = self.cell_of_code.to(x.device)[((x > 0) * weight).sum(1)]
+            code = torch.zeros_like(x[:, 0], dtype=torch.int16)
+            for bit in x.unbind(1)[::-1]:
+                code.mul_(2).add_(bit > 0)
+            cells = self.cell_of_code.to(x.device).index_select(0, code.int().view(-1)).view(code.shape)
         return cells if valid is None else cells.masked_fill(~valid, -1)
 
     def activate(self, out):

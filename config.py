@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import names
+from data import names, parse_void
 from model import SIZES
 
 
@@ -18,7 +18,8 @@ class Config:
     # The defaults are the paper's. A preset (below) changes some, the command line has the last word: --lr 3e-4
 
     # what and where
-    dataset: str = "shapes"                      # shapes, coco, entity, ade20k, bsds500, or a folder with images/ and labels/;
+    dataset: str = "shapes"                      # shapes, coco, entity, ade20k, bsds500, or a folder: images/ and
+                                                 # labels/, LabelMe, VOC, Cityscapes, exports of Roboflow, CVAT ...;
                                                  # several: photos:3,streets:components:ignore,shapes (a number: its weight)
     compose: float = 0.0                         # share of training scenes pasted together from pieces of the images
     preset: str = ""                             # a row of PRESETS; "": tiny for shapes, paper for coco and entity, else small
@@ -38,7 +39,9 @@ class Config:
     image_size: int = 128                        # longer side, in pixels; cost grows with its square
     augment: bool = True                         # of real images; off only to see a model overfit
     unlabelled: str = "segment"                  # id 0: one segment (as in the paper), or ignore
+    void: str = ""                               # ids that are ignored, e.g. 255 (VOC, Cityscapes); several: 254,255
     components: bool = False                     # labels are classes: their connected parts become the segments
+    max_bad: float = 0.01                        # share of unusable images or label maps that is too much
     crop: float = 1.0                            # smallest share of the sides that random crops keep; 1: none
     jitter: float = 1.0                          # how often colours are changed, as a multiple of the paper's probabilities
     workers: int = 1                             # threads that read ahead; 0: none
@@ -57,6 +60,7 @@ class Config:
     logsnr_space: bool = True                    # the factor -dlambda/dt in the loss
     image_drop: float = 0.05                     # share of samples trained without the image, for guidance
     self_condition: float = 0.0                  # share of samples that see a first guess; doubles the forward cost
+    hints: float = 0.0                           # share of samples that see hints, bits of a few pixels; for encoding bits
     # optimisation
     batch_size: int = 8
     accumulate: int = 1                          # micro-batches a step: raise it when batch_size does not fit
@@ -76,8 +80,8 @@ class Config:
     sampler: str = "ddpm"                        # ddpm, ddim
     variance: str = "large"                      # large, small (ddpm)
     smooth: float = 0.0                          # share of the side over which answers are averaged between the image's edges
-    least: int = 0                               # fewest pixels of an answer's segment, in one piece then; 0: any (tidy.py)
-    merge: float = 0.0                           # ... neighbours become one where the odds that people part them are below this; 0: none
+    least: int = 0                               # regions of fewer pixels join a neighbour first (tree.py); 0: none
+    merge: float = 0.0                           # answers are cut where the odds that people part two regions reach this; 0: as sampled
     # logging
     log_every: int = 100
     save_every: int = 1000
@@ -95,13 +99,14 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
 
 # May change on resume.
 FREE = {"out", "root", "cache", "device", "kernels", "compile", "graph", "workers", "init", "export",
-        "accumulate", "max_steps", "eval_every", "eval_images", "log_every", "save_every", "keep_every"}
+        "accumulate", "max_steps", "eval_every", "eval_images", "log_every", "save_every", "keep_every",
+        "max_bad"}
 
 RANGES = dict.fromkeys(("batch_size", "accumulate", "max_steps", "image_size", "eval_every", "eval_images", "steps", "log_every",
                         "save_every"), (1, math.inf))
 RANGES |= dict.fromkeys(("keep_every", "workers", "warmup_steps", "decay_steps", "lr", "weight_decay", "grad_clip", "jitter", "guidance",
                          "smooth", "least", "merge"), (0, math.inf))
-RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition"), (0, 1))
+RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition", "hints", "max_bad"), (0, 1))
 RANGES |= {"seed": (0, 2**22 - 1), "crop": (0.01, 1), "ema": (0, 0.999999), "input_scale": (1e-6, math.inf), "bias": (-100, 100)}
 CHOICES = {"sampler": ("ddpm", "ddim"), "variance": ("large", "small")}
 
@@ -129,7 +134,8 @@ def parse(argv):
     if preset not in PRESETS:
         raise ValueError(f"preset '{preset}' is not one of {', '.join(PRESETS)}")
     c = Config(**{**PRESETS[preset], **given, "preset": preset})
-    c.out = c.out or f"out/{Path(sets[0]).name}{'-and-more' if len(sets) > 1 else ''}-{preset}"
+    parse_void(c.void)
+    c.out = c.out or f"out/{Path(sets[0]).resolve().name}{'-and-more' if len(sets) > 1 else ''}-{preset}"
     c.network = c.network or preset
     if c.network not in SIZES:
         raise ValueError(f"network '{c.network}' is not one of {', '.join(SIZES)}")
@@ -142,6 +148,8 @@ def parse(argv):
             raise ValueError(f"--{key} is {' or '.join(known)}, not '{getattr(c, key)}'")
     if c.encoding == "rgb" and (c.least or c.merge):
         raise ValueError(f"--least and --merge must be 0 with --encoding rgb, not {c.least} and {c.merge}")
+    if c.hints and c.encoding != "bits":
+        raise ValueError(f"--hints are bits: use --encoding bits, not {c.encoding}, or --hints 0")
     if c.crop < 1 and (not c.augment or sets == ["shapes"]):
         raise ValueError("--crop belongs to the augmentation of real images: not with shapes, nor with --augment false")
     if c.batch_size % c.accumulate:

@@ -1,4 +1,4 @@
-"""Images with label maps: shapes, folders, COCO, EntitySeg, ADE20K, BSDS500 and mixtures; augmentation, batches.
+"""Images with label maps: shapes, files of all formats.FORMATS, and mixtures; augmentation, batches.
 
 What it is: `load(name, split, size, ...)` returns a data set with len() and get(positions); `augment` and `normalise`
 work on batches on any device. What it is not: it knows nothing of bits, noise or networks. Files are read by formats.py and
@@ -13,11 +13,12 @@ is padding (zero after normalisation, ignored in the labels).
 
     python data.py coco --download --root data               # fetch COCO into data/coco
     python data.py coco --root data --size 128               # decode and resize it once, into cache/; train.py does so too
-    python data.py path/to/folder                            # the same for a folder with images/ and labels/
+    python data.py path/to/folder  # the same for a folder of any format in formats.FORMATS
 """
 
 import argparse
 import functools
+import hashlib
 import itertools
 import os
 import sys
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from download import download
-from formats import find_ade20k, find_bsds500, find_coco, find_entity, find_folder
+from formats import FORMATS, format_of, others
 from packing import pack
 from scenes import Mixture, Shapes
 
@@ -39,17 +40,18 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segment", components=False, workers=CORES,
-         max_bad=0.01, split_seed=0, compose=0.0, detail=1):
+         max_bad=0.01, split_seed=0, compose=0.0, detail=1, void=""):
     """The data set `name`: shapes, coco, entity, ade20k, bsds500, or a folder. split: train, val or test.
 
-    Several, with commas between them, are a mixture: "photos:3,streets:components:ignore,shapes:0.5". After the name may
-    stand its weight (1), `components` and `ignore` (unlabelled pixels), for this set alone. Of a mixture, only the training
-    split is one: val and test are the first set's.
+    Several, with commas between them, are a mixture: "photos:3,streets:components:ignore:void=255,shapes:0.5". After the name
+    may stand its weight (1), `components`, `ignore` (unlabelled pixels) and `void=ID` (repeated for more), for this set alone.
+    Of a mixture, only the training split is one: val and test are the first set's.
 
     root: where the set lies, as root/name or itself; cache: where packed copies go; seed: of shapes; unlabelled: whether
     id 0 is a segment or ignored; components: label maps hold classes, whose connected parts are the segments; workers:
     processes that pack; max_bad: share of unusable items from which on packing fails; split_seed: of entity's split;
-    compose: share of training samples that are scenes composed of pieces of the images (`compose`). detail: images are for
+    compose: share of training samples that are scenes composed of pieces of the images (`compose`). void: ids with commas
+    between them, of which pixels are ignored. detail: images are for
     label maps of size / detail, and miss no part of these (`fitted`).
     Raises ValueError or OSError with what to do.
     """
@@ -57,24 +59,61 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
         raise ValueError(f"unlabelled is 'segment' or 'ignore', not '{unlabelled}'")
     if split not in ("train", "val", "test"):
         raise ValueError(f"split is train, val or test, not '{split}'")
-    parts = parse_parts(name)
+    parts, void = parse_parts(name), parse_void(void)
     sets = [load_one(part, split, size, root, cache, seed, own["unlabelled"] or unlabelled, own["components"] or components,
-                     workers, max_bad, split_seed, detail) for part, _, own in (parts if split == "train" else parts[:1])]
+                     workers, max_bad, split_seed, detail, own["void"] or void)
+            for part, _, own in (parts if split == "train" else parts[:1])]
     mixed = split == "train" and (len(parts) > 1 or compose)
     return Mixture(sets, [weight for _, weight, _ in parts], seed, compose) if mixed else sets[0]
 
 
-def load_one(name, split, size, root, cache, seed, unlabelled, components, workers, max_bad, split_seed, detail):
+def load_one(name, split, size, root, cache, seed, unlabelled, components, workers, max_bad, split_seed,
+             detail, void):
     if name == "shapes":
         return Shapes(split, size, seed)
-    files, listing = find(name, split, root, split_seed)
-    options = dict(size=size, unlabelled=unlabelled, components=components, split_seed=split_seed, **(dict(detail=detail) if detail > 1 else {}))
+    files, listing = find(name, split, root, split_seed, void)
+    options = dict(size=size, unlabelled=unlabelled, components=components, split_seed=split_seed, void=void,
+                   **(dict(detail=detail) if detail > 1 else {}))
+    if name not in NAMED and split == "train" and os.environ.get("RANK", "0") == "0":
+        print(f"{name}: {FORMATS[format_of(Path(name))].title}")
     return pack(files, listing, Path(cache), f"{Path(name).resolve().name}-{split}", options, workers, max_bad)
 
 
 def parse_parts(name):
     """The parts of a mixture, or of one data set, each as of parse_part; a folder of just this name is one set."""
-    return [(name, 1.0, dict(components=False, unlabelled=None))] if Path(name).is_dir() else [parse_part(part) for part in name.split(",")]
+    whole = [(name, 1.0, dict(components=False, unlabelled=None, void=()))]
+    return whole if Path(name).is_dir() else [parse_part(part) for part in name.split(",")]
+
+
+def parse_void(text):
+    """"0,255" -> (0, 255), ids whose pixels are ignored; "" -> (). Raises ValueError."""
+    try:
+        return tuple(sorted({int(word) for word in str(text).split(",")})) if str(text).strip() else ()
+    except ValueError:
+        raise ValueError(f"--void '{text}' is no id, nor several with commas between them, e.g. 255") from None
+
+
+def contents(data):
+    """What a training set holds, whatever its path: a digest of names, sizes and numbers of label maps."""
+    if hasattr(data, "sets"):
+        return [contents(one) for one in data.sets]
+    if not hasattr(data, "items"):
+        return data.name
+    text = repr((data.names, data.sizes.tolist(), data.first.tolist()))
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def same(old, new, old_contents, data):
+    """Whether two texts of --dataset mean one training set: the same paths, spelt otherwise, or moved files.
+
+    old_contents: what `contents` gave for the old one; data: the new one's.
+    """
+    def place(name):
+        return name if name in NAMED else Path(name).resolve()
+
+    (old_names, *old_rest), (new_names, *new_rest) = (zip(*parse_parts(text)) for text in (old, new))
+    moved = contents(data) == old_contents
+    return old_rest == new_rest and (moved or list(map(place, old_names)) == list(map(place, new_names)))
 
 
 def names(text):
@@ -83,39 +122,49 @@ def names(text):
 
 
 def parse_part(text):
-    """name[:weight][:components][:ignore] -> name, weight, dict(components, unlabelled). Raises ValueError."""
-    words, own, weight = text.split(":"), dict(components=False, unlabelled=None), 1.0
+    """name[:weight][:components][:ignore][:void=ID] -> name, weight, dict(components, unlabelled, void).
+    Raises ValueError."""
+    words, own, weight = text.split(":"), dict(components=False, unlabelled=None, void=()), 1.0
     while len(words) > 1:
         if words[-1] == "components":
             own["components"] = True
         elif words[-1] == "ignore":
             own["unlabelled"] = "ignore"
+        elif words[-1].startswith("void="):
+            own["void"] = parse_void(",".join([words[-1][5:], *map(str, own["void"])]))
         elif words[-1].replace(".", "", 1).isdigit() and float(words[-1]) > 0:
             weight = float(words[-1])
         else:
             break                                                              # a part of the name: C:\\photos
         words.pop()
     if not words[0]:
-        raise ValueError(f"'{text}' is not a data set: of several, each is name[:weight][:components][:ignore]")
+        raise ValueError(f"'{text}' is not a data set: of several, each is "
+                         "name[:weight][:components][:ignore][:void=ID]")
     return ":".join(words), weight, own
 
 
-def find(name, split, root="data", split_seed=0):
-    """(files, listing) of a data set of files; listing() gives its items. Raises ValueError or OSError with what to do."""
-    formats = dict(coco=find_coco, entity=functools.partial(find_entity, seed=split_seed), ade20k=find_ade20k,
-                   bsds500=find_bsds500)
-    if name not in formats:
-        if not Path(name).is_dir():
-            raise ValueError(f"data set '{name}' is neither shapes, nor coco, nor a folder with images/ and labels/, nor "
-                             f"{', '.join(formats)}")
-        return find_folder(Path(name), split)
+# found under root; all else is the path of a folder
+NAMED = ("shapes", "coco", "entity", "ade20k", "bsds500")
+
+
+def find(name, split, root="data", split_seed=0, void=()):
+    """(files, listing) of a data set of files; listing() gives its items, which ignore the ids `void`, too.
+    Raises ValueError or OSError with what to do."""
+    if name not in NAMED and not Path(name).is_dir():
+        raise ValueError(f"data set '{name}' is neither shapes, nor coco, nor a folder with images/ and "
+                         f"labels/, nor entity, ade20k, bsds500, nor a folder of: {others()}")
+    kind = name if name in NAMED else format_of(Path(name))
+    look = functools.partial(FORMATS[kind].find, seed=split_seed) if kind == "entity" else FORMATS[kind].find
     try:
-        return formats[name](Path(root) / name, split)
+        files, listing = look(Path(root) / name if name in NAMED else Path(name), split)
     except FileNotFoundError as missing:
+        if name not in NAMED:
+            raise
         try:
-            return formats[name](Path(root), split)
+            files, listing = look(Path(root), split)
         except FileNotFoundError:
             raise missing from None
+    return files, lambda: [item._replace(void=item.void + tuple(void)) for item in listing()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,12 +280,17 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     gamma, contrast, brightness = when(1, 2 ** (0.5 * r[0]), 1.0), when(2, 1 + 0.2 * r[1], 1.0), when(2, 0.2 * r[2])
     turn, chroma, value = when(3, 0.35 * r[3]), when(3, 1 + 0.3 * r[4], 1.0), when(3, 1 + 0.15 * r[5], 1.0)
     near, across = chroma * turn.cos() / 3, chroma * turn.sin() / 3**0.5
-    a, b, c = (value * v for v in (1 / 3 + 2 * near, 1 / 3 - near - across, 1 / 3 - near + across))
-    matrix = contrast * torch.stack([a, b, c, c, a, b, b, c, a])                   # (9, B)
+    a, b, c = (contrast * value * v for v in (1 / 3 + 2 * near, 1 / 3 - near - across, 1 / 3 - near + across))
     offset = value * (0.5 - 0.5 * contrast + brightness) + when(4, 0.08 * r[6:9])  # (3, B)
+    # the same map takes mean and deviation off
+    rows = zip(((a, b, c), (c, a, b), (b, c, a)), STD)
+    matrix = torch.stack([v / std for row, std in rows for v in row])  # (9, B)
+    offset = torch.stack([(v - mean) / std for v, mean, std in zip(offset, MEAN, STD)], dim=1)  # (B, 3)
     powers = (torch.arange(256, device=device) / 255) ** gamma[:, None]            # (B, 256): a table spares a power a pixel
     x = powers.gather(1, images.permute(0, 3, 1, 2).reshape(B, -1).long())
-    x = torch.baddbmm(offset.T[..., None], matrix.T.reshape(B, 3, 3), x.view(B, 3, -1)).clamp_(0, 1).view(B, 3, T, T)
+    x = torch.baddbmm(offset[..., None], matrix.T.reshape(B, 3, 3), x.view(B, 3, -1)).view(B, 3, T, T)
+    for channel, mean, std in zip(x.unbind(1), MEAN, STD):
+        channel.clamp_(-mean / std, (1 - mean) / std)
 
     # flip, rotation and crop about the middle of the valid part, as one map from new to old pixels
     old = sizes.to(device, non_blocking=True).T.float()                                               # (2, B): h, w
@@ -254,18 +308,24 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     far = [torch.where(axis < n[:, None], 0.0, 1e6) for n in fine]                 # beyond the valid part: from nowhere
     row_y, row_x = (sy * cos)[:, None] * dy + middle[0][:, None] + far[0], (sy * sin)[:, None] * dx
     col_x, col_y = (sx * cos)[:, None] * dx + middle[1][:, None] + far[1], (sx * sin)[:, None] * dy
-    row, col = row_y[:, :, None] + row_x[:, None], col_x[:, None] - col_y[:, :, None]  # (B, d S, d S)
-    height, width = old.view(2, B, 1, 1)
-    r_, c_ = (v.round() if detail == 1 else F.avg_pool2d(v, detail).round() for v in (row, col))   # (B, S, S), the label's
-    inside = (r_ >= 0) & (r_ < height) & (c_ >= 0) & (c_ < width)
-    nearest = (r_.clamp_(0, T - 1) * T).add_(c_.clamp_(0, T - 1)).long()           # (B, S, S)
+    # folded as the network sees it, (B, d^2, S, S): cheaper than pixel_unshuffle after sampling
+    row_y, col_y, row_x, col_x = (v.view(B, S, detail).mT.contiguous() for v in (row_y, col_y, row_x, col_x))
+    row = (row_y[:, :, None, :, None] + row_x[:, None, :, None]).flatten(1, 2)
+    col = (col_x[:, None, :, None] - col_y[:, :, None, :, None]).flatten(1, 2)
+    last_row, last_col = old.view(2, B, 1, 1) - 1
+    # (B, S, S), the label's
+    r_, c_ = (v[:, 0].round() if detail == 1 else v.mean(1).round() for v in (row, col))
+    r_in, c_in = torch.minimum(r_.clamp(min=0), last_row), torch.minimum(c_.clamp(min=0), last_col)
+    inside = (r_ == r_in) & (c_ == c_in)
+    nearest = r_in.mul_(T).add_(c_in).long()                                       # (B, S, S)
     labels = torch.where(inside, labels.view(B, -1).gather(1, nearest.view(B, -1)).view(B, S, S), -1)
     # clamped to the valid part, so that the padding's black does not bleed in at its border
-    row, col = torch.minimum(row.clamp_(min=0), height - 1), torch.minimum(col.clamp_(min=0), width - 1)
-    # (B, d S, d S, 2), x before y, in [-1, 1]; 5 times faster than stack
-    grid = torch.view_as_real(torch.complex(col, row)).mul_(2 / T).add_(1 / T - 1)
-    x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return *standardise(x, inside, detail), labels
+    row = torch.minimum(row.clamp_(min=0), last_row[:, None])
+    col = torch.minimum(col.clamp_(min=0), last_col[:, None])
+    # (B, d^2, S, S, 2), x before y, in [-1, 1]; 5 times faster than stack
+    grid = torch.view_as_real(torch.complex(col, row)).mul_(2 / T).add_(1 / T - 1).flatten(1, 2)
+    x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False).view(B, -1, S, S)
+    return x.mul_(inside[:, None].float()), inside, labels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +335,7 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Fetch COCO, or decode and resize a data set, for training to read it fast.")
     option = parser.add_argument
-    option("name", help="coco, entity, ade20k, bsds500, or a folder with images/ and labels/")
+    option("name", help="coco, entity, ade20k, bsds500, or a folder: images/ and labels/, or another format")
     option("--root", default="data", help="the data set lies in ROOT/NAME or in ROOT itself (%(default)s)")
     option("--split", nargs="+", default=["train", "val"], choices=["train", "val", "test"], help="(train val)")
     option("--size", type=int, default=128, help="longer side, in pixels (%(default)s)")
@@ -283,6 +343,7 @@ def main(argv=None):
     option("--detail", type=int, default=1, help="of the network, see model.SIZES (%(default)s; photo: 2)")
     option("--cache", default="cache", help="where packed copies go (%(default)s)")
     option("--unlabelled", default="segment", help="id 0: one segment, or ignore (%(default)s)")
+    option("--void", default="", help="ids that are ignored, e.g. 255 (VOC, Cityscapes); several: 254,255")
     option("--components", action="store_true", help="labels are classes: their connected parts become the segments")
     option("--workers", type=int, default=CORES, help="processes (%(default)s)")
     option("--max_bad", "--max-bad", type=float, default=0.01, help="share of unusable items that is too much (%(default)s)")
@@ -306,7 +367,8 @@ def main(argv=None):
             mine = [part for part in (parts if split == "train" else parts[:1]) if part[0] != "shapes"]        # as `load` takes them
             for (name, _, own), (side, detail) in itertools.product(mine, sorted(copies)):
                 data = load(name, split, side, a.root, a.cache, 0, own["unlabelled"] or a.unlabelled, own["components"] or a.components,
-                            a.workers, a.max_bad, detail=detail)
+                            a.workers, a.max_bad, detail=detail,
+                            void=",".join(map(str, own["void"])) or a.void)
                 print(f"{name} {split}: {len(data):,} images, {len(data.labels):,} label maps of {side} x {side} pixels, in "
                       f"{data.folder}")
     except (ValueError, OSError) as e:

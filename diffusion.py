@@ -1,7 +1,7 @@
 """The diffusion process on analog bits: noise schedules, training loss, samplers. Continuous time, 0 = data, 1 = noise.
 
-What it is: plain functions around any network `model(x, t)` that takes cat(xt, image[, previous x_hat]) of shape
-(B, C + 3 [+ C], H, W) and t (B,), and returns (B, C, H, W). What it is not: it knows neither labels nor files.
+What it is: plain functions around any network `model(x, t)` that takes cat(xt, image[, hints][, previous x_hat]) of
+shape (B, C + 3 [+ C] [+ C], H, W) and t (B,), and returns (B, C, H, W). What it is not: it knows neither labels nor files.
 
 Use it alone:
     from diffusion import Diffusion, training_loss, sample
@@ -46,6 +46,7 @@ class Diffusion:
     logsnr_space: bool = True                    # the factor -dlambda/dt of the loss
     image_drop: float = 0.05                     # share of training samples without an image, for guidance
     self_condition: float = 0.0                  # share of training steps with a first pass' x_hat as input; 0 = off
+    hints: float = 0.0                           # share of training samples that see hints (hints.py); 0 = no channels for them
 
     def __post_init__(self):
         for value, known, name in ((self.schedule, SCHEDULES, "schedule"), (self.weighting, WEIGHTINGS, "weighting"),
@@ -194,13 +195,15 @@ def to_device(x, device):
     return (x.pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
 
 
-def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=None):
+def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=None, hints=None):
     """The loss of one batch (Eq. 2), a scalar.
 
     x0 (B, C, H, W) in [-1, 1], 0 where not valid; image (B, 3, H, W), normalised, or (B, 3 d^2, H, W), one of d times the
     resolution, folded; valid (B, H, W) bool. drawn: what `draw` returns, for these B samples; drawn here, with
     generator as `draw` takes it, if not given. With d.loss "bce", activate must be torch.tanh, x0 bits, -1 or 1.
+    hints: what is known of x0, (B, C, H, W), 0 where unknown.
     """
+    hints = hint_channels(hints, d, x0.shape, x0.device)
     r = draw(x0.shape, d, generator, x0.device) if drawn is None else drawn
     alpha, sigma, t = r["alpha"], r["sigma"], r["t"].flatten()
     xt = alpha * x0 + sigma * r["eps"]                                             # Eq. 1
@@ -208,9 +211,9 @@ def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=No
     if d.self_condition > 0:
         x_self = torch.zeros_like(xt)
         with torch.no_grad():
-            first = to_x0(model(network_input(xt, image, x_self), t), xt, alpha, sigma, d.prediction, activate)
+            first = to_x0(model(network_input(xt, image, x_self, hints), t), xt, alpha, sigma, d.prediction, activate)
         x_self = first.clamp(-1, 1) * r["chosen"]
-    out = model(network_input(xt, image, x_self), t)
+    out = model(network_input(xt, image, x_self, hints), t)
     if d.loss == "bce":
         error = per_sample_entropy(out.float(), x0, valid)
     else:
@@ -218,7 +221,8 @@ def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=No
     return (r["weight"].flatten() * error).mean()
 
 
-def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, activation, codes=None, dtype=torch.float32):
+def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, activation, codes=None, dtype=torch.float32,
+                        hints=None):
     """training_loss, by the kernels: neither x0 nor eps nor x_hat is ever in memory.
 
     cells (B, H, W) integers, -1 = ignored; seeds (B,) int64, of each sample's noise; drawn as of `draw`, without eps;
@@ -226,10 +230,15 @@ def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, ac
     """
     alpha, sigma, weight, keep, t = (drawn[name].flatten() for name in ("alpha", "sigma", "weight", "keep", "t"))
     again = d.self_condition > 0
+    hints = hint_channels(hints, d, (len(cells), bits, *cells.shape[1:]), cells.device)
 
     def run(x_self=None):
-        return model(kernels.network_input(cells, alpha, sigma, seeds, bits, image, keep=keep, x_self=x_self,
-                                           self_condition=again, codes=codes, dtype=dtype), t)
+        x = kernels.network_input(cells, alpha, sigma, seeds, bits, image, keep=keep, x_self=x_self,
+                                  self_condition=again, codes=codes, dtype=dtype)
+        if hints is not None:                                                      # before x_self
+            seen = bits + image.shape[1]
+            x = torch.cat([x[:, :seen], hints.to(dtype), x[:, seen:]], dim=1)
+        return model(x, t)
 
     x_self = xt = None
     if d.prediction != "x":                                                        # float32: eps divides by alpha
@@ -241,9 +250,20 @@ def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, ac
     return kernels.loss(run(x_self), cells, weight, d.prediction, activation, xt, alpha, sigma, codes, d.loss == "bce").mean()
 
 
-def network_input(xt, image=None, x_self=None):
-    """cat(xt[, image][, x_self]): (B, C [+ 3 d^2] [+ C], H, W)."""
-    return torch.cat([v for v in (xt, image, x_self) if v is not None], dim=1)
+def network_input(xt, image=None, x_self=None, hints=None):
+    """cat(xt[, image][, hints][, x_self]): (B, C [+ 3 d^2] [+ C] [+ C], H, W)."""
+    return torch.cat([v for v in (xt, image, hints, x_self) if v is not None], dim=1)
+
+
+def hint_channels(hints, d, shape, device):
+    """The hints that a network of d takes: these, zeros if there are none, None if it takes none. Raises ValueError."""
+    if hints is None:
+        return torch.zeros(shape, device=device) if d.hints > 0 else None
+    if d.hints == 0:
+        raise ValueError("this network has no input for hints: train one with --hints 0.5, or give none")
+    if hints.shape != torch.Size(shape):
+        raise ValueError(f"hints must be bits of shape {tuple(shape)}, not {tuple(hints.shape)}")
+    return hints
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +272,7 @@ def network_input(xt, image=None, x_self=None):
 
 @torch.no_grad()
 def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, guidance=1.0, sampler="ddpm",
-           variance="large", smooth=0.0, known=None, resample=1, init=None, strength=1.0, callback=None, fused=None):
+           variance="large", smooth=0.0, init=None, strength=1.0, callback=None, fused=None, hints=None):
     """Denoise Gaussian noise into x_hat (B, C, H, W) in [-1, 1] at N equidistant times from 1 to 0.
 
     image (B, 3 d^2, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random generator a sample, so
@@ -260,18 +280,15 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     variance (ddpm): large or small. callback(i, t, xt, x_hat) sees every step. smooth: x_hat is averaged over about this
     share of the longer side at every step, but not across edges of the image (`edge_aware`); 0: not at all, as in the paper.
 
-    known: x0 (B, C, H, W) and hint (B, H, W) integers, the number of the hint that gives x0 there, 0 where unknown. There
-    x_hat is x0 and xt is x0 noised for its time (RePaint, Lugmayr et al. 2022); what resembles a hint follows it (`carry`).
-    resample: each step is noised again and repeated until it was done so often. init (B, C, H, W): start from it, noised
-    for t = strength in (0, 1], not from t = 1 (SDEdit, Meng et al. 2022); N steps all the same. A model with a method
-    image_part sees the image once, not at every step.
+    init (B, C, H, W): start from it, noised for t = strength in (0, 1], not from t = 1 (SDEdit, Meng et al. 2022); N steps
+    all the same. A model with a method image_part sees the image once, not at every step.
+    hints: bits (B, C, H, W), 0 where unknown (hints.py), seen at every step by a network that was trained with hints.
     fused: what `fused` returned: kernels draw the noise and take the steps (other numbers for a seed than without them).
     """
     if sampler not in ("ddpm", "ddim") or variance not in ("large", "small"):
         raise ValueError(f"sampler is ddpm or ddim, variance large or small, not '{sampler}' and '{variance}'")
-    if steps < 1 or resample < 1 or len(seeds) != len(image):
-        raise ValueError(f"at least 1 step, 1 resample and one seed an image are needed, not {steps}, {resample} and "
-                         f"{len(seeds)}")
+    if steps < 1 or len(seeds) != len(image):
+        raise ValueError(f"at least 1 step and one seed an image are needed, not {steps} and {len(seeds)}")
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be above 0 and at most 1 (1: ignore init), not {strength}")
     if smooth < 0:
@@ -303,22 +320,19 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     xt, x_hat = noise(), torch.zeros(B, channels, H, W, device=device)
     if init is not None:
         xt = alpha[0] * init + sigma[0] * xt
-    fixed, hint = known if known is not None else (None, None)
     images = torch.cat([image, torch.zeros_like(image)]) if guidance else image    # both halves in one batch
     halves, once = len(images) // B, getattr(model, "image_part", None)
+    hints = hint_channels(hints, d, (B, channels, H, W), device)
+    hints = hints.repeat(halves, 1, 1, 1) if hints is not None else None
     images, extra = (images, ()) if once is None else (None, (once(images),))
 
-    for i, again in [(i, again) for i in range(steps) for again in range(resample if i < steps - 1 else 1)]:
-        if again:                                                                  # one step of noising: q(xt | xs)
-            xt = alpha[i] / alpha[i + 1] * xt + math.sqrt(-math.expm1(lam[i] - lam[i + 1])) * sigma[i] * noise()
-        if known is not None:
-            xt = torch.where(hint[:, None] > 0, alpha[i] * fixed + sigma[i] * noise(), xt)
+    for i in range(steps):
         x_self = x_hat.repeat(halves, 1, 1, 1) if d.self_condition > 0 else None
         xs = xt.repeat(halves, 1, 1, 1)
         t = torch.full((len(xs),), times[i].item(), device=device)
-        out = model(network_input(xs, images, x_self), t, *extra)
+        out = model(network_input(xs, images, x_self, hints), t, *extra)
         a, b, c = update(i)
-        if fused and known is None and not smooth:
+        if fused and not smooth:
             after, x_hat = kernels.step(out, xt, alpha[i], sigma[i], a, b, c, valid, guidance, keys, next(stream),
                                         d.prediction, fused["activation"], with_x_hat=True)
         else:
@@ -326,8 +340,6 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
             if guidance:
                 x_hat = (1 + guidance) * x_hat[:B] - guidance * x_hat[B:]
             x_hat = (average(filters, x_hat * mask) if smooth else x_hat).clamp(-1, 1) * mask
-            if known is not None:
-                x_hat = carry(x_hat, fixed, hint) * mask
             after = a * xt + b * x_hat + (c * noise() if c else 0)
         if callback:
             callback(i, times[i].item(), xt, x_hat)
@@ -336,42 +348,53 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
 
 
 def edge_aware(image, valid, reach, colour=0.35):
-    """Filters that average along rows and columns of an image (B, 3 d^2, H, W), normalised: (B, H, W, W) and (B, W, H, H).
+    """Filters for `average`, along rows and columns. image (B, 3 d^2, H, W), normalised; valid (B, H, W).
 
-    The weight of another pixel of the row is exp(-d): d grows by 1 for every `reach` of the longer side on the way there, and
-    by 1 for every `colour` that the image changes by. Weights sum to 1 over the valid pixels. This is normalised
-    convolution in the domain transform (Gastal & Oliveira 2011).
+    The weight of another pixel of the row is exp(-d): d grows by 1 for every `reach` of the longer side on
+    the way, and by 1 for every `colour` that the image changes by. Weights sum to 1 over the valid pixels.
+    This is normalised convolution in the domain transform (Gastal & Oliveira 2011).
     """
-    def along(x, valid):                                                           # (B, rows, columns, 3): its rows
-        change = (x[:, :, 1:] - x[:, :, :-1]).norm(dim=-1) / colour + 1 / (reach * max(image.shape[-2:]))
-        way = torch.cat([torch.zeros_like(change[:, :, :1]), change], dim=2).cumsum(2)
-        far = (way[..., None] - way[..., None, :]).abs()                           # (B, rows, columns, columns)
-        return torch.softmax(-far - 1e4 * ~valid[:, :, None], dim=-1)
+    def along(x, valid):  # the columns of x (B, 3, n, m): two scans, and 1 / the sum of the weights
+        n = x.shape[2]
+        block = max(b for b in range(1, n + 1) if n % b == 0 and b * b <= n)
+        change = (x[:, :, 1:] - x[:, :, :-1]).norm(dim=1, keepdim=True) / colour
+        keep = (-change - 1 / (reach * max(image.shape[-2:]))).exp()
+        keep = F.pad(keep, (0, 0, 1, 1))  # (B, 1, n + 1, m): from pixel to pixel, 0 at the ends
+        scans = []
+        for order, factors in ((1, keep[:, :, :-1]), (-1, keep[:, :, 1:])):
+            steps = factors.unflatten(2, (-1, block)).unbind(3)[::order]
+            products = torch.stack([*itertools.accumulate(steps, torch.mul)][::order], dim=3)
+            scans.append((order, steps, products))
+        valid = valid[:, None].float()
+        return scans, valid / weighted_sum(scans, valid).clamp(min=1)
 
-    x = image.float().unflatten(1, (3, -1)).mean(2).permute(0, 2, 3, 1)            # (B, H, W, 3)
-    return along(x, valid), along(x.transpose(1, 2), valid.transpose(1, 2))
+    x = image.float().unflatten(1, (3, -1)).mean(2)  # (B, 3, H, W)
+    return along(x.mT, valid.mT), along(x, valid)
+
+
+def weighted_sum(scans, x):
+    """Sum over each column of x (B, C, n, m) with the weights exp(-d) of `edge_aware`, at each of its pixels.
+
+    exp(-d) is a product over the steps of the way: two scans do it, y[i] = x[i] + keep[i] y[i - 1] and the
+    same upwards. A scan takes all blocks of the column at once, then hands on from block to block.
+    """
+    out = -x  # each pixel counts in both scans
+    for order, steps, products in scans:
+        y = x.unflatten(2, products.shape[2:4]).clone()  # (B, C, n / block, block, m)
+        rows, handed = y.unbind(3)[::order], torch.zeros_like(y[:, :, :, 0])
+        for before, row, keep in zip(rows, rows[1:], steps[1:]):
+            row.addcmul_(keep, before)
+        whole = products.unbind(3)[::order][-1]  # through a block, (B, 1, n / block, m)
+        ends, through, into = (v.unbind(2)[::order] for v in (rows[-1], whole, handed))
+        for i in range(len(ends) - 1):
+            torch.addcmul(ends[i], through[i], into[i], out=into[i + 1])
+        out += y.addcmul_(products, handed[:, :, :, None]).flatten(2, 3)
+    return out
 
 
 def average(filters, x, times=12):
-    """x (B, C, H, W), averaged along rows, then along columns, several times."""
-    rows, columns = filters
+    """x (B, C, H, W), 0 where not valid, averaged along rows, then along columns, several times."""
     for _ in range(times):
-        x = torch.einsum("bhvw,bchw->bchv", rows, x)
-        x = torch.einsum("bwuh,bchw->bcuw", columns, x)
+        for scans, share in filters:
+            x = weighted_sum(scans, x.mT.contiguous()) * share
     return x
-
-
-def carry(x_hat, x0, hint, alike=0.5):
-    """x_hat with the hints in it: x0 where hint > 0, and also where x_hat is like what it is, on average, at a hint's pixels.
-
-    Alike: the mean over the channels of the product is above 0.5 (of 6 sure bits, 5 are the same); the hint most alike
-    wins. Holding the pixels alone changes nothing around them: at the noise of most steps a few pixels are not seen.
-    """
-    best, out = torch.full_like(x_hat[:, :1], alike), x_hat
-    for g in range(1, int(hint.max()) + 1):
-        here = (hint == g)[:, None]                                                # (B, 1, H, W)
-        size = here.sum((2, 3), keepdim=True).clamp(min=1)
-        middle, code = ((v * here).sum((2, 3), keepdim=True) / size for v in (x_hat, x0))      # (B, C, 1, 1)
-        like = (x_hat * middle).mean(1, keepdim=True)
-        best, out = torch.maximum(like, best), torch.where(like > best, code, out)
-    return torch.where(hint[:, None] > 0, x0, out)

@@ -1,16 +1,16 @@
 """How good is a checkpoint, and does it know that people segment differently? Tables, pictures, and one JSON line last.
 
     python eval.py --dataset path/to/folder --n 8                                 # the newest checkpoint under out/
-    python eval.py --ckpt out/shapes-tiny/ckpt.pt --limit 64 --n 1,2,4,8,16       # best of n, medoid, ...
+    python eval.py --ckpt out/shapes-tiny/ckpt.pt --limit 64 --n 1,2,4,8,16       # best of n, the joint answer of n
     python eval.py --steps 1,2,4,8,16,50 --guidance 0,1,2,3 --sampler ddpm,ddim   # sweeps: a table and a plot
-    python eval.py --clicks 0,1,2,4,8 --dataset path/to/folder                    # what do hints bring?
+    python eval.py --clicks 0,1,2,4,8,16,all --dataset path/to/folder             # what do hints bring?
+    python eval.py --clicks_to 0.85 --dataset path/to/folder                      # how many does an object take?
     python eval.py --baseline grid --dataset path/to/folder --size 128            # what needs no training
 
-Four answers an image: the first of n samples, the medoid (the sample with the highest mean ARI to the others), the
-consensus (the mean of the n samples' soft bits, tidied, decoded) and the grouping (pixels that enough samples put together), at
-the network's resolution, at another (--size 128) and, where the label maps are files, at the images' own. With several
-annotators every score is the mean over them, and every annotator is scored against the others ("human"). Brackets: 95 % bootstrap interval over images. Into --out: images.csv (a row an image),
-report.json, examples.png (best, median and worst images) and, for sweeps, sweep.png.
+Answers of an image: the first of n samples, and the joint answer of all n at three grains (coarse, normal: `answer`, fine), at the
+network's resolution, at another (--size 128) and, where the label maps are files, at the images' own. With several annotators every
+score is the mean over them, and every annotator is scored against the others ("human"). Brackets: 95 % bootstrap interval over
+images. Into --out: images.csv (a row an image), report.json, examples.png (best, median and worst images) and, for sweeps, sweep.png.
 
 Sweeps: each setting of steps, guidance, sampler, variance and smooth is run with one sample an image; those with the
 checkpoint's own (but any guidance; or the first given) with all n. All but the sweep's table is of the checkpoint's own.
@@ -32,10 +32,11 @@ import torch.distributed as dist
 
 import kernels
 import metrics
-from data import load, parse_parts
+from clicks import clicks_curve, clicks_needed
+from data import load, parse_parts, parse_void
 from engine import pick_device
 from pictures import examples, plot
-from scoring import clicks_curve, originals, run
+from scoring import originals, run
 from segment import load_checkpoint, newest_checkpoint, read_checkpoint, set_tidy
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",
@@ -80,18 +81,17 @@ def print_summary(title, result):
 
 def sweep_table(sweep):
     """Print the table of the settings and return it as a list of {setting and n: ..., answer: [ARI, IoU]}."""
-    print("\none: the mean of n samples; oracle: the best of n; gain: the share of (oracle - one) in ARI that an answer realises\n"
-          f"{'':<43}{'ARI':<41}{'gain':<28}IoU\nsampler variance smooth steps guidance   n   one    oracle medoid cons.  group.     "
-          "medoid  cons. group.    one    oracle medoid cons.  group.")
+    print("\none: the mean of n samples; oracle: the best of n; answer: the joint one of n; gain: the share of (oracle - one) in ARI that it "
+          f"realises\n{'':<43}{'ARI':<28}IoU\nsampler variance smooth steps guidance   n   one    oracle answer  gain  one    oracle answer")
     table = []
     for setting, rows in sweep:
         for n in rows[0]["curve"]:
             mean = {key: np.nanmean([row["curve"][n][key] for row in rows], axis=0).tolist() for key in rows[0]["curve"][n]}
-            one, oracle, *rest = (v[0] for v in mean.values())
-            gain = [f"{(v - one) / (oracle - one):.0%}" if oracle > one else "-" for v in rest]
-            ari, iou = ("".join(f"{v[i]:<7.3f}" for v in list(mean.values())[: 1 if n == 1 else 5]) for i in (0, 1))
-            print(f"{setting['sampler']:<7} {setting['variance']:<8} {setting['smooth']:>6g} {setting['steps']:>5} {setting['guidance']:>8g} {n:>3}   "
-                  f"{ari:<41}" + ("".join(f"{v:>7}" for v in gain) + "    " if n > 1 else " " * 25) + iou)
+            one, oracle, answer = (v[0] for v in mean.values())
+            gain = f"{(answer - one) / (oracle - one):.0%}" if oracle > one else "-"
+            ari, iou = ("".join(f"{v[i]:<7.3f}" for v in mean.values()) for i in (0, 1))
+            print(f"{setting['sampler']:<7} {setting['variance']:<8} {setting['smooth']:>6g} {setting['steps']:>5} "
+                  f"{setting['guidance']:>8g} {n:>3}   {ari}{gain:>5}  {iou}")
             table.append({**setting, "n": n, **mean})
     return table
 
@@ -110,11 +110,22 @@ def sweep_panels(table, home):
                 if p["steps"] == home["steps"]:
                     guidance.setdefault(kind, []).append((p["guidance"], p["one"][metric]))
             if at_home:
-                for answer in ("oracle", "medoid", "consensus", "grouping") if p["guidance"] == home["guidance"] else ("oracle",):
+                for answer in ("oracle", "answer") if p["guidance"] == home["guidance"] else ("oracle",):
                     n.setdefault(f"{answer}, guidance {p['guidance']:g}", []).append((p["n"], p[answer][metric]))
         panels += [(f"{name} of one sample", "steps", steps), (f"{name} of one sample, {home['steps']} steps", "guidance", guidance),
                    (f"{name}, {home['steps']} steps", "samples n", n)]
     return [p for p in panels if any(len({x for x, _ in line}) > 1 for line in p[2].values())]
+
+
+def print_clicks(curve, ks):
+    """Tables of `clicks_curve`: ARI / IoU after so many clicks, with intervals of ARI; -> {method: {k: {metric: (mean, low, high)}}}."""
+    table = {name: {str(k): {key: metrics.bootstrap([one[key] for one in rows]) for key in ("ari", "iou", "covering", "voi", "pred")}
+                    for k, rows in by.items()} for name, by in curve.items()}
+    print(f"{'ARI [95 %] / IoU':<20}" + "".join(f"k = {k:<26}" for k in ks))
+    for name, by in table.items():
+        cells = ("{:.3f} [{:.3f}, {:.3f}] / {:.3f}".format(*by[str(k)]["ari"], by[str(k)]["iou"][0]) if str(k) in by else "-" for k in ks)
+        print(f"{name:<20}" + "".join(f"{cell:<30}" for cell in cells))
+    return table
 
 
 def numbers(text, kind, least):
@@ -126,6 +137,11 @@ def numbers(text, kind, least):
     if not values or not all(least <= value < math.inf for value in values):       # nan is neither
         raise argparse.ArgumentTypeError(f"'{text}' is not a number from {least} up, or several separated by commas")
     return list(dict.fromkeys(values))
+
+
+def click_numbers(text):
+    """'0,4,all' -> [0, 4, "all"]. For argparse."""
+    return [k for part in text.split(",") for k in (["all"] if part == "all" else numbers(part, int, 0))]
 
 
 def words(text, known):
@@ -147,6 +163,8 @@ def arguments(argv):
     p.add_argument("--split", default="val")
     p.add_argument("--components", action="store_true", help="label maps hold classes, whose connected parts are the segments")
     p.add_argument("--unlabelled", default="segment", choices=["segment", "ignore"], help="what id 0 is, as in training")
+    p.add_argument("--void", default="", help="ids that are ignored, as in training, e.g. 255 or 254,255")
+    p.add_argument("--max_bad", "--max-bad", type=float, default=0.01, help="share of unusable items that is too much")
     p.add_argument("--size", type=int, help="longer side to score at: of a baseline (128), of a network besides its own")
     p.add_argument("--limit", type=int, default=256, help="at most so many images")
     p.add_argument("--root", default="data")
@@ -154,14 +172,15 @@ def arguments(argv):
     p.add_argument("--out", help="where the files go (default: out/eval/<checkpoint>-<dataset>-<split>)")
     p.add_argument("--seed", type=int, default=0, help="sample j of image i has the seed (SEED 10^6 + i) 1000 + j")
     p.add_argument("--n", type=whole, default=[1], help="samples an image, e.g. 8, or 1,2,4,8,16")
-    p.add_argument("--clicks", type=lambda text: numbers(text, int, 0), help="instead: ARI after so many clicks, e.g. 0,1,2,4,8")
+    p.add_argument("--clicks", type=click_numbers, help="instead: scores after so many clicks, e.g. 0,1,2,4,8,16,all")
+    p.add_argument("--clicks_to", type=float, help="instead: how many clicks an object takes until this IoU, e.g. 0.85")
     p.add_argument("--steps", type=whole, help="denoising steps, e.g. 8, or 1,2,4,8,16")
     p.add_argument("--guidance", type=lambda text: numbers(text, float, 0), help="e.g. 1, or 0,1,2,3")
     p.add_argument("--sampler", type=lambda text: words(text, ("ddpm", "ddim")), help="ddpm, ddim or ddpm,ddim")
     p.add_argument("--variance", type=lambda text: words(text, ("large", "small")), help="of ddpm: large, small or large,small")
     p.add_argument("--smooth", type=lambda text: numbers(text, float, 0), help="e.g. 0.2, or 0,0.1,0.2,0.4")
-    p.add_argument("--least", type=int, help="fewest pixels, of the network's, of a segment, which is in one piece then; 0 = as sampled")
-    p.add_argument("--merge", type=float, help="neighbours become one where the odds that people part them are below this, e.g. 1; 0 = none do")
+    p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour first (default: the checkpoint's)")
+    p.add_argument("--merge", type=float, help="as in sample.py (default: the checkpoint's; 0: samples as the network makes them)")
     p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
     p.add_argument("--device", default="auto")
     p.add_argument("--kernels", choices=kernels.MODES, help="(default: BITSEG_KERNELS, or auto: Triton with CUDA)")
@@ -185,12 +204,17 @@ def main(argv=None):
             raise ValueError(f"--limit and --batch must be at least 1 and --size 8, not {a.limit}, {a.batch} and {a.size}")
         if not 0 <= a.seed < 10**6:
             raise ValueError(f"--seed must be from 0 to 999999, not {a.seed}")
-        if a.clicks and (a.baseline or a.out):
-            raise ValueError("--clicks needs a checkpoint, not a baseline, and prints its table only: leave out --baseline and --out")
+        clicking = a.clicks is not None or a.clicks_to is not None
+        if clicking and (a.baseline or a.out):
+            raise ValueError("--clicks and --clicks_to need a checkpoint, not a baseline, and print their table only: leave out "
+                             "--baseline and --out")
+        if a.clicks_to is not None and not 0 < a.clicks_to < 1:
+            raise ValueError(f"--clicks_to must be above 0 and below 1, not {a.clicks_to}")
         (a.dataset, _, own), *more = parse_parts(a.dataset)
         if more:
             raise ValueError(f"--dataset names {1 + len(more)} data sets: one at a time is evaluated")
         a.components, a.unlabelled = a.components or own["components"], own["unlabelled"] or a.unlabelled
+        a.void = own["void"] or parse_void(a.void)
         rank, local = int(os.environ.get("RANK", 0)), os.environ.get("LOCAL_RANK", "0")
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():               # torchrun: the processes share the images
             dist.init_process_group("gloo")
@@ -208,17 +232,18 @@ def main(argv=None):
             model.net.load_state_dict(content["net"])
 
         def at_size(size, detail=1):
-            return load(a.dataset, a.split, size, a.root, a.cache, unlabelled=a.unlabelled, components=a.components, detail=detail)
+            return load(a.dataset, a.split, size, a.root, a.cache, unlabelled=a.unlabelled,
+                        components=a.components, detail=detail, void=",".join(map(str, a.void)), max_bad=a.max_bad)
 
         data = at_size(model.image_size if model else a.size or 128)
         larger = at_size(a.size) if model and a.size else None
         if larger and not np.array_equal(getattr(larger, "items", None), getattr(data, "items", None)):
             raise ValueError(f"{a.dataset}: other images have labelled pixels at {a.size} pixels than at {model.image_size}: leave out --size")
         fine = at_size(model.image_size * model.detail, model.detail) if model and model.detail > 1 else None
-        files = originals(a.dataset, a.split, a.root)
+        files = originals(a.dataset, a.split, a.root, a.void)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
-        out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).name}-{a.split}")
-        if not a.clicks:
+        out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}")
+        if not clicking:
             ours(out)
             out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as e:
@@ -232,18 +257,29 @@ def main(argv=None):
         settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
         settings = [s for s in settings if s["sampler"] == "ddpm" or s["variance"] == home["variance"]]   # ddim has none
     positions, sweep = list(range(min(a.limit, len(data)))), []
-    if model and a.clicks:
+    if clicking:
         model.sampling.update(home)
+        about = dict(name=str(path), dataset=a.dataset, split=a.split, n=max(ns))
         try:
-            curve = clicks_curve(model, fine or data, positions, a.clicks, max(ns), a.seed)
+            if a.clicks_to is not None and not files:
+                raise ValueError("--clicks_to needs a data set of files")
+            if a.clicks_to is None:
+                curve = clicks_curve(model, data, fine, positions, a.clicks, max(ns), a.seed, a.batch)
+            else:
+                counts, left_out = clicks_needed(model, data, fine, files, a.clicks_to, objects=a.limit, n=max(ns), seed=a.seed, batch=a.batch)
         except ValueError as e:
             print(f"eval.py: {e}", file=sys.stderr)
             return 2
-        print(f"{name} on {a.dataset} {a.split}, {len(positions)} images: ARI to the annotator who clicks, one sample / medoid of {max(ns)}")
-        table = {k: [metrics.bootstrap(column) for column in zip(*rows)] for k, rows in curve.items()}
-        for k, values in table.items():
-            print(f"  {k:>3} clicks   " + "   ".join(f"{m:.3f} [{low:.3f}, {high:.3f}]" for m, low, high in values))
-        print(json.dumps(dict(name=str(path), dataset=a.dataset, split=a.split, images=len(positions), n=max(ns), clicks=table)))
+        if a.clicks_to is None:
+            print(f"{name} on {a.dataset} {a.split}, {len(positions)} images, {max(ns)} samples: every annotator clicks")
+            print(json.dumps(dict(about, images=len(positions), clicks=print_clicks(curve, a.clicks))))
+            return 0
+        print(f"{name} on {a.dataset} {a.split}, {max(ns)} samples: clicks until an object has IoU {a.clicks_to:g}, at most 20; {left_out} "
+              "objects left out (too small or too fine for the network's pixels)")
+        needed = {method: metrics.bootstrap(values) for method, values in counts.items()}
+        for method, (mean, low, high) in needed.items():
+            print(f"  {method:<20} {mean:.2f} [{low:.2f}, {high:.2f}], of {len(counts[method])} objects {np.mean(np.array(counts[method]) < 20):.0%} in time")
+        print(json.dumps(dict(about, target=a.clicks_to, left_out=left_out, clicks_to=needed)))
         return 0
     mine = positions[rank :: dist.get_world_size()] if dist.is_initialized() else positions
     for setting in settings:
@@ -270,7 +306,7 @@ def main(argv=None):
     if people > 1 and "bsds" in Path(a.dataset).name.lower():
         print("  published, BSDS500 test, best single scale (Arbelaez et al. 2011): covering / PRI / VoI")
         print("\n".join(f"    {who:<28}{c:.2f} / {p:.2f} / {v:.2f}" for who, c, p, v in PUBLISHED))
-    answer = next(iter(result["network"]))
+    answer = "answer" if "answer" in result["network"] else next(iter(result["network"]))
     result.update({key: result["network"][answer][key][0] for key in ("ari", "iou", "hiou")})
     if model:
         result["sweep"] = sweep_table(sweep)
@@ -279,15 +315,21 @@ def main(argv=None):
         for d in spread[0]:
             result[f"spread_{d}"] = values = [metrics.bootstrap([s[d][k] for s in spread]) for k in range(3)]
             print(f"  d = 1 - {d:<24}" + "".join(f"{f'{m:.3f} [{low:.3f}, {high:.3f}]':<25}" for m, low, high in values))
-    if bits := [row["bits"] for row in rows if "bits" in row]:
-        tables = {key: sum(b[key] for b in bits) for key in bits[0]}
-        result["bits_ece"] = {key: metrics.calibration_error(t) for key, t in tables.items()}
-        print("\nbits (Eq. 3): share of the bits, and how many of them are right, by confidence (1 + |x|) / 2\n"
-              f"{'':<15}" + "".join(f"{key:<22}" for key in tables))
+    for key, title in (("bits", "bits (Eq. 3): share of them, and how many are right"),
+                       ("segments", "segments: share of them, and of the annotators who drew them"),
+                       ("borders", "borders: share of their length, and of the annotators who part the two")):
+        tables = [row[key] for row in rows if key in row]
+        if not tables:
+            continue
+        t = sum(tables)
+        result[f"{key}_ece"] = metrics.calibration_error(t)
+        print(f"\n{title}, by confidence")
+        low = 0.5 if key == "bits" else 0.0
         for k in range(10):
-            cells = (f"{t[k, 0] / t[:, 0].sum():>6.1%} {t[k, 2] / t[k, 0]:>7.3f}" if t[k, 0] else f"{'-':>6}" for t in tables.values())
-            print(f"  {0.5 + 0.05 * k:.2f} - {0.55 + 0.05 * k:.2f} " + "".join(f"{cell:<22}" for cell in cells))
-        print("  expected calibration error: " + ", ".join(f"{key} {e:.4f}" for key, e in result["bits_ece"].items()))
+            if t[k, 0]:
+                width = (1 - low) / 10
+                print(f"  {low + width * k:.2f} - {low + width * (k + 1):.2f} {t[k, 0] / t[:, 0].sum():>7.1%} {t[k, 2] / t[k, 0]:>7.3f}")
+        print(f"  expected calibration error: {result[f'{key}_ece']:.4f}")
     if "joined" in rows[0]:
         t = sum(row["joined"] for row in rows)
         result["joined_ece"] = metrics.calibration_error(t)

@@ -10,7 +10,7 @@ Use it alone:
 
 Sources: ARI: Hubert & Arabie 1985; IoU: section 4.1 of "Towards Agnostic and Holistic Universal Image Segmentation with
 Bit Diffusion" (NLDL 2026), after Qi et al. 2023; PQ: Kirillov et al. 2019; covering, Rand index and variation of
-information as in BSDS500: Arbelaez et al. 2011; energy distance: Kohl et al. 2018; grouping: Fred & Jain 2005.
+information as in BSDS500: Arbelaez et al. 2011; energy distance: Kohl et al. 2018.
 """
 
 import numpy as np
@@ -26,25 +26,42 @@ def contingency(pred, true):
     """
     if pred.shape != true.shape or pred.dim() != 3:
         raise ValueError(f"two (B, H, W) label maps of one shape are needed, not {tuple(pred.shape)}, {tuple(true.shape)}")
-    B = len(pred)
-    valid = (true != -1).reshape(B, -1)
-    (p, P), (t, T) = ranks(pred), ranks(true)
-    image = torch.arange(B, device=pred.device)[:, None]
-    key = p.add_(image * P).mul_(T).add_(t).masked_fill_(~valid, B * P * T)        # (B, H*W); one more bin: ignored
-    return torch.bincount(key.view(-1), minlength=B * P * T + 1)[:-1].view(B, P, T).double()
+    pred, true = pred.long(), true.long()
+    (low_p, P), (low_t, T) = span(pred), span(true)
+    if P * T > 2**16:  # sparse ids, or many
+        pred, true = ranks(pred), ranks(true).masked_fill_(true == -1, -1)
+        (low_p, P), (low_t, T) = span(pred), span(true)
+    image = torch.arange(len(pred), device=pred.device)[:, None, None]
+    key = (pred - low_p).mul_(T).add_(true).sub_(low_t - P * T * image)
+    table = torch.bincount(key.view(-1), minlength=len(pred) * P * T).view(-1, P, T)
+    table = present(table, 1)
+    if low_t <= -1 < low_t + T:
+        table[:, :, -1 - low_t] = 0
+    return present(table, 2).double()
+
+
+def span(labels):
+    """(the smallest id, how many numbers there are from it to the largest)."""
+    low, high = (int(v) for v in labels.aminmax())
+    return low, high - low + 1
 
 
 def ranks(labels):
-    """Renumber every map of a batch on its own: (B, H, W) -> (B, H*W) ids from 0, and the largest number of ids."""
-    flat = labels.reshape(len(labels), -1).long()
-    low, high = (int(v) for v in flat.aminmax())
-    if high - low < 4096:                                                          # no sort needed
-        flat = flat - low
-        seen = torch.zeros(len(flat), high - low + 1, dtype=torch.int64, device=flat.device)
-        rank = seen.scatter_(1, flat, 1).cumsum(1) - 1
-        return rank.gather(1, flat), int(rank.max()) + 1
-    each = [row.unique(return_inverse=True)[1] for row in flat]
-    return torch.stack(each), max(int(r.max()) for r in each) + 1
+    """Renumber each map on its own, from 0 on, in ascending order: (B, H, W) int64 -> the same."""
+    low, n = span(labels)
+    if n <= 4096:  # no sort needed
+        flat = labels.flatten(1) - low
+        seen = torch.zeros(len(flat), n, dtype=torch.int64, device=flat.device).scatter_(1, flat, 1)
+        return (seen.cumsum(1) - 1).gather(1, flat).view(labels.shape)
+    return torch.stack([one.unique(return_inverse=True)[1] for one in labels])
+
+
+def present(table, dim):
+    """(B, P, T) -> its rows (dim 1) or columns (dim 2) with a pixel, in order: as many as any map has."""
+    rank = (table.sum(3 - dim) > 0).cumsum(1).sub_(1).clamp_(min=0)
+    shape = list(table.shape)
+    shape[dim] = int(rank.max()) + 1
+    return table.new_zeros(shape).scatter_add_(dim, rank.unsqueeze(3 - dim).expand_as(table), table)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,46 +248,6 @@ def pairwise(maps):
         values = torch.stack([ari(table), (covering(table) + covering(table.mT)) / 2])
         out[:, i, j] = out[:, j, i] = values
     return out[0], out[1]
-
-
-def medoid(agreement):
-    """The map with the highest mean agreement (N, N) with the others: an index. The first on ties, to 12 digits."""
-    return int(agreement.sum(1).nan_to_num().mul(1e12).round().argmax())
-
-
-def grouping(maps, share=0.5, most=400):
-    """One map from n of them (n, H, W): pixels are together that enough maps put together. (H, W) int64, -1 where any is.
-
-    Evidence accumulation: pixels that every map puts together are one item; two groups of items are alike to the degree that
-    the maps put a pixel of one with a pixel of the other, on average over pixels; the two most alike are joined until none
-    are alike by `share`. Only the `most` largest items decide; each of the rest follows the one it is most like.
-    """
-    valid = (maps >= 0).all(0)
-    out = torch.full(valid.shape, -1, dtype=torch.int64, device=maps.device)
-    if not valid.any():
-        return out
-    item = torch.zeros(int(valid.sum()), dtype=torch.int64, device=maps.device)
-    for one in maps:                                                               # one more map, finer items
-        item = (item * (int(one.max()) + 1) + one[valid]).unique(return_inverse=True)[1]
-    first = torch.full((int(item.max()) + 1,), len(item), device=maps.device).scatter_reduce(
-        0, item, torch.arange(len(item), device=maps.device), "amin")
-    codes, size = maps[:, valid].T[first], item.bincount()                         # (items, n), (items,)
-    large = size.argsort(descending=True, stable=True)[:most]
-    like = torch.cat([(part[:, None] == codes[large]).float().mean(2) for part in codes.split(1000)])       # (items, most)
-    follows = like.argmax(1)
-    weight = follows.bincount(size, len(large)).cpu().numpy()
-    alike, group = like[large].double().cpu().numpy(), np.arange(len(large))
-    np.fill_diagonal(alike, -1)
-    while True:
-        i, j = divmod(int(alike.argmax()), len(large))
-        if alike[i, j] < share:
-            break
-        alike[i] = alike[:, i] = (weight[i] * alike[i] + weight[j] * alike[j]) / (weight[i] + weight[j])
-        alike[j] = alike[:, j] = alike[i, i] = -1                                  # j is gone
-        weight[i] += weight[j]
-        group[group == j] = i
-    out[valid] = torch.from_numpy(group).to(maps.device)[follows][item]
-    return out
 
 
 def energy_distance(distance, n):

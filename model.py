@@ -102,7 +102,7 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """Attention U-Net. forward(x, t): (B, in_channels, H, W), (B,) in [0, 1] -> (B, out_channels, H, W).
 
-    x is cat(xt, image[, x_self]). detail d: the image is one of (3, d H, d W) folded into 3 d^2 channels (pixel_unshuffle);
+    x is cat(xt, image[, hints][, x_self]). detail d: the image is one of (3, d H, d W) folded into 3 d^2 channels (pixel_unshuffle);
     the first layer sees its mean over d x d, and `look` all of it. Raises ValueError for an H or W that the levels cannot
     halve (a multiple of patch * 2^(levels - 1) is needed), for a detail that is not a power of 2, and for finer without patch
     or detail.
@@ -116,7 +116,7 @@ class UNet(nn.Module):
         if finer and (patch == 1 or detail == 1):
             raise ValueError(f"finer needs a patch and a detail of at least 2, not {patch} and {detail}")
         self.patch, self.detail, self.multiple = patch, detail, patch * 2 ** (len(mult) - 1)
-        self.channels = [out_channels, 3 * detail**2, in_channels - out_channels - 3 * detail**2]       # xt, image, x_self
+        self.channels = [out_channels, 3 * detail**2, in_channels - out_channels - 3 * detail**2]       # xt, image, rest
         self.parts = [n * patch**2 for n in (out_channels, 3, self.channels[2])]   # of the stem's input
         c_emb = 4 * width
         self.time = nn.Sequential(nn.Linear(64, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))

@@ -15,24 +15,25 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.ndimage
 import torch
 from tqdm import tqdm
 
-from formats import IGNORE, fitted, open_image, read_instances, resize_image, resize_label
-from tidy import parts
+from formats import IGNORE, Notice, fitted, ids_of, open_image, read_labels, resize_image, resize_label, said
 
 try:
     import fcntl
 except ImportError:                                                    # Windows: no lock between processes that pack
     fcntl = None
 
-VERSION = 5                                                            # of packed data sets
+VERSION = 6  # of packed data sets
 SAVE_EVERY = 5.0                                                       # seconds of packing that a kill can cost
 
 
@@ -81,37 +82,51 @@ def unpack(labels):
     return torch.from_numpy(np.where(labels == IGNORE, -1, labels.astype(np.int64)))   # numpy: no second team of threads
 
 
+def parts(cells):
+    """The 4-connected parts of equal cells (H, W), numbered from 1."""
+    H, W = cells.shape
+    links = np.zeros((2 * H - 1, 2 * W - 1), bool)  # pixels, and links between equal ones
+    links[::2, ::2] = True
+    links[::2, 1::2] = cells[:, 1:] == cells[:, :-1]
+    links[1::2, ::2] = cells[1:] == cells[:-1]
+    return scipy.ndimage.label(links)[0][::2, ::2]
+
+
 def connected(label):
     """Classes -> segments: the 4-connected parts of each class, numbered from 1. 0 (unlabelled) and -1 stay."""
     return np.where(label > 0, parts(label), label)
 
 
-DONE, EMPTY, BAD = range(3)
+DONE, EMPTY, BAD, LEFT = range(4)
 
 
 def convert(item, size, unlabelled, components, detail=1):
-    """One item -> (DONE, image (S, S, 3) uint8, (h, w), label maps (n, S, S) uint16), or (EMPTY or BAD, reason)."""
+    """One item -> (DONE, image (S, S, 3) uint8, (h, w), label maps (n, S, S) uint16, numbers of segments before
+    and after resizing, notices), or (EMPTY, BAD or LEFT, reason). Whatever is wrong, nothing is raised."""
     if item.read is None:
-        return BAD, item.arg
+        return LEFT if item.image else BAD, item.arg
+    labels, segments, kept = [], 0, 0  # kept: at the size that is trained on and scored
     try:
-        image, (W, H) = open_image(item.image, size)
-        if item.read is read_instances and item.arg[:2] != (H, W):                 # before masks of a wrong size are drawn
-            raise ValueError(f"{item.image} is {W} x {H} pixels, but {item.arg[1]} x {item.arg[0]} in {item.labels[0]}")
-        labels, seen = [], False                                                   # seen: at the size that is trained on and scored
-        for path, label in zip(item.labels, item.read(item), strict=True):
-            if label.shape != (H, W):
-                raise ValueError(f"{path} is {label.shape[1]} x {label.shape[0]} pixels, its image {item.image} {W} x {H}: "
-                                 f"they must agree")
-            label = connected(label) if components else label
-            label = np.where(label == 0, -1, label) if unlabelled == "ignore" else label
-            labels.append(resize_label(label, size))
-            seen |= bool(((labels[-1] if detail == 1 else resize_label(label, size // detail)) != IGNORE).any())
-        labels = np.stack(labels)
-    except (ValueError, OSError, MemoryError) as e:
-        return BAD, str(e) or f"{item.image}: {type(e).__name__}"
-    if not seen:
-        return EMPTY, f"{item.labels[0]}: nothing labelled in {item.image}"
-    return DONE, *resize_image(image, size, fitted(W, H, size, detail)), labels
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            image, (W, H) = open_image(item.image, size)
+            for label in read_labels(item):
+                label = connected(label) if components else label
+                label = np.where(label == 0, -1, label) if unlabelled == "ignore" else label
+                labels.append(resize_label(label, size))
+                small = labels[-1] if detail == 1 else resize_label(label, size // detail)
+                segments += int((ids_of(label) != -1).sum())
+                kept += int((ids_of(small) != IGNORE).sum())
+            labels = np.stack(labels)
+            if not kept:
+                return EMPTY, f"{item.labels[0]}: nothing labelled in {item.image}"
+            small, shape = resize_image(image, size, fitted(W, H, size, detail))
+    except Exception as e:  # of any library, for whatever is in a file
+        named = any(path in str(e) for path in (item.image, *item.labels))
+        where = " with ".join([item.image, *item.labels[:1]])
+        return BAD, str(e) if named else f"{where}: cannot be used ({said(e)})"
+    notices = [str(w.message) for w in told if w.category is Notice]
+    return DONE, small, shape, labels, (segments, kept), notices
 
 
 def pack(files, listing, cache, name, options, workers, max_bad):
@@ -133,11 +148,12 @@ def pack(files, listing, cache, name, options, workers, max_bad):
     index = json.loads((target / "index.json").read_text())
     if index["bad"] > max_bad * (index["bad"] + index["images"]):
         raise too_bad(target, index["bad"], index["bad"] + index["images"], max_bad, index["example"])
-    rows, S = np.load(target / "rows.npy"), options["size"]                        # (N, 5), see prepare
+    rows, S = np.load(target / "rows.npy"), options["size"]  # (N, 7), see prepare
     images = np.memmap(target / "images.u8", np.uint8, "r", shape=(len(rows), S, S, 3))
     labels = np.memmap(target / "labels.u16", np.uint16, "r", shape=(index["label_maps"], S, S))
     return Packed(name, images, labels, np.concatenate([[0], rows[:, 3].cumsum()]), rows[:, 1:3],
-                  (target / "names.txt").read_text().splitlines(), rows[:, 0], target, index["segments"])
+                  (target / "names.txt").read_text("utf-8").splitlines(), rows[:, 0], target,
+                  index["segments"])
 
 
 def whole(folder):
@@ -158,7 +174,8 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
     """Pack items into target.part, going on from what an earlier call left there, and rename it when it is complete."""
     part, S = target.with_name(target.name + ".part"), options["size"]
     part.mkdir(exist_ok=True)
-    rows = np.load(part / "rows.npy").tolist() if (part / "rows.npy").exists() else []     # item, h, w, maps, segments
+    # item, h, w, maps, largest number of an id, segments before resizing, after
+    rows = np.load(part / "rows.npy").tolist() if (part / "rows.npy").exists() else []
     if any(not (part / file).exists() or (part / file).stat().st_size < length
            for file, length in zip(("images.u8", "labels.u16"), lengths(rows, S))):
         rows = []                                                                  # cut off from outside
@@ -168,12 +185,14 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
                    f"written is kept: free some space, or give another --cache, and run the same command again")
     if shutil.disk_usage(part).free < need - sum(there):
         raise full
-    reasons, started, saved, already = {EMPTY: [], BAD: []}, time.monotonic(), time.monotonic(), len(rows)
+    reasons, started, already = {EMPTY: [], BAD: [], LEFT: []}, time.monotonic(), len(rows)
+    saved = started
     task = functools.partial(convert, size=S, unlabelled=options["unlabelled"], components=options["components"],
                              detail=options.get("detail", 1))
     workers = max(1, min(workers, len(todo) // 16))
     pool = None
-    with open(part / "images.u8", "ab", 0) as images, open(part / "labels.u16", "ab", 0) as labels:
+    with (open(part / "images.u8", "ab", 0) as images, open(part / "labels.u16", "ab", 0) as labels,
+          open(part / "notices.txt", "a", encoding="utf-8", errors="replace") as notices):
         def truncate():
             """Cut off what no row tells of."""
             for file, length in zip((images, labels), lengths(rows, S)):
@@ -184,7 +203,7 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
             os.fsync(images.fileno())
             os.fsync(labels.fileno())
             with open(part / "rows.tmp", "wb") as f:
-                np.save(f, np.array(rows, np.int64).reshape(-1, 5))
+                np.save(f, np.array(rows, np.int64).reshape(-1, 7))
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(part / "rows.tmp", part / "rows.npy")
@@ -202,10 +221,12 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
                 if outcome != DONE:
                     reasons[outcome].append(result[0])
                     continue
-                image, (h, w), segmentations = result
+                image, (h, w), segmentations, counts, told = result
+                notices.writelines(text.replace("\n", " ") + "\n" for text in told)
                 append(images, image)
                 append(labels, segmentations)
-                rows.append([i, h, w, len(segmentations), 1 + int(segmentations[segmentations != IGNORE].max(initial=0))])
+                rows.append([i, h, w, len(segmentations),
+                             1 + int(segmentations[segmentations != IGNORE].max(initial=0)), *counts])
                 if time.monotonic() - saved > SAVE_EVERY:
                     commit()
                     saved = time.monotonic()
@@ -227,13 +248,16 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
                         break
                     del rows[-1 - len(rows) // 20 :]                               # makes room for the list of the others
                     truncate()
-    skipped = reasons[BAD] + reasons[EMPTY]
-    (part / "skipped.txt").write_text("".join(reason.replace("\n", " ") + "\n" for reason in skipped))
-    if len(reasons[BAD]) > max_bad * len(items):
-        raise too_bad(part, len(reasons[BAD]), len(items), max_bad, reasons[BAD][0])
+    skipped = reasons[BAD] + reasons[EMPTY] + reasons[LEFT]
+    (part / "skipped.txt").write_text("".join(reason.replace("\n", " ") + "\n" for reason in skipped),
+                                      "utf-8", "replace")
+    total = len(items) - len(reasons[LEFT])
+    if len(reasons[BAD]) > max_bad * total:
+        raise too_bad(part, len(reasons[BAD]), total, max_bad, reasons[BAD][0])
     if not rows:
         raise ValueError(f"{name} holds no image that can be used" + (f": {skipped[0]}" if skipped else ""))
-    (part / "names.txt").write_text("".join(Path(items[row[0]].image).stem + "\n" for row in rows))
+    (part / "names.txt").write_text("".join(Path(items[row[0]].image).stem + "\n" for row in rows), "utf-8",
+                                    "replace")
     sizes = {file: (part / file).stat().st_size for file in ("images.u8", "labels.u16", "rows.npy", "names.txt")}
     index = dict(version=VERSION, name=name, options=options, fingerprint=fingerprint, images=len(rows), bytes=sizes,
                  label_maps=sum(row[3] for row in rows), segments=max(row[4] for row in rows), bad=len(reasons[BAD]),
@@ -245,6 +269,25 @@ def prepare(target, items, name, options, fingerprint, workers, max_bad):
     print(f"packed {name}: {len(rows):,} images into {target} ({sum(sizes.values()) / 1e9:.2f} GB), {new:,} of them now in "
           f"{spent:.1f} s = {new / spent:.0f} a second with {workers} process{'es' * (workers > 1)}; {len(reasons[BAD])} skipped "
           f"as bad, {len(reasons[EMPTY])} without labels" + f" ({target / 'skipped.txt'})" * bool(skipped))
+    told = (target / "notices.txt").read_text("utf-8").splitlines()
+    for text in warned(rows, S, reasons[LEFT] + told, target):
+        print(f"NOTE: {text}")
+
+
+def warned(rows, S, notices, target):
+    """What the user should know of a packed set, in sentences; each kind of notice "path: what" is one."""
+    kinds = {}
+    for text in notices:
+        kinds.setdefault(text.rpartition(": ")[2], []).append(text.encode("utf-8", "replace").decode())
+    said = [same[0] + f" (and {len(same) - 1} more of these: {target / 'notices.txt'})" * (len(same) > 1)
+            for same in kinds.values()]
+    maps, segments, kept = (sum(row[k] for row in rows) for k in (3, 5, 6))
+    if kept <= maps:
+        said.append("every label map holds one id only: there is nothing to tell apart")
+    if kept < segments / 2:
+        said.append(f"of {segments:,} segments, only {kept:,} have a pixel left at {S} pixels: a larger size "
+                    "keeps more")
+    return said
 
 
 def lengths(rows, S):

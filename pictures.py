@@ -86,29 +86,27 @@ def grid(tiles, columns, gap=4, captions=()):
     return np.array(sheet)
 
 
-def panel(image, result, codec, held=None, most=16):
-    """Image, prompt if any, samples (at most `most`), consensus, grouping and uncertainty in one picture: (h, w, 3) uint8."""
-    side, (w, h) = side_of(codec), fitted(*image.size, 320)
+def panel(image, result, codec, hints=None, most=16):
+    """Image, hints (H, W) if any, joint answer, samples (at most `most`) and uncertainty in one picture: (h, w, 3) uint8."""
+    w, h = fitted(*image.size, 320)
     small = np.asarray(image.resize((w, h), Image.Resampling.LANCZOS))
-    tiles, captions, n = [small], ["image"], len(result.labels)
+    tiles, captions = [small], ["image"]
 
-    def add(caption, labels):
+    def add(caption, labels, side):
         tiles.append(overlay(small, subsample(labels, h, w), side))
         captions.append(caption)
 
-    if held is not None and (held >= 0).any():
-        add("hints", held)
-    for j in range(min(n, most)):
-        add(f"sample {j}" + (", medoid" if j == result.medoid and n > 1 else ""), result.labels[j])
-    if n > 1:
-        add("consensus", result.consensus)
-        add("grouping", result.grouping)
+    if hints is not None and hints.any():
+        add("hints", torch.from_numpy(hints - 1), 8)
+    add("answer", result.answer.labels, result.answer.side)
+    for j, labels in enumerate(result.labels[:most]):
+        add(f"sample {j}", labels, result.side)
     for name, value, top, words in uncertainty(result, codec):
         tiles.append(shade(F.interpolate(value[None, None], (h, w), mode="bilinear", antialias=True)[0, 0] / top))
         captions.append((name, *words))
-    fits = max(1, round((len(tiles) * 1.6 * h / w) ** 0.5))                        # a sheet about 1.6 times as wide as high
+    fits = max(1, round((len(tiles) * 1.6 * h / w) ** 0.5))  # a sheet about 1.6 times as wide as high
     rows = -(-len(tiles) // fits)
-    return grid(tiles, -(-len(tiles) // rows), 6, captions)                        # as few gaps as possible
+    return grid(tiles, -(-len(tiles) // rows), 6, captions)  # as few gaps as possible
 
 
 def uncertainty(result, codec):

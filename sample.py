@@ -2,20 +2,20 @@
 
     python sample.py --n 8 photo.jpg                                           # newest checkpoint under out/, or weights/photo.pt
     python sample.py --n 4 --out masks --resume photos/ a.png                  # a folder and a file; go on where it stopped
+    python sample.py --grain fine photo.jpg                                    # more, smaller segments; or --grain 12: so many
     python sample.py --points "120,80 160,90; 30,200" photo.jpg                # the first two belong together, the third apart
+    python sample.py --points "120,80; 30,200" --closed photo.jpg              # two segments and nothing else
     python sample.py --init corrected.png --strength 0.4 photo.jpg             # a map corrected by hand: sample around it
     torchrun --nproc_per_node 8 -- sample.py --n 4 photos/                     # the images are shared among 8 GPUs
 
 For each image a folder --out/<stem>/ (<name>_<suffix> where two stems are the same), everything at its own size:
     labels_00.png ...  one id a pixel, coloured when looked at (16-bit grey from 255 ids); 0 is never used
     overlay_00.png ... the same over the image; the same place has the same colour in every sample
-    medoid.png         the sample that agrees most with the others
-    consensus.png      the mean of their soft bits, tidied as they are, decoded
-    grouping.png       one map of all: pixels are together that enough samples put together
+    answer.png         the joint answer: one map of all samples, as fine as --grain says; answer_overlay.png
     uncertainty.png    the share of samples that see a boundary, and the entropy of the mean bits (paper, Eq. 3)
     panel.png          all of it in one picture
-    segments.json      the medoid's segments in COCO's format (pycocotools reads it): RLE, area, box, confidence = the mean
-                       over the other samples of the best IoU there
+    segments.json      the answer's segments in COCO's format (pycocotools reads it): RLE, area, box, confidence = the chance
+                       that a person would draw it; and borders: [id, id, the chance that a person would part them]
 --format coco_panoptic adds --out/panoptic.json and --out/panoptic/<name>.png. As a function, from Python: segment.py.
 """
 
@@ -36,8 +36,9 @@ from tqdm import tqdm
 import kernels
 from engine import pick_device
 from formats import IMAGE_TYPES, read_image, read_label
-from pictures import colours, grid, overlay, panel, shade, side_of, uncertainty
-from segment import SHIPPED, denoise, hint_map, load_checkpoint, newest_checkpoint, set_tidy, summarise
+from pictures import colours, grid, overlay, panel, shade, uncertainty
+from segment import SHIPPED, denoise, hint_map, load_checkpoint, newest_checkpoint, prepare, set_tidy, summarise
+from tree import GRAINS
 
 MARK = "bitseg sample.py"                        # in every file written: others are never overwritten
 
@@ -56,9 +57,9 @@ def save(array, path, palette=None):
     part.replace(path)
 
 
-def save_json(path, info, images, annotations, category):
+def save_json(path, info, images, annotations, category, **more):
     content = dict(info=info, images=images, annotations=annotations,
-                   categories=[dict(id=1, name="segment", supercategory="segment", **category)])
+                   categories=[dict(id=1, name="segment", supercategory="segment", **category)], **more)
     path.with_suffix(".part").write_text(json.dumps(content))
     path.with_suffix(".part").replace(path)
 
@@ -92,32 +93,35 @@ def done(folder, info):
     return bool(found) and found == {k: v for k, v in info.items() if k in found}  # files of before had fewer
 
 
-def write(folder, image, result, model, info, held=None, panoptic=False):
+def write(folder, image, result, model, info, hints=None, panoptic=False):
     """All files of one image. Returns a few words about it."""
-    n, codec, side = len(result.labels), model.codec, side_of(model.codec)
-    kind, digits = np.uint8 if result.labels.dtype == torch.uint8 else np.uint16, max(2, len(str(n - 1)))
-    palette = np.concatenate([np.zeros((1, 3), np.uint8), colours(side)])
-    maps = {f"labels_{j:0{digits}}": labels for j, labels in enumerate(result.labels)}
+    n, joint = len(result.labels), result.answer
+    digits = max(2, len(str(n - 1)))
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / "segments.json", folder.parent / "panoptic" / f"{folder.name}.png", *folder.glob("*.png")):       # ours, see `done`; perhaps of more samples
         old.unlink(missing_ok=True)
-    save(panel(image, result, codec, held), folder / "panel.png")
-    for name, labels in {**maps, "medoid": result.labels[result.medoid], "consensus": result.consensus,
-                         "grouping": result.grouping}.items():
-        save(labels.numpy().astype(kind) + kind(1), folder / f"{name}.png", palette)
-    for name, labels in maps.items():
-        save(overlay(image, labels, side), folder / f"{name.replace('labels', 'overlay')}.png")
-    if rows := uncertainty(result, codec):
+
+    def save_map(labels, side, name, over):
+        kind = np.uint8 if side * side < 255 else np.uint16
+        save(labels.numpy().astype(kind) + kind(1), folder / f"{name}.png", np.concatenate([np.zeros((1, 3), np.uint8), colours(side)]))
+        save(overlay(image, labels, side), folder / f"{over}.png")
+
+    save(panel(image, result, model.codec, hints), folder / "panel.png")
+    save_map(joint.labels, joint.side, "answer", "answer_overlay")
+    for j, labels in enumerate(result.labels):
+        save_map(labels, result.side, f"labels_{j:0{digits}}", f"overlay_{j:0{digits}}")
+    if rows := uncertainty(result, model.codec):
         tiles, captions = [shade(value / top) for _, value, top, _ in rows], [(name, *ends) for name, _, _, ends in rows]
         save(grid(tiles, len(rows), 6, captions), folder / "uncertainty.png")
     if panoptic:                                                                   # id = R + 256 G + 65536 B
         (folder.parent / "panoptic").mkdir(exist_ok=True)
-        ids = result.labels[result.medoid].numpy().astype(np.uint32) + 1
-        save(np.stack([ids & 255, ids >> 8, ids >> 16], -1).astype(np.uint8), folder.parent / "panoptic" / f"{folder.name}.png")
+        ids = joint.labels.numpy().astype(np.uint32) + 1
+        save(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8), folder.parent / "panoptic" / f"{folder.name}.png")
     about = dict(id=1, file_name=Path(info["image"]).name, width=image.width, height=image.height)
-    save_json(folder / "segments.json", info, [about], result.segments, {})
+    save_json(folder / "segments.json", info, [about], joint.segments, {}, borders=joint.borders)
     mean = sum(len(labels.unique()) for labels in result.labels) / n
-    return f"{n} samples, {mean:.1f} segments on average" + (f", ARI {result.agreement.mean():.2f} to each other" if n > 1 else "")
+    return (f"{len(joint.segments)} segments; {n} samples, {mean:.1f} on average"
+            + (f", ARI {result.agreement.mean():.2f} to each other" if n > 1 else ""))
 
 
 def write_panoptic(out):
@@ -179,7 +183,7 @@ def ahead(function, items, count=4):
 
 
 def read_prompts(a, path):
-    """The options hints, init and strength of `denoise` from the command line's, for the image at path."""
+    """The options hints and init of `prepare` from the command line's, for the image at path."""
     given, (width, height) = {}, read_image(path).size
     if a.hint or a.points or a.box:
         try:
@@ -188,8 +192,17 @@ def read_prompts(a, path):
             raise ValueError(f"--box {' '.join(a.box)} is not of the form x0,y0,x1,y1") from None
         given["hints"] = hint_map(width, height, a.points, boxes, read_label(a.hint) if a.hint else None)
     if a.init:
-        given.update(init=read_label(a.init), strength=a.strength)
+        given["init"] = read_label(a.init)
     return given
+
+
+def grain_of(text):
+    """The command line's --grain: a name of tree.GRAINS, or a number of segments. Raises ValueError."""
+    if text in GRAINS:
+        return text
+    if text.isdigit() and int(text):
+        return int(text)
+    raise ValueError(f"--grain is {', '.join(GRAINS)}, or a number of segments, not '{text}'")
 
 
 def digest(path):
@@ -216,8 +229,11 @@ def main(argv=None):
     p.add_argument("--guidance", type=float, help="guidance weight, 0 = none: half the time (default: the checkpoint's)")
     p.add_argument("--sampler", choices=["ddpm", "ddim"], help="(default: the checkpoint's)")
     p.add_argument("--smooth", type=float, help="share of the side that answers are averaged over, between the image's edges; 0 = none")
-    p.add_argument("--least", type=int, help="fewest pixels, of the network's, of a segment, which is in one piece then; 0 = as sampled")
-    p.add_argument("--merge", type=float, help="neighbours become one where the odds that people part them are below this, e.g. 1; 0 = none do")
+    p.add_argument("--grain", default="normal", help="coarse, normal, fine, or how many segments")
+    p.add_argument("--closed", action="store_true", help="every pixel belongs to one of the hints")
+    p.add_argument("--merge", type=float, help="cut where the odds that people part two regions reach this: above 1 coarser, below finer; "
+                   "0: samples as the network makes them, joined where most agree (default: the checkpoint's)")
+    p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour first (default: the checkpoint's)")
     p.add_argument("--seed", type=int, default=0, help="sample j of every image has the seed SEED + j")
     p.add_argument("--batch", type=int, help="samples at once (default: 1 on the CPU, else 64, or as many as memory holds)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -228,12 +244,12 @@ def main(argv=None):
     p.add_argument("--box", action="append", default=[], help="x0,y0,x1,y1 about one segment; may be repeated")
     p.add_argument("--init", help="label map to start from; 0 is free")
     p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, at most 1")
-    p.add_argument("--resample", type=int, help="repeats of each step: slower, follows hints better (default: 1, with hints 2)")
     p.error = fail
     a = p.parse_intermixed_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        for name in ("n", "steps", "batch", "resample"):
+        a.grain = grain_of(a.grain)
+        for name in ("n", "steps", "batch"):
             if getattr(a, name) is not None and getattr(a, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(a, name)}")
         for name, most in (("guidance", np.inf), ("smooth", np.inf), ("seed", 2**62)):
@@ -259,13 +275,16 @@ def main(argv=None):
             info_of(out / "panoptic.json")
         out.mkdir(parents=True, exist_ok=True)
         given = read_prompts(a, files[0]) if prompts else {}
+        if a.closed and not given.get("hints", np.zeros(1)).any():
+            raise ValueError("--closed gives every pixel to a hint: name some with --points, --box or --hint")
         read_too = {k: digest(getattr(a, k)) for k in ("hint", "init") if getattr(a, k)}
     except (ValueError, OSError, RuntimeError) as e:                               # RuntimeError: kernels that cannot be had
         fail(e)
 
     files = files[rank::world]
-    chosen = {k: v for k in ("steps", "guidance", "sampler", "smooth", "resample") if (v := getattr(a, k)) is not None}
-    settings = {**model.sampling, **model.tidy, **chosen, **prompts, **({"strength": a.strength} if a.init else {})}
+    chosen = {k: v for k in ("steps", "guidance", "sampler", "smooth") if (v := getattr(a, k)) is not None}
+    settings = {**model.sampling, **model.tidy, **chosen, "grain": a.grain, **prompts, **({"strength": a.strength} if a.init else {}),
+                **({"closed": True} if a.closed else {})}
     info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, format=a.format, **settings)
 
     def about(path):
@@ -287,37 +306,40 @@ def main(argv=None):
         tqdm.write(f"sample.py: {text}" if error else text, file=sys.stderr if error else sys.stdout)
         bar.update()
 
-    def load(path):                                                                # -> path, image, about; or what to say instead
+    def load(path):
+        """What `finish` needs of one image, or what to say instead."""
         try:
             of = about(path)
-            skip = done(out / names[path], of) and a.resume
-            return f"{path}: done already" if skip else (path, read_image(path), of)
+            if done(out / names[path], of) and a.resume:
+                return f"{path}: done already"
+            image = read_image(path)
+            return prepare(image, model, **given, seed=a.seed), path, image, of
         except (ValueError, OSError) as e:
             return e
 
-    def images():
+    def jobs():
         for one in ahead(load, files):
             if isinstance(one, tuple):
                 read.append(one)
-                yield one[1]
+                yield one[0]
             else:
                 say(one)
 
     def finish(job, path, image, of):
         try:
-            folder, result = out / names[path], summarise(job, image, model.codec)
-            words = write(folder, image, result, model, of, job.held, a.format == "coco_panoptic")
+            folder, result = out / names[path], summarise(job, image, model, a.grain, a.closed)
+            words = write(folder, image, result, model, of, job.hints, a.format == "coco_panoptic")
             return f"{path} -> {folder / 'panel.png'} ({words})"
         except (ValueError, OSError) as e:
             return e
 
     with ThreadPoolExecutor(2) as writers:                                         # reading, sampling, writing overlap
         try:
-            for job in denoise(images(), model, a.n, a.seed, a.batch, **given, **chosen):
-                writing.append(writers.submit(finish, job, *read.popleft()))
+            for _ in denoise(jobs(), model, a.n, a.batch, a.strength, **chosen):
+                writing.append(writers.submit(finish, *read.popleft()))
                 while len(writing) > 4:
                     say(writing.popleft().result())
-        except ValueError as e:                                                    # prompts that do not fit, too little memory
+        except ValueError as e:  # too little memory
             say(e)
         for one in writing:
             say(one.result())

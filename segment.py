@@ -1,17 +1,20 @@
-"""Segment images, from Python: checkpoints, prompts, samples, label maps at the images' own size. sample.py is its command line.
+"""Segment images, from Python: checkpoints, prompts, samples, label maps at the images' own size.
 
-What it is: `load_checkpoint(path)` -> Model; `segment(image, model, n)` -> Segmentation; `denoise` does the same for many images
-without waiting between them. What it is not: it writes no files (sample.py) and compares with no truth (scoring.py).
+What it is: `load_checkpoint(path)` -> Model; `segment(image, model, n)` -> Segmentation, which `cut` cuts anew, coarser, finer or
+by clicks, without sampling again; `denoise` samples many images without waiting between them. What it is not: it writes no
+files (sample.py) and compares with no truth (scoring.py).
 
-    from formats import read_image                                             # upright, RGB
-    from segment import load_checkpoint, segment
+    from formats import read_image  # upright, RGB
+    from segment import hint_map, load_checkpoint, segment
     result = segment(read_image("photo.jpg"), load_checkpoint("weights/photo.pt"), n=8)
-    result.labels, result.grouping, result.boundary                            # (8, H, W), (H, W), (H, W)
+    result.answer.labels, result.labels, result.boundary  # (H, W), (8, H, W), (H, W)
+    clicks = hint_map(640, 480, "120,80 160,90; 30,200")
+    result.cut("fine").labels, result.cut(hints=clicks, closed=True).labels
 """
 
 import sys
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
 
@@ -21,17 +24,20 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from pycocotools import mask as coco_mask
 
-from bits import Codec, entropy
+import tree
+from bits import Codec, entropy, locate
 from checkpoint import newest
 from data import normalise
 from diffusion import Diffusion, fused, sample
 from engine import out_of_memory
 from formats import fitted, resize_image
-from metrics import contingency, grouping, iou_matrix, medoid, pairwise
+from hints import hint_bits
+from metrics import pairwise
 from model import UNet
 from pictures import outline, subsample
-from tidy import tidy
 
+STRIP = 4_000_000  # numbers at once, when maps are made at an image's size
+CLICK = 0.005  # radius of a click, as a share of the longer side: about one of the network's pixels
 SHIPPED = Path(__file__).parent / "weights" / "photo.pt"
 
 
@@ -46,7 +52,10 @@ class Model:
     sampling: dict                               # steps, guidance, sampler, variance, smooth: this network's defaults
     dataset: str
     step: int
-    tidy: dict = field(default_factory=lambda: dict(least=0, merge=0.0))           # its answers' (tidy.tidy)
+    # how its samples become answers. merge 0: samples stay as they are, and the tree joins what they join; above 0: every
+    # sample and all together are trees by the learnt odds, cut where the odds that people part two regions reach `merge`
+    # (1: the usual); least: regions of fewer pixels are joined first
+    tidy: dict = field(default_factory=lambda: dict(least=0, merge=0.0))
 
     @property
     def detail(self):
@@ -69,14 +78,32 @@ def load_checkpoint(path, device="cpu"):
     c = read_checkpoint(path, device)
     if lacks := {"network", "ema", "codec", "diffusion", "image_size", "sampling", "dataset", "step"} - c.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it is no checkpoint of train.py")
-    net = UNet(**c["network"])
     try:
+        whole, real = ("image_size", "step", "steps", "least", "seed"), ("guidance", "smooth", "merge")
+        numbers = {f.name: f.type for f in fields(Diffusion) if f.type is float}
+        numbers |= dict.fromkeys(whole, int) | dict.fromkeys(real, float)
+        for part in (c, c["codec"], c["diffusion"], c["sampling"], c.get("tidy", {})):
+            for key in numbers.keys() & part.keys():
+                value, kind = part[key], (int, numbers[key])
+                if isinstance(value, bool) or not isinstance(value, kind) or not abs(value) < 2**63:   # nor nan
+                    raise ValueError(f"{key} is {value!r}")
+        if c["image_size"] < 1 or c["sampling"]["steps"] < 1:
+            raise ValueError(f"image_size is {c['image_size']}, steps {c['sampling']['steps']}")
+        net, codec = UNet(**c["network"]), Codec(**c["codec"])
+        diffusion = Diffusion(**c["diffusion"])
+        copies = 1 + (diffusion.hints > 0) + (diffusion.self_condition > 0)  # of the bits, as in train.py
+        want = (copies * codec.channels + 3 * getattr(net, "detail", 1) ** 2, codec.channels)
+        if want != (c["network"]["in_channels"], c["network"]["out_channels"]):
+            raise ValueError(f"its network is not of {want[0]} channels in and {want[1]} out, as its settings say")
         net.load_state_dict(c["ema"])
-    except RuntimeError as e:
-        raise ValueError(f"{path}: its weights do not fit its network ({str(e).splitlines()[-1].strip()})") from None
-    net = net.to(device).eval().requires_grad_(False)
-    return Model(net, Codec(**c["codec"]), Diffusion(**c["diffusion"]), c["image_size"], {"smooth": 0.0, **c["sampling"]},
-                 c["dataset"], c["step"], {"least": 0, "merge": 0.0, **c.get("tidy", {})})
+        net = net.to(device).eval().requires_grad_(False)
+        return Model(net, codec, diffusion, c["image_size"],
+                     {"smooth": 0.0, **c["sampling"]}, c["dataset"], c["step"],
+                     {"least": 0, "merge": 0.0, **c.get("tidy", {})})
+    except Exception as e:  # of whatever kind, for whatever lies in it
+        known = {ValueError: str(e), RuntimeError: "its weights do not fit its network"}
+        why = known.get(type(e), "entries of a wrong kind")
+        raise ValueError(f"{path}: no checkpoint that this version can use: {why}") from None
 
 
 def set_tidy(model, least, merge):
@@ -116,7 +143,7 @@ def shrink(ids, height, width):
 def hint_map(width, height, points="", boxes=(), drawn=None):
     """Points, boxes and drawn hints as one hint map (height, width) int64. Raises ValueError.
 
-    points: "x,y x,y;x,y", groups of clicks: each is a disc of 2 % of the longer side, smaller if another group is near.
+    points: "x,y x,y;x,y", groups of clicks: each is a disc of CLICK of the longer side, smaller if another group is near.
     boxes: (x0, y0, x1, y1), each about one segment: an ellipse of half its size is known; small boxes lie over large ones,
     points and drawn (height, width) over all.
     """
@@ -142,7 +169,7 @@ def hint_map(width, height, points="", boxes=(), drawn=None):
         apart = min([np.hypot(px - qx, py - qy) for other, qx, qy in clicks if other != g], default=np.inf)
         if apart == 0 or drawn[py, px] > 0:
             raise ValueError(f"contradictory hints: point {px},{py} belongs to something else already")
-        out = np.where(np.hypot(y - py, x - px) <= min(0.02 * max(width, height), apart / 2.1), g, out)
+        out = np.where(np.hypot(y - py, x - px) <= min(CLICK * max(width, height), apart / 2.1), g, out)
     return np.where(drawn > 0, drawn, out)
 
 
@@ -150,53 +177,72 @@ def hint_map(width, height, points="", boxes=(), drawn=None):
 class Job:
     """An image in the network's frame of S x S pixels, what is known about it, and its samples so far."""
 
-    image: np.ndarray                            # (S, S, 3) uint8
-    size: tuple                                  # (h, w) of the valid part
-    x_hat: list                                  # of (C, h, w)
-    consensus: torch.Tensor | None = None        # (C, h, w): their mean, tidied, once all are there
-    x0: torch.Tensor | None = None               # (C, S, S) of hints and initial map, 0 where there is neither
-    hint: torch.Tensor | None = None             # (S, S): numbers of the hints, 0 = none
-    held: torch.Tensor | None = None             # (H, W), at the image's own size: cells of the hints, -1 = none
-    sharp: np.ndarray | None = None              # (d S, d S, 3) uint8: the image as a network of detail d sees it
+    image: np.ndarray  # (S, S, 3) uint8
+    sharp: np.ndarray  # (d S, d S, 3) uint8: the image as a network of detail d sees it
+    size: tuple  # (h, w) of the valid part
+    x_hat: list  # of (C, h, w)
+    hints: np.ndarray | None = None  # (H, W), at the image's own size: ids, 0 = none
+    known: torch.Tensor | None = None  # (C, S, S): bits of the hints, 0 elsewhere, for a network that sees hints
+    init: torch.Tensor | None = None  # (C, S, S): bits to start from, 0 where there are none
+    seed: int = 0  # sample j has the seed `seed` + j
 
 
-def prepare(image, model, hints=None, init=None):
-    """PIL image -> Job. Raises ValueError for an image without pixels and for prompts that do not fit."""
+def network_hints(hints, height, width):
+    """Hint map (H, W) of ids, 0 and below = none -> the same at the network's size, numbered from 1 in the order of the ids.
+    Raises ValueError where an id has no pixel left."""
+    names = np.unique(hints[hints > 0])
+    small = shrink(hints, height, width)
+    if lost := sorted(set(names.tolist()) - set(small.flat)):
+        raise ValueError(f"contradictory hints: id {lost[0]} shares all its pixels with others at the network's "
+                         f"{max(height, width)} pixels; make it larger or move it away")
+    return np.where(small > 0, np.searchsorted(names, small) + 1, 0)
+
+
+def checked(name, ids, image):
+    """A map of ids given for a PIL image, as int64; None stays None. Raises ValueError where the sizes differ."""
+    if ids is None:
+        return None
+    ids = np.asarray(ids, np.int64).clip(min=0)
+    if ids.shape != image.size[::-1]:
+        raise ValueError(f"the {name} has {' x '.join(map(str, ids.shape[::-1]))} pixels, but the image "
+                         f"{image.width} x {image.height}")
+    return ids
+
+
+def prepare(image, model, hints=None, init=None, seed=0):
+    """PIL image -> Job. hints (H, W): ids, pixels of one id belong together, of different ids apart; init (H, W): ids to start from;
+    both 0 where not given. Raises ValueError for an image without pixels and for prompts that do not fit."""
     if image.mode != "RGB" or 0 in image.size:
-        raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {image.width} x {image.height} of mode {image.mode}: "
-                         f"formats.read_image gives one, upright, of any file")
-    small, (h, w) = resize_image(image, model.image_size)
-    side = model.image_size * model.detail
+        raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {image.width} x {image.height} of mode "
+                         f"{image.mode}: formats.read_image gives one, upright, of any file")
+    S, codec = model.image_size, model.codec
+    small, (h, w) = resize_image(image, S)
+    side = S * model.detail
     sharp, _ = resize_image(image, side, fitted(*image.size, side, model.detail))
-    job, codec, none = Job(small, (h, w), [], sharp=sharp), model.codec, np.zeros(image.size[::-1], np.int64)
+    hints, init = checked("hint", hints, image), checked("initial map", init, image)
+    job = Job(small, sharp, (h, w), [], hints, seed=seed)
     if hints is None and init is None:
         return job
-    hints, init = (none if v is None else np.asarray(v, np.int64).clip(min=0) for v in (hints, init))
-    for name, ids in (("hint", hints), ("initial map", init)):
-        if ids.shape != none.shape:
-            raise ValueError(f"the {name} has {' x '.join(map(str, ids.shape[::-1]))} pixels, but the image "
-                             f"{image.width} x {image.height}")
-    if codec.encoding != "bits":
-        raise ValueError(f"hints and initial maps need a checkpoint with the encoding bits, not {codec.encoding}")
-    names, hints = np.unique(np.append(hints, 0), return_inverse=True)             # hints 1, 2, ... in the order of ids
-    hints = hints[:-1].reshape(none.shape)
-    hint, start = shrink(hints, h, w), shrink(init, h, w)
-    if not (hint.any() or start.any()):
+    if not any(v is not None and v.any() for v in (hints, init)):
         raise ValueError("hints and initial map are empty: no pixel has an id above 0")
-    if len(names) - 1 > codec.classes:
-        raise ValueError(f"{len(names) - 1} ids in the hints are more than the {codec.classes} of this network")
-    if lost := set(range(1, len(names))) - set(hint.flat):
-        raise ValueError(f"contradictory hints: id {names[min(lost)]} shares all its pixels with others at the network's "
-                         f"{model.image_size} pixels; make it larger or move it away")
-    ids, area = np.unique(start[(hint == 0) & (start > 0)], return_counts=True)    # what has no cell left is not given
-    ids = ids[np.argsort(-area, kind="stable")][: codec.classes + 1 - len(names)]
-    labels = np.full((model.image_size,) * 2, -1)
-    labels[:h, :w] = np.where(hint > 0, hint, np.where(np.isin(start, ids), start + len(names), -1))
-    cells = codec.cells(torch.from_numpy(labels)[None], torch.Generator().manual_seed(0))      # (1, S, S)
-    job.x0, job.hint = codec.encode(cells)[0], torch.zeros_like(cells[0])
-    job.hint[:h, :w] = torch.from_numpy(hint)
-    cell_of = torch.tensor([-1] + [int(cells[0][job.hint == i][0]) for i in range(1, len(names))])
-    job.held = cell_of[torch.from_numpy(hints)]
+    hint = np.zeros((h, w), int) if hints is None else network_hints(hints, h, w)
+    if init is None and not model.diffusion.hints:
+        return job
+    if codec.encoding != "bits":
+        raise ValueError(f"initial maps need a checkpoint with the encoding bits, not {codec.encoding}")
+    if hint.max() > codec.classes:
+        raise ValueError(f"{hint.max()} ids in the hints are more than the {codec.classes} of this network")
+    start = np.zeros((h, w), int) if init is None else shrink(init, h, w)
+    ids, area = np.unique(start[(hint == 0) & (start > 0)], return_counts=True)
+    ids = ids[np.argsort(-area, kind="stable")][: codec.classes - hint.max()]  # what has no cell left is not given
+    labels = np.full((S, S), -1)
+    labels[:h, :w] = np.where(hint > 0, hint, np.where(np.isin(start, ids), start + hint.max() + 1, -1))
+    hinted = torch.zeros(1, S, S, dtype=torch.bool)
+    hinted[0, :h, :w] = torch.from_numpy(hint > 0)
+    labels = torch.from_numpy(labels)[None]
+    x0 = codec.encode(codec.cells(labels, torch.Generator().manual_seed(0), hints=hinted))  # (1, C, S, S)
+    job.known = hint_bits(x0, hinted)[0] if model.diffusion.hints and hint.any() else None
+    job.init = None if init is None else x0[0]
     return job
 
 
@@ -205,60 +251,75 @@ def prepare(image, model, hints=None, init=None):
 
 
 @dataclass
+class Answer:
+    """One label map of an image of H x W pixels: all samples together, or one."""
+
+    labels: torch.Tensor  # (H, W) integers from 0: the number of a place in a square palette of side x side places
+    side: int
+    segments: list  # COCO: id = label + 1, area, bbox, segmentation (RLE), confidence: the chance that a person drew it
+    borders: list  # (id, id, confidence) of segments that touch: the chance that a person parts them
+
+
+@dataclass
 class Segmentation:
-    """n answers for one image of H x W pixels. Labels are the palette's cells, from 0 (rgb: numbers of clusters)."""
+    """n samples of one image of H x W pixels and what they say together."""
 
-    labels: torch.Tensor                         # (n, H, W) uint8; int16 from 255 cells on and for rgb
-    consensus: torch.Tensor                      # (H, W): the mean of the samples' soft bits, tidied, decoded
-    grouping: torch.Tensor                       # (H, W): pixels are together that enough samples put together
-    medoid: int                                  # the sample with the highest mean ARI to the others
-    agreement: torch.Tensor                      # (n,): mean ARI of each sample to the others; nan if n = 1
-    boundary: torch.Tensor                       # (H, W) in [0, 1]: share of samples with a boundary here (a network pixel wide)
-    entropy: torch.Tensor | None                 # (H, W) in [0, k] bits: of the mean (Eq. 3); None without bits
-    segments: list                               # of the medoid: id = label + 1, area, bbox, segmentation (RLE), confidence
-    x_hat: torch.Tensor                          # (n, C, h, w) soft bits, at the network's resolution
+    answer: Answer  # of all samples
+    labels: torch.Tensor  # (n, H, W) integers: each sample's; the same place has the same number in all of them
+    side: int  # of their palette
+    agreement: torch.Tensor  # (n,): mean ARI of each sample to the others; nan if n = 1
+    boundary: torch.Tensor  # (H, W) in [0, 1]: share of samples with a boundary here (a network pixel wide)
+    entropy: torch.Tensor | None  # (H, W) in [0, k] bits: of the mean (Eq. 3); None without bits
+    x_hat: torch.Tensor  # (n, C, h, w) soft bits, at the network's resolution
+    image: Image.Image
+    evidence: tree.Evidence  # what `cut` works with
+    model: Model
+
+    def cut(self, grain="normal", hints=None, closed=False):
+        """Another Answer from the same samples, in milliseconds.
+
+        grain: coarse, normal, fine, or a number of segments. hints (H, W): ids, 0 = free (`hint_map`): pixels of one id are
+        together, those of two apart. closed: every pixel belongs to a hint. Raises ValueError for hints that do not fit.
+        """
+        hints = checked("hint", hints, self.image)
+        grown, labels = joined(self.evidence, self.model, grain, hints, closed)
+        return answer(grown, labels, self, hints)
 
 
-def segment(image, model, n=8, seed=0, **options):
-    """n answers for one PIL image: a Segmentation. Sample j has the seed `seed` + j. options: those of `denoise`.
+def segment(image, model, n=8, seed=0, grain="normal", closed=False, hints=None, init=None, **options):
+    """n samples for one PIL image and their joint answer: a Segmentation. Sample j has the seed `seed` + j.
 
-    The same seed gives the same map, whatever else is sampled beside it: on the CPU to the last bit at batch 1.
+    grain, closed: as `Segmentation.cut` has them; hints, init: as `prepare`; options: as `denoise`. The same seed gives the same
+    map, whatever else is sampled beside it: on the CPU to the last bit at batch 1.
     """
-    return summarise(next(denoise([image], model, n, seed, **options)), image, model.codec)
+    job = prepare(image, model, hints, init, seed)
+    return summarise(next(denoise([job], model, n, **options)), image, model, grain, closed)
 
 
-def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, strength=0.4, **sampling):
-    """A Job with n samples for each PIL image of an iterable, in order; a batch holds samples of several images.
+def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **sampling):
+    """The jobs of an iterable, each with n samples, in order; a batch holds samples of several images.
 
-    batch: samples at once (default 1 on the CPU, else 64); halved when the device's memory is not enough. hints: (H, W)
-    ids, pixels of one id belong together, of different ids apart; init: (H, W) ids to start from, forgotten the more the
-    larger strength is, in (0, 1]; both 0 where not given. sampling: steps, guidance, sampler, variance, smooth (default:
-    the checkpoint's) and resample (default: 1, with hints 2); least and merge, of `tidy.tidy` (default: the checkpoint's).
-    Raises ValueError.
+    batch: samples at once (default 1 on the CPU, else 64); halved when the device's memory is not enough. strength, in (0, 1]: how
+    much of an initial map is forgotten. sampling: steps, guidance, sampler, variance, smooth (default: the checkpoint's).
+    callback: as `diffusion.sample` has it. Either all jobs have hints (an initial map), or none. Raises ValueError.
     """
     device = next(model.net.parameters()).device
     batch = batch or (1 if device.type == "cpu" else 64)
-    sampling = {**model.sampling, **({"resample": 2} if hints is not None else {}), **sampling}
-    neat = {k: sampling.pop(k, v) for k, v in model.tidy.items()}
-
-    def tidied(x, job):                                                            # (N, C, h, w)
-        h, w = job.size
-        keep = None if job.hint is None else job.hint[:h, :w] > 0
-        return tidy(x, model.codec, job.image[:h, :w], **neat, keep=keep) if any(neat.values()) else x
+    sampling = {**model.sampling, **sampling}
 
     def run(part):
         nonlocal batch
-        jobs, seeds = zip(*part)
+        some, seeds = zip(*part)
         given = {}
-        if hints is not None:
-            given["known"] = tuple(torch.stack([getattr(job, k) for job in jobs]).to(device) for k in ("x0", "hint"))
-        if init is not None:
-            given.update(init=torch.stack([job.x0 for job in jobs]).to(device), strength=strength)
-        x, inside = normalise(torch.from_numpy(np.stack([job.sharp for job in jobs])).to(device),
-                              torch.tensor([job.size for job in jobs], device=device), model.detail)
+        if some[0].known is not None:
+            given["hints"] = torch.stack([job.known for job in some]).to(device)
+        if some[0].init is not None:
+            given.update(init=torch.stack([job.init for job in some]).to(device), strength=strength)
+        x, inside = normalise(torch.from_numpy(np.stack([job.sharp for job in some])).to(device),
+                              torch.tensor([job.size for job in some], device=device), model.detail)
         try:
             x_hat = sample(model.net, x, inside, model.codec.channels, seeds, model.diffusion, model.codec.activate,
-                           fused=fused(model.codec, device), **sampling, **given).cpu()
+                           fused=fused(model.codec, device), callback=callback, **sampling, **given).cpu()
         except RuntimeError as e:
             if not out_of_memory(e):
                 raise
@@ -267,105 +328,151 @@ def denoise(images, model, n=8, seed=0, batch=None, hints=None, init=None, stren
             batch = half = len(part) // 2
             run(part[:half])
             return run(part[half:])
-        for job, one in zip(jobs, x_hat):
+        for job, one in zip(some, x_hat):
             job.x_hat.append(one[:, : job.size[0], : job.size[1]])
-            if len(job.x_hat) == n:
-                job.x_hat = list(tidied(torch.stack(job.x_hat), job))
-                job.consensus = tidied(torch.stack(job.x_hat).mean(0, keepdim=True), job)[0] if n > 1 else None
 
-    queue, jobs = [], deque()
-    for image in images:
-        jobs.append(prepare(image, model, hints, init))
-        queue += [(jobs[-1], seed + j) for j in range(n)]
+    queue, waiting = [], deque()
+    for job in jobs:
+        waiting.append(job)
+        queue += [(job, job.seed + j) for j in range(n)]
         while len(queue) >= batch:
             part, queue = queue[:batch], queue[batch:]
             run(part)
-        while jobs and len(jobs[0].x_hat) == n:
-            yield jobs.popleft()
+        while waiting and len(waiting[0].x_hat) == n:
+            yield waiting.popleft()
     if queue:
         run(queue)
-    yield from jobs
+    yield from waiting
 
 
-def own_size(x_hat, size, width, height, codec, image=None, among=None):
-    """Label maps (..., height, width) int64 of one image: x_hat (..., C, S, S) cut to size (h, w), upsampled and decoded.
+def evidence_of(x_hat, image, codec):
+    """Soft bits (n, C, h, w) and photo (h, w, 3) uint8 -> tree.Evidence."""
+    x_hat = x_hat.float().cpu().clamp(-1, 1)
+    cells = codec.decode(x_hat).numpy()
+    return tree.gather(np.asarray(image), x_hat.permute(0, 2, 3, 1).numpy(), cells, int(cells.max()) + 1)
 
-    Each pixel gets the code nearest to its soft bits of those in `among`, a list of cells for each map (default: those of
-    the map at the network's size, so that no third code appears between two). Soft bits are interpolated bilinearly or,
-    with the PIL image, by joint bilateral upsampling (Kopf et al. 2007): of the 3 x 3 nearest network pixels, those of
-    like colour count more; the image is blurred a little, for calm boundaries in texture. In strips: a 10,000 x 10,000
-    image needs no 10,000 x 10,000 x C tensor. (rgb: nearest.)
+
+def joined(evidence, model, grain="normal", hints=None, closed=False):
+    """Evidence -> its tree, and the map (h, w) that is cut from it. hints: (H, W) ids at any size, 0 = none."""
+    merge, least = model.tidy["merge"], model.tidy["least"]
+    hint = None if hints is None or not hints.any() else network_hints(hints, *evidence.low.shape)
+    grown = tree.grow(evidence, tree.learnt() if merge else None, hint, closed, least)
+    return grown, grown.cut(grain, -np.log(merge) if merge else 0.0)
+
+
+def sample_map(x_hat, image, model, grain="normal"):
+    """One sample (C, h, w) of a photo (h, w, 3) uint8 -> its map (h, w) from 0: as sampled, or a tree of its own."""
+    if not model.tidy["merge"]:
+        return model.codec.decode(x_hat[None].float().cpu())[0].numpy()
+    return joined(evidence_of(x_hat[None], image, model.codec), model, grain)[1]
+
+
+def placed(maps, side):
+    """Label maps (n, h, w) -> the same with the palette's places as numbers, and the palette's side: `side` or, for more segments
+    than it has places, the next power of two that suffices."""
+    while side * side < max(len(np.unique(one)) for one in maps):
+        side *= 2
+    return locate(torch.from_numpy(np.asarray(maps)).long(), side), side
+
+
+def enlarge(labels, image):
+    """Label maps (N, h, w) -> (N, H, W) at the size of a PIL image.
+
+    By joint bilateral votes (after Kopf et al. 2007): a pixel gets the label that has most weight among the 3 x 3 nearest pixels
+    of the map; those that are near, and of like colour in the photo, weigh more. The photo is blurred a little, for calm borders
+    in texture. Where all 3 x 3 agree, nothing is computed. In strips, whose memory is bounded.
     """
-    h, w = size
-    x = x_hat[..., :h, :w].reshape(-1, *x_hat.shape[-3:-2], h, w)                  # (N, C, h, w)
-    cells = codec.decode(x)
-    if codec.encoding == "rgb":
-        return subsample(cells, height, width).view(*x_hat.shape[:-3], height, width)
-    among = [c.unique() for c in cells] if among is None else among                # N of (M,)
-    soft, out = x.flatten(0, 1), torch.empty(len(x), height, width, dtype=torch.int64)         # soft (N*C, h, w)
-    row, col = ((torch.arange(a) + 0.5) * b / a - 0.5 for a, b in ((height, h), (width, w)))   # as interpolate does
-    if image is not None:
-        colour = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BOX))).permute(2, 0, 1) / 255
-        image = image.filter(ImageFilter.GaussianBlur(0.2 * max(width, height) / max(w, h)))
-    strip = max(1, 16_000_000 // (width * (len(soft) + max(len(c) for c in among))))
-    for s in range(0, height, strip):
-        r, y = row[s : s + strip, None], 0
-        if image is not None:
-            own = torch.from_numpy(np.array(image.crop((0, s, width, s + len(r))))).permute(2, 0, 1) / 255
+    (h, w), (width, height) = labels.shape[1:], image.size
+    labels, kind = torch.as_tensor(labels), torch.uint8 if int(labels.max()) < 255 else torch.int32
+    row, col = ((torch.arange(a) + 0.5) * b / a - 0.5 for a, b in ((height, h), (width, w)))
+    near_row, near_col = row.round().long(), col.round().long()
+    colour = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BOX))).float() / 255  # (h, w, 3)
+    image = image.filter(ImageFilter.GaussianBlur(0.2 * max(width, height) / max(w, h)))
+    around = F.pad(labels[:, None].float(), (1, 1, 1, 1), mode="replicate")[:, 0].long()
+    mixed = torch.zeros(labels.shape, dtype=torch.bool)
+    for dy, dx in product(range(3), range(3)):
+        mixed |= around[:, dy : dy + h, dx : dx + w] != labels
+    out = torch.empty(len(labels), height, width, dtype=kind)
+    strip = max(1, STRIP // (width * 9))
+    for top in range(0, height, strip):
+        rows = near_row[top : top + strip]
+        out[:, top : top + strip] = labels[:, rows][:, :, near_col].to(kind)
+        some = mixed[:, rows][:, :, near_col]
+        y, x = some.any(0).nonzero(as_tuple=True)  # the pixels in question, of any map
+        if not len(y):
+            continue
+        own = torch.from_numpy(np.array(image.crop((0, top, width, top + len(rows)))))[y, x].float() / 255
+        weight, at = [], []
         for dy, dx in product((-1, 0, 1), (-1, 0, 1)):
-            near_r, near_c = r.round() + dy, col.round() + dx
-            i, j = near_r.long().clamp(0, h - 1), near_c.long().clamp(0, w - 1)    # (rows, 1), (width,)
-            if image is None:                                                      # bilinear
-                weight = tent(r.clamp(0, h - 1) - near_r) * tent(col.clamp(0, w - 1) - near_c)
-            else:                                                                  # Gaussians: 0.5 pixels, 0.1 of the range
-                far = ((r - near_r) ** 2 + (col - near_c) ** 2) / 0.5 + ((own - colour[:, i, j]) ** 2).sum(0) / 0.02
-                weight = (-far).exp().clamp(min=1e-12)
-            wide = soft[:, i[0, 0] : i[-1, 0] + 1][:, :, j]                        # columns first: then rows are copied whole
-            y = y + wide[:, i[:, 0] - i[0, 0]] * weight                            # (N*C, rows, width)
-        for k, choice in enumerate(among):
-            like = y.view(len(x), -1, y[0].numel())[k].T @ codec.table[choice].T   # (rows * width, M): 1 for each bit alike
-            out[k, s : s + strip] = choice[like.argmax(1)].view(-1, width)
-    return out.view(*x_hat.shape[:-3], height, width)
+            i, j = rows[y] + dy, near_col[x] + dx
+            far = (row[top + y] - i) ** 2 + (col[x] - j) ** 2
+            i, j = i.clamp(0, h - 1), j.clamp(0, w - 1)
+            # Gaussians: of 0.5 pixels, and of 0.1 of the colours' range
+            weight.append(torch.exp(-far / 0.5 - ((own - colour[i, j]) ** 2).sum(1) / 0.02).clamp(min=1e-12))
+            at.append(i * w + j)
+        weight, at = torch.stack(weight), torch.stack(at)  # (9, P)
+        for k, one in enumerate(labels):
+            here = some[k, y, x]
+            label, votes = one.flatten()[at[:, here]], weight[:, here]
+            total = torch.stack([(votes * (label == candidate)).sum(0) for candidate in label])
+            out[k, top + y[here], x[here]] = label.gather(0, total.argmax(0, keepdim=True))[0].to(kind)
+    return out
 
 
-def tent(x):
-    return (1 - x.abs()).clamp(min=0)
+def answer(grown, labels, result, hints=None):
+    """A tree and a map (h, w) cut from it -> Answer at the image's own size."""
+    net = tree.learnt() if result.model.tidy["merge"] else None
+    sure, borders = tree.confidence(result.evidence, grown, labels, net)
+    cells, side = placed(labels[None], result.side)
+    place = cells[0].numpy()
+    number = np.zeros(int(labels.max()) + 1, int)
+    number[labels] = place
+    full = enlarge(cells, result.image)[0]
+    if hints is not None and hints.any():  # exactly, to the pixel: each hint is what its segment is
+        small = shrink(hints, *labels.shape)
+        most = {int(i): place[small == i].flat[0] for i in np.unique(hints[hints > 0])}
+        ids = np.array(list(most))
+        values = np.array(list(most.values()))
+        here = hints > 0
+        full[torch.from_numpy(here)] = torch.from_numpy(values[np.searchsorted(ids, hints[here])]).to(full.dtype)
+    confidence = {int(number[k]): float(sure[k]) for k in range(len(number))}
+    pairs = [(int(number[i]) + 1, int(number[j]) + 1, float(p)) for i, j, p in borders]
+    return Answer(full, side, coco_segments(full.numpy(), confidence), pairs)
 
 
-def summarise(job, image, codec):
-    """Job and its PIL image -> Segmentation. Agreement and confidence are measured at the network's resolution."""
-    x_hat, (width, height), (h, w) = torch.stack(job.x_hat), image.size, job.size
-    n, mean, cells = len(x_hat), x_hat.mean(0, keepdim=True), codec.decode(x_hat)
-    consensus = mean if job.consensus is None else job.consensus[None]             # (1, C, h, w)
-    groups = codec.cells(grouping(cells)[None], torch.Generator().manual_seed(0))  # (1, h, w): placed as segments are
-    among = None if codec.encoding == "rgb" else [c.unique() for c in (*cells, cells, groups)]
-    labels = own_size(torch.cat([x_hat, consensus, codec.encode(groups)]), job.size, width, height, codec, image, among)
-    labels = labels.to(torch.uint8 if codec.encoding != "rgb" and codec.classes < 255 else torch.int16)    # rgb: any number of clusters
-    if job.held is not None:
-        labels = torch.where(job.held >= 0, job.held.to(labels.dtype), labels)
-
-    every = pairwise(cells)[0]                                                     # (n, n) ARI, 1 on the diagonal
-    middle, agreement = medoid(every), (every.sum(1) - 1) / (n - 1)                # 0 / 0 = nan if n = 1
-    tall, wide = (max(1, min(v, round(v * 512 / max(width, height)))) for v in (height, width))      # 512 pixels are enough
-    reach = max(1, round(max(tall, wide) / max(h, w)))                             # a pixel of the network
-    edge = outline(subsample(labels[:n], tall, wide)).float()[:, None]             # (n, 1, tall, wide)
+def summarise(job, image, model, grain="normal", closed=False):
+    """Job and its PIL image -> Segmentation."""
+    x_hat, (h, w), codec = torch.stack(job.x_hat), job.size, model.codec
+    n, (width, height), photo = len(x_hat), image.size, job.image[:h, :w]
+    maps = np.stack([sample_map(one, photo, model, grain) for one in x_hat])
+    side = int(np.ceil(codec.classes**0.5))
+    if model.tidy["merge"]:
+        cells, side = placed(maps, side)
+    else:
+        cells = torch.from_numpy(maps)
+        side = max(side, int(np.ceil((maps.max() + 1) ** 0.5)))
+    labels = enlarge(cells, image)
+    every = pairwise(cells)[0]  # (n, n) ARI, 1 on the diagonal
+    tall, wide = (max(1, min(v, round(v * 512 / max(width, height)))) for v in (height, width))  # 512 pixels are enough
+    reach = max(1, round(max(tall, wide) / max(h, w)))  # a pixel of the network
+    edge = outline(subsample(labels, tall, wide)).float()[:, None]  # (n, 1, tall, wide)
     edge = F.max_pool2d(F.pad(edge, ((reach - 1) // 2, reach // 2) * 2), reach, 1).mean(0, keepdim=True)
-    own = dict(size=(height, width), mode="bilinear", align_corners=False)
-    bits = F.interpolate(entropy(mean)[None], **own)[0, 0] if codec.encoding == "bits" else None
-    return Segmentation(labels[:n], labels[n], labels[n + 1], middle, agreement, F.interpolate(edge, **own)[0, 0], bits,
-                        coco_segments(labels[middle].numpy(), cells, middle), x_hat)
+    full = dict(size=(height, width), mode="bilinear", align_corners=False)
+    bits = None
+    if codec.encoding == "bits":
+        bits = F.interpolate(entropy(x_hat.mean(0, keepdim=True))[None], **full)[0, 0]
+    result = Segmentation(None, labels, side, (every.sum(1) - 1) / (n - 1), F.interpolate(edge, **full)[0, 0], bits, x_hat,
+                          image, evidence_of(x_hat, photo, codec), model)
+    result.answer = result.cut(grain, job.hints, closed)
+    return result
 
 
-def coco_segments(labels, cells, middle):
-    """The segments of labels (H, W) as COCO annotations; cells (n, h, w): all samples at the network's size, `middle` ours."""
-    best, others = {}, [j for j in range(len(cells)) if j != middle]
-    if others:
-        iou = iou_matrix(contingency(cells[[middle] * len(others)], cells[others])).amax(2).mean(0)      # (P,)
-        best = dict(zip(cells[middle].unique().tolist(), iou.tolist()))
+def coco_segments(labels, confidence):
+    """The segments of labels (H, W) as COCO annotations; confidence: {label: number}."""
     out = []
-    for cell in np.unique(labels).tolist():
-        rle = coco_mask.encode(np.asfortranarray(labels == cell).view(np.uint8))
-        out.append(dict(id=cell + 1, image_id=1, category_id=1, iscrowd=0, area=int(coco_mask.area(rle)),
-                        bbox=[int(v) for v in coco_mask.toBbox(rle)], confidence=best.get(cell),        # None: nothing to compare
+    for label in np.unique(labels).tolist():
+        rle = coco_mask.encode(np.asfortranarray(labels == label).view(np.uint8))
+        out.append(dict(id=label + 1, image_id=1, category_id=1, iscrowd=0, area=int(coco_mask.area(rle)),
+                        bbox=[int(v) for v in coco_mask.toBbox(rle)], confidence=round(confidence[label], 4),
                         segmentation=dict(size=rle["size"], counts=rle["counts"].decode())))
     return out

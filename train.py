@@ -35,6 +35,7 @@ from diffusion import Diffusion, draw, fused, fused_training_loss, to_device, tr
 from engine import (NO_FLOAT64, NoGraph, Step, Watch, anyone, append, fit_state, forget, join, layout,
                     out_of_memory, pick_device,
                     pick_precision, update_ema, written)
+from hints import NUMBERS, draw_hints, hint_bits
 from model import SIZES, UNet
 from validate import save_picture, validate
 
@@ -62,7 +63,7 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
     photos = c.augment and datasets.names(c.dataset) != ["shapes"]
     codec = copy.copy(codec)
     codec.table = codec.table.to(device)  # once, not at every step
-    kind = torch.int64 if not fast else torch.int8 if codec.classes <= 128 else torch.int16  # of cells
+    kind = torch.int8 if codec.classes <= 128 else torch.int16  # of the kernels' cells
 
     def make(step):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
@@ -75,21 +76,26 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
             labels = labels.masked_fill(~inside, -1)
             generator = torch.Generator().manual_seed(c.seed * 2**32 + step)
             drawn = draw((c.batch_size, codec.channels, *labels.shape[1:]), diffusion, generator, device, eps=not fast)
+            if diffusion.hints > 0:
+                drawn["u"] = to_device(torch.rand(c.batch_size, NUMBERS, generator=generator), device)
             drawn = {k: v[mine] for k, v in drawn.items()}
+            hints = draw_hints(labels, drawn.pop("u"), diffusion.hints) if diffusion.hints > 0 else None
             numbers = range(step * c.batch_size, (step + 1) * c.batch_size)[mine]  # of the run's samples
             if codec.palette == "none":                                            # random codes, from each sample's number
                 own = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
                 order = torch.cat([torch.rand(1, codec.classes, generator=g).argsort(1) for g in own])
-                cells = random_cells(labels, to_device(order, device), data.segments).to(kind)
-            elif fast:
+                cells = random_cells(labels, to_device(order, device), data.segments)
+            elif fast and hints is None:
                 below = data.segments if data.segments <= 1024 else None           # a promise, so that nothing waits
                 cells = kernels.locate(labels, codec.side, dtype=kind, labels_below=below)
             else:
                 on = "cpu" if device.type in NO_FLOAT64 else device  # exact centroids need it
-                cells = codec.cells(labels.to(on)).to(device)
+                cells = codec.cells(labels.to(on), hints=None if hints is None else hints.to(on)).to(device)
+            if hints is not None:
+                drawn["hints"] = hint_bits(codec.encode(cells), hints)
             if fast:
                 seeds = torch.arange(numbers.start, numbers.stop, numbers.step, device=device) + c.seed * 2**40
-                batch = dict(cells=cells, image=x, seeds=seeds, **drawn)
+                batch = dict(cells=cells.to(kind), image=x, seeds=seeds, **drawn)
             else:
                 batch = dict(x0=codec.encode(cells), image=x, valid=cells >= 0, **drawn)
             return batch, stream and stream.record_event()
@@ -188,7 +194,7 @@ def build(c, local=None):
     diffusion = Diffusion(**{name: getattr(c, name) for name in names})
     if c.loss == "bce" and (codec.encoding, codec.activation) != ("bits", "tanh"):
         raise ValueError(f"--loss bce is of bits that come out of a tanh, not of {codec.encoding} out of {codec.activation}: use --loss mse")
-    copies = 2 if c.self_condition > 0 else 1
+    copies = 1 + (c.hints > 0) + (c.self_condition > 0)                            # of the bits: xt, hints, x_self
     seen = 3 * SIZES[c.network].get("detail", 1) ** 2                              # channels of the image
     network = dict(in_channels=copies * codec.channels + seen, out_channels=codec.channels, dropout=c.dropout, **SIZES[c.network])
     torch.manual_seed(c.seed)
@@ -212,8 +218,9 @@ def loss_of(diffusion, codec, dtype, fast):
     def loss(net, batch):
         if fast:
             return fused_training_loss(net, batch["cells"], batch["image"], codec.channels, batch["seeds"], diffusion, batch,
-                                       codec.activate, **fast, dtype=dtype or torch.float32)
-        return training_loss(net, batch["x0"], batch["image"], batch["valid"], diffusion, codec.activate, drawn=batch)
+                                       codec.activate, **fast, dtype=dtype or torch.float32, hints=batch.get("hints"))
+        return training_loss(net, batch["x0"], batch["image"], batch["valid"], diffusion, codec.activate, drawn=batch,
+                             hints=batch.get("hints"))
 
     return loss
 
@@ -224,6 +231,20 @@ def differences(old, new, free):
             if k not in free and old.get(k) != new.get(k)]
 
 
+def extras(d):
+    """What a network trained with these options sees beside xt and the image, in the order of its input channels."""
+    return [name for name in ("hints", "self_condition") if d.get(name, 0) > 0]
+
+
+def widened(weights, wide):
+    """weights, with zeros for the input channels at the end that only wide has; both are a UNet's state_dict."""
+    out = dict(weights)
+    for name in {"stem.weight", "finer.bits.weight"} & wide.keys():                # they fold each channel on its own
+        out[name] = torch.zeros_like(wide[name])
+        out[name][:, : weights[name].shape[1]] = weights[name]
+    return out
+
+
 def prepare(c):
     """All that can be wrong with the user's input goes wrong here. Raises ValueError or OSError."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -231,15 +252,22 @@ def prepare(c):
         raise ValueError(f"--batch_size {c.batch_size} cannot be split among {world} processes x --accumulate {c.accumulate}")
     device, dtype, why, codec, diffusion, network, net = build(c, local if world > 1 else None)
     switches(c, device, dtype, world)
+    origin = "from scratch"
     if c.init:
         source = read(c.init, device)
         if lacks := {"network", "ema"} - source.keys():
             raise ValueError(f"--init {c.init} lacks {', '.join(sorted(lacks))}: it is no checkpoint of train.py")
-        if differ := differences(source["network"], network, {"dropout"}):
+        old, new = (extras(d) for d in (source.get("diffusion", {}), vars(c)))
+        differ = differences(source["network"], network, {"dropout"})
+        if new[: len(old)] != old or differences(source["network"], network, {"dropout", "in_channels"}):
+            differ = differ or [f"inputs {', '.join(old)} -> {', '.join(new)}"]    # as many channels, of another meaning
             raise ValueError(f"--init {c.init} is another network ({'; '.join(differ)}): choose --network, --bits and "
                              f"--encoding as it has them")
-        net.load_state_dict(source["ema"])
-    common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled, components=c.components)
+        net.load_state_dict(widened(source["ema"], net.state_dict()))
+        added = network["in_channels"] - source["network"]["in_channels"]
+        origin = f"from the weights of {c.init}" + f", {added} more input channels at zero" * (added > 0)
+    common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled, components=c.components,
+                  max_bad=c.max_bad, void=c.void)
     train_data = datasets.load(c.dataset, "train", datasets.packed_side(c.image_size, c.crop, net.detail), compose=c.compose, **common)
     val_data = datasets.load(c.dataset, "val", c.image_size, **common)
     val_fine = val_data if net.detail == 1 else datasets.load(c.dataset, "val", c.image_size * net.detail, detail=net.detail, **common)
@@ -252,7 +280,10 @@ def prepare(c):
         if lacks:
             raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it was made by --export or another version; start from "
                              f"its weights with --init, into another --out")
-        if differ := differences(resumed["config"], vars(c), FREE) + differences(resumed["network"], network, {"dropout"}):
+        old = {"void": "", "hints": 0.0, **resumed["config"]}  # versions before had none
+        if datasets.same(old["dataset"], c.dataset, resumed.get("contents"), train_data):
+            old["dataset"] = c.dataset
+        if differ := differences(old, vars(c), FREE) + differences(resumed["network"], network, {"dropout"}):
             raise ValueError(f"{path} was made with other options ({'; '.join(differ)}): use the same, or another --out")
     else:
         ours(out)
@@ -267,7 +298,7 @@ def prepare(c):
         print(f"WARNING: {problem}; going on from the one before, {path}", file=sys.stderr)
         if (out / "ckpt.pt").exists():                                             # it must not become the one before
             os.replace(out / "ckpt.pt", out / "ckpt.damaged")
-    return device, dtype, why, codec, diffusion, network, net, resumed, train_data, val_data, val_fine, rank, world, held
+    return device, dtype, why, codec, diffusion, network, net, resumed, origin, train_data, val_data, val_fine, rank, world, held
 
 
 def ours(out):
@@ -283,7 +314,7 @@ def ours(out):
         raise ValueError(f"{foreign} was not written by train.py: move it, or choose another --out")
 
 
-def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_data, val_data, val_fine, rank, world, held):
+def train(c, device, dtype, why, codec, diffusion, network, net, resumed, origin, train_data, val_data, val_fine, rank, world, held):
     out, step, best, validated = Path(c.out), 0, -math.inf, 0
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     kind = dict(fused=device.type in ("cuda", "cpu"), capturable=device.type == "cuda")
@@ -303,7 +334,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
     def content():
         return dict(
             step=step, best=best, validated=validated, config=vars(c), dataset=c.dataset, image_size=c.image_size,
-            network=network,
+            network=network, contents=datasets.contents(train_data),
             codec=dict(encoding=c.encoding, bits=c.bits, palette=c.palette, seed=c.seed, activation=c.activation),
             diffusion=dataclasses.asdict(diffusion),
             sampling=dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance, smooth=c.smooth),
@@ -334,7 +365,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
 
     say(textwrap.fill("  ".join(f"{k}={v}" for k, v in vars(c).items()), 120, break_on_hyphens=False))
     size = "endless" if len(train_data) >= 2**31 else len(train_data)
-    origin = f"going on from step {step}" if resumed else f"from the weights of {c.init}" if c.init else "from scratch"
+    origin = f"going on from step {step}" if resumed else origin
     say(f"{sum(p.numel() for p in net.parameters()):,} parameters on {f'{world} x ' if world > 1 else ''}{device}, "
         f"{str(dtype or torch.float32)[6:]} ({why}); kernels: {' ('.join(kernels.live(device))}); {size} training images; {origin}; into {out}/")
     if step >= c.max_steps and validated == step:
@@ -357,7 +388,7 @@ def train(c, device, dtype, why, codec, diffusion, network, net, resumed, train_
     try:
         while not next(stopped):
             if step > validated and (step % c.eval_every == 0 or step == c.max_steps):
-                result = validate(ema, val_data, val_fine, codec, diffusion, c, device, update.autocast, stop, rank, world)
+                result = validate(ema, val_data, val_fine, codec, diffusion, c, stop, rank, world)
                 if not result:                                                     # stopped: it is made up for after a resume
                     continue
                 ari, iou, picture = result

@@ -4,60 +4,63 @@ What it is: `validate`, which any number of processes share, and `save_picture`.
 intervals, sweeps and several samples an image, is eval.py.
 """
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
 
 from bits import Codec
-from data import normalise
-from diffusion import fused, sample
 from metrics import scores
 from pictures import grid, overlay, side_of
-from tidy import tidy
+from segment import Job, Model, denoise, placed, sample_map
 
 
 class Stopped(Exception):
     pass
 
 
-@torch.no_grad()
-def validate(net, data, fine, codec, diffusion, c, device, autocast, stop, rank, world):
+def validate(net, data, fine, codec, diffusion, c, stop, rank, world):
     """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None if stopped.
 
     fine: the same data set at the resolution of the images that the network sees, `net.detail` times the label maps'.
     """
     n, totals, tiles, side = min(c.eval_images, len(data)), [], [], side_of(codec)
-    size = min(32, c.batch_size) if device.type == "cpu" else 32                   # small: a signal is looked at in between
+    device = next(net.parameters()).device
+    sampling = dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance, smooth=c.smooth)
+    model = Model(net, codec, diffusion, c.image_size, sampling, c.dataset, 0, dict(least=c.least, merge=c.merge))
+    size = min(32, c.batch_size) if device.type == "cpu" else 32  # small: a signal is looked at in between
 
-    def cells_of(x, inside, seeds, images, sizes):
-        def look(*_):
-            if stop:
-                raise Stopped
+    def look(*_):
+        if stop:
+            raise Stopped
 
-        with autocast():
-            x_hat = sample(net, x, inside, codec.channels, seeds, diffusion, codec.activate, c.steps, c.guidance, c.sampler,
-                           c.variance, c.smooth, callback=look, fused=fused(codec, device))
-        for i, (h, w) in enumerate(sizes.tolist() if c.least or c.merge else ()):
-            x_hat[i : i + 1, :, :h, :w] = tidy(x_hat[i : i + 1, :, :h, :w], codec, images[i, :h, :w], c.least, c.merge)
-        return codec.decode(x_hat, inside).cpu()
+    def maps_of(at, seeds):
+        """One sample's map (h, w) of each image."""
+        images, _, sizes = data.get(at)
+        sharp = images if net.detail == 1 else fine.get(at)[0]
+        jobs = [Job(image.numpy(), big.numpy(), tuple(hw), [], seed=seed)
+                for image, big, hw, seed in zip(images, sharp, sizes.tolist(), seeds)]
+        return [sample_map(job.x_hat[0], job.image[: job.size[0], : job.size[1]], model)
+                for job in denoise(jobs, model, 1, size, callback=look)]
 
     try:
         for start in range(size * rank, n, size * world):
             at = list(range(start, min(start + size, n)))
             images, labels, sizes = data.get(at)
-            sharp = images if net.detail == 1 else fine.get(at)[0]
-            x, inside = normalise(sharp.to(device), sizes.to(device), net.detail)
-            cells = cells_of(x, inside, at, images, sizes)
-            for i, one in zip(at, cells):
-                maps = data.maps(i)
-                s = scores(one.expand(len(maps), -1, -1), maps)
+            found = maps_of(at, at)
+            for i, one in zip(at, found):
+                maps = data.maps(i)[:, : one.shape[0], : one.shape[1]]
+                s = scores(torch.from_numpy(one).long().expand(len(maps), -1, -1), maps)
                 totals.append([float(s["ari"].nanmean()), float(s["iou"].nanmean())])
             m = min(8 - len(tiles), len(at)) if rank == 0 else 0
             if m > 0:
                 truth = (Codec(bits=codec.bits) if codec.palette == "none" else codec).cells(labels[:m])
-                more = [cells_of(x[:m], inside[:m], [1000 * j + i for i in at[:m]], images, sizes[:m]) for j in (1, 2)]
-                for image, true, *three in zip(images[:m], truth, cells, *more):
-                    tiles.append([image.numpy(), *(overlay(image, v, side, 0.8) for v in (true, *three))])
+                more = [maps_of(at[:m], [1000 * j + i for i in at[:m]]) for j in (1, 2)]
+                for image, true, *three in zip(images[:m], truth, found, *more):
+                    if c.merge:
+                        three = [placed(one[None], side)[0][0] for one in three]
+                    padded = [np.pad(one, [(0, c.image_size - n) for n in one.shape], constant_values=-1) for one in three]
+                    tiles.append([image.numpy(), *(overlay(image, v, side, 0.8) for v in (true, *padded))])
     except Stopped:
         pass
     scored = torch.tensor(totals, dtype=torch.float64).reshape(-1, 2)

@@ -99,6 +99,18 @@ def test_bits_encode_least_significant_first(order):
     assert x0[3].tolist() == [0.0] * 6
 
 
+@pytest.mark.parametrize("bits", [2, 6, 10])
+def test_decode_reads_the_signs_of_soft_bits(bits):
+    x = torch.randn(2, bits, 5, 7, generator=torch.Generator().manual_seed(bits))
+    x[0, :, 0, 0], x[1, 0, 1] = 0.0, -0.0  # zero is no set bit
+    cell_of = {int(code): cell for cell, code in enumerate(palette(2 ** (bits // 2)))}
+    want = [[[cell_of[sum(2**b for b, v in enumerate(x[i, :, r, c]) if v > 0)] for c in range(7)]
+             for r in range(5)] for i in range(2)]
+    codec = Codec(bits=bits)
+    for laid_out in (x, x.contiguous(memory_format=torch.channels_last)):
+        assert codec.decode(laid_out).tolist() == want and codec.decode(laid_out).dtype == torch.int64
+
+
 def test_rgb_colours():
     free, located = Codec("rgb", palette="none"), Codec("rgb")
     assert (free.classes, located.classes, located.palette) == (125, 121, "random")

@@ -134,7 +134,7 @@ def test_a_copy_belongs_to_its_options_and_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "read_label", None)                                  # reading again would fail
     assert content(opened(tmp_path)) == content(same)
     monkeypatch.setattr(packing, "VERSION", packing.VERSION + 1)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="TypeError"):
         opened(tmp_path)
     monkeypatch.undo()
     for change in (lambda: os.utime(tmp_path / "d/labels/train/003_a1.png", (1, 1)), lambda: (tmp_path / "d/labels/train/003_a1.png").unlink(),

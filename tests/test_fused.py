@@ -58,19 +58,8 @@ def test_fused_steps_are_plain_steps(scene, monkeypatch, sampler, variance, guid
     options = dict(steps=4, sampler=sampler, variance=variance, guidance=guidance)
     given = dict(activation="tanh", codes=None)
     result = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, fused=given, **options)
-    monkeypatch.setattr(kernels, "step", None)                                     # hints: the plain update, the same noise
-    nothing = torch.zeros(3, 4, 16, 16), torch.zeros(3, 16, 16, dtype=torch.bool)
-    drawn, real = iter(range(100)), kernels.normal
-    order = [0, *(k for i in range(4) for k in (None, i + 1))]                     # None: the hints' own noise, not used
-
-    def normal(seeds, channels, height, width, stream):
-        stream = order[next(drawn)]
-        return real(seeds, channels, height, width, 50 if stream is None else stream)
-
-    monkeypatch.setattr(kernels, "normal", normal)
-    if sampler == "ddim":
-        order[:] = [0, None, None, None, None]
-    plain = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, fused=given, known=nothing, **options)
+    monkeypatch.setattr(kernels, "step", None)  # smoothing takes the plain path; so little of it changes nothing
+    plain = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, fused=given, smooth=1e-9, **options)
     assert torch.allclose(result, plain, atol=1e-5)
 
 

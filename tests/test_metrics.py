@@ -9,10 +9,8 @@ from math import comb, isnan, log2
 import numpy as np
 import pytest
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
 
-from metrics import (all_scores, bootstrap, boundary_f, calibration_error, contingency, diversity, energy_distance, grouping, iou_matrix, medoid,
+from metrics import (all_scores, bootstrap, boundary_f, calibration_error, contingency, diversity, energy_distance, iou_matrix,
                      pairwise, quality, reliability, scores)
 
 
@@ -44,6 +42,23 @@ def check(pred, true):
         iou, hiou = iou_of_matchings(pred[i], true[i])
         assert s["ari"][i].item() == pytest.approx(ari_of_pairs(pred[i], true[i]), abs=1e-12)
         assert (s["iou"][i].item(), s["hiou"][i].item()) == pytest.approx((iou, hiou), abs=1e-12)
+
+
+@pytest.mark.parametrize("factor,n", [(1, 7), (1000, 7), (2**58, 7), (1, 400)])  # few, sparse, huge, many ids
+def test_contingency_counts_every_pair(factor, n):
+    """A row for each id of its own map, in order, even if all its pixels are ignored; zeros behind them."""
+    rng = np.random.default_rng(n)
+    pred, true = rng.integers(-4, n, (3, 11, 13)) * factor, rng.integers(-4, n, (3, 11, 13)) * factor
+    true[rng.random(true.shape) < 0.3], true[2] = -1, -1
+    table = contingency(torch.from_numpy(pred), torch.from_numpy(true))
+    assert table.dtype == torch.float64
+    for i in range(3):
+        rows, columns = np.unique(pred[i]), np.unique(true[i][true[i] != -1])
+        want = torch.zeros(table.shape[1:], dtype=torch.float64)
+        for r, c in itertools.product(range(len(rows)), range(len(columns))):
+            want[r, c] = ((pred[i] == rows[r]) & (true[i] == columns[c])).sum()
+        mine = table[i][:, table[i].sum(0) > 0]
+        assert torch.equal(mine, want[:, : mine.shape[1]]) and mine.shape[1] == len(columns)
 
 
 @pytest.mark.parametrize("P,T", [(1, 1), (1, 5), (5, 1), (2, 2), (3, 5), (6, 3)])
@@ -283,7 +298,7 @@ def test_covering_has_a_direction():
 # Sets of maps, intervals, calibration
 
 
-def test_pairwise_medoid_and_energy_distance():
+def test_pairwise_and_energy_distance():
     rng = np.random.default_rng(0)
     maps = blobs(rng, 5, 7, 8, 4)
     maps[rng.random(maps.shape) < 0.1] = -1
@@ -293,15 +308,13 @@ def test_pairwise_medoid_and_energy_distance():
         a, b = (np.where(valid, m, -1) for m in (maps[i], maps[j]))
         c = (by_definition(a, b)["covering"] + by_definition(b, a)["covering"]) / 2
         assert (agreement[i, j].item(), cover[i, j].item()) == pytest.approx((ari_of_pairs(a, b), c) if i != j else (1, 1), abs=1e-9)
-    others = [np.mean([agreement[i, j].item() for j in range(5) if j != i]) for i in range(5)]
-    assert medoid(agreement) == int(np.argmax(others))
 
     d = 1 - agreement
     mean = {key: np.mean([d[i, j].item() for i in a for j in b]) for key, (a, b) in
             dict(cross=((0, 1), (2, 3, 4)), s=((0, 1), (0, 1)), y=((2, 3, 4), (2, 3, 4))).items()}
     assert energy_distance(d, 2) == pytest.approx(2 * mean["cross"] - mean["s"] - mean["y"], abs=1e-12)
     assert diversity(d[2:, 2:]) == pytest.approx((d[2, 3] + d[2, 4] + d[3, 4]).item() / 3, abs=1e-12)
-    assert isnan(diversity(d[:1, :1])) and medoid(agreement[:1, :1]) == 0
+    assert isnan(diversity(d[:1, :1]))
 
 
 def test_energy_distance_of_a_set_and_itself_is_0():
@@ -309,12 +322,6 @@ def test_energy_distance_of_a_set_and_itself_is_0():
     for agreement in pairwise(torch.cat([maps, maps])):
         assert energy_distance(1 - agreement, 3) == pytest.approx(0, abs=1e-12)
         assert energy_distance(1 - agreement[:4, :4], 1) > 0                       # one answer for three annotators
-
-
-def test_the_medoid_is_the_middle():
-    maps = torch.stack([(torch.arange(40) >= k).long() for k in (12, 16, 20, 25, 29)])[:, None]   # cut at k
-    assert medoid(pairwise(maps)[0]) == 2
-    assert medoid(pairwise(torch.cat([maps[:1], maps[3:4], maps[:1]]))[0]) == 0    # the first of two equal ones
 
 
 def test_bootstrap():
@@ -354,49 +361,3 @@ def test_256_images_take_under_a_second():
         assert time.process_time() - start < 1
     finally:
         torch.set_num_threads(threads)
-
-
-def slow_grouping(maps, share):
-    """Pixel by pixel: average linkage on the share of maps that join two pixels, the textbook way, by scipy."""
-    pixels = maps.flatten(1).T.numpy()                                             # (P, n)
-    apart = 1 - (pixels[:, None] == pixels[None]).mean(2)
-    tree = linkage(squareform(apart, checks=False), "average")
-    return fcluster(tree, 1 - share, "distance")
-
-
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
-def test_grouping_is_average_linkage_of_pixels(share):
-    """Random maps that agree by and large; so many that few distances are equal."""
-    checked = 0
-    for seed in range(12):
-        rng = np.random.default_rng(seed)
-        truth = rng.integers(0, 4, (9, 9)).repeat(2, 0).repeat(2, 1)[:14, :14]
-        maps = torch.from_numpy(np.stack([np.where(rng.random(truth.shape) < 0.9, truth, rng.integers(0, 4, truth.shape)) for _ in range(29)]))
-        mine, slow = grouping(maps, share, most=10_000), slow_grouping(maps, share)
-        same = float(scores(mine[None], torch.from_numpy(slow.reshape(truth.shape))[None].long())["ari"])
-        checked += same == 1
-        assert same > 0.95                                                         # ties may be broken in another order
-    assert checked >= 6
-
-
-def test_grouping_of_equal_maps_is_the_map_and_ignores():
-    truth = torch.tensor([[0, 0, 5, 5], [0, 0, 5, 5], [9, 9, 9, -1]])
-    every = grouping(truth.expand(5, -1, -1))
-    assert (every == -1).equal(truth == -1) and float(scores(every[None], truth[None])["ari"]) == 1
-    assert (grouping(torch.full((3, 2, 2), -1)) == -1).all()
-    numbers = torch.tensor([[3, 3, 1, 1], [3, 3, 1, 1], [0, 0, 0, -1]])            # other numbers, the same map
-    assert float(scores(grouping(torch.stack([truth, numbers]))[None], truth[None])["ari"]) == 1
-
-
-def test_grouping_follows_the_majority():
-    a, b = torch.zeros(4, 4, dtype=torch.int64), torch.zeros(4, 4, dtype=torch.int64)
-    b[:, 2:] = 1
-    assert grouping(torch.stack([a, a, b]), 0.5).unique().numel() == 1             # two of three join the halves
-    assert grouping(torch.stack([a, b, b]), 0.5).unique().numel() == 2
-
-
-def test_small_items_follow_the_largest():
-    rng = np.random.default_rng(0)
-    truth = torch.from_numpy(np.arange(32)[:, None] // 16 * 2 + np.arange(32) // 16)
-    maps = torch.stack([torch.where(torch.from_numpy(rng.random((32, 32)) < 0.03), 7, truth) for _ in range(6)])
-    assert float(scores(grouping(maps, most=4)[None], truth[None])["ari"]) == 1

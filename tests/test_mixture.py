@@ -26,9 +26,9 @@ def options(tmp_path):
 
 
 def test_parts():
-    assert data.parse_part("photos") == ("photos", 1.0, dict(components=False, unlabelled=None))
-    assert data.parse_part("a/b:2.5:components:ignore") == ("a/b", 2.5, dict(components=True, unlabelled="ignore"))
-    assert data.parse_part(r"C:\photos:ignore:3") == (r"C:\photos", 3.0, dict(components=False, unlabelled="ignore"))
+    assert data.parse_part("photos") == ("photos", 1.0, dict(components=False, unlabelled=None, void=()))
+    assert data.parse_part("a/b:2.5:components:ignore:void=255:void=0") == ("a/b", 2.5, dict(components=True, unlabelled="ignore", void=(0, 255)))
+    assert data.parse_part(r"C:\photos:ignore:3") == (r"C:\photos", 3.0, dict(components=False, unlabelled="ignore", void=()))
     assert data.parse_part("photos:0")[0] == "photos:0"                            # no weight: no such folder, says load
     with pytest.raises(ValueError, match="not a data set"):
         data.parse_part(":3")

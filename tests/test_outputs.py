@@ -81,6 +81,50 @@ def test_own_size_with_an_image_is_joint_bilateral_upsampling():
     assert (mine == (torch.arange(40) >= 22) * 5).float().mean() > (plain == (torch.arange(40) >= 22) * 5).float().mean()
 
 
+def slow_soft_bits(x, width, height, image):
+    """(C, h, w) float64 -> (C, height, width): each pixel from its 3 x 3 network pixels, one by one."""
+    (C, h, w), out = x.shape, np.zeros((len(x), height, width))
+    if image is not None:
+        small = np.asarray(image.resize((w, h), Image.Resampling.BOX)) / 255
+        big = np.asarray(image.filter(ImageFilter.GaussianBlur(0.2 * max(width, height) / max(w, h)))) / 255
+    for r, c in np.ndindex(height, width):
+        y, z = (r + 0.5) * h / height - 0.5, (c + 0.5) * w / width - 0.5
+        for i, j in np.ndindex(3, 3):
+            i, j = round(y) + i - 1, round(z) + j - 1
+            k, m = min(max(i, 0), h - 1), min(max(j, 0), w - 1)
+            if image is None:
+                weight = max(0, 1 - abs(y - i)) * max(0, 1 - abs(z - j))
+            else:
+                far = ((y - i) ** 2 + (z - j) ** 2) / 0.5 + ((big[r, c] - small[k, m]) ** 2).sum() / 0.02
+                weight = max(np.exp(-far), 1e-12)
+            out[:, r, c] += weight * x[:, k, m]
+    return out
+
+
+@pytest.mark.parametrize("encoding", ["bits", "onehot"])
+@pytest.mark.parametrize("width,height", [(31, 22), (5, 3), (1, 1), (6, 40), (70, 2)])
+@pytest.mark.parametrize("with_image", [False, True])
+def test_own_size_pixel_by_pixel(encoding, width, height, with_image, monkeypatch):
+    """No allowed code is nearer, in strips of one row, too. The first map may not have its largest code."""
+    monkeypatch.setattr("segment.STRIP", 1)
+    g, codec = torch.Generator().manual_seed(width), Codec(encoding, 4)
+    cells = torch.full((2, 7, 9), 3)
+    cells[:, :3, :4], cells[1, 4:, 6:] = torch.randint(0, 16, (2, 3, 4), generator=g), 12
+    x = codec.encode(cells) * torch.rand(2, 1, 7, 9, generator=g)
+    x += 0.1 * torch.randn(x.shape, generator=g)
+    among = [torch.tensor([0, 5, 6, 12]), codec.decode(x)[1].unique()]
+    image = picture(width, height) if with_image else None
+    mine = own_size(x, (7, 9), width, height, codec, image, among)
+    assert mine.shape == (2, height, width) and mine.dtype == torch.uint8
+    for k, choice in enumerate(among):
+        soft = slow_soft_bits(x[k].double().numpy(), width, height, image)
+        alike = np.einsum("cyx,kc->yxk", soft, codec.table[choice].double())
+        rank = (mine[k][..., None] == choice).int().argmax(-1).numpy()
+        assert set(mine[k].unique().tolist()) <= set(choice.tolist())
+        best, chosen = alike.max(-1), np.take_along_axis(alike, rank[..., None], -1)[..., 0]
+        assert (chosen >= best - 1e-5 * np.abs(best) - 1e-15).all()
+
+
 def test_no_code_appears_between_two_others():
     codec = Codec(bits=6)
     x = codec.encode(torch.randint(0, 64, (1, 3, 5, 6), generator=torch.Generator().manual_seed(0))[0])

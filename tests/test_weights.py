@@ -38,11 +38,11 @@ def test_they_tell_a_few_flat_regions_apart():
     disc = (y - 55) ** 2 + (x - 70) ** 2 < 22**2
     image[disc], truth[disc] = (200, 60, 40), 2
     result = segment(Image.fromarray(image), load_checkpoint(SHIPPED), n=4)
-    assert float(scores(result.grouping[None].long(), torch.from_numpy(truth)[None])["ari"]) > 0.8
+    assert float(scores(result.answer.labels[None].long(), torch.from_numpy(truth)[None])["ari"]) > 0.8
 
 
 def test_the_command_says_that_it_uses_them(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (64, 48), "white").save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)                                                    # no out/ here
     assert sample.main(["--n", "2", "a.png"]) == 0
-    assert "come with this repository" in capsys.readouterr().out and Path("samples/a/grouping.png").exists()
+    assert "come with this repository" in capsys.readouterr().out and Path("samples/a/answer.png").exists()

@@ -1,0 +1,189 @@
+"""What clicks bring: scores after so many of them, and how many it takes, beside what needs no training.
+
+What it is: `clicks_curve` (an annotator clicks into every segment) and `clicks_needed` (a user corrects one object until it is
+right), with simulated users. What it is not: a page to click on.
+"""
+
+import numpy as np
+import torch
+from scipy.ndimage import distance_transform_edt, label
+from scipy.sparse import coo_matrix, diags
+from scipy.sparse.linalg import spsolve
+from tqdm import tqdm
+
+import metrics
+import tree
+from formats import read_image, read_labels
+from scoring import job_of, seed_of
+from segment import denoise, enlarge, evidence_of, joined, shrink
+from tree import lab
+
+
+def clicks_of(true):
+    """Where an annotator clicks: the pixel farthest from the border of each segment of true (h, w), the largest first: [(y, x)]."""
+    ids, area = np.unique(true[true >= 0], return_counts=True)
+    points = []
+    for one in ids[np.argsort(-area, kind="stable")]:
+        depth = distance_transform_edt(np.pad(true == one, 1))[1:-1, 1:-1]
+        points.append(np.unravel_index(depth.argmax(), depth.shape))
+    return list(dict.fromkeys((int(y), int(x)) for y, x in points))
+
+
+def hints_of(points, shape):
+    """Single pixels as a hint map (h, w), numbered from 1 in their order."""
+    hints = np.zeros(shape, int)
+    for number, point in enumerate(points, 1):
+        hints[point] = number
+    return hints
+
+
+def gradient(photo):
+    """Of Lab, between neighbours of (h, w, 3) uint8: (h - 1, w) and (h, w - 1)."""
+    colour = lab(photo / 255)
+    return [np.linalg.norm(np.diff(colour, axis=axis), axis=2) for axis in (0, 1)]
+
+
+def nearest_click(hints):
+    """The label of the nearest hinted pixel: (h, w)."""
+    at = distance_transform_edt(hints == 0, return_distances=False, return_indices=True)
+    return hints[tuple(at)]
+
+
+def watershed(jump, hints):
+    """Watershed with the hints as markers: (h, w)."""
+    return tree.forest(jump, hints)
+
+
+def random_walker(photo, hints, beta=0.02):
+    """The hint that a random walk reaches first, most likely (Grady 2006): (h, w). Steps are exp(-beta |dLab|^2) likely."""
+    h, w = hints.shape
+    at, jump = np.arange(h * w).reshape(h, w), gradient(photo)
+    i, j = np.concatenate([at[:-1].ravel(), at[:, :-1].ravel()]), np.concatenate([at[1:].ravel(), at[:, 1:].ravel()])
+    weight = np.exp(-beta * np.concatenate([v.ravel() for v in jump]) ** 2) + 1e-6
+    links = coo_matrix((np.r_[weight, weight], (np.r_[i, j], np.r_[j, i])), shape=(h * w, h * w)).tocsr()
+    laplacian = diags(np.asarray(links.sum(1)).ravel()) - links
+    seed, free = np.flatnonzero(hints), np.flatnonzero(hints.ravel() == 0)
+    numbers = np.unique(hints[hints > 0])
+    sides = (hints.ravel()[seed][:, None] == numbers).astype(float)
+    chance = spsolve(laplacian[free][:, free].tocsc(), -laplacian[free][:, seed] @ sides).reshape(len(free), -1)
+    out = hints.ravel().copy()
+    out[free] = numbers[chance.argmax(1)]
+    return out.reshape(h, w)
+
+
+def by_baseline(photo, hints, evidence=None):
+    """{name: label map (h, w)} of hints (h, w) by what needs no training; and by a watershed on the samples' evidence."""
+    jump = gradient(photo)
+    maps = {"nearest click": nearest_click(hints), "watershed, Lab": watershed(jump, hints),
+            "random walker": random_walker(photo, hints)}
+    if evidence is not None:
+        soft = [np.minimum(np.abs(np.diff(evidence.soft, axis=axis + 1)).sum(-1), 2).mean(0) for axis in (0, 1)]
+        maps["watershed, samples"] = watershed([s + 0.3 * g / 20 for s, g in zip(soft, jump)], hints)
+    return maps
+
+
+def sampled(model, data, fine, positions, n, seed, batch):
+    """For each image: its position, photo (h, w, 3), maps (m, h, w), and evidence of n samples."""
+    jobs = denoise((job_of(data, fine, i, seed_of(seed, i)) for i in positions), model, n, batch)
+    for i in tqdm(positions, "clicks", leave=False):
+        job = next(jobs)
+        (h, w) = job.size
+        photo = job.image[:h, :w]
+        yield i, photo, data.maps(i)[:, :h, :w].numpy(), evidence_of(torch.stack(job.x_hat), photo, model.codec)
+
+
+def clicks_curve(model, data, fine, positions, ks, n=1, seed=0, batch=1):
+    """Scores after k clicks of every annotator in turn: {method: {k: [{metric: mean over annotators}, one an image]}}.
+
+    ks: numbers of clicks, "all" for one in every segment. Methods: open and closed (this model's), and baselines.
+    """
+    curve = {}
+    for _, photo, maps, evidence in sampled(model, data, fine, positions, n, seed, batch):
+        scored = {}
+        for true in maps:
+            points = clicks_of(true)
+            for k in ks:
+                hints = hints_of(points if k == "all" else points[:k], true.shape)
+                given = hints if hints.any() else None
+                answers = {"open": joined(evidence, model, hints=given)[1]}
+                if given is not None:
+                    answers |= {"closed": joined(evidence, model, hints=given, closed=True)[1]}
+                    answers |= by_baseline(photo, hints, evidence)
+                s = metrics.all_scores(torch.from_numpy(np.stack(list(answers.values()))).long(),
+                                       torch.from_numpy(true).expand(len(answers), -1, -1))
+                for p, name in enumerate(answers):
+                    scored.setdefault((name, k), []).append({key: float(v[p]) for key, v in s.items()})
+        for (name, k), several in scored.items():
+            mean = {key: float(np.nanmean([one[key] for one in several])) for key in several[0]}
+            curve.setdefault(name, {}).setdefault(k, []).append(mean)
+    return curve
+
+
+def clicks_needed(model, data, fine, files, target=0.85, most=20, objects=100, n=4, seed=0, batch=1):
+    """How many clicks a simulated user needs until an object reaches IoU `target`: {method: [clicks, one number an object]}, and how
+    many objects are left out since their own mask, made small for the network and large again, misses the target.
+
+    An object is a label above 0 that covers 1 % of its image or more; at most `objects` of them, drawn by seed. Each click is in the
+    middle of the largest wrong region, at the image's own size; all clicks beside the object share one id. Who is not there after
+    `most` clicks counts as `most`.
+    """
+    found = []
+    for i in range(len(data)):
+        true = read_labels(files[data.items[i]])[0]
+        ids, area = np.unique(true[true > 0], return_counts=True)
+        found += [(i, int(one)) for one in ids[area >= 0.01 * true.size]]
+    chosen = np.random.default_rng(seed).permutation(len(found))[:objects]
+    wanted = {}
+    for k in chosen:
+        wanted.setdefault(found[k][0], []).append(found[k][1])
+    counts, left_out = {}, 0
+    for i, photo, _, evidence in sampled(model, data, fine, sorted(wanted), n, seed, batch):
+        item = files[data.items[i]]
+        picture, labels = read_image(item.image), read_labels(item)[0]
+        jump = gradient(photo)
+        methods = {"tree": lambda hints: joined(evidence, model, hints=hints)[1],
+                   "watershed, Lab": lambda hints: watershed(jump, hints),
+                   "watershed, samples": lambda hints: by_baseline(photo, hints, evidence)["watershed, samples"],
+                   "nearest click": nearest_click}
+        for one in wanted[i]:
+            truth = labels == one
+            small = shrink(truth.astype(np.int64) + 1, *photo.shape[:2]) == 2
+            if iou(enlarge(small[None].astype(np.int64), picture)[0].numpy() > 0, truth) < target:
+                left_out += 1
+                continue
+            for name, method in methods.items():
+                counts.setdefault(name, []).append(clicks_to(method, truth, photo.shape[:2], picture, target, most))
+    return counts, left_out
+
+
+def clicks_to(method, truth, shape, picture, target, most):
+    """Clicks until method(hints (h, w)) -> labels (h, w) has the object truth (H, W) by IoU `target`; `most` if it never has."""
+    hints, mask = np.zeros(shape, int), np.zeros(truth.shape, bool)
+    for count in range(1, most + 1):
+        missed, extra = (middle_of_largest(v) for v in (truth & ~mask, mask & ~truth))
+        (_, y, x), number = max((missed, 1), (extra, 2))
+        at = y * shape[0] // truth.shape[0], x * shape[1] // truth.shape[1]
+        if hints[at] == 3 - number:  # the network's pixel belongs to the other side already: nothing more can be said
+            return most
+        hints[at] = number
+        labels = method(hints)
+        inside = labels == labels[tuple(np.argwhere(hints == 1)[0])]
+        mask = enlarge(inside[None].astype(np.int64), picture)[0].numpy() > 0
+        if iou(mask, truth) >= target:
+            return count
+    return most
+
+
+def middle_of_largest(wrong):
+    """(pixels, y, x) of the largest connected part of wrong (H, W) bool: its size and its deepest pixel; (0, 0, 0) if there is none."""
+    parts, count = label(wrong)
+    if not count:
+        return 0, 0, 0
+    sizes = np.bincount(parts.ravel())[1:]
+    depth = distance_transform_edt(np.pad(parts == sizes.argmax() + 1, 1))[1:-1, 1:-1]
+    return int(sizes.max()), *(int(v) for v in np.unravel_index(depth.argmax(), depth.shape))
+
+
+def iou(a, b):
+    """Of two masks."""
+    return (a & b).sum() / max(1, (a | b).sum())

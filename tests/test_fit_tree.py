@@ -1,0 +1,238 @@
+"""fit_tree.py: what it asks of people's maps, against loops; a small run from images to a file."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import fit_tree
+import tree
+from formats import Item, fitted
+from model import SIZES, UNet
+
+
+def test_targets_are_shares_of_pairs_of_pixels_and_unlabelled_ones_never_count(monkeypatch):
+    """Two annotators; nobody has labelled region 3, one alone region 2."""
+    rng = np.random.default_rng(0)
+    region, maps = rng.integers(0, 4, (9, 7)), rng.integers(-1, 3, (2, 9, 7))
+    maps[:, region == 3], maps[0, region == 2] = -1, -1
+    i, j = (np.array(v) for v in zip(*[(a, b) for a in range(4) for b in range(a + 1, 4)]))
+    features = rng.normal(0, 1, (6, 53))
+    seen = []
+
+    def grow(evidence, net, hints, closed, watch):
+        claimed = (hints is not None) * np.array([0, 1, 2, 0, 0, 0])
+        watch(region, features, claimed, i, j)
+        seen.append(hints)
+
+    monkeypatch.setattr(fit_tree.tree, "grow", grow)
+    soft = np.zeros((2, 9, 7, 2))
+    drawn = [(4, np.zeros((9, 7, 3), np.uint8), maps, soft, soft[..., 0].astype(int), 4)]
+    clicked = 0
+    for seed in range(12):
+        pairs, targets, of = fit_tree.examples(drawn, None, np.random.default_rng(seed), 1.1)
+        want = []
+        # where one annotator clicks, which one is not told: either's answer will do, but all of the same
+        for one in [maps] if seen[-1] is None else [maps[:1], maps[1:]]:
+            rows = []
+            for k, (a, b) in enumerate(zip(i, j)):
+                shares = []
+                for labels in one:
+                    p, q = (labels[(region == r) & (labels >= 0)] for r in (a, b))
+                    if len(p) and len(q):
+                        shares.append((p[:, None] == q).mean())
+                if shares and not (seen[-1] is not None and k == 2):  # both claimed: never asked
+                    rows.append((k, np.mean(shares)))
+            want.append(rows)
+        clicked += seen[-1] is not None
+        found = [[k for k in range(6) if np.allclose(row[:53], features[k])][0] for row in pairs]
+        assert any(
+            found == [k for k, _ in rows] and np.allclose(targets, [s for _, s in rows]) for rows in want
+        )
+        assert (of == 4).all() and (pairs[:, 53] == [seen[-1] is not None and k == 1 for k in found]).all()
+        assert all(3 not in (i[k], j[k]) for k in found)
+    assert 2 < clicked < 10
+
+
+def test_no_set_has_more_than_a_third():
+    rng = np.random.default_rng(0)
+    pairs = rng.normal(-4, 2, (2000, 54)).astype(np.float32)
+    for counts, most in (
+        ([1970, 20, 10], 1 / 3),
+        ([1500, 400, 90, 10], 1 / 3),
+        ([1990, 10], 1 / 2),
+        ([2000], 1.0),
+    ):
+        of = np.repeat(np.arange(len(counts)) + 1, counts)  # set 0 has no pair
+        weight = fit_tree.weights(pairs, of)
+        share = np.bincount(of, weight)[1:] / weight.sum()
+        assert share.max() == pytest.approx(most, abs=1e-6) and share.min() > 0
+        within = weight[of == 1]
+        assert np.allclose(within / within[0], np.exp(0.5 * (pairs[of == 1, 52] - pairs[0, 52])), rtol=1e-4)
+
+
+def test_clicks_lie_in_the_largest_segments():
+    labels = np.full((12, 12), -1)
+    labels[:8, :8], labels[:8, 8:], labels[9, :3] = 5, 0, 7
+    deep = 0
+    for seed in range(60):
+        hints = fit_tree.clicks(labels, 2, np.random.default_rng(seed))
+        (one,), (two,) = np.argwhere(hints == 1), np.argwhere(hints == 2)
+        assert labels[tuple(one)] == 5 and labels[tuple(two)] == 0 and (hints > 0).sum() == 2
+        deep += 3 <= one[0] <= 4 and 3 <= one[1] <= 4  # no farther than 4 from every border
+    assert 30 <= deep < 60  # two in three
+    assert fit_tree.clicks(labels, 10**6, np.random.default_rng(0)).max() == 3
+
+
+def test_crops_of_a_set(tmp_path):
+    """Image k has the colour 100 + k; its map has the id k above, 0 below."""
+    items = []
+    for k in range(2):
+        Image.fromarray(np.full((24, 32), 100 + k, np.uint8)).save(tmp_path / f"{k}.png")
+        items.append(
+            Item(
+                str(tmp_path / f"{k}.png"),
+                [str(tmp_path)],
+                lambda item: [np.repeat([item.arg + 1, 0], 12)[:, None].repeat(32, 1)],
+                k,
+            )
+        )
+    drawn = list(fit_tree.crops(items, 6, 16, dict(unlabelled="ignore", components=False), (0, 1)))
+    value = [int(np.array(image)[0, 0, 0]) - 100 for image, _ in drawn]
+    assert sorted(value) == [0, 0, 0, 1, 1, 1] and value[0] != value[1]
+    assert [image.size == (32, 24) for image, _ in drawn] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]  # all of it first
+    for k, (image, maps) in zip(value, drawn):
+        assert maps.shape == (1, *fitted(*image.size, 16)[::-1]) and set(maps.unique().tolist()) <= {
+            k + 1,
+            -1,
+        }
+    assert (drawn[0][1][0, 0] == value[0] + 1).all() and (drawn[0][1][0, -1] == -1).all()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two colours side by side, whom people part; and an untrained network, whose samples are noise."""
+    truth = np.arange(32) // 16 + np.zeros((32, 1), int)
+    for kind in ("images", "labels"):
+        (tmp_path / "two" / kind).mkdir(parents=True)
+    for k in range(3):
+        first = np.random.default_rng(k).integers(0, 255, 3)
+        image = np.stack([first, 255 - first // 2])[truth] + np.random.default_rng(k).integers(
+            -20, 20, (32, 32, 3)
+        )
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(tmp_path / "two/images" / f"{k}.png")
+        Image.fromarray((truth + 1).astype(np.uint8)).save(tmp_path / "two/labels" / f"{k}.png")
+    torch.manual_seed(0)
+    net = UNet(7, 4, **SIZES["tiny"])
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    checkpoint.save(
+        tmp_path / "ckpt.pt",
+        dict(
+            network=dict(in_channels=7, out_channels=4, **SIZES["tiny"]),
+            ema=net.state_dict(),
+            codec=dict(bits=4),
+            diffusion={},
+            image_size=16,
+            dataset="two",
+            step=0,
+            sampling=dict(steps=2, guidance=1.0, sampler="ddpm", variance="large"),
+        ),
+    )
+    return tmp_path
+
+
+def test_it_learns_colours_from_a_folder(folder, capsys, monkeypatch):
+    monkeypatch.setattr(fit_tree, "STEPS", 300)
+    monkeypatch.setattr(fit_tree, "BATCH", 256)
+    two, out = folder / "two", folder / "tree.npz"
+    words = [
+        "--ckpt",
+        str(folder / "ckpt.pt"),
+        "--dataset",
+        f"{two}:3,{two}:1:ignore",
+        "--crops",
+        "12",
+        "--n",
+        "2",
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
+    assert fit_tree.main(words) == 0
+    losses = [
+        float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "cross entropy" in line
+    ]
+    net = tree.learnt(out)
+    assert len(losses) == 2 and max(losses) < 0.4  # 0.69: not even the mean
+    assert net.keys() == tree.learnt().keys() and all(
+        net[k].shape[1:] == tree.learnt()[k].shape[1:] for k in net
+    )
+
+    truth, rng = np.arange(16) // 8 + np.zeros((16, 1), int), np.random.default_rng(9)
+    photo = np.array([[210, 60, 40], [30, 90, 220]])[truth] + rng.integers(-9, 9, (16, 16, 3))
+    cells = rng.integers(0, 16, (2, 16, 16))
+    soft = (cells[..., None] >> np.arange(4) & 1) * 2.0 - 1
+    evidence = tree.gather(photo.astype(np.uint8), soft, cells, 16)
+    grown = tree.grow(evidence, net)
+    labels = grown.cut(2)
+    assert (labels == truth).mean() > 0.97 or (labels != truth).mean() > 0.97
+    sure, borders = tree.confidence(evidence, grown, labels, net)
+    assert min(sure) > 0.5 and borders[0][2] > 0.5
+
+    before = out.read_bytes()
+    assert (
+        fit_tree.main(words) == 2 and out.read_bytes() == before and not (folder / "tree.npz.part").exists()
+    )
+    assert f"{out} exists and is not overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--dataset", "shapes"], "shapes have no files"),
+        (["--dataset", "nowhere"], "nowhere"),
+        (["--crops", "0"], "--crops"),
+        (["--ckpt", "nothing.pt"], "nothing.pt: no such file"),
+    ],
+)
+def test_wrong_use_gets_one_sentence(folder, capsys, words, said):
+    given = [
+        "--ckpt",
+        str(folder / "ckpt.pt"),
+        "--dataset",
+        str(folder / "two"),
+        "--out",
+        str(folder / "new.npz"),
+        *words,
+    ]
+    assert fit_tree.main([*given, "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and not (folder / "new.npz").exists()
+
+
+def test_maps_without_a_label_are_nothing_to_learn_from(folder, capsys):
+    for k in range(3):
+        Image.new("L", (32, 32)).save(folder / "two/labels" / f"{k}.png")
+    words = [
+        "--ckpt",
+        str(folder / "ckpt.pt"),
+        "--dataset",
+        f"{folder / 'two'}:1:ignore",
+        "--crops",
+        "3",
+        "--n",
+        "1",
+    ]
+    assert fit_tree.main([*words, "--out", str(folder / "new.npz"), "--device", "cpu"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "nothing to learn from" in err

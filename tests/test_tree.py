@@ -1,0 +1,448 @@
+"""tree.py against plain Python on tiny maps: regions, pairs of them, merging round by round, cuts."""
+
+import heapq
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+
+import tree
+from tree import (
+    GRAINS,
+    LEVELS,
+    Graph,
+    confidence,
+    forest,
+    gather,
+    grow,
+    lab,
+    learnt,
+    log_odds,
+    looks,
+    regions,
+)
+
+RNG = np.random.default_rng
+
+
+def evidence_of(seed, h=12, w=11, n=3, codes=16, smooth=True, times=1):
+    """Random samples of a random photo, each so many times: soft bits of `codes` codes, mostly in patches."""
+    rng, bits = RNG(seed), codes.bit_length() - 1
+    image = rng.integers(0, 256, (h, w, 3))
+    if smooth:
+        image = gaussian_filter(image.astype(float), (1, 1, 0))
+    cells = rng.integers(0, codes, (n, -(-h // 3), -(-w // 3))).repeat(3, 1).repeat(3, 2)[:, :h, :w]
+    soft = (cells[..., None] >> np.arange(bits) & 1) * 2.0 - 1
+    soft = (
+        (soft * rng.uniform(0.2, 1, soft.shape) + rng.normal(0, 0.3, soft.shape)).clip(-1, 1).repeat(times, 0)
+    )
+    return gather(image.astype(np.uint8), soft, ((soft > 0) << np.arange(bits)).sum(-1), codes)
+
+
+def network(seed, bias=0.0):
+    """Random weights of the kind that fit_tree.py fits."""
+    rng = RNG(seed)
+    return dict(
+        mean=rng.normal(0, 1, 54),
+        scale=rng.uniform(0.5, 3, 54),
+        w1=rng.normal(0, 0.3, (8, 54)),
+        b1=rng.normal(0, 1, 8),
+        w2=rng.normal(0, 0.5, (6, 8)),
+        b2=rng.normal(0, 1, 6),
+        w3=rng.normal(0, 1, (1, 6)),
+        b3=np.full(1, bias),
+        confidence=rng.normal(0, 1, 4),
+    )
+
+
+def hints_at(shape, *points):
+    out = np.zeros(shape, int)
+    for number, (y, x) in points:
+        out[y, x] = number
+    return out
+
+
+def same(a, b):
+    """Whether two label maps are one partition."""
+    pairs = len(np.unique(np.stack([a.ravel(), b.ravel()]), axis=1).T)
+    return pairs == len(np.unique(a)) == len(np.unique(b))
+
+
+def finer(a, b):
+    """Whether every segment of a lies within one of b."""
+    return len(np.unique(np.stack([a.ravel(), b.ravel()]), axis=1).T) == len(np.unique(a))
+
+
+def neighbours(h, w):
+    """Pairs of pixels: (axis, pixel, the next one down or to the right)."""
+    for y, x in np.ndindex(h, w):
+        for axis, (v, u) in enumerate(((y + 1, x), (y, x + 1))):
+            if v < h and u < w:
+                yield axis, (y, x), (v, u)
+
+
+# ---- regions
+
+
+def flood(jump, marker):
+    """The cheapest step from a wet pixel to a dry one comes next."""
+    out, steps = marker.copy(), {}
+    for axis, a, b in neighbours(*marker.shape):
+        steps.setdefault(a, []).append((jump[axis][a], b))
+        steps.setdefault(b, []).append((jump[axis][a], a))
+    edge = [(cost, to, int(out[at])) for at in zip(*np.nonzero(out)) for cost, to in steps.get(at, [])]
+    heapq.heapify(edge)
+    while edge:
+        _, at, number = heapq.heappop(edge)
+        if not out[at]:
+            out[at] = number
+            for cost, to in steps[at]:
+                heapq.heappush(edge, (cost, to, number))
+    return out
+
+
+@pytest.mark.parametrize(
+    "h,w,markers", [(1, 1, 1), (1, 9, 2), (7, 1, 3), (2, 2, 2), (9, 12, 1), (9, 12, 5), (9, 12, 40)]
+)
+def test_a_forest_is_a_priority_flood(h, w, markers):
+    for seed in range(20):
+        rng = RNG(seed)
+        jump = [rng.random((h - 1, w)), rng.random((h, w - 1))]
+        marker = np.zeros(h * w, int)
+        where = rng.permutation(h * w)[: 2 * markers]
+        marker[where] = (
+            rng.integers(1, markers + 1, len(where)) * 3
+        )  # numbers with gaps, markers in several pieces
+        marker = marker.reshape(h, w)
+        assert same(forest(jump, marker), flood(jump, marker))
+
+
+def test_regions_are_the_minima_and_the_hints():
+    """One for each hint, in however many places, and for each minimum that is not near a hint."""
+    points = ((1, 1), (10, 9), (5, 5))
+    for seed in range(10):
+        evidence = evidence_of(seed)
+        hints = hints_at((12, 11), *zip((2, 2, 1), points))
+        region = regions(evidence, hints)
+        assert region[1, 1] == region[10, 9] != region[5, 5]
+        minima = {
+            region[y, x]
+            for y, x in np.argwhere(evidence.low)
+            if min(np.hypot(y - v, x - u) for v, u in points) >= tree.CLEAR
+        }
+        assert minima.isdisjoint({region[1, 1], region[5, 5]}) and len(minima) > 2
+        assert minima | {region[1, 1], region[5, 5]} == set(np.unique(region)) == set(range(region.max() + 1))
+
+
+# ---- evidence and pairs of regions
+
+
+def test_lab_golden():
+    """CIE's values for sRGB white, black, red, green, blue and middle grey (Lindbloom)."""
+    rgb = np.array([[1, 1, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0.5]])
+    want = [
+        [100, 0, 0],
+        [0, 0, 0],
+        [53.24, 80.09, 67.20],
+        [87.73, -86.18, 83.18],
+        [32.30, 79.19, -107.86],
+        [53.39, 0, 0],
+    ]
+    assert np.allclose(lab(rgb), want, atol=0.1)
+
+
+def pair_by_force(region, image, soft, cells, codes, a, b):
+    """What the network sees of two regions, from their pixels and borders one by one: (53,)."""
+    look, colour = looks(image), lab(image / 255) / 20
+    calm = np.stack([gaussian_filter(v, 1) for v in np.moveaxis(colour, 2, 0)], axis=2)
+    far, (h, w) = np.pad(calm, ((1, 1), (1, 1), (0, 0)), "edge"), region.shape
+    border, inner = [], {a: [], b: []}
+    for axis, (y, x), (v, u) in neighbours(h, w):
+        sides = {region[y, x], region[v, u]}
+        if not sides <= {a, b}:
+            continue
+        dy, dx = v - y, u - x
+        step = [
+            np.linalg.norm(colour[y, x] - colour[v, u]),
+            np.linalg.norm(far[y + 1 - dy, x + 1 - dx] - far[y + 1 + 2 * dy, x + 1 + 2 * dx]),
+            np.mean([min(1, abs(s[y, x] - s[v, u]).sum() / 2) for s in soft]),
+            np.mean([c[y, x] != c[v, u] for c in cells]),
+        ]
+        (border if len(sides) == 2 else inner[region[y, x]]).append(step)
+    p, q = region == a, region == b
+    small, large = (a, b) if p.sum() < q.sum() else (b, a)
+    apart = abs(look[p].mean(0) - look[q].mean(0))
+    bits = [min(2, abs(s[p].mean(0) - s[q].mean(0)).sum() / 2) for s in soft]
+    share = {
+        k: [np.bincount(c[region == k], minlength=codes) / (region == k).sum() for c in cells] for k in (a, b)
+    }
+    pure = {k: [(v**2).sum() for v in share[k]] for k in (a, b)}
+    together = [(v * u).sum() for v, u in zip(share[a], share[b])]
+    alike = [t / (v * u) ** 0.5 for t, v, u in zip(together, pure[a], pure[b])]
+    seen = [
+        np.mean(bits),
+        min(bits),
+        np.mean(together),
+        np.log(np.mean(together) + 0.02),
+        np.mean(alike),
+        np.log(np.mean(alike) + 0.02),
+        np.mean(np.array(alike) > 0.5),
+        np.mean(pure[small]),
+        np.mean(pure[large]),
+    ]
+    inside = [np.mean(inner[k], axis=0) if inner[k] else np.zeros(4) for k in (small, large)]
+    area = {k: (region == k).sum() for k in (a, b)}
+    sizes = [len(border) / area[small] ** 0.5, area[large] / region.size, area[small] / region.size]
+    return np.concatenate(
+        [[np.linalg.norm(apart[:3])], apart, seen, np.mean(border, axis=0), *inside, np.log(sizes)]
+    )
+
+
+def touching(region):
+    pairs = {tuple(sorted((region[a], region[b]))) for _, a, b in neighbours(*region.shape)}
+    return sorted((i, j) for i, j in pairs if i != j)
+
+
+def test_features_pixel_by_pixel_and_after_merges():
+    rng, h, w, codes = RNG(0), 9, 8, 4
+    image, soft = rng.integers(0, 256, (h, w, 3)).astype(np.uint8), rng.uniform(-1, 1, (2, h, w, 3))
+    cells = rng.integers(0, codes, (2, h, w))
+    evidence = gather(image, soft, cells, codes)
+    region = regions(evidence)
+    region = np.unique(region, return_inverse=True)[1].reshape(h, w)
+    graph = Graph(evidence, region)
+    for _ in range(3):  # as they are, and twice after merges of several regions at once
+        assert list(zip(graph.i, graph.j)) == touching(region) and graph.n == region.max() + 1
+        for row, i, j in zip(graph.features(), graph.i, graph.j):
+            want = pair_by_force(region, image, soft, cells, codes, i, j)
+            sure = np.ones(53, bool)
+            # of equal size: which of the two is the smaller is anybody's choice
+            if (region == i).sum() == (region == j).sum():
+                sure[36:38] = sure[42:50] = False
+            assert np.allclose(row[sure], want[sure], atol=1e-9)
+        new = Graph(evidence, region)
+        assert np.allclose(graph.features(), new.features(), atol=1e-9)
+        # anything with anything
+        to = np.unique(rng.integers(0, graph.n * 2 // 3, graph.n), return_inverse=True)[1]
+        graph.merge(to, to.max() + 1)
+        region = to[region]
+
+
+def test_the_network_is_what_torch_computes():
+    net = learnt()
+    w = len(net["b1"])
+    linear, silu = torch.nn.Linear, torch.nn.SiLU()
+    model = torch.nn.Sequential(linear(54, w), silu, linear(w, w), silu, linear(w, 1)).double()
+    for p, name in zip(model.parameters(), ("w1", "b1", "w2", "b2", "w3", "b3")):
+        p.data = torch.from_numpy(net[name])
+    rng = RNG(0)
+    features = net["mean"][:53] + net["scale"][:53] * rng.normal(0, 4, (50, 53))
+    claimed = rng.random(50) < 0.5
+    x = np.concatenate([features, claimed[:, None]], axis=1)
+    want = model(torch.from_numpy((x - net["mean"]) / net["scale"]).clamp(-6, 6))[:, 0].detach().numpy()
+    assert np.allclose(log_odds(features, net, claimed), want)
+
+
+def test_a_lost_file_is_named(tmp_path):
+    (tmp_path / "b.npz").write_bytes(b"nothing")
+    for name in ("a.npz", "b.npz"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            learnt(tmp_path / name)
+
+
+# ---- the tree
+
+
+@pytest.mark.parametrize("hinted", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_regions_join_level_by_level(seed, hinted):
+    """In each round all mutual favourites join that are above the highest level with any."""
+    evidence, net, rounds = evidence_of(seed), network(seed), []
+    hints = hints_at((12, 11), (1, (2, 2)), (2, (9, 8)), (3, (9, 1)), (1, (3, 8))) if hinted else None
+    grown = grow(evidence, net, hints, watch=lambda *seen: rounds.append([np.copy(v) for v in seen]))
+    level, start = 0, rounds[0][0]
+    assert same(start, regions(evidence, hints)) and len(rounds) > 3
+    for (region, features, claimed, i, j), after in zip(rounds, [*(r[0] for r in rounds[1:]), None]):
+        graph = Graph(evidence, region)
+        owners = [set(hints[region == k]) - {0} if hinted else set() for k in range(graph.n)]
+        assert list(zip(i, j)) == list(zip(graph.i, graph.j)) and np.allclose(
+            features, graph.features(), atol=1e-9
+        )
+        assert claimed.tolist() == [bool(owners[a]) + bool(owners[b]) for a, b in zip(i, j)]
+        score = {
+            (a, b): s for a, b, s, c in zip(i, j, log_odds(features, net, claimed == 1), claimed) if c < 2
+        }
+        best = {
+            k: max((s for pair, s in score.items() if k in pair), default=-np.inf) for k in range(graph.n)
+        }
+        mutual = [pair for pair, s in score.items() if s == best[pair[0]] == best[pair[1]]]
+        while mutual and level < len(LEVELS) and not any(score[pair] > LEVELS[level] for pair in mutual):
+            level += 1
+        lowest = LEVELS[level] if level < len(LEVELS) else -np.inf
+        want = region.copy()
+        for a, b in mutual:
+            if score[a, b] > lowest:
+                want[want == b] = a
+        assert len(np.unique(want)) == (3 if hinted else 1) if after is None else same(want, after)
+    assert len(grown.odds) == len(np.unique(start)) - (3 if hinted else 1)
+
+
+def cut_by_force(grown, bar):
+    """Merges at more than `bar`, one after the other, as far as all below them are there."""
+    label, members = grown.region.copy(), {k: {k} for k in range(grown.region.max() + 1)}
+    height = dict.fromkeys(members, np.inf)
+    for k, ((a, b), odds) in enumerate(zip(grown.children, grown.odds), len(members)):
+        members[k], height[k] = members[a] | members[b], min(odds, height[a], height[b])
+        if height[k] > bar:
+            label[np.isin(grown.region, list(members[k]))] = min(members[k])
+    return label
+
+
+@pytest.mark.parametrize(
+    "net", [None, network(1), network(2, bias=2.0)], ids=["samples alone", "net", "coarser net"]
+)
+@pytest.mark.parametrize("hinted", [False, True])
+def test_cuts_are_what_the_merges_say_and_nest(net, hinted):
+    for seed in range(3):
+        evidence = evidence_of(seed)
+        hints = hints_at((12, 11), (1, (2, 2)), (2, (9, 8)), (1, (10, 1))) if hinted else None
+        grown = grow(evidence, net, hints)
+        chain = [grown.cut("normal", offset) for offset in (-9, -1, -0.3, 0.2, 1, 9)]  # ever finer
+        for grain, bar in GRAINS.items():
+            assert same(grown.cut(grain), cut_by_force(grown, bar))
+            assert same(grown.cut(grain, 0.4), cut_by_force(grown, bar + 0.4))
+        leaves = grown.region.max() + 1
+        numbers = [grown.cut(k) for k in range(1, leaves + 2)]
+        least = 2 if hinted else 1
+        assert [len(np.unique(m)) for m in numbers] == [
+            min(leaves, max(k, least)) for k in range(1, leaves + 2)
+        ]
+        for maps in ([grown.cut(g) for g in ("coarse", "normal", "fine")], chain, numbers):
+            assert all(
+                finer(b, a) and set(np.unique(b)) == set(range(b.max() + 1))
+                for a, b in itertools.pairwise(maps)
+            )
+        for m in [*chain, *numbers] if hinted else []:
+            assert m[2, 2] == m[10, 1] != m[9, 8]
+    with pytest.raises(ValueError, match="'huge' is not one of coarse, normal, fine"):
+        grown.cut("huge")
+    with pytest.raises(ValueError, match="at least 1 segment, not 0"):
+        grown.cut(0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_hints_are_kept_at_every_size(data):
+    """From 1 x 1 on, with ties everywhere (a constant photo): together, apart, closed, the same again."""
+    h, w = data.draw(st.tuples(st.integers(1, 7), st.integers(1, 7)), "size")
+    n, seed = data.draw(st.integers(1, 3), "n"), data.draw(st.integers(0, 99), "seed")
+    if data.draw(st.booleans(), "flat"):
+        evidence = gather(np.full((h, w, 3), 90, np.uint8), np.ones((n, h, w, 2)), np.full((n, h, w), 3), 4)
+    else:
+        evidence = evidence_of(seed, h, w, n, 4, smooth=False)
+    net = data.draw(st.sampled_from([None, network(0), learnt()]), "net")
+    pixels = st.lists(st.sampled_from([0, 0, 0, 1, 2, 3]), min_size=h * w, max_size=h * w)
+    hints = np.array(data.draw(pixels, "hints")).reshape(h, w)
+    numbers = [k for k in (1, 2, 3) if (hints == k).any()]
+    for closed in (False, True):
+        grown = grow(evidence, net, hints, closed)
+        again = grow(evidence, net, hints.copy(), closed)
+        for grain in ("coarse", "fine", 1, 5):
+            labels = grown.cut(grain)
+            mine = [set(labels[hints == k]) for k in numbers]
+            assert (
+                labels.shape == (h, w)
+                and all(len(s) == 1 for s in mine)
+                and len(set().union(*mine)) == len(numbers)
+            )
+            assert np.array_equal(labels, again.cut(grain))
+            if closed and numbers:
+                assert set(labels.flat) == set().union(*mine)
+            sure, borders = confidence(evidence, grown, labels, net)
+            assert sure.shape == (labels.max() + 1,) and ((0 <= sure) & (sure <= 1)).all()
+            assert all(0 <= p <= 1 for _, _, p in borders) and [(i, j) for i, j, _ in borders] == touching(
+                labels
+            )
+
+
+def test_a_click_splits_what_all_samples_join():
+    """Everything says one segment; clicks of two hints make two, of any grain."""
+    flat = gather(np.full((20, 24, 3), 90, np.uint8), np.ones((4, 20, 24, 3)), np.full((4, 20, 24), 7), 8)
+    assert len(np.unique(grow(flat).cut("fine"))) == 1
+    labels = grow(flat, hints=hints_at((20, 24), (1, (10, 4)), (2, (10, 20)))).cut("coarse")
+    assert labels[10, 4] != labels[10, 20] and len(np.unique(labels)) == 2
+    tree_ = grow(flat, hints=hints_at((20, 24), (1, (10, 4)), (1, (0, 23)), (2, (10, 20))), closed=True)
+    labels = tree_.cut(17)
+    assert labels[10, 4] == labels[0, 23] != labels[10, 20] and set(np.unique(labels)) == {0, 1}
+
+
+def test_the_samples_alone_join_what_most_join():
+    """A photo without contrast; five samples see halves, two of them quarters."""
+    cells = np.zeros((5, 16, 16), int)
+    cells[:, :, 8:] = 1  # all
+    cells[:2, 8:] += 2  # two
+    soft = (cells[..., None] >> np.arange(2) & 1) * 2.0 - 1
+    halves = np.arange(16) // 8 + np.zeros((16, 1), int)
+    labels = grow(gather(np.full((16, 16, 3), 200, np.uint8), soft, cells, 4)).cut()
+    assert same(labels, halves)
+    cells[2] += 2 * (np.arange(16)[:, None] >= 8)  # now three: most part the quarters
+    soft = (cells[..., None] >> np.arange(2) & 1) * 2.0 - 1
+    labels = grow(gather(np.full((16, 16, 3), 200, np.uint8), soft, cells, 4)).cut()
+    assert same(labels, halves + 2 * (np.arange(16)[:, None] >= 8))
+
+
+@pytest.mark.parametrize("net", [None, network(3), learnt()], ids=["samples alone", "random", "learnt"])
+def test_a_sample_twice_is_a_sample(net):
+    for seed in range(5):
+        one, two = (evidence_of(seed, 20, 17, n=1, times=times) for times in (1, 2))
+        a, b = grow(one, net), grow(two, net)
+        assert (
+            np.array_equal(a.region, b.region)
+            and np.array_equal(a.children, b.children)
+            and np.allclose(a.odds, b.odds)
+        )
+        labels = a.cut()
+        assert np.allclose(confidence(one, a, labels, net)[0], confidence(two, b, labels, net)[0])
+
+
+def test_small_regions_join_first():
+    for seed in range(5):
+        evidence = evidence_of(seed, 24, 20)
+        grown = grow(evidence, network(seed, bias=-3.0), least=9)
+        assert min(np.bincount(grown.cut("fine").ravel())) >= 9 > min(np.bincount(grown.region.ravel()))
+
+
+# ---- confidence
+
+
+def test_sureness_by_hand():
+    """Pairs of pixels inside, by the merges that joined them; outside, by the odds of every border pixel."""
+    evidence, net = evidence_of(5), network(5)
+    grown = grow(evidence, net)
+    labels = grown.cut(4)  # 4 segments
+    inside, outside, share = tree.sureness(evidence, grown, labels, net)
+    members = {k: {k} for k in range(grown.region.max() + 1)}
+    together = {k: [] for k in range(4)}
+    area = np.bincount(grown.region.ravel())
+    for k, ((a, b), odds) in enumerate(zip(grown.children, grown.odds), len(members)):
+        members[k] = members[a] | members[b]
+        owners = {int(labels[grown.region == m][0]) for m in members[k]}
+        if len(owners) == 1:
+            count = sum(area[m] for m in members[a]) * sum(area[m] for m in members[b])
+            together[owners.pop()].append((count, 1 / (1 + np.exp(-odds))))
+    for k in range(4):
+        want = sum(c * p for c, p in together[k]) / sum(c for c, _ in together[k]) if together[k] else 1.0
+        assert inside[k] == pytest.approx(want) and share[k] == pytest.approx((labels == k).mean())
+    graph, chance = Graph(evidence, labels), {}
+    for i, j, p in zip(
+        graph.i, graph.j, 1 / (1 + np.exp(log_odds(graph.features(), net, np.zeros(len(graph.i), bool))))
+    ):
+        chance[i, j] = chance[j, i] = p
+    for k in range(4):
+        sides = [(labels[a], labels[b]) for _, a, b in neighbours(*labels.shape) if labels[a] != labels[b]]
+        seen = [chance[pair] for pair in sides if k in pair]
+        assert outside[k] == pytest.approx(np.mean(seen))

@@ -1,0 +1,380 @@
+"""One tree of answers from n samples of an image: small regions, joined one after the other, surest first.
+
+What it is: `gather` (what samples and photo say about neighbouring pixels), `grow` (the tree, with or without hints) and
+`Tree.cut` (a label map at any grain; a coarser one never crosses a finer one). What it is not: it samples nothing, and
+works at the network's resolution (segment.py enlarges).
+
+Use it alone (needs numpy, scipy and, for learnt odds, weights/tree.npz):
+    from tree import gather, grow, learnt
+    tree = grow(gather(image, soft, cells, 64), learnt())    # (h, w, 3) uint8, (n, h, w, k) in [-1, 1], (n, h, w) below 64
+    labels, finer = tree.cut(), tree.cut("fine")             # (h, w) each
+
+Sources: regions are a watershed, computed as a minimum spanning forest (Cousty et al. 2009); samples as evidence about pairs:
+Fred & Jain 2005. The odds that two regions belong together are a small network's, fitted by fit_tree.py to people's
+segmentations.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.ndimage
+from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
+
+LEARNT = Path(__file__).parent / "weights" / "tree.npz"
+GRAINS = {"coarse": -0.9, "normal": 0.0, "fine": 1.0}  # cut where the log odds that two regions are one fall below this
+# Regions join in the order of these odds: all pairs above the first, then all above the second, ... A cut is at one of them,
+# or between two.
+LEVELS = (6, 4, 3, 2.5, 2, 1.6, 1.3, 1, 0.75, 0.5, 0.25, 0, -0.25, -0.5, -0.75, -1, -1.3, -1.6, -2, -2.5, -3, -4, -6)
+CLEAR = 2.5  # pixels around a hint in which no other region may start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evidence: what is known about pixels and about pairs of neighbours
+
+
+@dataclass
+class Evidence:
+    """What n samples and a photo of (h, w) pixels say; all arrays are numpy's."""
+
+    looks: np.ndarray  # (h, w, 28): colour, texture and place, see `looks`
+    soft: np.ndarray  # (n, h, w, k) soft bits in [-1, 1]
+    cells: np.ndarray  # (n, h, w) codes, from 0
+    codes: int  # how many codes there are
+    steps: list  # for rows and columns: (h - 1, w, 5) and (h, w - 1, 5), see `gather`
+    jump: list  # the same pairs: how unlike the two pixels are, smoothed; watersheds are cut along it
+    low: np.ndarray  # (h, w) bool: minima of it, where regions start
+
+
+def gather(image, soft, cells, codes):
+    """Photo (h, w, 3) uint8, soft bits (n, h, w, k), their codes (n, h, w) below `codes` -> Evidence."""
+    seen = looks(image)
+    colour = seen[..., :3] * 1.25
+    calm = scipy.ndimage.gaussian_filter(colour, (1, 1, 0))
+    steps, jump = [], []
+    edge = np.zeros(image.shape[:2])
+    for axis in (0, 1):
+        def along(values, first, last, axis=axis):
+            return np.moveaxis(np.moveaxis(values, axis, 0)[first:last], 0, axis)
+
+        near = np.linalg.norm(np.diff(colour, axis=axis), axis=2)
+        pad = [(1, 1) if i == axis else (0, 0) for i in range(3)]
+        wide = np.pad(calm, pad, "edge")
+        far = np.linalg.norm(along(wide, 3, None) - along(wide, None, -3), axis=2)
+        bits = np.abs(np.diff(soft, axis=axis + 1)).sum(-1)  # 2 for each sure bit that differs
+        differ = (np.diff(cells, axis=axis + 1) != 0).mean(0)
+        steps.append(np.stack([np.ones_like(near), near, far, np.minimum(bits / 2, 1).mean(0), differ], axis=2))
+        unlike = np.minimum(bits, 2).mean(0) + 0.3 * near
+        jump.append(scipy.ndimage.gaussian_filter(unlike, 0.5))
+        for part in (along(edge, 1, None), along(edge, None, -1)):  # views: a pixel has the largest of its four
+            np.maximum(part, unlike, out=part)
+    edge = scipy.ndimage.gaussian_filter(edge, 0.7)
+    return Evidence(seen, soft, cells, codes, steps, jump, scipy.ndimage.minimum_filter(edge, size=3) == edge)
+
+
+def looks(image):
+    """(h, w, 3) uint8 -> (h, w, 28): Lab, texture of L, place, histograms of Lab; all of about the same size."""
+    colour = lab(image / 255)
+    L, a, b = np.moveaxis(colour, 2, 0)
+    mean = scipy.ndimage.uniform_filter(L, 3)
+    rough = np.sqrt((scipy.ndimage.uniform_filter(L**2, 3) - mean**2).clip(min=0))
+    texture = [abs(scipy.ndimage.sobel(L, 0)) / 16, abs(scipy.ndimage.sobel(L, 1)) / 16, rough / 8]
+    place = np.mgrid[: len(L), : len(L[0])] / max(L.shape)
+    bins = [histogram(L, 0, 100, 8), histogram(a, -40, 40, 6), histogram(b, -40, 40, 6)]
+    return np.concatenate([colour / 25, np.stack([*texture, *place], axis=2), *bins], axis=2)
+
+
+def lab(rgb):
+    """sRGB in 0..1, (..., 3) -> CIE L*a*b*, D65."""
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    # columns: X, Y and Z, each divided by white's
+    matrix = np.array([[0.4339, 0.2126, 0.0178], [0.3762, 0.7152, 0.1095], [0.1899, 0.0722, 0.8727]])
+    xyz = linear @ matrix
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
+
+
+def histogram(v, low, high, bins):
+    """Values (...) -> (..., bins): how much of each pixel is in each bin, shared linearly between the two nearest."""
+    width = (high - low) / bins
+    centre = low + (np.arange(bins) + 0.5) * width
+    return (1 - abs(v.clip(centre[0], centre[-1])[..., None] - centre) / width).clip(min=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Regions to start from
+
+
+def regions(evidence, hints=None):
+    """Watershed: every minimum of the jumps, and every hint, becomes a region: (h, w) from 0.
+
+    hints (h, w): numbers from 1, 0 = none. Pixels of one hint are one region, which may be in several pieces.
+    """
+    h, w = evidence.low.shape
+    low, most = evidence.low, 0
+    if hints is not None and hints.any():
+        low, most = low & (scipy.ndimage.distance_transform_edt(hints == 0) >= CLEAR), int(hints.max())
+    marker, _ = scipy.ndimage.label(low, np.ones((3, 3)))
+    marker = np.where(marker > 0, marker + most, 0 if hints is None else hints)
+    return forest(evidence.jump, marker)
+
+
+def forest(jump, marker):
+    """Minimum spanning forest of the pixels, one tree for each marker (h, w) above 0: (h, w) numbers from 0.
+
+    Pixels of one marker are joined at no cost, and each marker to a root that all share; without the root's edges, the minimum
+    spanning tree falls apart into the forest.
+    """
+    h, w = marker.shape
+    n, at, flat = h * w, np.arange(h * w).reshape(h, w), marker.ravel()
+    order = np.flatnonzero(flat)
+    order = order[np.argsort(flat[order], kind="stable")]
+    if not len(order):
+        return np.zeros((h, w), int)
+    again = flat[order[1:]] == flat[order[:-1]]  # the same marker as the one before
+    first = order[np.concatenate([[True], ~again])]
+    i = np.concatenate([at[:-1].ravel(), at[:, :-1].ravel(), order[:-1][again], first])
+    j = np.concatenate([at[1:].ravel(), at[:, 1:].ravel(), order[1:][again], np.full(len(first), n)])
+    cost = np.concatenate([jump[0].ravel() + 1e-3, jump[1].ravel() + 1e-3, np.full(again.sum(), 1e-9),
+                           np.full(len(first), 1e-8)])  # above 0: a matrix without an entry has no edge
+    i, j = np.minimum(i, j), np.maximum(i, j)
+    cheap = np.lexsort((cost, i * (n + 1) + j))  # of an edge that is there twice, the cheaper one
+    i, j, cost = i[cheap], j[cheap], cost[cheap]
+    new = np.concatenate([[True], (np.diff(i) != 0) | (np.diff(j) != 0)])
+    tree = minimum_spanning_tree(csr_matrix((cost[new], (i[new], j[new])), shape=(n + 1, n + 1))).tocoo()
+    keep = np.maximum(tree.row, tree.col) < n
+    links = coo_matrix((tree.data[keep], (tree.row[keep], tree.col[keep])), shape=(n, n))
+    return connected_components(links, directed=False)[1].reshape(h, w)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs of regions that touch, and what the odds see of them
+
+
+def sums(values, at, n):
+    """Values (m, F) of items, each in group at (m,) -> (n, F): the sum in every group."""
+    return csr_matrix((np.ones(len(at)), (at, np.arange(len(at)))), shape=(n, len(at))) @ values
+
+
+def collect(i, j, values, n):
+    """Values (m, F) of pairs of groups, in either order -> the pairs that differ, i < j, once each, and their sums."""
+    apart = i != j
+    pair, at = np.unique((np.minimum(i, j) * n + np.maximum(i, j))[apart], return_inverse=True)
+    return pair // n, pair % n, sums(values[apart], at, len(pair))
+
+
+class Graph:
+    """Regions (h, w) from 0 and the pairs i, j of them that touch; `merge` joins regions, `features` describes pairs."""
+
+    def __init__(self, evidence, region):
+        samples, h, w, bits = evidence.soft.shape
+        self.n, self.samples, self.codes, self.looks = int(region.max()) + 1, samples, evidence.codes, evidence.looks.shape[2]
+        flat = region.ravel()
+        pixels = np.concatenate([np.ones((h * w, 1)), evidence.looks.reshape(h * w, -1),
+                                 evidence.soft.transpose(1, 2, 0, 3).reshape(h * w, -1)], axis=1)
+        self.total = sums(pixels, flat, self.n)  # (n, 1 + 28 + samples * bits): area and sums
+        place = ((flat * samples)[None] + np.arange(samples)[:, None]) * evidence.codes + evidence.cells.reshape(samples, -1)
+        size = self.n * samples * evidence.codes
+        self.count = np.bincount(place.ravel(), minlength=size).reshape(self.n, -1).astype(float)  # of each code
+        i, j, steps = [], [], []
+        for axis in (0, 1):
+            lines = np.moveaxis(region, axis, 0)
+            i.append(lines[1:].ravel())
+            j.append(lines[:-1].ravel())
+            steps.append(np.moveaxis(evidence.steps[axis], axis, 0).reshape(-1, 5))
+        i, j, steps = map(np.concatenate, (i, j, steps))
+        inside = i == j
+        self.inner = sums(steps[inside], i[inside], self.n)  # (n, 5): of the pairs of pixels inside a region
+        self.i, self.j, self.border = collect(i, j, steps, self.n)  # border (m, 5): of those between two
+
+    def merge(self, to, n):
+        """Regions k become to[k], which are n."""
+        self.total, self.count, self.inner = (sums(v, to, n) for v in (self.total, self.count, self.inner))
+        i, j = to[self.i], to[self.j]
+        inside = i == j
+        self.inner = self.inner + sums(self.border[inside], i[inside], n)
+        self.i, self.j, self.border = collect(i, j, self.border, n)
+        self.n = n
+
+    def features(self):
+        """(m, 53) of the pairs."""
+        i, j = self.i, self.j
+        area = self.total[:, 0]
+        mean = self.total[:, 1:] / area[:, None]
+        look, soft = mean[:, : self.looks], mean[:, self.looks :].reshape(self.n, self.samples, -1)
+        apart = abs(look[i] - look[j])
+        bits = np.minimum(abs(soft[i] - soft[j]).sum(2) / 2, 2)  # (m, samples)
+        share = (self.count / area[:, None]).reshape(self.n, self.samples, self.codes)
+        pure = (share**2).sum(2)  # (n, samples): the chance that two pixels of a region have one code
+        together = np.einsum("msk,msk->ms", share[i], share[j])  # the same of two pixels, one in each
+        alike = together / np.sqrt(pure[i] * pure[j]).clip(1e-6)
+        together, same, pure = together.mean(1), alike.mean(1), pure.mean(1)
+        inner = self.inner[:, 1:] / self.inner[:, :1].clip(1)
+        smaller = area[i] < area[j]
+        small, large = np.where(smaller, i, j), np.where(smaller, j, i)
+        length = self.border[:, 0]
+        sizes = [length / np.sqrt(area[small]), area[large] / area.sum(), area[small] / area.sum()]
+        samples = [bits.mean(1), bits.min(1), together, np.log(together + 0.02), same, np.log(same + 0.02),
+                   (alike > 0.5).mean(1), pure[small], pure[large]]
+        return np.concatenate([np.linalg.norm(apart[:, :3], axis=1)[:, None], apart, np.stack(samples, axis=1),
+                               self.border[:, 1:] / length[:, None], inner[small], inner[large],
+                               np.log(np.stack(sizes, axis=1))], axis=1)
+
+
+SAME = 33  # the column of `features` that is the share of samples that put both together, as far as regions are pure
+
+
+@functools.cache
+def learnt(path=LEARNT):
+    """The network in a file of fit_tree.py: {name: array}. Raises ValueError where there is none."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            return {name: f[name].astype(np.float64) for name in f.files}
+    except (OSError, KeyError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read ({e}): restore it from the repository, or use --merge 0") from None
+
+
+def log_odds(features, net, claimed):
+    """Log odds (m,) that people see one segment in a pair, of features (m, 53) and of whether one of the two is claimed by a
+    hint, (m,) bool. net: of `learnt`; None: what the samples alone say."""
+    if not len(features):
+        return np.zeros(0)
+    if net is None:
+        share = features[:, SAME].clip(0.02, 0.98)
+        return np.log(share / (1 - share))
+    x = ((np.concatenate([features, claimed[:, None]], axis=1) - net["mean"]) / net["scale"]).clip(-6, 6)
+    for layer in ("1", "2"):
+        x = x @ net["w" + layer].T + net["b" + layer]
+        x = x / (1 + np.exp(-x))
+    return x @ net["w3"][0] + net["b3"][0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tree
+
+
+@dataclass
+class Tree:
+    """Regions and how they join: node k of `regions` leaves and then of merges, each of two earlier nodes."""
+
+    region: np.ndarray  # (h, w): the leaves' numbers, from 0
+    children: np.ndarray  # (m, 2): what each merge joins
+    odds: np.ndarray  # (m,): log odds of each merge
+    height: np.ndarray  # (m,): the lowest odds of a merge and of all below it: cuts at one height nest
+    closed: bool  # nothing is left unclaimed: every merge counts
+
+    def cut(self, grain="normal", offset=0.0):
+        """A label map (h, w), from 0. grain: a name of GRAINS, or the number of segments (int; hints may make it more); offset is
+        added to the log odds of GRAINS: above 0, finer."""
+        leaves, merges = int(self.region.max()) + 1, len(self.height)
+        if self.closed:
+            used = np.arange(merges)
+        elif isinstance(grain, str):
+            if grain not in GRAINS:
+                raise ValueError(f"grain '{grain}' is not one of {', '.join(GRAINS)}, nor a number of segments")
+            used = np.flatnonzero(self.height > GRAINS[grain] + offset)
+        else:
+            if grain < 1:
+                raise ValueError(f"grain must be at least 1 segment, not {grain}")
+            used = np.argsort(-self.height, kind="stable")[: max(0, leaves - int(grain))]
+        home = np.arange(leaves + merges)
+        for k in np.sort(used)[::-1]:  # from the root down: a node hands its name on to what it joins
+            home[self.children[k]] = home[leaves + k]
+        return np.unique(home[self.region], return_inverse=True)[1].reshape(self.region.shape)
+
+
+def grow(evidence, net=None, hints=None, closed=False, least=0, watch=None):
+    """Evidence -> Tree. Two regions join that are surest of each other, level by level of LEVELS.
+
+    net: of `learnt`; None: the samples alone decide. hints (h, w): numbers from 1, 0 = none: pixels of one hint are together,
+    those of two never. closed: go on until every region belongs to a hint. least: regions of fewer pixels join first.
+    watch(tree region (h, w), features, claimed, i, j) is told of every round, for fitting.
+    """
+    region = regions(evidence, hints)
+    graph = Graph(evidence, region)
+    node, claim, children, odds, height = np.arange(graph.n), np.zeros(graph.n, int), [], [], []
+    high = np.full(2 * graph.n, np.inf)  # of every node
+    if hints is not None:
+        claim[region[hints > 0]] = hints[hints > 0]
+    closed = bool(closed and claim.any())
+    score, leaves, home = None, graph.n, np.arange(graph.n)
+    for level in (*LEVELS, -np.inf):
+        while len(graph.i):
+            i, j = graph.i, graph.j
+            if score is None:
+                claimed = (claim[i] > 0).astype(int) + (claim[j] > 0)
+                features = graph.features()
+                if watch:
+                    watch(home[region], features, claimed, i, j)
+                score = log_odds(features, net, claimed == 1)
+                if least:
+                    score = score + 10.0 * (np.minimum(graph.total[i, 0], graph.total[j, 0]) < least)
+                score = np.where((claimed == 2) & (claim[i] != claim[j]), -np.inf, score)
+                best = np.full(graph.n, -np.inf)
+                np.maximum.at(best, i, score)
+                np.maximum.at(best, j, score)
+            pick = np.flatnonzero((score > level) & (score == best[i]) & (score == best[j]))
+            to, free = np.arange(graph.n), np.ones(graph.n, bool)
+            for k in pick:
+                a, b = i[k], j[k]
+                if not (free[a] and free[b]):  # of equally good pairs, the first
+                    continue
+                free[a] = free[b] = False
+                high[leaves + len(odds)] = min(score[k], high[node[a]], high[node[b]])
+                height.append(high[leaves + len(odds)])
+                children.append((node[a], node[b]))
+                to[b], node[a], claim[a] = a, leaves + len(odds), max(claim[a], claim[b])
+                odds.append(score[k])
+            if len(pick) == 0:
+                break
+            kept, to = np.unique(to, return_inverse=True)
+            node, claim, home, score = node[kept], claim[kept], to[home], None
+            graph.merge(to, len(kept))
+    return Tree(region, np.array(children, int).reshape(-1, 2), np.array(odds), np.array(height), closed)
+
+
+def sureness(evidence, tree, labels, net=None, graph=None):
+    """What a map (h, w) from 0, cut from a tree, is sure of, of each segment, (n,) each: the chance that two of its pixels belong
+    together, the chance that one of them and one across the border do not, and the segment's share of the map."""
+    graph = graph or Graph(evidence, labels)
+    leaves = np.bincount(tree.region.ravel())
+    area, owner = np.zeros(len(leaves) + len(tree.odds)), np.full(len(leaves) + len(tree.odds), -1)
+    area[: len(leaves)] = leaves
+    owner[tree.region.ravel()] = labels.ravel()
+    together, pairs = np.zeros(graph.n), np.zeros(graph.n)
+    for node, ((a, b), odds) in enumerate(zip(tree.children, tree.odds), len(leaves)):
+        area[node] = area[a] + area[b]
+        if owner[a] == owner[b] >= 0:  # as many pairs of pixels as this merge joins
+            owner[node] = owner[a]
+            together[owner[node]] += area[a] * area[b] / (1 + np.exp(-odds))
+            pairs[owner[node]] += area[a] * area[b]
+    inside = np.where(pairs > 0, together / pairs.clip(1), 1.0)
+    apart = border_chances(graph, net)
+    length = graph.border[:, 0]
+    around = np.bincount(graph.i, length, graph.n) + np.bincount(graph.j, length, graph.n)
+    outside = np.bincount(graph.i, length * apart, graph.n) + np.bincount(graph.j, length * apart, graph.n)
+    return inside, np.where(around > 0, outside / around.clip(1), 1.0), graph.total[:, 0] / labels.size
+
+
+def border_chances(graph, net=None):
+    """(m,): the chance that a person parts the two regions of each pair of a graph."""
+    return 1 / (1 + np.exp(log_odds(graph.features(), net, np.zeros(len(graph.i), bool))))
+
+
+def confidence(evidence, tree, labels, net=None):
+    """Of a map (h, w) from 0, cut from a tree: of each segment (n,) the chance that a person drew it (without a net: how sure the samples
+    are of it), and of its borders [(i, j, chance that a person parts these two)]."""
+    graph = Graph(evidence, labels)
+    seen = sureness(evidence, tree, labels, net, graph)
+    borders = list(zip(graph.i.tolist(), graph.j.tolist(), border_chances(graph, net).tolist()))
+    if net is None:
+        return seen[0] * seen[1], borders
+    bias, *slopes = net["confidence"]
+    return 1 / (1 + np.exp(-bias - slopes @ confidence_features(*seen))), borders
+
+
+def confidence_features(inside, outside, share):
+    """(3, n): log odds of inside and outside, and the logarithm of the share of the map; fit_tree.py fits how they count."""
+    return np.stack([*(np.log(p.clip(0.01, 0.99) / (1 - p.clip(0.01, 0.99))) for p in (inside, outside)), np.log(share)])
