@@ -582,6 +582,7 @@ def gpu_parts(small):
         photos, reading = "--images 1 64", "--batch 64 --workers 1 --seconds 1"
     tests = [*python, *"-m pytest -v --tb short -p no:cacheprovider".split()]
     tests += [f"tests/test_{name}.py" for name in files]
+    tests += [] if small else ["tests/test_data_cache.py::test_augmentation_never_waits_for_the_host"]
     return [("tests", 90, tests), ("kernels", 80, [*bench, "kernels", *kernel]),
             *((name, 95, [*bench, "train", *options.split()]) for name, options in training.items()),
             ("photos", 45, [*bench, "photos", *photos.split()]),

@@ -234,7 +234,7 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
     photos = c.augment and datasets.names(c.dataset) != ["shapes"]
     codec = copy.copy(codec)
     codec.table = codec.table.to(device)  # once, not at every step
-    kind = torch.int64 if not fast else torch.int8 if codec.classes <= 128 else torch.int16  # of cells
+    kind = torch.int8 if codec.classes <= 128 else torch.int16  # of the kernels' cells
 
     def make(step):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
@@ -255,7 +255,7 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
             if codec.palette == "none":                                            # random codes, from each sample's number
                 own = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
                 order = torch.cat([torch.rand(1, codec.classes, generator=g).argsort(1) for g in own])
-                cells = random_cells(labels, to_device(order, device), data.segments).to(kind)
+                cells = random_cells(labels, to_device(order, device), data.segments)
             elif fast and hints is None:
                 below = data.segments if data.segments <= 1024 else None           # a promise, so that nothing waits
                 cells = kernels.locate(labels, codec.side, dtype=kind, labels_below=below)
@@ -266,7 +266,7 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
                 drawn["hints"] = hint_bits(codec.encode(cells), hints)
             if fast:
                 seeds = torch.arange(numbers.start, numbers.stop, numbers.step, device=device) + c.seed * 2**40
-                batch = dict(cells=cells, image=x, seeds=seeds, **drawn)
+                batch = dict(cells=cells.to(kind), image=x, seeds=seeds, **drawn)
             else:
                 batch = dict(x0=codec.encode(cells), image=x, valid=cells >= 0, **drawn)
             return batch, stream and stream.record_event()

@@ -67,15 +67,15 @@ def assert_same(here, there):
     assert others.here.isfinite().all()
 
 
-@pytest.mark.parametrize("options",
-                         [["--palette", "none"],
-                          "--palette none --encoding onehot --bits 4 --prediction v".split(),
-                                     "--palette none --loss bce --self_condition 0.5".split()])
+@pytest.mark.parametrize("options", ["--palette none",
+                                     "--palette none --encoding onehot --bits 4 --prediction v",
+                                     "--palette none --loss bce --self_condition 0.5"])
 def test_a_plain_step_waits_for_nothing_and_needs_no_float64(steps, options):
+    options = ["--kernels", "torch", *options.split()]
     with Device(float64=False) as device:
-        there = steps(THERE, "--kernels", "torch", *options, waits=device.waits)
+        there = steps(THERE, *options, waits=device.waits)
     assert not device.waits
-    assert_same(steps(HERE, "--kernels", "torch", *options, waits=[]), there)
+    assert_same(steps(HERE, *options, waits=[]), there)
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
@@ -106,12 +106,10 @@ def test_a_mac_trains_and_samples(tmp_path, monkeypatch):
     assert train.main([*options.split(), "--out", str(tmp_path / "run")]) == 0
 
 
-@pytest.mark.parametrize("waits", [lambda x: x.sum().item(), lambda x: int(x.max()),
-                                   lambda x: bool((x > 0).all()), lambda x: x.tolist(),
-                                   lambda x: x.cpu(), lambda x: torch.ones(3).to(x.device), lambda x: x
-                                   + torch.tensor(range(3), device=x.device),
-                                   lambda x: x.nonzero(), lambda x: x[x > 0],
-                                   lambda x: x.copy_(torch.ones(3))])
+@pytest.mark.parametrize("waits", [
+    lambda x: x.sum().item(), lambda x: int(x.max()), lambda x: bool((x > 0).all()), lambda x: x.tolist(),
+    lambda x: x.cpu(), lambda x: torch.ones(3).to(x.device), lambda x: x + torch.tensor(range(3), device=x.device),
+    lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.copy_(torch.ones(3))])
 def test_what_waits_is_seen(waits):
     """The device itself: each of these stops a CUDA program until the GPU is done."""
     with Device() as device:
