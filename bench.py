@@ -47,7 +47,6 @@ import train
 from answers.segment import SHIPPED, denoise, load_checkpoint, prepare, summarise
 from diffusion import fused, sample
 from engine import Step, layout, pick_device, update_ema
-from sources import scenes
 
 BITS, SIZE = 6, 128
 MIN_SECONDS = 0.2                                # of measuring, for each figure on a CPU
@@ -228,7 +227,7 @@ def write_scenes(root, n=16, width=640, height=480):
     for part in ("images", "labels"):
         (root / part / "train").mkdir(parents=True)
     for i in range(n):
-        image, label, _ = scenes.Shapes("train", width).get([i])
+        image, label, _ = data.Shapes("train", width).get([i])
         Image.fromarray(image[0, :height].numpy()).save(root / f"images/train/{i:03}.jpg", quality=90)
         Image.fromarray(label[0, :height].numpy().astype(np.uint8)).save(root / f"labels/train/{i:03}.png")
     return root
@@ -500,8 +499,7 @@ def bench_sample(args):
     c, device, dtype, why, codec, diffusion, network, net = setting(args)
     net, n = net.to(memory_format=torch.channels_last).eval().requires_grad_(False), args.n      # as sample.py has it
     shapes = data.load("shapes", "val", c.image_size * net.detail, seed=c.seed)
-    images, _, sizes = shapes.get(list(range(args.images)))
-    x, inside = frame.normalise(images.to(device), (sizes // net.detail).to(device), net.detail)
+    x, inside, _ = data.unchanged(*(v.to(device) for v in shapes.get(list(range(args.images)))), net.detail)
     which = [i for i in range(args.images) for _ in range(n)]
     jobs = {"one image, one sample": [0], f"one image, {n} samples": which[:n], f"{args.images} images x {n} samples": which}
     context = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
@@ -533,7 +531,7 @@ def bench_photos(args):
     """What sample.py does with photos of 640 x 480, files apart: to soft bits, and to label maps."""
     device = usable(args.device)
     model = load_checkpoint(args.ckpt, device)
-    photos = [Image.fromarray(scenes.Shapes("val", 640).get([i])[0][0, :480].numpy())
+    photos = [Image.fromarray(data.Shapes("val", 640).get([i])[0][0, :480].numpy())
               for i in range(min(max(args.images), 8))]
     options = dict(steps=args.steps) if args.steps else {}
     stages = {"soft bits": lambda job, photo: None,

@@ -31,9 +31,10 @@ import torch
 import torch.nn.functional as F
 
 from engine import program
-from frame import MEAN, STD
+from frame import MEAN, STD, coarser, normalise
 from sources.download import download
 from sources.formats import FORMATS, format_of, others
+from sources.hints import NUMBERS, draw_hints  # noqa: F401 (train.py enters sources/ by this door)
 from sources.packing import pack
 from sources.scenes import Mixture, Shapes
 
@@ -168,6 +169,11 @@ def find(name, split, root="data", split_seed=0, void=()):
     return files, lambda: [item._replace(void=item.void + tuple(void)) for item in listing()]
 
 
+def originals(name, split, root="data", void=()):
+    """The listing of a data set of files, which Packed.items are numbers in; [] of shapes, which have no files."""
+    return [] if name == "shapes" else find(name, split, root, void=void)[1]()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
@@ -226,6 +232,13 @@ def packed_side(size, crop, detail=1):
     With a detail above 1 at least the side that the network sees, and no more than that needs: crops are blurred then.
     """
     return max(size * detail, round(size / crop**0.5))
+
+
+def unchanged(images, labels, sizes, detail=1):
+    """What `augment` returns, without a change of the images: x, inside and labels, -1 outside."""
+    labels, sizes = coarser(labels, sizes, detail)
+    x, inside = normalise(images, sizes, detail)
+    return x, inside, labels.masked_fill(~inside, -1)
 
 
 def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1):

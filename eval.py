@@ -34,14 +34,14 @@ import kernels
 import metrics
 from answers.clicks import clicks_curve, clicks_needed
 from answers.pictures import examples, plot
-from answers.scoring import originals, run
+from answers.scoring import run
 from answers.segment import (
     load_checkpoint,
     newest_checkpoint,
     read_checkpoint,
     set_tidy,
 )
-from data import load, parse_parts, parse_void
+from data import load, originals, parse_parts, parse_void
 from engine import pick_device, program
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",

@@ -30,7 +30,6 @@ import torch.distributed as dist
 from PIL import Image
 
 import data as datasets
-import frame
 import kernels
 from answers.pictures import grid, overlay, side_of
 from answers.segment import Job, Model, denoise, placed, sample_map
@@ -240,11 +239,9 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             images, labels, sizes, u = (v.to(device, non_blocking=True) for v in next(source))
             if photos:
-                x, inside, labels = datasets.augment(images, labels, sizes, u, c.image_size, c.crop, c.jitter, detail)
+                x, _, labels = datasets.augment(images, labels, sizes, u, c.image_size, c.crop, c.jitter, detail)
             else:
-                labels, sizes = frame.coarser(labels, sizes, detail)
-                x, inside = frame.normalise(images, sizes, detail)
-            labels = labels.masked_fill(~inside, -1)
+                x, _, labels = datasets.unchanged(images, labels, sizes, detail)
             generator = torch.Generator().manual_seed(c.seed * 2**32 + step)
             drawn = draw((c.batch_size, codec.channels, *labels.shape[1:]), diffusion, generator, device, eps=not fast)
             if diffusion.hints > 0:

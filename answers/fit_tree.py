@@ -26,7 +26,7 @@ import metrics
 from answers import tree
 from answers.scoring import own_maps
 from answers.segment import denoise, load_checkpoint, newest_checkpoint, prepare
-from data import find, parse_parts
+from data import originals, parse_parts
 from engine import pick_device
 from frame import fitted, subsample
 from sources.formats import read_image
@@ -195,7 +195,7 @@ def main(argv=None):
         sets = parse_parts(a.dataset)
         if "shapes" in (name for name, _, _ in sets):
             raise ValueError("shapes have no files: name data sets of images, see train.py")
-        sets = [(find(name, "train", a.root, void=own["void"])[1]()[: a.limit], weight, {**own, "unlabelled": own["unlabelled"] or a.unlabelled})
+        sets = [(originals(name, "train", a.root, own["void"])[: a.limit], weight, {**own, "unlabelled": own["unlabelled"] or a.unlabelled})
                 for name, weight, own in sets]
         net, part = run(model, sets, a), Path(f"{a.out}.part")
         with open(part, "wb") as f:

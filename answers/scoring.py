@@ -14,7 +14,6 @@ import metrics
 from answers import tree
 from answers.segment import Job, denoise, evidence_of, joined, placed, sample_map
 from answers.tree import lab
-from data import find
 from frame import connected, enlarge, subsample
 from sources.formats import read_image, read_labels
 
@@ -40,11 +39,6 @@ def kmeans(image, k=8, position=60.0):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
-
-
-def originals(name, split, root, void=()):
-    """The listing of a data set of files, which Packed.items are numbers in; of shapes, which has none, []."""
-    return [] if name == "shapes" else find(name, split, root, void=void)[1]()
 
 
 def own_maps(item, unlabelled, components=False):

@@ -248,7 +248,7 @@ def test_maps_at_their_own_size(tmp_path):
     rng = np.random.default_rng(0)
     several = [rng.integers(0, 9, (30, 20)) for _ in range(2)]
     folder(tmp_path, {"a": several, "b": several[:1]})
-    files = scoring.originals(str(tmp_path), "val", "data")
+    files = data.originals(str(tmp_path), "val", "data")
     a, b = (files[i] for i in data.load(str(tmp_path), "val", 16, cache=tmp_path / "cache").items)
     assert len(files) == 2 and a.image.endswith("a.png") and np.array_equal(scoring.own_maps(a, "segment"), several)
     assert np.array_equal(scoring.own_maps(b, "ignore")[0], np.where(several[0] == 0, -1, several[0]))

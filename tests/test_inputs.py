@@ -14,8 +14,8 @@ from pycocotools import mask as coco_mask
 
 import data
 import train
-from answers.scoring import originals, own_maps
-from data import load
+from answers.scoring import own_maps
+from data import load, originals
 from sources import formats
 from sources.formats import HEIC, format_of, read_image
 
