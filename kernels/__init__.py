@@ -215,9 +215,9 @@ def contingency(pred, true, classes=None):
     if not _triton(pred.device):
         return reference.contingency(pred, true, classes)
     if classes is None:
-        unseen = true == -1
-        (pred, P), (true, T) = (reference.compact(x.flatten(1)) for x in (pred, true))
-        pred, true = pred.view(unseen.shape), true.view(unseen.shape).masked_fill(unseen, -1)
+        shape = pred.shape
+        (pred, P), (true, T) = reference.compact(pred.flatten(1)), reference.compact(true.flatten(1), ignore=-1)
+        pred, true = pred.view(shape), true.view(shape)
     else:
         P, T = classes
     return _contingency.contingency(pred.contiguous(), true.contiguous(), P, T).double()

@@ -217,8 +217,8 @@ def table_of(index, n, weight=None):
 def contingency(pred, true, classes=None):
     p, t = pred.flatten(1).long(), true.flatten(1).long()
     if classes is None:
+        (p, P), (t, T) = compact(p), compact(t, ignore=-1)
         valid = t != -1
-        (p, P), (t, T) = compact(p), compact(t)
     else:
         P, T = classes
         valid = (p >= 0) & (p < P) & (t >= 0) & (t < T)
