@@ -124,7 +124,7 @@ def blurred(image, h, w):
 
 
 def enlarge(labels, image, calm=None):
-    """Label maps (N, h, w) -> (N, H, W) at the size of a PIL image. calm: `blurred` of it, where there is one already.
+    """Label maps (N, h, w) -> (N, H, W) at the size of a PIL image. calm: `blurred` of it, where there is one.
 
     By joint bilateral votes (after Kopf et al. 2007): a pixel gets the label that has most weight among the 3 x 3 nearest pixels
     of the map; those that are near, and of like colour in the photo, weigh more. The photo is blurred a little, for calm borders

@@ -8,7 +8,7 @@
     python sample.py --init corrected.png --strength 0.4 photo.jpg             # a map corrected by hand: sample around it
     torchrun --nproc_per_node 8 -- sample.py --n 4 photos/                     # the images are shared among 8 GPUs
 
-For each image a folder --out/<stem>/ (<name>_<suffix> where two stems are the same), its maps at the image's own size:
+For each image a folder --out/<stem>/ (<name>_<suffix> where two stems are the same), maps at the image's own size:
     labels_00.png ...  one id a pixel, coloured when looked at (16-bit grey from 255 ids); 0 is never used
     overlay_00.png ... the same over the image; the same place has the same colour in every sample
     answer.png         the joint answer: one map of all samples, as fine as --grain says; answer_overlay.png
@@ -56,12 +56,13 @@ MARK = "bitseg sample.py"                        # in every file written: others
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files. All or nothing: an image's are written into a folder beside, which takes the old one's place when it is complete.
+# Files. All or nothing: an image's are written into a folder beside, which takes the old one's place when complete.
 
 
 def save(picture, path, palette=None):
-    """A PIL image or an array as PNG with our mark: (H, W, 3) uint8, or (H, W) ids, 8 bit and coloured by the palette, or 16 bit."""
-    picture, text = picture if isinstance(picture, Image.Image) else Image.fromarray(picture), PngImagePlugin.PngInfo()
+    """As PNG with our mark: a PIL image, (H, W, 3) uint8, or (H, W) ids, 8 bit and coloured by the palette, or 16 bit."""
+    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    text = PngImagePlugin.PngInfo()
     text.add_text("Software", MARK)
     if palette is not None and picture.mode == "L":
         picture.putpalette(palette.tobytes())
@@ -125,7 +126,7 @@ def beside(folder):
 
 
 def swap(folder):
-    """Put complete new results in the place of the old ones; also where a kill came in between. Files of others stay."""
+    """Put complete new results in the old ones' place; also where a kill came in between. Files of others stay."""
     (new, old), listed = beside(folder), panoptic_png(folder)
     if (new / "segments.json").exists():
         listed.unlink(missing_ok=True)
@@ -155,7 +156,8 @@ def write(folder, image, result, model, info, hints=None, panoptic=False):
 
     def save_map(labels, side, name, over):
         kind = np.uint8 if side * side < 255 else np.uint16
-        save(labels.numpy().astype(kind) + kind(1), new / f"{name}.png", np.concatenate([np.zeros((1, 3), np.uint8), colours(side)]))
+        palette = np.concatenate([np.zeros((1, 3), np.uint8), colours(side)])
+        save(labels.numpy().astype(kind) + kind(1), new / f"{name}.png", palette)
         save(overlaid(image, labels, side), new / f"{over}.png")
 
     try:
@@ -164,14 +166,16 @@ def write(folder, image, result, model, info, hints=None, panoptic=False):
         for j, labels in enumerate(result.enlarged()):
             save_map(labels, result.side, f"labels_{j:0{digits}}", f"overlay_{j:0{digits}}")
         if rows := uncertainty(result, model.codec):
-            tiles, captions = [shade(value / top) for _, value, top, _ in rows], [(name, *ends) for name, _, _, ends in rows]
+            captions = [(name, *ends) for name, _, _, ends in rows]
+            tiles = [shade(value / top) for _, value, top, _ in rows]
             save(grid(tiles, len(rows), 6, captions), new / "uncertainty.png")
         if panoptic:                                                               # id = R + 256 G + 65536 B
             ids = joint.labels.numpy().astype(np.uint32) + 1
             save(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8), new / "panoptic.png")
         sizes = {path.name: path.stat().st_size for path in new.iterdir()}
         about = dict(id=1, file_name=Path(info["image"]).name, width=image.width, height=image.height)
-        save_json(new / "segments.json", {**info, "n": n, "files": sizes}, [about], joint.segments, {}, borders=joint.borders)
+        info = {**info, "n": n, "files": sizes}
+        save_json(new / "segments.json", info, [about], joint.segments, {}, borders=joint.borders)
         swap(folder)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -297,8 +301,10 @@ def main(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--resume", action="store_true", help="skip images that are done with the same settings")
     p.add_argument("--format", choices=["coco", "coco_panoptic"], default="coco", help="coco: segments.json alone")
-    p.add_argument("--hint", action="append", default=[], help="label map: pixels of one id belong together, of different ids apart; 0 is free")
-    p.add_argument("--points", action="append", default=[], help='groups of clicks "x,y x,y;x,y", in pixels from the top left corner; may be repeated')
+    p.add_argument("--hint", action="append", default=[],
+                   help="label map: pixels of one id belong together, of different ids apart; 0 is free")
+    p.add_argument("--points", action="append", default=[],
+                   help='groups of clicks "x,y x,y;x,y", in pixels from the top left corner; may be repeated')
     p.add_argument("--box", action="append", default=[], help="x0,y0,x1,y1 about one segment; may be repeated")
     p.add_argument("--init", action="append", default=[], help="label map to start from; 0 is free")
     p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, at most 1")
@@ -312,13 +318,13 @@ def main(argv=None):
         if not a.images:
             raise ValueError("no image is named: python sample.py photo.jpg")
         a.grain = grain_of(a.grain)
-        for name, least, most in (("n", 1, 10**5), ("steps", 1, 10**5), ("batch", 1, 10**5), ("guidance", 0, 10**6), ("smooth", 0, 10**6),
-                                  ("least", 0, 10**6), ("merge", 0, 10**6), ("seed", 0, 2**62)):
-            if getattr(a, name) is not None and not least <= getattr(a, name) <= most:         # nan is not
-                raise ValueError(f"--{name} must be from {least} to {most}, not {getattr(a, name)}")
+        for name, least, most in (("n", 1, 10**5), ("steps", 1, 10**5), ("batch", 1, 10**5), ("guidance", 0, 10**6),
+                                  ("smooth", 0, 10**6), ("seed", 0, 2**62)):
+            if getattr(a, name) is not None and not least <= getattr(a, name) <= most:  # nan is not
+                raise ValueError(f"--{name} must be at least {least} and at most {most}, not {getattr(a, name)}")
         for name in ("hint", "init"):
-            if len(getattr(a, name)) > 1:
-                raise ValueError(f"--{name} is given {len(getattr(a, name))} times: one label map holds all ids")
+            if (times := len(getattr(a, name))) > 1:
+                raise ValueError(f"--{name} is given {times} times: one label map holds all ids")
             setattr(a, name, "".join(getattr(a, name)))
         a.points = ";".join(a.points)
         if not 0 < a.strength <= 1:
@@ -364,7 +370,7 @@ def main(argv=None):
             print("These are the weights that come with this repository, as there is no checkpoint of your own under out/.")
 
     steps = chosen.get("steps", model.sampling["steps"])
-    bar = tqdm(total=len(files) * a.n * steps, unit="step", mininterval=0.5, disable=rank > 0, leave=False)
+    bar, total = None, len(files) * a.n * steps
     failed, read, writing, large = [], deque(), deque(), threading.Lock()
 
     def say(text):
@@ -389,22 +395,27 @@ def main(argv=None):
             return fault(path, e)
 
     def jobs():
+        nonlocal total
         for one in ahead(load, files):
             if isinstance(one, tuple):
                 read.append(one)
                 yield one[0]
             else:
+                total -= a.n * steps
                 say(one)
-                bar.update(a.n * steps)
 
     def progress(i, t, xt, x_hat):
+        nonlocal bar
         job, path, *_ = read[0]
+        if bar is None:
+            bar = tqdm(total=total, unit="step", mininterval=0.5, disable=rank > 0, leave=False)
+        bar.total = total  # less what was done already
         bar.set_postfix_str(f"{path.name}: sample {len(job.x_hat) + 1} of {a.n}", refresh=False)
         bar.update(len(xt))
 
     def sampled():
-        """Yields when read[0] has its samples, with an exception where it has not: in a batch that fails, each image is
-        tried alone, so that what is wrong with one is not the others' end."""
+        """Yields when read[0] has its samples, with an exception where it has not: of a batch that fails, each image
+        is tried alone, so that what is wrong with one is not the others' end."""
         coming = jobs()
         while True:
             try:
@@ -426,12 +437,12 @@ def main(argv=None):
         folder = out / names[path]
         try:
             with large if pixels > 2e7 else nullcontext():                         # one at a time
-                image = read_image(path)                                           # again: several do not fit into memory
+                image = read_image(path)  # again: several do not fit into memory
                 result = summarise(job, image, model, a.grain, a.closed)
                 words = write(folder, image, result, model, of, job.hints, a.format == "coco_panoptic")
             return f"{path} -> {folder / 'panel.png'} ({words})"
         except OSError as e:
-            return ValueError(f"{path}: nothing is written to {folder} ({said(e)}): what was there before is still there")
+            return ValueError(f"{path}: nothing is written to {folder} ({said(e)}): what was there is still there")
         except Exception as e:
             return fault(path, e)
 
@@ -442,18 +453,20 @@ def main(argv=None):
                 one = read.popleft()
                 if error:
                     say(error)
-                if one[0].x_hat:                                                   # all samples, or what there is
+                if one[0].x_hat:  # all samples, or what there is
                     writing.append(writers.submit(finish, *one))
                 while len(writing) > 4:
                     say(writing.popleft().result())
-            bar.set_postfix_str("writing")
+            if bar is not None:
+                bar.set_postfix_str("writing")
         except KeyboardInterrupt as e:
             stopped = e
             tqdm.write("sample.py: stopping: what is sampled is written", file=sys.stderr)
             writing.extend(writers.submit(finish, *one) for one in read if one[0].x_hat)
         for one in writing:
             say(one.result())
-    bar.close()
+    if bar is not None:
+        bar.close()
     if listed:
         try:
             write_panoptic(out)

@@ -32,8 +32,8 @@ def colours(side):
 
 
 def overlay(image, cells, side, opacity=0.55, thick=None):
-    """Coloured segments with thin outlines over an image: (H, W, 3) uint8; (H, W) cells, -1 stays plain. thick: pixels that
-    outlines are wider than one (default: one for each 1,000 of the longer side)."""
+    """Coloured segments with thin outlines over an image: (H, W, 3) uint8; (H, W) cells, -1 stays plain.
+    thick: by how many pixels outlines are wider than one (default: `outline_of`)."""
     image, cells = np.asarray(image), torch.as_tensor(np.asarray(cells).astype(np.int64))
     colour = Image.fromarray(np.where((cells >= 0)[..., None], colours(side)[cells % side**2], image))
     out = np.array(Image.blend(Image.fromarray(image), colour, opacity))
@@ -54,7 +54,8 @@ def overlaid(image, labels, side, rows=64):
     (width, height), out, thick = image.size, Image.new("RGB", image.size), outline_of(image.size)
     for top in range(0, height, rows):
         above = max(0, top - thick - 1)  # as far as the outline reaches down
-        strip = overlay(image.crop((0, above, width, min(height, top + rows))), labels[above : top + rows], side, thick=thick)
+        part = image.crop((0, above, width, min(height, top + rows)))
+        strip = overlay(part, labels[above : top + rows], side, thick=thick)
         out.paste(Image.fromarray(strip[top - above :]), (0, top))
     return out
 
@@ -112,7 +113,7 @@ def panel(image, result, codec, hints=None, most=16):
 
 
 def uncertainty(result, codec):
-    """[(name, map, its largest value, words for the scale's ends)]: boundaries, and the entropy if there are bits."""
+    """[(name, map, its largest value, words for the scale's ends)]: boundaries, and entropy if there are bits."""
     rows = [("boundaries", result.boundary, 1, ("0", "all"))] if len(result.cells) > 1 else []
     bits = [("entropy", result.entropy, codec.bits, ("0", f"{codec.bits} bits"))] if result.entropy is not None else []
     return rows + bits

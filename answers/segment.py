@@ -105,8 +105,9 @@ def load_checkpoint(path, device="cpu"):
 def set_tidy(model, least, merge):
     """The command line's least and merge instead of the checkpoint's, where given (not None). Raises ValueError."""
     new = {**model.tidy, **{k: v for k, v in dict(least=least, merge=merge).items() if v is not None}}
-    if not all(0 <= v < np.inf for v in new.values()) or any(new.values()) and model.codec.encoding == "rgb":
-        raise ValueError(f"--least and --merge must be 0 (off) or more, and 0 with the encoding rgb, not {new['least']} and {new['merge']:g}")
+    if not all(0 <= v <= 10**6 for v in new.values()) or any(new.values()) and model.codec.encoding == "rgb":
+        raise ValueError(f"--least and --merge must be 0 (off) to 1000000, and 0 with the encoding rgb, "
+                         f"not {new['least']} and {new['merge']:g}")
     model.tidy = new
 
 
@@ -266,7 +267,7 @@ class Segmentation:
 
     @functools.cached_property
     def labels(self):
-        """(n, H, W): all samples at the image's size, which takes n H W bytes; `enlarged` gives one after the other."""
+        """(n, H, W): all samples at the image's size. n H W bytes; `enlarged` gives one after the other."""
         return enlarge(self.cells, self.image, self.calm)
 
     def enlarged(self, copy=None):
@@ -410,7 +411,8 @@ def summarise(job, image, model, grain="normal", closed=False):
         side = max(side, int(np.ceil((maps.max() + 1) ** 0.5)))
     wide, tall = (max(1, min(v, round(v * SHOWN / max(width, height)))) for v in (width, height))
     small = image if max(width, height) <= SHOWN else image.resize((wide, tall), Image.Resampling.BOX)
-    reach, boundary = max(1, round(max(tall, wide) / max(h, w))), torch.zeros(1, tall, wide)  # reach: a pixel of the network
+    reach = max(1, round(max(tall, wide) / max(h, w)))  # a pixel of the network
+    boundary = torch.zeros(1, tall, wide)
     for one in enlarge(cells, small):
         edge = F.pad(outline(one).float()[None], ((reach - 1) // 2, reach // 2) * 2)
         boundary += F.max_pool2d(edge, reach, 1) / n
@@ -439,8 +441,9 @@ def coco_segments(labels, confidence):
     for label in np.unique(owner).tolist():
         starts, ends = first[owner == label], last[owner == label] + 1
         bounds = np.stack([starts, ends], 1).ravel()  # of the pixels that are not it and are it, in turn
-        counts = np.diff(bounds, prepend=0, append=len(flat))
-        rle = coco_mask.frPyObjects(dict(size=list(labels.shape), counts=counts[: len(counts) - (counts[-1] == 0)].tolist()), *labels.shape)
+        counts = np.diff(bounds, prepend=0, append=len(flat)).tolist()
+        counts = counts if counts[-1] else counts[:-1]
+        rle = coco_mask.frPyObjects(dict(size=list(labels.shape), counts=counts), *labels.shape)
         out.append(dict(id=label + 1, image_id=1, category_id=1, iscrowd=0, area=int(coco_mask.area(rle)),
                         bbox=[int(v) for v in coco_mask.toBbox(rle)], confidence=round(confidence[label], 4),
                         segmentation=dict(size=rle["size"], counts=rle["counts"].decode())))
