@@ -40,9 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bits
 import data
 import diffusion
-import frame
 import kernels
-import metrics
 import train
 from answers.segment import SHIPPED, denoise, load_checkpoint, prepare, summarise
 from diffusion import fused, sample
@@ -122,32 +120,27 @@ def kernel_cases(B, dtype, device):
 
     patches = torch.randint(0, 20, (B, SIZE // 8, SIZE // 8), generator=g, device=device)
     labels = patches.repeat_interleave(8, 1).repeat_interleave(8, 2)               # (B, S, S), about 20 segments
-    other, cells, valid = labels.roll(3, 2), codec.cells(labels), labels >= 0
+    cells, valid = codec.cells(labels), labels >= 0
     small = cells.to(torch.int8)
-    image = torch.randint(0, 256, (B, SIZE, SIZE, 3), generator=g, device=device).byte()
-    sizes, seeds = torch.full((B, 2), SIZE, device=device), torch.arange(B, device=device)
+    image, seeds = rand(B, 3, SIZE, SIZE, kind=torch.float32), torch.arange(B, device=device)
     t = diffusion.stratified_t(B, g, device)
     alpha, sigma = (v.float() for v in diffusion.alpha_sigma(t, d))
     a4, s4 = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
     weight, keep = diffusion.loss_weight(t, d).float(), torch.ones(B, device=device)
     out, two, xt = rand(B, k, SIZE, SIZE), rand(2 * B, k, SIZE, SIZE), rand(B, k, SIZE, SIZE, kind=torch.float32)
-    leaf, several = out.clone().requires_grad_(), out.unflatten(0, (-1, min(8, B)))       # 8 samples an image
+    leaf = out.clone().requires_grad_()
 
     def plain_noise():
         x0 = codec.encode(cells)
         return (a4 * x0 + s4 * torch.randn_like(x0)).to(dtype)
 
     def plain_input():
-        x = frame.normalise(image, sizes)[0] * keep.view(-1, 1, 1, 1)
+        x = image * keep.view(-1, 1, 1, 1)
         x0 = codec.encode(cells)
         return diffusion.network_input(a4 * x0 + s4 * torch.randn_like(x0), x).to(dtype, memory_format=torch.channels_last)
 
     def plain_loss(o):
         return weight * diffusion.per_sample_error(o.float().tanh(), codec.encode(cells), valid)
-
-    def plain_vote():
-        mean = several.float().clamp(-1, 1).mean(1)
-        return codec.decode(mean, valid[: len(mean)]), mean, bits.entropy(mean)
 
     def plain_step(c):
         def step():
@@ -170,17 +163,13 @@ def kernel_cases(B, dtype, device):
         "noise": (lambda: kernels.noise(small, alpha, sigma, seeds, k, dtype=dtype), plain_noise, True, n * (1 + k * item)),
         "noise alone (plain: randn)": (lambda: kernels.normal(seeds, k, SIZE, SIZE, dtype=dtype),
                                        lambda: torch.randn(B, k, SIZE, SIZE, dtype=dtype, device=device), False, n * k * item),
-        "network input": (lambda: kernels.network_input(small, alpha, sigma, seeds, k, image, sizes, keep, dtype=dtype),
-                          plain_input, True, n * (1 + 3 + (k + 3) * item)),
+        "network input": (lambda: kernels.network_input(small, alpha, sigma, seeds, k, image, keep, dtype=dtype),
+                          plain_input, True, n * (1 + 3 * 4 + (k + 3) * item)),
         "loss, forward": (lambda: fused_loss(out), lambda: plain_loss(out), True, n * (1 + k * item)),
         "loss, forward and backward": (both(fused_loss), both(plain_loss), True, n * (2 + 3 * k * item)),
         "decode": (lambda: kernels.decode(out, valid), lambda: codec.decode(out, valid), True, n * (k * item + 1 + 8)),
-        "vote": (lambda: kernels.vote(several, valid[: len(several)]), plain_vote, True,
-                      n * k * item + n // several.shape[1] * (1 + 8 + 4 + 4 * k)),
         "step, guided, no noise": (fused_step(0.0), plain_step(0.0), True, step_bytes),
         "step, guided, noise": (fused_step(0.2), plain_step(0.2), True, step_bytes),
-        "contingency": (lambda: kernels.contingency(labels, other, classes=(64, 64)),
-                        lambda: metrics.contingency(labels, other), False, n * (8 + 8)),
     }
 
 

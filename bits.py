@@ -241,6 +241,8 @@ class Codec:
             digits = torch.stack([code // 25, code % 25 // 5, code % 5], dim=1)    # (K, 3), base 5
             table = (digits * 64).clamp(max=255) / 127.5 - 1
         self.channels = table.shape[1]
+        self.has_bits = self.encoding == "bits"    # each channel is a bit: hints, initial maps and entropy make sense
+        self.clusters = self.encoding == "rgb"     # decode finds clusters of its own, not cells of the palette
         self.table = torch.cat([table, torch.zeros(1, self.channels)])             # the last row: cell -1, ignored
 
     def cells(self, labels, generator=None, hints=None):
@@ -261,7 +263,7 @@ class Codec:
         """x (B, C, H, W) -> cells (B, H, W) int64, -1 outside valid (B, H, W). rgb: cluster numbers, not cells."""
         if x.shape[1] != self.channels:
             raise ValueError(f"{self.encoding} has {self.channels} channels, x has {tuple(x.shape)}")
-        if self.encoding == "rgb":
+        if self.clusters:
             masks = torch.ones_like(x[:, 0], dtype=torch.bool) if valid is None else valid
             cells = torch.stack([dichotomy((v.float() + 1) * 127.5, m) for v, m in zip(x, masks)])
         elif self.encoding == "onehot":

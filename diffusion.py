@@ -160,7 +160,7 @@ def fused(codec, device):
     They do analog bits with tanh or no activation; codes: of each cell, None for the 2D Gray palette. Raises RuntimeError if
     Triton was forced and cannot run there.
     """
-    if kernels is None or kernels.live(device)[0] == "torch" or codec.encoding != "bits" or codec.activation not in ("tanh", "none"):
+    if kernels is None or kernels.live(device)[0] == "torch" or not codec.has_bits or codec.activation not in ("tanh", "none"):
         return None
     return dict(activation=codec.activation, codes=None if codec.palette == "similar" else codec.cell_of_code.argsort().to(device))
 
@@ -270,6 +270,26 @@ def hint_channels(hints, d, shape, device):
 # Sampling
 
 
+def ddpm(alpha, sigma, lam, i, variance):
+    """A step back along the posterior of Ho et al. 2020; its noise has the larger or the smaller of two variances."""
+    r, one_minus_r = math.exp(lam[i] - lam[i + 1]), -math.expm1(lam[i] - lam[i + 1])  # r = e^(lambda_t - lambda_s)
+    noise = math.sqrt(one_minus_r) * sigma[i if variance == "large" else i + 1]
+    return r * alpha[i + 1] / alpha[i], one_minus_r * alpha[i + 1], noise
+
+
+def ddim(alpha, sigma, lam, i, variance):
+    """A step back without noise (Song et al. 2021)."""
+    a = sigma[i + 1] / sigma[i]
+    return a, alpha[i + 1] - a * alpha[i], 0.0
+
+
+# name: a function of the lists alpha, sigma and lambda (one number a time), the step i from time i to time i + 1, and variance.
+# It returns a, b, c of the step: a xt + b x_hat + c eps. The last step always gives x_hat
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+VARIANCES = ("large", "small")
+WITHOUT_VARIANCE = ("ddim",)  # samplers that it makes no difference to
+
+
 @torch.no_grad()
 def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, guidance=1.0, sampler="ddpm",
            variance="large", smooth=0.0, init=None, strength=1.0, callback=None, fused=None, hints=None):
@@ -285,8 +305,8 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     hints: bits (B, C, H, W), 0 where unknown (hints.py), seen at every step by a network that was trained with hints.
     fused: what `fused` returned: kernels draw the noise and take the steps (other numbers for a seed than without them).
     """
-    if sampler not in ("ddpm", "ddim") or variance not in ("large", "small"):
-        raise ValueError(f"sampler is ddpm or ddim, variance large or small, not '{sampler}' and '{variance}'")
+    if sampler not in SAMPLERS or variance not in VARIANCES:
+        raise ValueError(f"sampler is {' or '.join(SAMPLERS)}, variance {' or '.join(VARIANCES)}, not '{sampler}' and '{variance}'")
     if steps < 1 or len(seeds) != len(image):
         raise ValueError(f"at least 1 step and one seed an image are needed, not {steps} and {len(seeds)}")
     if not 0 < strength <= 1:
@@ -307,16 +327,6 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     mask = valid[:, None]                                                          # (B, 1, H, W)
     filters = edge_aware(image, valid, smooth) if smooth else None
 
-    def update(i):                                                                 # xs = a xt + b x_hat + c eps
-        if i == steps - 1:
-            return 0.0, 1.0, 0.0
-        if sampler == "ddim":
-            a = sigma[i + 1] / sigma[i]
-            return a, alpha[i + 1] - a * alpha[i], 0.0
-        r, one_minus_r = math.exp(lam[i] - lam[i + 1]), -math.expm1(lam[i] - lam[i + 1])       # r = e^(lambda_t - lambda_s)
-        return (r * alpha[i + 1] / alpha[i], one_minus_r * alpha[i + 1],
-                math.sqrt(one_minus_r) * sigma[i if variance == "large" else i + 1])
-
     xt, x_hat = noise(), torch.zeros(B, channels, H, W, device=device)
     if init is not None:
         xt = alpha[0] * init + sigma[0] * xt
@@ -331,7 +341,7 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
         xs = xt.repeat(halves, 1, 1, 1)
         t = torch.full((len(xs),), times[i].item(), device=device)
         out = model(network_input(xs, images, x_self, hints), t, *extra)
-        a, b, c = update(i)
+        a, b, c = (0.0, 1.0, 0.0) if i == steps - 1 else SAMPLERS[sampler](alpha, sigma, lam, i, variance)
         if fused and not smooth:
             after, x_hat = kernels.step(out, xt, alpha[i], sigma[i], a, b, c, valid, guidance, keys, next(stream),
                                         d.prediction, fused["activation"], with_x_hat=True)

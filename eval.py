@@ -42,6 +42,7 @@ from answers.segment import (
     set_tidy,
 )
 from data import load, originals, parse_parts, parse_void
+from diffusion import SAMPLERS, VARIANCES, WITHOUT_VARIANCE
 from engine import pick_device, program
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",
@@ -181,8 +182,8 @@ def arguments(argv):
     p.add_argument("--clicks_to", type=float, help="instead: how many clicks an object takes until this IoU, e.g. 0.85")
     p.add_argument("--steps", type=whole, help="denoising steps, e.g. 8, or 1,2,4,8,16")
     p.add_argument("--guidance", type=lambda text: numbers(text, float, 0), help="e.g. 1, or 0,1,2,3")
-    p.add_argument("--sampler", type=lambda text: words(text, ("ddpm", "ddim")), help="ddpm, ddim or ddpm,ddim")
-    p.add_argument("--variance", type=lambda text: words(text, ("large", "small")), help="of ddpm: large, small or large,small")
+    p.add_argument("--sampler", type=lambda text: words(text, SAMPLERS), help=f"{', '.join(SAMPLERS)}, or several with commas")
+    p.add_argument("--variance", type=lambda text: words(text, VARIANCES), help="of ddpm: large, small or large,small")
     p.add_argument("--smooth", type=lambda text: numbers(text, float, 0), help="e.g. 0.2, or 0,0.1,0.2,0.4")
     p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour first (default: the checkpoint's)")
     p.add_argument("--merge", type=float, help="as in sample.py (default: the checkpoint's; 0: samples as the network makes them)")
@@ -261,7 +262,7 @@ def main(argv=None):
         axes = {key: getattr(a, key) or [value] for key, value in model.sampling.items()}
         home = {key: model.sampling[key] if model.sampling[key] in axes[key] else axes[key][0] for key in axes}
         settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-        settings = [s for s in settings if s["sampler"] == "ddpm" or s["variance"] == home["variance"]]   # ddim has none
+        settings = [s for s in settings if s["sampler"] not in WITHOUT_VARIANCE or s["variance"] == home["variance"]]
     positions, sweep = list(range(min(a.limit, len(data)))), []
     if clicking:
         model.sampling.update(home)

@@ -36,9 +36,9 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-import kernels
 from answers.pictures import colours, grid, overlaid, panel, shade, uncertainty
 from answers.segment import (
+    SAMPLERS,
     SHIPPED,
     denoise,
     hint_map,
@@ -289,7 +289,7 @@ def main(argv=None):
     p.add_argument("--out", default="samples", help="where the folders go")
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
     p.add_argument("--guidance", type=float, help="guidance weight, 0 = none: half the time (default: the checkpoint's)")
-    p.add_argument("--sampler", choices=["ddpm", "ddim"], help="(default: the checkpoint's)")
+    p.add_argument("--sampler", choices=SAMPLERS, help="(default: the checkpoint's)")
     p.add_argument("--smooth", type=float, help="share of the side that answers are averaged over, between the image's edges; 0 = none")
     p.add_argument("--grain", default="normal", help="coarse, normal, fine, or how many segments")
     p.add_argument("--closed", action="store_true", help="every pixel belongs to one of the hints")
@@ -335,7 +335,6 @@ def main(argv=None):
             raise ValueError(f"--{next(iter(prompts))} is for one image, not for {len(files)}")
         own_gpu = a.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else a.device)
-        kernels.live(device)
         ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
         model, out, names = load_checkpoint(ckpt, device), Path(a.out), folder_names(files)
         set_tidy(model, a.least, a.merge)

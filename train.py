@@ -35,6 +35,8 @@ from answers.pictures import grid, overlay, side_of
 from answers.segment import Job, Model, denoise, placed, sample_map
 from bits import Codec, hint_bits, paint
 from diffusion import (
+    SAMPLERS,
+    VARIANCES,
     Diffusion,
     draw,
     fused,
@@ -168,7 +170,7 @@ RANGES |= dict.fromkeys(("keep_every", "workers", "warmup_steps", "decay_steps",
                          "smooth", "least", "merge"), (0, math.inf))
 RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition", "hints", "max_bad"), (0, 1))
 RANGES |= {"seed": (0, 2**22 - 1), "crop": (0.01, 1), "ema": (0, 0.999999), "input_scale": (1e-6, math.inf), "bias": (-100, 100)}
-CHOICES = {"sampler": ("ddpm", "ddim"), "variance": ("large", "small")}
+CHOICES = {"sampler": SAMPLERS, "variance": VARIANCES}
 
 
 def parse(argv):
@@ -192,15 +194,20 @@ def parse(argv):
     for key, known in CHOICES.items():
         if getattr(c, key) not in known:
             raise ValueError(f"--{key} is {' or '.join(known)}, not '{getattr(c, key)}'")
-    if c.encoding == "rgb" and (c.least or c.merge):
-        raise ValueError(f"--least and --merge must be 0 with --encoding rgb, not {c.least} and {c.merge}")
-    if c.hints and c.encoding != "bits":
+    codec = codec_of(c)
+    if codec.clusters and (c.least or c.merge):
+        raise ValueError(f"--least and --merge must be 0 with --encoding {c.encoding}, not {c.least} and {c.merge}")
+    if c.hints and not codec.has_bits:
         raise ValueError(f"--hints are bits: use --encoding bits, not {c.encoding}, or --hints 0")
     if c.crop < 1 and (not c.augment or sets == ["shapes"]):
         raise ValueError("--crop belongs to the augmentation of real images: not with shapes, nor with --augment false")
     if c.batch_size % c.accumulate:
         raise ValueError(f"--batch_size {c.batch_size} cannot be split into --accumulate {c.accumulate} equal parts")
     return c
+
+
+def codec_of(c):
+    return Codec(c.encoding, c.bits, c.palette, c.seed, c.activation)
 
 
 def help_text(doc):
@@ -431,10 +438,10 @@ def build(c, local=None):
     for name in ("compile", "graph"):
         if getattr(c, name) not in ("auto", "on", "off"):
             raise ValueError(f"{name} is auto, on or off, not '{getattr(c, name)}'")
-    codec = Codec(c.encoding, c.bits, c.palette, c.seed, c.activation)
+    codec = codec_of(c)
     names = [f.name for f in dataclasses.fields(Diffusion) if f.name in Config.__dataclass_fields__]
     diffusion = Diffusion(**{name: getattr(c, name) for name in names})
-    if c.loss == "bce" and (codec.encoding, codec.activation) != ("bits", "tanh"):
+    if c.loss == "bce" and not (codec.has_bits and codec.activation == "tanh"):
         raise ValueError(f"--loss bce is of bits that come out of a tanh, not of {codec.encoding} out of {codec.activation}: use --loss mse")
     copies = 1 + (c.hints > 0) + (c.self_condition > 0)                            # of the bits: xt, hints, x_self
     seen = 3 * SIZES[c.network].get("detail", 1) ** 2                              # channels of the image

@@ -190,7 +190,7 @@ def main(argv=None):
         if Path(a.out).exists():
             raise ValueError(f"{a.out} exists and is not overwritten: choose another --out, or remove it")
         model = load_checkpoint(a.ckpt or newest_checkpoint(), pick_device(a.device))
-        if model.codec.encoding != "bits":
+        if not model.codec.has_bits:
             raise ValueError(f"trees are fitted to samples of the encoding bits, not {model.codec.encoding}")
         sets = parse_parts(a.dataset)
         if "shapes" in (name for name, _, _ in sets):
@@ -201,7 +201,7 @@ def main(argv=None):
         with open(part, "wb") as f:
             np.savez(f, **net)
         part.replace(a.out)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:  # RuntimeError: kernels that cannot be had
         print(f"fit_tree.py: {e}", file=sys.stderr)
         return 2
     print(f"wrote {a.out}")

@@ -182,7 +182,7 @@ def run(data, positions, model, a, setting, ns, files, larger=None, full=True, k
             evidence, (tree_of_all, labels) = evidence_of(x_hat, photo, model.codec), grown[n]
             sure, _ = tree.confidence(evidence, tree_of_all, labels, net)
             row["segments"], row["borders"] = segment_table(sure, labels, maps), border_table(evidence, tree_of_all, labels, maps, net)
-            if model.codec.encoding == "bits" and model.codec.palette != "none":
+            if model.codec.has_bits and model.codec.palette != "none":
                 row["bits"] = bit_table(x_hat[0], maps, model.codec)
         if keep:
             shown = [placed(v[None].numpy(), 16)[0][0] for v in answers.values()]

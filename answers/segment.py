@@ -26,7 +26,7 @@ from pycocotools import mask as coco_mask
 
 from answers import tree
 from bits import Codec, entropy, hint_bits, locate
-from diffusion import Diffusion, fused, sample
+from diffusion import SAMPLERS, VARIANCES, Diffusion, fused, sample
 from engine import newest, out_of_memory
 from frame import blurred, enlarge, fitted, normalise, outline, resize_image, shrink
 from metrics import ari, contingency
@@ -70,7 +70,7 @@ def read_checkpoint(path, device="cpu"):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The EMA network of a checkpoint, ready to sample from."""
+    """The EMA network of a checkpoint, ready to sample from. Raises ValueError naming the file, RuntimeError as `diffusion.fused`."""
     c = read_checkpoint(path, device)
     if lacks := {"network", "ema", "codec", "diffusion", "image_size", "sampling", "dataset", "step"} - c.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it is no checkpoint of train.py")
@@ -85,6 +85,8 @@ def load_checkpoint(path, device="cpu"):
                     raise ValueError(f"{key} is {value!r}")
         if c["image_size"] < 1 or c["sampling"]["steps"] < 1:
             raise ValueError(f"image_size is {c['image_size']}, steps {c['sampling']['steps']}")
+        if c["sampling"]["sampler"] not in SAMPLERS or c["sampling"]["variance"] not in VARIANCES:
+            raise ValueError(f"its sampler is {c['sampling']['sampler']!r}, its variance {c['sampling']['variance']!r}")
         net, codec = UNet(**c["network"]), Codec(**c["codec"])
         diffusion = Diffusion(**c["diffusion"])
         copies = 1 + (diffusion.hints > 0) + (diffusion.self_condition > 0)  # of the bits, as in train.py
@@ -93,19 +95,21 @@ def load_checkpoint(path, device="cpu"):
             raise ValueError(f"its network is not of {want[0]} channels in and {want[1]} out, as its settings say")
         net.load_state_dict(c["ema"])
         net = net.to(device).eval().requires_grad_(False)
-        return Model(net, codec, diffusion, c["image_size"],
-                     {"smooth": 0.0, **c["sampling"]}, c["dataset"], c["step"],
-                     {"least": 0, "merge": 0.0, **c.get("tidy", {})})
+        model = Model(net, codec, diffusion, c["image_size"],
+                      {"smooth": 0.0, **c["sampling"]}, c["dataset"], c["step"],
+                      {"least": 0, "merge": 0.0, **c.get("tidy", {})})
     except Exception as e:  # of whatever kind, for whatever lies in it
         known = {ValueError: str(e), RuntimeError: "its weights do not fit its network"}
         why = known.get(type(e), "entries of a wrong kind")
         raise ValueError(f"{path}: no checkpoint that this version can use: {why}") from None
+    fused(model.codec, device)  # now, not in the midst of sampling: raises where kernels were forced that cannot run
+    return model
 
 
 def set_tidy(model, least, merge):
     """The command line's least and merge instead of the checkpoint's, where given (not None). Raises ValueError."""
     new = {**model.tidy, **{k: v for k, v in dict(least=least, merge=merge).items() if v is not None}}
-    if not all(0 <= v <= 10**6 for v in new.values()) or any(new.values()) and model.codec.encoding == "rgb":
+    if not all(0 <= v <= 10**6 for v in new.values()) or any(new.values()) and model.codec.clusters:
         raise ValueError(f"--least and --merge must be 0 (off) to 1000000, and 0 with the encoding rgb, "
                          f"not {new['least']} and {new['merge']:g}")
     model.tidy = new
@@ -212,7 +216,7 @@ def prepare(image, model, hints=None, init=None, seed=0):
     hint = np.zeros((h, w), int) if hints is None else network_hints(hints, h, w)
     if init is None and not model.diffusion.hints:
         return job
-    if codec.encoding != "bits":
+    if not codec.has_bits:
         raise ValueError(f"initial maps need a checkpoint with the encoding bits, not {codec.encoding}")
     if hint.max() > codec.classes:
         raise ValueError(f"{hint.max()} ids in the hints are more than the {codec.classes} of this network")
@@ -417,7 +421,7 @@ def summarise(job, image, model, grain="normal", closed=False):
         edge = F.pad(outline(one).float()[None], ((reach - 1) // 2, reach // 2) * 2)
         boundary += F.max_pool2d(edge, reach, 1) / n
     bits = None
-    if codec.encoding == "bits":
+    if codec.has_bits:
         bits = F.interpolate(entropy(x_hat.mean(0, keepdim=True))[None], (tall, wide), mode="bilinear")[0, 0]
     result = Segmentation(None, cells, side, agreement(cells), boundary[0], bits, x_hat, image,
                           evidence_of(x_hat, photo, codec), model)

@@ -12,8 +12,8 @@ PyTorch elsewhere; use("triton" or "torch"), or the environment variable BITSEG_
 printed once. Forced and impossible is a RuntimeError with the reason; a failed launch is never hidden.
 
 The folder needs torch, and triton on CUDA, and nothing else: copy it. The operators are registered as bitseg::*, so they
-work inside torch.compile, and none of them waits for the device, so they work inside CUDA graphs (locate and contingency
-where labels_below and classes are given).
+work inside torch.compile, and none of them waits for the device, so they work inside CUDA graphs (locate
+where labels_below is given).
 
 Words: k bits, B samples, "main arrays" (B, k, H, W) in float32, float16 or bfloat16; NCHW and channels_last are used as
 they are, other strides are copied first. cells (B, H, W), any signed integer type, -1 = ignored.
@@ -37,7 +37,6 @@ except ImportError as e:                                               # macOS, 
     triton, why_not = None, f"triton cannot be imported ({e})"
 else:
     from . import common as _common
-    from . import contingency as _contingency
     from . import decode as _decode
     from . import locate as _locate
     from . import loss as _loss
@@ -137,10 +136,10 @@ def _same(name, x, shape, device, kinds):
         raise ValueError(f"{name} must be {' or '.join(str(k)[6:] for k in kinds)}, not {str(x.dtype)[6:]}")
 
 
-def _main(name, x, dims=4):
+def _main(name, x):
     """x must be a main array, of 2 to 10 bits."""
-    if x.dim() != dims or x.dtype not in FLOATS or x.numel() == 0 or not 2 <= x.shape[-3] <= 10:
-        raise ValueError(f"{name} must be {'(B, k, H, W)' if dims == 4 else '(B, n, k, H, W)'}, not empty, k from 2 to 10, in "
+    if x.dim() != 4 or x.dtype not in FLOATS or x.numel() == 0 or not 2 <= x.shape[-3] <= 10:
+        raise ValueError(f"{name} must be (B, k, H, W), not empty, k from 2 to 10, in "
                          f"float32, float16 or bfloat16; not {tuple(x.shape)} in {str(x.dtype)[6:]}")
     if x.shape[-3] * x.shape[-2] * x.shape[-1] >= LIMIT:
         raise ValueError(f"{name} must have fewer than 2^30 elements a sample, not {tuple(x.shape[-3:])}")
@@ -197,30 +196,11 @@ def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=No
     if labels_below is None:
         low, high = (int(v) for v in labels.aminmax())
         if low < -1 or high >= _locate.MAX_LABELS:
-            index, n = reference.compact(labels.flatten(1), ignore=-1)
+            index, n = reference.compact(labels.flatten(1))
             index, n = (index, n) if n <= _locate.MAX_LABELS else reference.merged(index, n, side * side)
             labels, high = index.view(labels.shape), n - 1
         labels_below = max(1, high + 1)
     return _locate.locate(labels.contiguous(), side, largest_first, dtype, labels_below)
-
-
-def contingency(pred, true, classes=None):
-    """Pixels of each pair (predicted segment, true segment): (B, P, T) float64. Pixels with true == -1 do not count.
-
-    pred, true (B, H, W) integers of any size, renumbered map by map. classes (P, T): instead, pred lies in [0, P) and true
-    in [-1, T), what does not is not counted, and nothing waits for the device. Twin: metrics.contingency.
-    """
-    _maps("pred", pred)
-    _same("true", true, pred.shape, pred.device, INTEGERS + (torch.uint8,))
-    if not _triton(pred.device):
-        return reference.contingency(pred, true, classes)
-    if classes is None:
-        shape = pred.shape
-        (pred, P), (true, T) = reference.compact(pred.flatten(1)), reference.compact(true.flatten(1), ignore=-1)
-        pred, true = pred.view(shape), true.view(shape)
-    else:
-        P, T = classes
-    return _contingency.contingency(pred.contiguous(), true.contiguous(), P, T).double()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,18 +232,18 @@ def noise(cells, alpha, sigma, seeds, bits, stream=0, codes=None, dtype=torch.fl
                          channels_last=channels_last)
 
 
-def network_input(cells, alpha, sigma, seeds, bits, image, sizes=None, keep=None, x_self=None, self_condition=False,
+def network_input(cells, alpha, sigma, seeds, bits, image, keep=None, x_self=None, self_condition=False,
                   stream=0, codes=None, dtype=torch.float32, channels_last=True):
     """The network's whole input, cat(xt, image[, x_self]): (B, bits + 3 [+ bits], H, W). xt as of `noise`.
 
-    image (B, H, W, 3) uint8 and sizes (B, 2) integers, h and w: normalised, 0 beyond them; or (B, 3, H, W) floats, taken as
-    they are, as are the (B, 3 d^2, H, W) of an image folded d x d (then the input has more channels). keep (B,): factor on the image, 0 where it is dropped. self_condition: `bits` more channels, x_self
+    image (B, 3, H, W) floats, taken as they are, or (B, 3 d^2, H, W) of an image folded d x d (then the input has more
+    channels). keep (B,): factor on the image, 0 where it is dropped. self_condition: `bits` more channels, x_self
     (B, bits, H, W), or zeros without it. Twin: diffusion.network_input.
     """
     _maps("cells", cells)
     (B, H, W), device = cells.shape, cells.device
     _same("cells", cells, cells.shape, device, INTEGERS)
-    fold = math.isqrt(image.shape[1] // 3) if image is not None and image.dim() == 4 and image.dtype != torch.uint8 else 1
+    fold = math.isqrt(image.shape[1] // 3) if image is not None and image.dim() == 4 else 1
     if not 2 <= bits <= 10 or dtype not in FLOATS or H * W * (2 * bits + 3 * fold**2) >= LIMIT:
         raise ValueError(f"bits from 2 to 10, a float dtype and below 2^30 elements a sample are possible, not {bits}, "
                          f"{str(dtype)[6:]} and {H} x {W}")
@@ -273,12 +253,7 @@ def network_input(cells, alpha, sigma, seeds, bits, image, sizes=None, keep=None
     if not 0 <= stream < 2**31:
         raise ValueError(f"stream must be from 0 to 2^31 - 1, not {stream}")
     _table("codes", codes, bits, device)
-    if image is not None and image.dtype == torch.uint8:
-        _same("image", image, (B, H, W, 3), device, (torch.uint8,))
-        if sizes is None:
-            raise ValueError(f"a uint8 image needs sizes ({B}, 2)")
-        _same("sizes", sizes, (B, 2), device, INTEGERS)
-    elif image is not None:
+    if image is not None:
         _same("image", image, (B, 3 * max(1, fold) ** 2, H, W), device, FLOATS)
     if keep is not None:
         _same("keep", keep, (B,), device, FLOATS + (torch.bool,))
@@ -287,14 +262,14 @@ def network_input(cells, alpha, sigma, seeds, bits, image, sizes=None, keep=None
     if not _triton(device):
         if image is None:
             return reference.noise(cells, alpha, sigma, seeds, bits, stream, codes, dtype, channels_last)
-        return reference.network_input(cells, alpha, sigma, seeds, bits, image, sizes, keep, x_self, self_condition, stream,
+        return reference.network_input(cells, alpha, sigma, seeds, bits, image, keep, x_self, self_condition, stream,
                                        codes, dtype, channels_last)
     if image is not None:
-        image = image.contiguous() if image.dtype == torch.uint8 else _common.like(image, channels_last)
+        image = _common.like(image, channels_last)
         keep = torch.ones_like(alpha) if keep is None else keep
     x_self = None if x_self is None else _common.like(x_self, channels_last)
     return _noise.noise(seeds.contiguous(), stream, H, W, bits, dtype, channels_last, cells.contiguous(), _float(alpha),
-                        _float(sigma), _flat(codes), image, _flat(sizes), _float(keep), x_self, self_condition)
+                        _float(sigma), _flat(codes), image, _float(keep), x_self, self_condition)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,38 +315,17 @@ def decode(x, valid=None, cell_of_code=None, soft=False, dtype=torch.int64):
     in bits of the code's distribution (paper, Eq. 3). Twins: Codec.decode, confidence and entropy in bits.py.
     """
     _main("x", x)
-    _check_decode(x[:, None], valid, cell_of_code, dtype)
-    if not _triton(x.device):
-        return reference.decode(x, valid, cell_of_code, soft, dtype)
-    x = _common.dense(x)
-    cells, _, confidence, entropy = _decode.decode(x[:, None], _common.is_last(x), _flat(valid), _flat(cell_of_code), dtype,
-                                                   soft, False)
-    return (cells, confidence, entropy) if soft else cells
-
-
-def vote(x, valid=None, cell_of_code=None, dtype=torch.int64):
-    """n samples (B, n, k, H, W) of each image -> cells (B, H, W), mean bits (B, k, H, W) float32, entropy (B, H, W).
-
-    The mean is over the samples, each clamped to [-1, 1]; cells and entropy are those of the mean: every bit is voted for
-    on its own. Twin: decode and entropy in bits.py, of x.clamp(-1, 1).mean(1).
-    """
-    _main("x", x, dims=5)
-    _check_decode(x, valid, cell_of_code, dtype)
-    if not _triton(x.device):
-        return reference.vote(x, valid, cell_of_code, dtype)
-    flat = _common.dense(x.flatten(0, 1))
-    cells, mean, _, entropy = _decode.decode(flat.unflatten(0, x.shape[:2]), _common.is_last(flat), _flat(valid),
-                                             _flat(cell_of_code), dtype, True, True)
-    return cells, mean, entropy
-
-
-def _check_decode(x, valid, cell_of_code, dtype):
-    B, _, K, H, W = x.shape
+    B, K, H, W = x.shape
     if dtype not in INTEGERS or torch.iinfo(dtype).max < 2**K - 1:
         raise ValueError(f"cells up to {2**K - 1} do not fit into {str(dtype)[6:]}")
     if valid is not None:
         _same("valid", valid, (B, H, W), x.device, (torch.bool,))
     _table("cell_of_code", cell_of_code, K, x.device)
+    if not _triton(x.device):
+        return reference.decode(x, valid, cell_of_code, soft, dtype)
+    x = _common.dense(x)
+    cells, confidence, entropy = _decode.decode(x, _common.is_last(x), _flat(valid), _flat(cell_of_code), dtype, soft)
+    return (cells, confidence, entropy) if soft else cells
 
 
 def step(out, xt, alpha, sigma, a, b, c=0.0, valid=None, guidance=0.0, seeds=None, stream=0, prediction="x",

@@ -1,10 +1,9 @@
-"""decode: soft bits -> cell, and the probability and entropy of the code (paper, Eq. 3), over n samples of an image.
+"""decode: soft bits -> cell, and the probability and entropy of the code (paper, Eq. 3).
 
-    x (B, n, K, H, W) -> cells (B, H, W) [, mean of the clamped bits (B, K, H, W)] [, confidence, entropy (B, H, W)]
-n = 1 is plain decoding. For n > 1 everything is of the mean bit over the samples, which is twice the bit's probability
-minus 1: the cell is the vote in every bit. The 2^K class probabilities are never formed.
+    x (B, K, H, W) -> cells (B, H, W) [, confidence, entropy (B, H, W)]
+The 2^K class probabilities are never formed.
 
-Bytes a pixel, K = 6, bfloat16, n = 1: reads 12, writes the cell (1 to 8) and 4 for each of confidence and entropy.
+Bytes a pixel, K = 6, bfloat16: reads 12, writes the cell (1 to 8) and 4 for each of confidence and entropy.
 A thread needs all channels of its pixels: it takes as many pixels as 16 bytes hold elements, reads their K x 16 bytes in
 K accesses, in either layout, and takes them apart in registers.
 """
@@ -16,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import empty, load_rows, put_together, store_rows
+from .common import load_rows, put_together, store_rows
 
 GROUPS, WARPS = 128, 4                           # one group of pixels a thread. Not swept on a GPU yet
 
@@ -42,34 +41,26 @@ def cell_of(code, table_ptr, K: tl.constexpr, TABLE: tl.constexpr):
 
 @triton.jit
 def decode_kernel(
-    x_ptr, valid_ptr, table_ptr,                 # (B, n, K, H, W); (B, H, W) if MASK; (2^K,) if TABLE
-    cells_ptr, mean_ptr, confidence_ptr, entropy_ptr,          # (B, H, W); (B, K, H, W) if MEAN; (B, H, W) if SOFT
-    n, HW, blocks,
+    x_ptr, valid_ptr, table_ptr,                 # (B, K, H, W); (B, H, W) if MASK; (2^K,) if TABLE
+    cells_ptr, confidence_ptr, entropy_ptr,      # (B, H, W); the last two if SOFT
+    HW, blocks,
     K: tl.constexpr, V: tl.constexpr, LAST: tl.constexpr, MASK: tl.constexpr, TABLE: tl.constexpr, SOFT: tl.constexpr,
-    MEAN: tl.constexpr, GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     b = (tl.program_id(0) // blocks).to(tl.int64)
     group = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)              # of V pixels, one a thread
-    sums = ()
-    for i in tl.static_range(V * K):
-        sums = sums + (tl.zeros((GROUPS,), tl.float32),)
-    for s in range(n):
-        rows, new = load_rows(x_ptr + (b * n + s) * HW * K, group, HW, K, V, LAST), ()
-        for i in tl.static_range(V * K):
-            x = rows[i].to(tl.float32)
-            new = new + (sums[i] + tl.where(x > 1, 1.0, tl.where(x < -1, -1.0, x)),)
-        sums = new
-    codes, sure, spread, means = (), (), (), ()
+    rows = load_rows(x_ptr + b * HW * K, group, HW, K, V, LAST)
+    codes, sure, spread = (), (), ()
     for q in tl.static_range(V):
         code, entropy = tl.zeros((GROUPS,), tl.int32), tl.zeros((GROUPS,), tl.float32)
         confidence = entropy + 1
         for c in tl.static_range(K):
-            m = sums[q * K + c] / n
-            code += (m > 0).to(tl.int32) << c
+            x = rows[q * K + c].to(tl.float32)
+            x = tl.where(x > 1, 1.0, tl.where(x < -1, -1.0, x))
+            code += (x > 0).to(tl.int32) << c
             if SOFT:
-                confidence *= (1 + tl.abs(m)) / 2
-                entropy += binary_entropy(m)
-            means = means + (m,)
+                confidence *= (1 + tl.abs(x)) / 2
+                entropy += binary_entropy(x)
         codes, sure, spread = codes + (code,), sure + (confidence,), spread + (entropy,)
     pixel = group[:, None] * V + tl.arange(0, V)[None, :]                          # (GROUPS, V)
     cell = cell_of(put_together(codes, V), table_ptr, K, TABLE)
@@ -79,36 +70,29 @@ def decode_kernel(
     if SOFT:
         store_rows(confidence_ptr + b * HW, sure, group, HW, 1, V, False)
         store_rows(entropy_ptr + b * HW, spread, group, HW, 1, V, False)
-    if MEAN:
-        store_rows(mean_ptr + b * HW * K, means, group, HW, K, V, LAST)
 
 
-def results(x, last, dtype, soft, mean):
-    B, _, K, H, W = x.shape
-    average = empty((B, K, H, W), last, torch.float32, x.device) if mean else x.new_empty(0, dtype=torch.float32)
+def results(x, dtype, soft):
+    B, _, H, W = x.shape
     confidence, entropy = (x.new_empty((B, H, W) if soft else 0, dtype=torch.float32) for _ in range(2))
-    return x.new_empty((B, H, W), dtype=dtype), average, confidence, entropy
+    return x.new_empty((B, H, W), dtype=dtype), confidence, entropy
 
 
 @torch.library.custom_op("bitseg::decode", mutates_args=())
-def decode(x: Tensor, last: bool, valid: Optional[Tensor], table: Optional[Tensor], dtype: torch.dtype, soft: bool,
-           mean: bool) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The launcher. x (B, n, K, H, W), every sample in the layout that `last` says -> cells, mean, confidence, entropy.
-
-    What is not asked for is empty.
-    """
-    B, n, K, H, W = x.shape
+def decode(x: Tensor, last: bool, valid: Optional[Tensor], table: Optional[Tensor], dtype: torch.dtype,
+           soft: bool) -> Tuple[Tensor, Tensor, Tensor]:
+    """The launcher. x (B, K, H, W) in the layout that `last` says -> cells, confidence, entropy: empty unless soft."""
+    B, K, H, W = x.shape
     # pixels a thread: 8 of more channels do not fit its registers
     V = 16 // x.element_size() if K <= 8 else 4
     blocks = triton.cdiv(H * W, GROUPS * V)
-    cells, average, confidence, entropy = results(x, last, dtype, soft, mean)
+    cells, confidence, entropy = results(x, dtype, soft)
     decode_kernel[(B * blocks,)](
-        x, x if valid is None else valid.view(torch.uint8), table, cells, average, confidence, entropy, n, H * W, blocks,
-        K=K, V=V, LAST=last, MASK=valid is not None, TABLE=table is not None, SOFT=soft, MEAN=mean, GROUPS=GROUPS,
-        num_warps=WARPS)
-    return cells, average, confidence, entropy
+        x, x if valid is None else valid.view(torch.uint8), table, cells, confidence, entropy, H * W, blocks, K=K, V=V,
+        LAST=last, MASK=valid is not None, TABLE=table is not None, SOFT=soft, GROUPS=GROUPS, num_warps=WARPS)
+    return cells, confidence, entropy
 
 
 @decode.register_fake
-def _(x, last, valid, table, dtype, soft, mean):
-    return results(x, last, dtype, soft, mean)
+def _(x, last, valid, table, dtype, soft):
+    return results(x, dtype, soft)

@@ -3,8 +3,8 @@
     cells (B, H, W) integers, alpha and sigma (B,), seeds (B,) -> xt (B, K, H, W), or the network's whole input
     (B, K + I [+ K], H, W): cat(xt, image[, x_self]), in the network's dtype and layout; I = 3, or 3 d^2 of a folded image.
 
-Bytes a pixel: reads one cell (1 to 8) [, 3 uint8 or 3 floats of the image, K of x_self], writes every output channel
-once. At K = 6, bfloat16, int8 cells: 1 + 12, and 4 + 18 for the whole input. Neither x0 nor eps exists in memory.
+Bytes a pixel: reads one cell (1 to 8) [, I floats of the image, K of x_self], writes every output channel
+once. At K = 6, bfloat16, int8 cells: 1 + 12, and 13 + 18 for the whole input. Neither x0 nor eps exists in memory.
 eps is a function of (seed, stream, pixel, channel) alone: see `normals` in common.py; so keep the seed, not the noise.
 A thread has as many pixels as 16 bytes hold elements, so that even rows of 9 x 2 bytes leave it in pieces of 16.
 """
@@ -21,19 +21,15 @@ from .common import code_of, empty, four_normals, load_rows, signed, store_rows
 GROUPS, WARPS = 128, 4                           # one group of pixels a thread. Not swept on a GPU yet
 
 
-MEAN = tl.constexpr((0.485, 0.456, 0.406))       # ImageNet
-STD = tl.constexpr((0.229, 0.224, 0.225))
-
-
 @triton.jit(do_not_specialize=["stream"])
 def noise_kernel(
     out_ptr,                                     # (B, C, H, W) in the layout LAST says
     cells_ptr, codes_ptr,                        # (B, H, W) if CELLS; (2^K,) if TABLE
     alpha_ptr, sigma_ptr, seeds_ptr,             # (B,) float32, float32, int64; the first two if CELLS
-    image_ptr, sizes_ptr, keep_ptr,              # (B, H, W, 3) uint8 and (B, 2), or (B, I, H, W); (B,) float32
+    image_ptr, keep_ptr,                         # (B, I, H, W) and (B,) float32 if I
     self_ptr,                                    # (B, K, H, W)
-    stream, HW, W, blocks,
-    K: tl.constexpr, I: tl.constexpr, C: tl.constexpr, CELLS: tl.constexpr, TABLE: tl.constexpr, IMAGE: tl.constexpr,
+    stream, HW, blocks,
+    K: tl.constexpr, I: tl.constexpr, C: tl.constexpr, CELLS: tl.constexpr, TABLE: tl.constexpr,
     SELF: tl.constexpr, LAST: tl.constexpr, V: tl.constexpr, GROUPS: tl.constexpr,
 ):
     b = tl.program_id(0) // blocks
@@ -46,11 +42,9 @@ def noise_kernel(
     if CELLS:
         cells = load_rows(cells_ptr + b64, group, HW, 1, V, False)
         alpha, sigma = tl.load(alpha_ptr + b), tl.load(sigma_ptr + b)
-    if IMAGE != "none":
-        image = load_rows(image_ptr + b64 * I, group, HW, I, V, LAST or IMAGE == "uint8")
+    if I > 0:
+        image = load_rows(image_ptr + b64 * I, group, HW, I, V, LAST)
         keep = tl.load(keep_ptr + b)
-    if IMAGE == "uint8":
-        h, w = tl.load(sizes_ptr + 2 * b).to(tl.int32), tl.load(sizes_ptr + 2 * b + 1).to(tl.int32)
     if SELF == "given":
         x_self = load_rows(self_ptr + b64 * K, group, HW, K, V, LAST)
 
@@ -65,40 +59,31 @@ def noise_kernel(
             if CELLS:
                 x = sigma * x + signed(size, code, c)
             rows = rows + (x,)
-        if IMAGE != "none":
+        if I > 0:
             for c in tl.static_range(I):
-                x = image[q * I + c].to(tl.float32)
-                if IMAGE == "uint8":
-                    x = tl.where((p // W < h) & (p % W < w), (x / 255.0 - MEAN[c]) / STD[c], 0.0)
-                rows = rows + (x * keep,)
+                rows = rows + (image[q * I + c].to(tl.float32) * keep,)
         if SELF != "none":
             for c in tl.static_range(K):
                 rows = rows + (x_self[q * K + c].to(tl.float32) if SELF == "given" else tl.zeros_like(bits[0]),)
     store_rows(out_ptr + b64 * C, rows, group, HW, C, V, LAST)
 
 
-def seen(image):
-    """Channels of the image in the network's input."""
-    return 0 if image is None else 3 if image.dtype == torch.uint8 else image.shape[1]
-
-
 @torch.library.custom_op("bitseg::noise", mutates_args=())
 def noise(seeds: Tensor, stream: int, height: int, width: int, bits: int, dtype: torch.dtype, last: bool,
           cells: Optional[Tensor] = None, alpha: Optional[Tensor] = None, sigma: Optional[Tensor] = None,
-          codes: Optional[Tensor] = None, image: Optional[Tensor] = None, sizes: Optional[Tensor] = None,
-          keep: Optional[Tensor] = None, x_self: Optional[Tensor] = None, self_condition: bool = False) -> Tensor:
-    """The launcher. All tensors contiguous, image and x_self in the layout that `last` says (uint8 image: HWC)."""
+          codes: Optional[Tensor] = None, image: Optional[Tensor] = None, keep: Optional[Tensor] = None,
+          x_self: Optional[Tensor] = None, self_condition: bool = False) -> Tensor:
+    """The launcher. All tensors contiguous, image and x_self in the layout that `last` says."""
     B, HW = len(seeds), height * width
-    I = seen(image)
+    I = 0 if image is None else image.shape[1]
     C = bits + I + (bits if self_condition else 0)
     out = empty((B, C, height, width), last, dtype, seeds.device)
     # pixels a thread: 8 of more channels do not fit its registers
     V = 16 // out.element_size() if C <= 20 else 4
     blocks = triton.cdiv(HW, GROUPS * V)
     noise_kernel[(B * blocks,)](
-        out, seeds if cells is None else cells, seeds if codes is None else codes, alpha, sigma, seeds, image, sizes,
-        keep, x_self, stream, HW, width, blocks, K=bits, I=I, C=C, CELLS=cells is not None, TABLE=codes is not None,
-        IMAGE="none" if image is None else "uint8" if image.dtype == torch.uint8 else "float",
+        out, seeds if cells is None else cells, seeds if codes is None else codes, alpha, sigma, seeds, image,
+        keep, x_self, stream, HW, blocks, K=bits, I=I, C=C, CELLS=cells is not None, TABLE=codes is not None,
         SELF="none" if not self_condition else "zeros" if x_self is None else "given",
         LAST=last, V=V, GROUPS=GROUPS, num_warps=WARPS)
     return out
@@ -106,6 +91,6 @@ def noise(seeds: Tensor, stream: int, height: int, width: int, bits: int, dtype:
 
 @noise.register_fake
 def _(seeds, stream, height, width, bits, dtype, last, cells=None, alpha=None, sigma=None, codes=None, image=None,
-      sizes=None, keep=None, x_self=None, self_condition=False):
-    C = bits + seen(image) + (bits if self_condition else 0)
+      keep=None, x_self=None, self_condition=False):
+    C = bits + (0 if image is None else image.shape[1]) + (bits if self_condition else 0)
     return empty((len(seeds), C, height, width), last, dtype, seeds.device)

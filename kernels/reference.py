@@ -9,7 +9,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)               # ImageNet
 WORD = 0xFFFFFFFF
 
 
@@ -48,12 +47,6 @@ def entropy(x):
     return -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)).sum(1) / math.log(2)
 
 
-def vote(x, valid=None, cell_of_code=None, dtype=torch.int64):
-    mean = x.float().clamp(-1, 1).sum(1) / x.shape[1]
-    cells, _, spread = decode(mean, valid, cell_of_code, True, dtype)
-    return cells, mean, spread
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise
 
@@ -89,24 +82,14 @@ def noise(cells, alpha, sigma, seeds, bits, stream=0, codes=None, dtype=torch.fl
     return in_layout(xt.to(dtype), channels_last)
 
 
-def network_input(cells, alpha, sigma, seeds, bits, image, sizes=None, keep=None, x_self=None, self_condition=False,
+def network_input(cells, alpha, sigma, seeds, bits, image, keep=None, x_self=None, self_condition=False,
                   stream=0, codes=None, dtype=torch.float32, channels_last=True):
-    parts = [noise(cells, alpha, sigma, seeds, bits, stream, codes), normalised(image, sizes)]
+    parts = [noise(cells, alpha, sigma, seeds, bits, stream, codes), image.float()]
     if keep is not None:
         parts[1] = parts[1] * keep.view(-1, 1, 1, 1)
     if self_condition:
         parts.append(torch.zeros_like(parts[0]) if x_self is None else x_self.float())
     return in_layout(torch.cat(parts, 1).to(dtype), channels_last)
-
-
-def normalised(image, sizes):
-    """(B, 3, H, W) float32 as it is, or (B, H, W, 3) uint8 with ImageNet's mean and deviation, 0 beyond sizes (B, 2)."""
-    if image.dtype != torch.uint8:
-        return image.float()
-    mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    row, col = (torch.arange(n, device=image.device) for n in image.shape[1:3])
-    inside = (row[:, None] < sizes[:, 0, None, None]) & (col < sizes[:, 1, None, None])
-    return (image.permute(0, 3, 1, 2).float() / 255 - mean) / std * inside[:, None]
 
 
 def in_layout(x, channels_last):
@@ -155,7 +138,7 @@ def step(out, xt, alpha, sigma, a, b, c=0.0, valid=None, guidance=0.0, seeds=Non
 
 def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=None):
     (B, H, W), K, device = labels.shape, side * side, labels.device
-    index, n = merged(*compact(labels.reshape(B, -1), ignore=-1), K)               # (B, H*W), -1 = ignored
+    index, n = merged(*compact(labels.reshape(B, -1)), K)               # (B, H*W), -1 = ignored
     pixel = torch.arange(H * W, device=device).expand(B, -1)
     counts, rows, cols = (table_of(index, n, w).long() for w in (None, pixel // W, pixel % W))     # (B, n)
     some = counts.clamp(min=1)                                                     # the centroid p, in grid units, is
@@ -184,16 +167,13 @@ def round_half_even(a, b):
     return up - ((a + b // 2) % b == 0) * (up % 2)
 
 
-def compact(flat, ignore=None):
+def compact(flat):
     """Renumbers every row on its own, in ascending order: (B, N) ids -> (B, N) int64 in [0, n), -1 = ignored; and n."""
     value, order = flat.long().sort(1)
     fresh = torch.ones_like(value)
     fresh[:, 1:] = value[:, 1:] != value[:, :-1]
-    if ignore is not None:
-        fresh *= value != ignore
-    rank = torch.empty_like(value).scatter_(1, order, fresh.cumsum(1) - 1)
-    if ignore is not None:
-        rank = rank.masked_fill_(flat == ignore, -1)
+    fresh *= value != -1
+    rank = torch.empty_like(value).scatter_(1, order, fresh.cumsum(1) - 1).masked_fill_(flat == -1, -1)
     return rank, max(1, int(rank.max()) + 1)
 
 
@@ -204,7 +184,7 @@ def merged(index, n, K):
     by_size = table_of(index, n).argsort(dim=1, descending=True, stable=True)      # (B, n); ties: the lowest first
     same = torch.arange(n, device=index.device).expand(len(index), n)
     new = same.scatter(1, by_size[:, K:], by_size[:, :1].expand(-1, n - K))
-    return compact(torch.where(index < 0, -1, new.gather(1, index.clamp(min=0))), ignore=-1)
+    return compact(torch.where(index < 0, -1, new.gather(1, index.clamp(min=0))))
 
 
 def table_of(index, n, weight=None):
@@ -212,14 +192,3 @@ def table_of(index, n, weight=None):
     key = torch.where(index < 0, n, index) + (n + 1) * torch.arange(len(index), device=index.device)[:, None]
     weight = None if weight is None else weight.reshape(-1).double()
     return torch.bincount(key.view(-1), weight, minlength=len(index) * (n + 1)).view(len(index), n + 1)[:, :n].double()
-
-
-def contingency(pred, true, classes=None):
-    p, t = pred.flatten(1).long(), true.flatten(1).long()
-    if classes is None:
-        (p, P), (t, T) = compact(p), compact(t, ignore=-1)
-        valid = t != -1
-    else:
-        P, T = classes
-        valid = (p >= 0) & (p < P) & (t >= 0) & (t < T)
-    return table_of(torch.where(valid, p * T + t, -1), P * T).view(-1, P, T)

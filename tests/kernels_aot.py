@@ -74,7 +74,6 @@ JITFunction.run = run
 driver.set_active(NoDriver())
 
 from kernels import (  # they take CPU tensors: nothing is launched
-    _contingency,
     _decode,
     _locate,
     _loss,
@@ -89,8 +88,7 @@ def every_kernel(layouts, K, side):
     B, H, W = 2, side, side
     ones, seeds = torch.ones(B), torch.ones(B, dtype=torch.int64)
     cells = torch.zeros(B, H, W, dtype=torch.int8 if K < 8 else torch.int16)
-    inside, sizes = cells == 0, torch.zeros(B, 2, dtype=torch.int64)
-    photo = torch.zeros(B, H, W, 3, dtype=torch.uint8)
+    inside = cells == 0
     codes = torch.zeros(2**K, dtype=torch.int64)
     for dtype in (torch.bfloat16,) if layouts == "half" else (torch.bfloat16, torch.float32):
         for last in (True, False) if layouts == "all" else (True,):
@@ -100,16 +98,14 @@ def every_kernel(layouts, K, side):
             picture = torch.zeros(B, 3, H, W).contiguous(memory_format=memory)
             _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones)
             case += ", input"
-            _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, photo, sizes, ones)
+            _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, picture, ones)
             if dtype == torch.bfloat16:
-                case += ", float image"
-                _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, picture, None, ones)
                 case += ", self"
-                _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, codes, picture, None, ones, x,
+                _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, codes, picture, ones, x,
                              True)
                 case = case.removesuffix(", self") + " of detail 2"
                 fine = picture.repeat(1, 4, 1, 1).contiguous(memory_format=memory)
-                _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, fine, None, ones)
+                _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, fine, ones)
             case = case.split(",")[0]
             _loss.loss_forward(x, cells, ones, "x", True, False, last, None, None, None, None)
             _loss.loss_backward(ones, ones, ones, x, cells, "x", True, False, last, None, None, None, None)
@@ -126,15 +122,14 @@ def every_kernel(layouts, K, side):
             case += ", ddpm"
             _step.step(two, x.float(), last, 0.5, 0.5, 0.1, 0.2, 0.3, inside, 1.0, seeds, 3, "x", True, True)
             case = case.split(",")[0]
-            _decode.decode(x[:, None], last, inside, None, torch.int64, False, False)
+            _decode.decode(x, last, inside, None, torch.int64, False)
             case += ", soft"
-            _decode.decode(x[:, None], last, inside, None, torch.int64, True, True)
+            _decode.decode(x, last, inside, None, torch.int64, True)
     case = "float32 channels_last, normal"
     _noise.noise(seeds, 0, H, W, K, torch.float32, True)
     for below, largest_first in ((256, False), (1024, True)):
         case = f"int64 below {below}"
         _locate.locate(cells.long(), 2 ** (K // 2), largest_first, torch.int16, below)
-    _contingency.contingency(cells.long(), cells.long(), 64, 64)
 
 
 every = [f"{a}:all:{k}:{n}" for k in (2, 4, 6, 8, 10) for n in (37, 96, 128) for a in (80, 90, 100)]

@@ -39,7 +39,7 @@ def quick(monkeypatch):
 def test_kernels(quick, capsys):
     table, result = quick(capsys, "kernels")
     assert len(table) == 2 + len(result["rows"])
-    assert {row["kernel"] for row in result["rows"]} >= {"locate", "noise", "decode", "vote"}
+    assert {row["kernel"] for row in result["rows"]} >= {"locate", "noise", "decode", "network input"}
     assert all(row["fused"][0] > 0 and row["eager"][0] > 0 for row in result["rows"])
 
 

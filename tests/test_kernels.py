@@ -1,4 +1,4 @@
-"""loss, decode, vote and step in Triton (on the GPU, or in the interpreter) against bits.py, diffusion.py and float64."""
+"""loss, decode and step in Triton (on the GPU, or in the interpreter) against bits.py, diffusion.py and float64."""
 
 import math
 
@@ -171,19 +171,6 @@ def test_decode_undoes_every_code_and_zero_is_no_bit():
         codec, cells = bits.Codec(bits=k), torch.arange(2**k, device=DEVICE).view(1, 2 ** (k // 2), -1)
         assert torch.equal(kernels.decode(codec.encode(cells)), cells)
     assert (kernels.decode(torch.zeros(1, 6, 2, 2, device=DEVICE)) == 0).all()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_vote(layout):
-    x = torch.stack([in_layout(2 * rand(5, 6, 7, 13, seed=s), layout) for s in (0, 1)])        # (2, 5, 6, 7, 13)
-    valid = rand(2, 7, 13, seed=1) > -0.5
-    cells, mean, entropy = kernels.vote(x, valid)
-    true = x.clamp(-1, 1).double().mean(1)
-    torch.testing.assert_close(mean.double(), true, rtol=1e-6, atol=1e-6)
-    assert torch.equal(cells, bits.Codec(bits=6).decode(true, valid))
-    p = (1 + true) / 2
-    torch.testing.assert_close(entropy.double(), -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)).sum(1) / math.log(2), rtol=1e-5, atol=1e-5)
-    assert torch.equal(kernels.vote(x[:, :1], valid)[0], kernels.decode(x[:, 0], valid))       # one sample decides alone
 
 
 @pytest.mark.parametrize("t, s, sampler, variance, prediction, guidance", [

@@ -14,7 +14,7 @@ PIXELS, THREADS = 1024, 128  # pixels and threads of a program, as kernels/*.py 
 TASKS = [["90:all:6:128"], ["80:half:6:128", "100:half:6:128", "90:half:10:96", "80:half:2:37"]]
 KERNELS = {"noise_kernel", "loss_forward_kernel", "loss_sum_kernel", "loss_backward_kernel", "step_kernel",
            "decode_kernel",
-           "moments_kernel", "assign_kernel", "remap_kernel", "contingency_kernel"}
+           "moments_kernel", "assign_kernel", "remap_kernel"}
 
 
 def bytes_a_thread(channels, item, pixels=PIXELS):
@@ -31,7 +31,7 @@ def expected(case, kernel, K):
         channels = K + image + ("self" in case) * K
         if channels > 20:  # of so many channels a thread has 4 pixels
             return None, bytes_a_thread(channels, item, 512) if item == 4 else None
-        load = bytes_a_thread(image, 4, rows) + wide if case.endswith("float image") else None
+        load = bytes_a_thread(image, 4, rows) + wide if case.endswith("input") else None
         return load, bytes_a_thread(channels, item, rows)
     if kernel not in ("step_kernel", "decode_kernel", "loss_forward_kernel", "loss_backward_kernel") or K > 8:
         return None, None
@@ -39,7 +39,7 @@ def expected(case, kernel, K):
         x_hat = ("ddpm" in case) * bytes_a_thread(K, 4)
         return bytes_a_thread(2 * K, item) + bytes_a_thread(K, 4), bytes_a_thread(K, 4) + x_hat
     if kernel == "decode_kernel":
-        return bytes_a_thread(K, item, rows), bytes_a_thread(1, 8, rows) + ("soft" in case) * bytes_a_thread(K + 2, 4, rows)
+        return bytes_a_thread(K, item, rows), bytes_a_thread(1, 8, rows) + ("soft" in case) * bytes_a_thread(2, 4, rows)
     if "eps" in case:  # of two arrays, one in float32, a thread has 4 pixels
         return bytes_a_thread(K, 4, 512), None
     load = bytes_a_thread(K, item, rows) + wide

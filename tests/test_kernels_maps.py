@@ -1,11 +1,10 @@
-"""locate and contingency in Triton, and their twins, against bits.locate and metrics.contingency."""
+"""locate in Triton, and its twin, against bits.locate."""
 
 import pytest
 import torch
 
 import bits
 import kernels
-import metrics
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,24 +78,3 @@ def test_locate_more_distinct_ids_than_the_kernel_holds():
 def test_locate_large(B, H, W, segments, patch):
     labels = maps(B, H, W, segments, patch)
     assert torch.equal(kernels.locate(labels, 8), bits.locate(labels, 8))
-
-
-@pytest.mark.parametrize("shape, ids, patch", [((2, 7, 13), 5, 1), ((1, 1, 1), 3, 1), ((2, 24, 40), 9, 6), ((257, 1, 2), 3, 1)])
-def test_contingency(shape, ids, patch):
-    """Of every map, but for rows and columns without a pixel, which either may have."""
-    pred, true = maps(*shape, ids, patch), maps(*shape, ids, patch, seed=1)
-    for a, b in ((pred, true), (pred * 10**12, true)):
-        for one, other in zip(kernels.contingency(a, b), metrics.contingency(a, b), strict=True):
-            assert torch.equal(*(t[t.sum(1) > 0][:, t.sum(0) > 0] for t in (one, other)))
-
-
-def test_contingency_with_classes_counts_pixels():
-    pred, true = maps(2, 9, 11, 5).clamp(min=0), maps(2, 9, 11, 4, seed=1)
-    table = kernels.contingency(pred, true, classes=(6, 3))
-    counted = torch.stack([torch.stack([((pred == p) & (true == t)).sum((1, 2)) for t in range(3)], 1) for p in range(6)], 1)
-    assert torch.equal(table, counted.double())
-
-
-def test_contingency_where_nothing_counts_is_zero():
-    pred = maps(1, 4, 4, 3)
-    assert kernels.contingency(pred, torch.full_like(pred, -1)).sum() == 0

@@ -113,11 +113,11 @@ def test_noise_is_alpha_x0_plus_sigma_eps(either, channels_last, bits_, dtype):
                                                      torch.bfloat16: dict(rtol=8e-3, atol=1e-3)}[dtype])
 
 
-@pytest.mark.parametrize("channels_last, dtype, x_self, photo, detail", [
-    (True, torch.bfloat16, "", True, 1), (True, torch.bfloat16, "given", False, 1), (True, torch.float32, "zeros", True, 1),
-    (False, torch.float32, "given", True, 1), (False, torch.float32, "", False, 1), (True, torch.bfloat16, "", False, 2),
-    (False, torch.float32, "given", False, 2)])
-def test_network_input(either, channels_last, dtype, x_self, photo, detail):
+@pytest.mark.parametrize("channels_last, dtype, x_self, detail", [
+    (True, torch.bfloat16, "", 1), (True, torch.bfloat16, "given", 1), (True, torch.float32, "zeros", 1),
+    (False, torch.float32, "given", 1), (False, torch.float32, "", 1), (True, torch.bfloat16, "", 2),
+    (False, torch.float32, "given", 2)])
+def test_network_input(either, channels_last, dtype, x_self, detail):
     """Against frame.normalise and diffusion.network_input; one image is dropped, one is padded, some are folded."""
     g = torch.Generator().manual_seed(0)
     cells = torch.randint(-1, 64, (2, 9, 9), generator=g).to(DEVICE)
@@ -128,7 +128,7 @@ def test_network_input(either, channels_last, dtype, x_self, photo, detail):
     xt = kernels.noise(cells, alpha, sigma, s, 6)
     last = {"": None, "zeros": 0 * previous, "given": previous}[x_self]
     true = diffusion.network_input(xt, normalised * keep.view(-1, 1, 1, 1), last)
-    out = kernels.network_input(cells, alpha, sigma, s, 6, image if photo else normalised, sizes if photo else None, keep,
+    out = kernels.network_input(cells, alpha, sigma, s, 6, normalised, keep,
                                 last if x_self == "given" else None, bool(x_self), dtype=dtype, channels_last=channels_last)
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), true, rtol=8e-3 if dtype == torch.bfloat16 else 1e-5, atol=2e-6)

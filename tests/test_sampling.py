@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
+import eval as evaluation
+import sample as sample_py
+import train
 from bits import Codec
-from diffusion import Diffusion, alpha_sigma, average, edge_aware, sample
+from diffusion import SAMPLERS, Diffusion, alpha_sigma, average, edge_aware, sample
 
 
 def identity(out):
@@ -224,3 +227,24 @@ def test_smooth_sampling_is_the_same_in_every_batch_and_keeps_the_border():
     assert (both - plain).abs().max() > 0.1
     with pytest.raises(ValueError, match="smooth must be 0"):
         sample(model, image, valid, 4, [5, 6], Diffusion(), torch.tanh, smooth=-1)
+
+
+def test_a_sampler_is_one_row_of_a_table(monkeypatch, capsys):
+    """A row added to SAMPLERS is a choice of train.py, sample.py and eval.py, and takes the steps; the last gives x_hat."""
+    asked = []
+
+    def jump(alpha, sigma, lam, i, variance):
+        asked.append((i, variance, len(alpha), alpha[i + 1] > alpha[i], sigma[i + 1] < sigma[i], lam[i + 1] > lam[i]))
+        return 0.5, 0.25, 0.0
+
+    monkeypatch.setitem(SAMPLERS, "jump", jump)
+    _, x0, image, valid = scene()
+    steps, x = trace(lambda x, t: x0, image, valid, seeds=(0, 1), steps=3, guidance=0.0, sampler="jump", variance="small")
+    assert asked == [(0, "small", 4, True, True, True), (1, "small", 4, True, True, True)]
+    assert torch.allclose(steps[1][1], 0.5 * steps[0][1] + 0.25 * steps[0][2]) and torch.equal(x, x0)
+    assert evaluation.arguments(["--sampler", "jump"]).sampler == ["jump"]
+    assert train.parse(["--sampler", "jump"]).sampler == "jump"
+    for command, name in ((sample_py.main, "sample.py"), (evaluation.arguments, "eval.py")):
+        with pytest.raises(SystemExit):
+            command(["--sampler", "leap", "photo.jpg"][: 3 if name == "sample.py" else 2])
+        assert "ddim" in (text := capsys.readouterr().err) and "jump" in text and "leap" in text
