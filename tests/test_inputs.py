@@ -748,3 +748,11 @@ def test_a_checkpoint_of_before_these_options_goes_on(tmp_path, small):
         content["config"].pop(key)
     content.pop("contents"), save(tmp_path / "out/ckpt.pt", content)
     assert run(tmp_path, "--dataset", str(root) + "/", "--max_steps", "2") == 0
+
+
+def test_a_label_map_with_a_few_single_pixels_is_one(tmp_path):
+    """People's outlines leave ids of single pixels; only where these are a good part of the image is it no label map."""
+    ids = np.arange(120 * 100).reshape(120, 100) // 3000
+    ids[10:30, 5] = np.arange(20, 40)  # 20 ids of one pixel each, of 12,000
+    Image.fromarray(ids.astype(np.uint8)).save(tmp_path / "a.png")
+    assert np.array_equal(formats.read_label(tmp_path / "a.png"), ids)
