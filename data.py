@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine import program
+from engine import complaint, program
 from frame import MEAN, STD, coarser, normalise
 from sources.download import download
 from sources.formats import FORMATS, format_of, others
@@ -322,7 +322,7 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
 @program("data.py", "run the same command again to go on")
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Fetch COCO, or decode and resize a data set, for training to read it fast.")
-    option = parser.add_argument
+    parser.error, option = complaint("data.py"), parser.add_argument
     option("name", help="coco, entity, ade20k, bsds500, or a folder: images/ and labels/, or another format")
     option("--root", default="data", help="the data set lies in ROOT/NAME or in ROOT itself (%(default)s)")
     option("--split", nargs="+", default=["train", "val"], choices=["train", "val", "test"], help="(train val)")
@@ -339,6 +339,8 @@ def main(argv=None):
     option("--server", default="http://images.cocodataset.org", help="where from (%(default)s)")
     a = parser.parse_args(argv)
     try:
+        if not 0 <= a.max_bad <= 1:
+            raise ValueError(f"--max_bad is a share, from 0 to 1, not {a.max_bad}")
         if a.download:
             if a.name != "coco":
                 raise ValueError(f"--download fetches coco only; get {a.name} from its authors")

@@ -343,6 +343,14 @@ def program(name, stopped):
     return around
 
 
+def complaint(name):
+    """error(message) for argparse and others: one sentence, without usage, and exit status 2."""
+    def error(message):
+        print(f"{name}: {message}", file=sys.stderr)
+        sys.exit(2)
+    return error
+
+
 def drop(stream):
     """Flush a stream; if that fails, Python's own attempt at the end must not, which would change the exit status."""
     try:

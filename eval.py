@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from answers.segment import (
 )
 from data import load, originals, parse_parts, parse_void
 from diffusion import SAMPLERS, VARIANCES, WITHOUT_VARIANCE
-from engine import pick_device, program
+from engine import complaint, pick_device, program
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",
         "voi": "VoI (bits)", "boundary": "boundary F", "pred": "segments predicted", "true": "segments true"}
@@ -140,8 +141,9 @@ def numbers(text, kind, least):
         values = [kind(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if not values or not all(least <= value < math.inf for value in values):       # nan is neither
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from {least} up, or several separated by commas")
+    if not values or not all(least <= value <= 10**6 for value in values):         # nan is neither
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a number from {least} up to 1000000, or several separated by commas")
     return list(dict.fromkeys(values))
 
 
@@ -190,6 +192,7 @@ def arguments(argv):
     p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
     p.add_argument("--device", default="auto")
     p.add_argument("--kernels", choices=kernels.MODES, help="(default: BITSEG_KERNELS, or auto: Triton with CUDA)")
+    p.error = complaint("eval.py")
     return p.parse_args(argv)
 
 
@@ -203,12 +206,36 @@ def ours(out):
         raise ValueError(f"{foreign[0]} was not written by eval.py and is not overwritten: move it, or choose another --out")
 
 
+def write(out, rows, pictures, line):
+    """All files of an evaluation: made in a folder of their own, then put in place of those of before. Raises OSError."""
+    new = out / ".new"
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir()
+        with open(new / "images.csv", "w", newline="") as f:
+            writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+        for name, draw in pictures.items():
+            draw(new / name)
+        (new / "report.json").write_text(line)
+        for name in ("report.json", "examples.png", "sweep.png"):
+            (out / name).unlink(missing_ok=True)
+        for name in ("images.csv", *pictures, "report.json"):
+            os.replace(new / name, out / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
 @program("eval.py", "run the same command again")
 def main(argv=None):
     a = arguments(argv)
     try:
-        if a.limit < 1 or a.batch < 1 or (a.size or 8) < 8:
-            raise ValueError(f"--limit and --batch must be at least 1 and --size 8, not {a.limit}, {a.batch} and {a.size}")
+        if a.limit < 1 or a.batch < 1 or not 8 <= (8 if a.size is None else a.size) <= 16384:
+            raise ValueError(f"--limit and --batch must be at least 1 and --size 8, and this at most 16384, "
+                             f"not {a.limit}, {a.batch} and {a.size}")
+        if not 0 <= a.max_bad <= 1:
+            raise ValueError(f"--max_bad is a share, from 0 to 1, not {a.max_bad}")
         if not 0 <= a.seed < 10**6:
             raise ValueError(f"--seed must be from 0 to 999999, not {a.seed}")
         clicking = a.clicks is not None or a.clicks_to is not None
@@ -289,9 +316,13 @@ def main(argv=None):
         print(json.dumps(dict(about, target=a.clicks_to, left_out=left_out, clicks_to=needed)))
         return 0
     mine = positions[rank :: dist.get_world_size()] if dist.is_initialized() else positions
-    for setting in settings:
-        many = all(setting[key] == home[key] for key in setting if key != "guidance")
-        sweep.append((setting, shared(run(data, mine, model, a, setting, ns if many else [1], files, larger, setting == home, fine=fine))))
+    try:
+        for setting in settings:
+            many = all(setting[key] == home[key] for key in setting if key != "guidance")
+            sweep.append((setting, shared(run(data, mine, model, a, setting, ns if many else [1], files, larger, setting == home, fine=fine))))
+    except ValueError as e:  # a photo that is gone meanwhile, too little memory
+        print(f"eval.py: {e}", file=sys.stderr)
+        return 2
     if rank > 0:
         return 0
     rows = next(result for setting, result in sweep if setting == home)
@@ -344,14 +375,9 @@ def main(argv=None):
         print("\n".join(f"  {k / max(ns):.3f} {t[k, 0] / t[:, 0].sum():>8.2%} {t[k, 2] / t[k, 0]:>7.3f}" for k in range(len(t)) if t[k, 0]))
         print(f"  expected calibration error: {result['joined_ece']:.4f}")
 
-    for old in ("examples.png", "sweep.png"):
-        (out / old).unlink(missing_ok=True)
     flat = [{"name": row["name"], "annotators": row["annotators"]} | {f"{where}_{who}_{key}": v for where in ("network", str(a.size), "own")
             for who, s in row.get(where, {}).items() for key, v in s.items()} for row in rows]
-    with open(out / "images.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(key for row in flat for key in row)))
-        writer.writeheader()
-        writer.writerows(flat)
+    pictures = {}
     ranking = sorted((row for row in rows if answer in row["network"] and not math.isnan(row["network"][answer]["ari"])),
                      key=lambda row: -row["network"][answer]["ari"])
     if ranking and answer != "human":
@@ -362,13 +388,17 @@ def main(argv=None):
         titles = [f"{kind}: {row['name']}, ARI {row['network'][answer]['ari']:.3f}, IoU {row['network'][answer]['iou']:.3f}; image, "
                   + ", ".join(["annotator"] * min(2, row["annotators"]) + [s for s in row["network"] if s != "human"])
                   for kind, row in chosen]
-        examples(out / "examples.png", again, titles)
+        pictures["examples.png"] = lambda path: examples(path, again, titles)
     if model and (panels := sweep_panels(result["sweep"], home)):
-        plot(out / "sweep.png", panels)
+        pictures["sweep.png"] = lambda path: plot(path, panels)
     line = json.dumps(json.loads(json.dumps(result), parse_constant=lambda nan: None))
-    (out / "report.part").write_text(line)
-    os.replace(out / "report.part", out / "report.json")
-    print(f"\nin {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}\n{line}")
+    try:
+        write(out, flat, pictures, line)
+        print(f"\nin {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}\n{line}")
+    except OSError as e:
+        print(f"\n{line}")
+        print(f"eval.py: nothing is written to {out} ({e.strerror or e}): what was there is still there", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -27,7 +27,7 @@ import torch
 import data
 import eval as evaluation
 import train
-from engine import program
+from engine import complaint, program
 
 BUDGET = {  # of every run with this preset's network; written out, so that a change of train.py's presets changes no result
     "tiny":  "--image_size 32  --bits 4 --batch_size 16 --max_steps 1000   --lr 2e-3 --warmup_steps 50   --decay_steps 1000   --ema 0.99   --weighting uniform --logsnr_space false",
@@ -178,6 +178,7 @@ def main(argv=None):
     p.add_argument("--root", default="data")
     p.add_argument("--cache", default="cache")
     p.add_argument("--device", default="auto")
+    p.error = complaint("experiments.py")
     a, rest = p.parse_known_args(argv)
     try:
         also, (part, _, parts) = options(rest), a.part.partition("/")

@@ -49,9 +49,10 @@ from answers.segment import (
     summarise,
 )
 from answers.tree import GRAINS
-from engine import pick_device, program
+from engine import complaint, pick_device, program
 from sources.formats import IMAGE_TYPES, junk, read_image, read_label, said
 
+fail = complaint("sample.py")
 MARK = "bitseg sample.py"                        # in every file written: others are never overwritten
 
 
@@ -272,12 +273,6 @@ def digest(path):
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     except OSError as e:
         raise ValueError(f"{path}: {(e.strerror or said(e)).lower()}") from None
-
-
-def fail(message):
-    """Ends the program with a sentence and exit status 2."""
-    print(f"sample.py: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 @program("sample.py", "the same command with --resume goes on")
