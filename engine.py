@@ -359,6 +359,11 @@ def written(what, action):
         return False
 
 
+def foreign(path, start):
+    """Whether there is a file at path that does not begin with the bytes `start`, as far as it goes: a kill may have cut it."""
+    return path.exists() and not start.startswith(path.read_bytes()[: len(start)])
+
+
 def append(path, line):
     """Add a dictionary to a .jsonl file."""
     with open(path, "a") as f:

@@ -2,7 +2,7 @@
 
     python eval.py --dataset path/to/folder --n 8                                 # the newest checkpoint under out/
     python eval.py --ckpt out/shapes-tiny/ckpt.pt --limit 64 --n 1,2,4,8,16       # best of n, the joint answer of n
-    python eval.py --steps 1,2,4,8,16,50 --guidance 0,1,2,3 --sampler ddpm,ddim   # sweeps: a table and a plot
+    python eval.py --steps 1,2,4,8,16,50 --guidance 0,1,2,3 --sampler ddpm,ddim   # sweeps: a table
     python eval.py --clicks 0,1,2,4,8,16,all --dataset path/to/folder             # what do hints bring?
     python eval.py --clicks_to 0.85 --dataset path/to/folder                      # how many does an object take?
     python eval.py --baseline grid --dataset path/to/folder --size 128            # what needs no training
@@ -10,7 +10,7 @@
 Answers of an image: the first of n samples, and the joint answer of all n at three grains (coarse, normal: `answer`, fine), at the
 network's resolution, at another (--size 128) and, where the label maps are files, at the images' own. With several annotators every
 score is the mean over them, and every annotator is scored against the others ("human"). Brackets: 95 % bootstrap interval over
-images. Into --out: images.csv (a row an image), report.json, examples.png (best, median and worst images) and, for sweeps, sweep.png.
+images. Into --out: images.csv (a row an image), report.json, examples.png (best, median and worst images).
 
 Sweeps: each setting of steps, guidance, sampler, variance and smooth is run with one sample an image; those with the
 checkpoint's own (but any guidance; or the first given) with all n. All but the sweep's table is of the checkpoint's own.
@@ -33,7 +33,7 @@ import torch.distributed as dist
 import kernels
 import metrics
 from answers.clicks import clicks_curve, clicks_needed
-from answers.pictures import examples, plot
+from answers.pictures import examples
 from answers.scoring import run
 from answers.segment import (
     load_checkpoint,
@@ -43,7 +43,7 @@ from answers.segment import (
 )
 from data import load, originals, parse_parts, parse_void
 from diffusion import SAMPLERS, VARIANCES, WITHOUT_VARIANCE
-from engine import pick_device, program
+from engine import foreign, pick_device, program
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",
         "voi": "VoI (bits)", "boundary": "boundary F", "pred": "segments predicted", "true": "segments true"}
@@ -100,27 +100,6 @@ def sweep_table(sweep):
                   f"{setting['guidance']:>8g} {n:>3}   {ari}{gain:>5}  {iou}")
             table.append({**setting, "n": n, **mean})
     return table
-
-
-def sweep_panels(table, home):
-    """The paper's figures 4 (steps), 5 (guidance) and 6 (best of n), for ARI and IoU, as panels of `plot`."""
-    panels = []
-    for metric, name in enumerate(("ARI", "IoU")):
-        steps, guidance, n = {}, {}, {}
-        for p in table:
-            kind = " ".join([p["sampler"]] + [p["variance"]] * (p["variance"] != home["variance"])
-                            + [f"smooth {p['smooth']:g}"] * (p["smooth"] != home["smooth"]))
-            at_home = all(p[key] == home[key] for key in ("steps", "sampler", "variance", "smooth"))
-            if p["n"] == 1:
-                steps.setdefault(f"{kind}, guidance {p['guidance']:g}", []).append((p["steps"], p["one"][metric]))
-                if p["steps"] == home["steps"]:
-                    guidance.setdefault(kind, []).append((p["guidance"], p["one"][metric]))
-            if at_home:
-                for answer in ("oracle", "answer") if p["guidance"] == home["guidance"] else ("oracle",):
-                    n.setdefault(f"{answer}, guidance {p['guidance']:g}", []).append((p["n"], p[answer][metric]))
-        panels += [(f"{name} of one sample", "steps", steps), (f"{name} of one sample, {home['steps']} steps", "guidance", guidance),
-                   (f"{name}, {home['steps']} steps", "samples n", n)]
-    return [p for p in panels if any(len({x for x, _ in line}) > 1 for line in p[2].values())]
 
 
 def print_clicks(curve, ks):
@@ -193,14 +172,14 @@ def arguments(argv):
     return p.parse_args(argv)
 
 
-def ours(out):
+def check_out(out):
     """Raises ValueError where a file of somebody else's would be overwritten."""
-    foreign = [out / name for name, start in (("images.csv", b"name,annotators"), ("report.json", b'{"name": '))
-               if (out / name).exists() and not start.startswith((out / name).read_bytes()[: len(start)])]     # a full disk may cut it
-    if not (out / "images.csv").exists():
-        foreign += [out / name for name in ("examples.png", "sweep.png") if (out / name).exists()]
-    if foreign:
-        raise ValueError(f"{foreign[0]} was not written by eval.py and is not overwritten: move it, or choose another --out")
+    table, report, picture = (out / name for name in ("images.csv", "report.json", "examples.png"))
+    kept = [path for path, start in ((table, b"name,annotators"), (report, b'{"name": ')) if foreign(path, start)]
+    if picture.exists() and not table.exists():
+        kept.append(picture)
+    if kept:
+        raise ValueError(f"{kept[0]} was not written by eval.py and is not overwritten: move it, or choose another --out")
 
 
 @program("eval.py", "run the same command again")
@@ -251,7 +230,7 @@ def main(argv=None):
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}")
         if not clicking:
-            ours(out)
+            check_out(out)
             out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as e:
         print(f"eval.py: {e}", file=sys.stderr)
@@ -344,8 +323,7 @@ def main(argv=None):
         print("\n".join(f"  {k / max(ns):.3f} {t[k, 0] / t[:, 0].sum():>8.2%} {t[k, 2] / t[k, 0]:>7.3f}" for k in range(len(t)) if t[k, 0]))
         print(f"  expected calibration error: {result['joined_ece']:.4f}")
 
-    for old in ("examples.png", "sweep.png"):
-        (out / old).unlink(missing_ok=True)
+    (out / "examples.png").unlink(missing_ok=True)
     flat = [{"name": row["name"], "annotators": row["annotators"]} | {f"{where}_{who}_{key}": v for where in ("network", str(a.size), "own")
             for who, s in row.get(where, {}).items() for key, v in s.items()} for row in rows]
     with open(out / "images.csv", "w", newline="") as f:
@@ -363,8 +341,6 @@ def main(argv=None):
                   + ", ".join(["annotator"] * min(2, row["annotators"]) + [s for s in row["network"] if s != "human"])
                   for kind, row in chosen]
         examples(out / "examples.png", again, titles)
-    if model and (panels := sweep_panels(result["sweep"], home)):
-        plot(out / "sweep.png", panels)
     line = json.dumps(json.loads(json.dumps(result), parse_constant=lambda nan: None))
     (out / "report.part").write_text(line)
     os.replace(out / "report.part", out / "report.json")

@@ -55,6 +55,7 @@ from engine import (
     anyone,
     append,
     fit_state,
+    foreign,
     forget,
     join,
     layout,
@@ -556,7 +557,7 @@ def prepare(c):
         if differ := differences(old, vars(c), FREE) + differences(resumed["network"], network, {"dropout"}):
             raise ValueError(f"{path} was made with other options ({'; '.join(differ)}): use the same, or another --out")
     else:
-        ours(out)
+        check_out(out)
     if world > 1:
         join(rank, world, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         step = torch.tensor([resumed["step"] if resumed else 0])
@@ -572,17 +573,17 @@ def prepare(c):
                held)
 
 
-def ours(out):
+def check_out(out):
     """Raises ValueError where a run that starts anew would change a file of somebody else's."""
-    log, best, start = out / "log.jsonl", out / "best.pt", b'{"step": '
-    foreign = log if log.exists() and not start.startswith(log.read_bytes()[: len(start)]) else None      # a kill may cut it
+    log, best = out / "log.jsonl", out / "best.pt"
+    kept = [log] if foreign(log, b'{"step": ') else []
     if best.exists():
         try:
             read(best)
         except Damaged:
-            foreign = best
-    if foreign:
-        raise ValueError(f"{foreign} was not written by train.py: move it, or choose another --out")
+            kept.append(best)
+    if kept:
+        raise ValueError(f"{kept[-1]} was not written by train.py: move it, or choose another --out")
 
 
 def train(c, run):

@@ -113,7 +113,7 @@ def test_a_checkpoint_with_several_annotators_and_a_sweep(ckpt, tmp_path, capsys
     rows = list(csv.DictReader(open(tmp_path / "out/images.csv")))
     values = [float(row["network_answer_ari"]) for row in rows]
     assert np.mean(values) == pytest.approx(report["ari"]) and rows[0]["own_human_ari"] == ""    # a single annotator
-    assert Image.open(tmp_path / "out/sweep.png").width > 1000 and (tmp_path / "out/examples.png").exists()
+    assert (tmp_path / "out/examples.png").exists()
     alone = run(capsys, tmp_path, "--baseline", "human", "--dataset", d, "--size", 48)[1]["network"]["human"]
     assert alone.keys() == report["48"]["human"].keys() and all(alone[k] == pytest.approx(v) for k, v in report["48"]["human"].items())
 
