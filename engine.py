@@ -32,6 +32,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -300,8 +301,9 @@ HANGUP = getattr(signal, "SIGHUP", None)  # the terminal, or the connection to i
 def program(name, stopped):
     """Decorates main(argv) -> exit status, so that it outlasts its terminal.
 
-    Nothing that is printed inside can raise. SIGTERM and SIGHUP (unless it is ignored, as with nohup) raise KeyboardInterrupt
-    as Ctrl-C does; where main lets it pass, the sentence "name: stopped: ..." and 128 + the signal's number are the end.
+    Nothing that is printed inside can raise, and a warning is one line. SIGTERM and SIGHUP (unless it is ignored, as with
+    nohup) raise KeyboardInterrupt as Ctrl-C does; where main lets it pass, the sentence "name: stopped: ..." and 128 + the
+    signal's number are the end.
     """
     def interrupt(process, number, frame):
         if os.getpid() != process:  # forked meanwhile: ends as without this handler
@@ -323,6 +325,8 @@ def program(name, stopped):
                 handlers = {n: signal.signal(n, functools.partial(interrupt, os.getpid()))
                             for n in (signal.SIGTERM, HANGUP) if n and signal.getsignal(n) == signal.SIG_DFL}
             sys.stdout, sys.stderr = outputs = [Output(stream) for stream in streams]
+            usual = warnings.formatwarning
+            warnings.formatwarning = lambda message, *_, **__: f"NOTE: {message}\n"
             try:
                 return main(argv)
             except KeyboardInterrupt as e:
@@ -330,6 +334,7 @@ def program(name, stopped):
                 return 128 + (e.args or (signal.SIGINT,))[0]
             finally:
                 sys.stdout, sys.stderr = streams
+                warnings.formatwarning = usual
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
                 for output in outputs:

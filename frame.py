@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 IGNORE = 65535                                                         # in packed uint16 label maps; -1 everywhere else
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)               # ImageNet
-STRIP = 4_000_000  # numbers at once, when maps are made at an image's size
+STRIP = 1_000_000  # numbers at once, when maps are made at an image's size
 
 
 def fitted(width, height, size, detail=1):
@@ -118,8 +118,13 @@ def shrink(ids, height, width):
     return out.reshape(height, width)
 
 
-def enlarge(labels, image):
-    """Label maps (N, h, w) -> (N, H, W) at the size of a PIL image.
+def blurred(image, h, w):
+    """A PIL image without the texture that is finer than a map's pixels, of (h, w)."""
+    return image.filter(ImageFilter.GaussianBlur(0.2 * max(image.size) / max(w, h)))
+
+
+def enlarge(labels, image, calm=None):
+    """Label maps (N, h, w) -> (N, H, W) at the size of a PIL image. calm: `blurred` of it, where there is one.
 
     By joint bilateral votes (after Kopf et al. 2007): a pixel gets the label that has most weight among the 3 x 3 nearest pixels
     of the map; those that are near, and of like colour in the photo, weigh more. The photo is blurred a little, for calm borders
@@ -130,7 +135,7 @@ def enlarge(labels, image):
     row, col = ((torch.arange(a) + 0.5) * b / a - 0.5 for a, b in ((height, h), (width, w)))
     near_row, near_col = row.round().long(), col.round().long()
     colour = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BOX))).float() / 255  # (h, w, 3)
-    image = image.filter(ImageFilter.GaussianBlur(0.2 * max(width, height) / max(w, h)))
+    calm = calm or blurred(image, h, w)
     around = F.pad(labels[:, None].float(), (1, 1, 1, 1), mode="replicate")[:, 0].long()
     mixed = torch.zeros(labels.shape, dtype=torch.bool)
     for dy, dx in product(range(3), range(3)):
@@ -144,7 +149,7 @@ def enlarge(labels, image):
         y, x = some.any(0).nonzero(as_tuple=True)  # the pixels in question, of any map
         if not len(y):
             continue
-        own = torch.from_numpy(np.array(image.crop((0, top, width, top + len(rows)))))[y, x].float() / 255
+        own = torch.from_numpy(np.array(calm.crop((0, top, width, top + len(rows)))))[y, x].float() / 255
         weight, at = [], []
         for dy, dx in product((-1, 0, 1), (-1, 0, 1)):
             i, j = rows[y] + dy, near_col[x] + dx

@@ -8,7 +8,7 @@
     python sample.py --init corrected.png --strength 0.4 photo.jpg             # a map corrected by hand: sample around it
     torchrun --nproc_per_node 8 -- sample.py --n 4 photos/                     # the images are shared among 8 GPUs
 
-For each image a folder --out/<stem>/ (<name>_<suffix> where two stems are the same), everything at its own size:
+For each image a folder --out/<stem>/ (<name>_<suffix> where two stems are the same), maps at the image's own size:
     labels_00.png ...  one id a pixel, coloured when looked at (16-bit grey from 255 ids); 0 is never used
     overlay_00.png ... the same over the image; the same place has the same colour in every sample
     answer.png         the joint answer: one map of all samples, as fine as --grain says; answer_overlay.png
@@ -23,9 +23,12 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +36,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from answers.pictures import colours, grid, overlay, panel, shade, uncertainty
+from answers.pictures import colours, grid, overlaid, panel, shade, uncertainty
 from answers.segment import (
     SAMPLERS,
     SHIPPED,
@@ -46,24 +49,24 @@ from answers.segment import (
     summarise,
 )
 from answers.tree import GRAINS
-from engine import pick_device
-from sources.formats import IMAGE_TYPES, read_image, read_label
+from engine import pick_device, program
+from sources.formats import IMAGE_TYPES, junk, read_image, read_label, said
 
 MARK = "bitseg sample.py"                        # in every file written: others are never overwritten
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files. All or nothing: each is written under another name, then renamed; segments.json comes last.
+# Files. All or nothing: an image's are written into a folder beside, which takes the old one's place when complete.
 
 
-def save(array, path, palette=None):
-    """An array as PNG with our mark: (H, W, 3) uint8, or (H, W) ids, 8 bit and coloured by the palette, or 16 bit."""
-    picture, text, part = Image.fromarray(array), PngImagePlugin.PngInfo(), path.with_suffix(".part")
+def save(picture, path, palette=None):
+    """As PNG with our mark: a PIL image, (H, W, 3) uint8, or (H, W) ids, 8 bit and coloured by the palette, or 16 bit."""
+    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    text = PngImagePlugin.PngInfo()
     text.add_text("Software", MARK)
-    if palette is not None and array.dtype == np.uint8:
+    if palette is not None and picture.mode == "L":
         picture.putpalette(palette.tobytes())
-    picture.save(part, "PNG", pnginfo=text, compress_level=1)
-    part.replace(path)
+    picture.save(path, "PNG", pnginfo=text, compress_level=1)
 
 
 def save_json(path, info, images, annotations, category, **more):
@@ -90,45 +93,94 @@ def info_of(path):
     raise ValueError(f"{path} was not written by sample.py and is not overwritten: move it, or choose another --out")
 
 
+def ours(path):
+    """Whether sample.py wrote a file."""
+    try:
+        return path.suffix in (".png", ".json") and bool(info_of(path))
+    except ValueError:
+        return False
+
+
 def done(folder, info):
     """Whether this image is done with these settings. Raises ValueError if the folder holds anything else than its results."""
+    swap(folder)
     found = info_of(folder / "segments.json")
     if found and found["image"] != info["image"]:
         raise ValueError(f"{folder} holds the results of {found['image']}: choose another --out")
-    for path in (folder.parent / "panoptic" / f"{folder.name}.png", *folder.glob("*.png")):
+    for path in (panoptic_png(folder), *folder.glob("*.png")):
         info_of(path)
+    files = found.pop("files", None)  # before, none were listed
     if found.get("format") == "coco_panoptic":                                     # which has all of coco's
         found["format"] = info["format"]
-    return bool(found) and found == {k: v for k, v in info.items() if k in found}  # files of before had fewer
+
+    def there(name, size):
+        path = panoptic_png(folder) if name == "panoptic.png" else folder / name
+        return path.exists() and path.stat().st_size == size
+
+    return found == info and bool(files) and all(there(*file) for file in files.items())
+
+
+def beside(folder):
+    """Where the new results of a folder are made, and where the old ones wait for their end."""
+    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+
+
+def swap(folder):
+    """Put complete new results in the old ones' place; also where a kill came in between. Files of others stay."""
+    (new, old), listed = beside(folder), panoptic_png(folder)
+    if (new / "segments.json").exists():
+        listed.unlink(missing_ok=True)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+    if ours(folder / "panoptic.png"):
+        listed.parent.mkdir(exist_ok=True)
+        os.replace(folder / "panoptic.png", listed)
+    if old.exists():
+        for path in old.iterdir():
+            if not ours(path):
+                os.replace(path, folder / path.name)
+        shutil.rmtree(old)
+
+
+def panoptic_png(folder):
+    return folder.parent / "panoptic" / f"{folder.name}.png"
 
 
 def write(folder, image, result, model, info, hints=None, panoptic=False):
-    """All files of one image. Returns a few words about it."""
-    n, joint = len(result.labels), result.answer
-    digits = max(2, len(str(n - 1)))
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder / "segments.json", folder.parent / "panoptic" / f"{folder.name}.png", *folder.glob("*.png")):       # ours, see `done`; perhaps of more samples
-        old.unlink(missing_ok=True)
+    """All files of one image, in place of those of before. Returns a few words about it."""
+    n, joint = len(result.cells), result.answer
+    digits, (new, _) = max(2, len(str(n - 1))), beside(folder)
+    shutil.rmtree(new, ignore_errors=True)                                         # of a run that was killed
+    new.mkdir(parents=True)
 
     def save_map(labels, side, name, over):
         kind = np.uint8 if side * side < 255 else np.uint16
-        save(labels.numpy().astype(kind) + kind(1), folder / f"{name}.png", np.concatenate([np.zeros((1, 3), np.uint8), colours(side)]))
-        save(overlay(image, labels, side), folder / f"{over}.png")
+        palette = np.concatenate([np.zeros((1, 3), np.uint8), colours(side)])
+        save(labels.numpy().astype(kind) + kind(1), new / f"{name}.png", palette)
+        save(overlaid(image, labels, side), new / f"{over}.png")
 
-    save(panel(image, result, model.codec, hints), folder / "panel.png")
-    save_map(joint.labels, joint.side, "answer", "answer_overlay")
-    for j, labels in enumerate(result.labels):
-        save_map(labels, result.side, f"labels_{j:0{digits}}", f"overlay_{j:0{digits}}")
-    if rows := uncertainty(result, model.codec):
-        tiles, captions = [shade(value / top) for _, value, top, _ in rows], [(name, *ends) for name, _, _, ends in rows]
-        save(grid(tiles, len(rows), 6, captions), folder / "uncertainty.png")
-    if panoptic:                                                                   # id = R + 256 G + 65536 B
-        (folder.parent / "panoptic").mkdir(exist_ok=True)
-        ids = joint.labels.numpy().astype(np.uint32) + 1
-        save(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8), folder.parent / "panoptic" / f"{folder.name}.png")
-    about = dict(id=1, file_name=Path(info["image"]).name, width=image.width, height=image.height)
-    save_json(folder / "segments.json", info, [about], joint.segments, {}, borders=joint.borders)
-    mean = sum(len(labels.unique()) for labels in result.labels) / n
+    try:
+        save(panel(image, result, model.codec, hints), new / "panel.png")
+        save_map(joint.labels, joint.side, "answer", "answer_overlay")
+        for j, labels in enumerate(result.enlarged()):
+            save_map(labels, result.side, f"labels_{j:0{digits}}", f"overlay_{j:0{digits}}")
+        if rows := uncertainty(result, model.codec):
+            captions = [(name, *ends) for name, _, _, ends in rows]
+            tiles = [shade(value / top) for _, value, top, _ in rows]
+            save(grid(tiles, len(rows), 6, captions), new / "uncertainty.png")
+        if panoptic:                                                               # id = R + 256 G + 65536 B
+            ids = joint.labels.numpy().astype(np.uint32) + 1
+            save(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8), new / "panoptic.png")
+        sizes = {path.name: path.stat().st_size for path in new.iterdir()}
+        about = dict(id=1, file_name=Path(info["image"]).name, width=image.width, height=image.height)
+        info = {**info, "n": n, "files": sizes}
+        save_json(new / "segments.json", info, [about], joint.segments, {}, borders=joint.borders)
+        swap(folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    mean = sum(len(cells.unique()) for cells in result.cells) / n
     return (f"{len(joint.segments)} segments; {n} samples, {mean:.1f} on average"
             + (f", ARI {result.agreement.mean():.2f} to each other" if n > 1 else ""))
 
@@ -170,7 +222,7 @@ def find_images(names):
     files = []
     for name in map(Path, names):
         if name.is_dir():
-            inside = sorted(p for p in name.iterdir() if p.suffix.lower() in IMAGE_TYPES)
+            inside = sorted(p for p in name.iterdir() if p.suffix.lower() in IMAGE_TYPES and not junk(p.name))
             if not inside:
                 raise ValueError(f"{name}: no images in this folder")
             files += inside
@@ -209,8 +261,8 @@ def grain_of(text):
     """The command line's --grain: a name of tree.GRAINS, or a number of segments. Raises ValueError."""
     if text in GRAINS:
         return text
-    if text.isdigit() and int(text):
-        return int(text)
+    if text.isdecimal() and int(text[:9]):  # no image has more segments than that
+        return int(text[:9])
     raise ValueError(f"--grain is {', '.join(GRAINS)}, or a number of segments, not '{text}'")
 
 
@@ -219,7 +271,7 @@ def digest(path):
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     except OSError as e:
-        raise ValueError(f"{path}: {e.strerror.lower()}") from None
+        raise ValueError(f"{path}: {(e.strerror or said(e)).lower()}") from None
 
 
 def fail(message):
@@ -228,9 +280,10 @@ def fail(message):
     sys.exit(2)
 
 
+@program("sample.py", "the same command with --resume goes on")
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("images", nargs="+", help="image files or folders")
+    p.add_argument("images", nargs="*", help="image files or folders")
     p.add_argument("--n", type=int, default=8, help="samples for each image")
     p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
     p.add_argument("--out", default="samples", help="where the folders go")
@@ -248,22 +301,32 @@ def main(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--resume", action="store_true", help="skip images that are done with the same settings")
     p.add_argument("--format", choices=["coco", "coco_panoptic"], default="coco", help="coco: segments.json alone")
-    p.add_argument("--hint", help="label map: pixels of one id belong together, of different ids apart; 0 is free")
-    p.add_argument("--points", default="", help='groups of clicks "x,y x,y;x,y", in pixels from the top left corner')
+    p.add_argument("--hint", action="append", default=[],
+                   help="label map: pixels of one id belong together, of different ids apart; 0 is free")
+    p.add_argument("--points", action="append", default=[],
+                   help='groups of clicks "x,y x,y;x,y", in pixels from the top left corner; may be repeated')
     p.add_argument("--box", action="append", default=[], help="x0,y0,x1,y1 about one segment; may be repeated")
-    p.add_argument("--init", help="label map to start from; 0 is free")
+    p.add_argument("--init", action="append", default=[], help="label map to start from; 0 is free")
     p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, at most 1")
     p.error = fail
-    a = p.parse_intermixed_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    end = argv.index("--") if "--" in argv else len(argv)  # argparse's own way of it does not mix
+    a = p.parse_intermixed_args(argv[:end])
+    a.images += argv[end + 1 :]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
+        if not a.images:
+            raise ValueError("no image is named: python sample.py photo.jpg")
         a.grain = grain_of(a.grain)
-        for name in ("n", "steps", "batch"):
-            if getattr(a, name) is not None and getattr(a, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(a, name)}")
-        for name, most in (("guidance", np.inf), ("smooth", np.inf), ("seed", 2**62)):
-            if getattr(a, name) is not None and not 0 <= getattr(a, name) < most:
-                raise ValueError(f"--{name} must be at least 0 and below {most}, not {getattr(a, name)}")
+        for name, least, most in (("n", 1, 10**5), ("steps", 1, 10**5), ("batch", 1, 10**5), ("guidance", 0, 10**6),
+                                  ("smooth", 0, 10**6), ("seed", 0, 2**62)):
+            if getattr(a, name) is not None and not least <= getattr(a, name) <= most:  # nan is not
+                raise ValueError(f"--{name} must be at least {least} and at most {most}, not {getattr(a, name)}")
+        for name in ("hint", "init"):
+            if (times := len(getattr(a, name))) > 1:
+                raise ValueError(f"--{name} is given {times} times: one label map holds all ids")
+            setattr(a, name, "".join(getattr(a, name)))
+        a.points = ";".join(a.points)
         if not 0 < a.strength <= 1:
             raise ValueError(f"--strength must be above 0 and at most 1, not {a.strength}")
         files = list({path.resolve(): path for path in find_images(a.images)}.values())
@@ -305,14 +368,19 @@ def main(argv=None):
         if ckpt == SHIPPED and not a.ckpt:
             print("These are the weights that come with this repository, as there is no checkpoint of your own under out/.")
 
-    bar = tqdm(total=len(files), unit="image", disable=rank > 0 or len(files) == 1)
-    failed, read, writing = [], deque(), deque()
+    steps = chosen.get("steps", model.sampling["steps"])
+    bar, total = None, len(files) * a.n * steps
+    failed, read, writing, large = [], deque(), deque(), threading.Lock()
 
     def say(text):
         error = isinstance(text, Exception)
         failed.extend([text] if error else [])
         tqdm.write(f"sample.py: {text}" if error else text, file=sys.stderr if error else sys.stdout)
-        bar.update()
+
+    def fault(path, e):
+        """Of one image, whatever was raised: a sentence that names it."""
+        words = str(e) if type(e) is ValueError else said(e)
+        return ValueError(words if str(path) in words else f"{path}: {words}")
 
     def load(path):
         """What `finish` needs of one image, or what to say instead."""
@@ -321,45 +389,94 @@ def main(argv=None):
             if done(out / names[path], of) and a.resume:
                 return f"{path}: done already"
             image = read_image(path)
-            return prepare(image, model, **given, seed=a.seed), path, image, of
-        except (ValueError, OSError) as e:
-            return e
+            return prepare(image, model, **given, seed=a.seed), path, image.width * image.height, of
+        except Exception as e:
+            return fault(path, e)
 
     def jobs():
+        nonlocal total
         for one in ahead(load, files):
             if isinstance(one, tuple):
                 read.append(one)
                 yield one[0]
             else:
+                total -= a.n * steps
                 say(one)
 
-    def finish(job, path, image, of):
-        try:
-            folder, result = out / names[path], summarise(job, image, model, a.grain, a.closed)
-            words = write(folder, image, result, model, of, job.hints, a.format == "coco_panoptic")
-            return f"{path} -> {folder / 'panel.png'} ({words})"
-        except (ValueError, OSError) as e:
-            return e
+    def progress(i, t, xt, x_hat):
+        nonlocal bar
+        job, path, *_ = read[0]
+        if bar is None:
+            bar = tqdm(total=total, unit="step", mininterval=0.5, disable=rank > 0, leave=False)
+        bar.total = total  # less what was done already
+        bar.set_postfix_str(f"{path.name}: sample {len(job.x_hat) + 1} of {a.n}", refresh=False)
+        bar.update(len(xt))
 
+    def sampled():
+        """Yields when read[0] has its samples, with an exception where it has not: of a batch that fails, each image
+        is tried alone, so that what is wrong with one is not the others' end."""
+        coming = jobs()
+        while True:
+            try:
+                for _ in denoise(coming, model, a.n, a.batch, a.strength, progress, **chosen):
+                    yield None
+                return
+            except Exception:
+                todo = len(read)
+            for _ in range(todo):
+                job, path, *_ = read[0]
+                job.x_hat.clear()
+                try:
+                    next(denoise([job], model, a.n, a.batch, a.strength, progress, **chosen))
+                    yield None
+                except Exception as e:
+                    yield fault(path, e)
+
+    def finish(job, path, pixels, of):
+        folder = out / names[path]
+        try:
+            with large if pixels > 2e7 else nullcontext():                         # one at a time
+                image = read_image(path)  # again: several do not fit into memory
+                result = summarise(job, image, model, a.grain, a.closed)
+                words = write(folder, image, result, model, of, job.hints, a.format == "coco_panoptic")
+            return f"{path} -> {folder / 'panel.png'} ({words})"
+        except OSError as e:
+            return ValueError(f"{path}: nothing is written to {folder} ({said(e)}): what was there is still there")
+        except Exception as e:
+            return fault(path, e)
+
+    stopped = None
     with ThreadPoolExecutor(2) as writers:                                         # reading, sampling, writing overlap
         try:
-            for _ in denoise(jobs(), model, a.n, a.batch, a.strength, **chosen):
-                writing.append(writers.submit(finish, *read.popleft()))
+            for error in sampled():
+                one = read.popleft()
+                if error:
+                    say(error)
+                if one[0].x_hat:  # all samples, or what there is
+                    writing.append(writers.submit(finish, *one))
                 while len(writing) > 4:
                     say(writing.popleft().result())
-        except ValueError as e:  # too little memory
-            say(e)
+            if bar is not None:
+                bar.set_postfix_str("writing")
+        except KeyboardInterrupt as e:
+            stopped = e
+            tqdm.write("sample.py: stopping: what is sampled is written", file=sys.stderr)
+            writing.extend(writers.submit(finish, *one) for one in read if one[0].x_hat)
         for one in writing:
             say(one.result())
-    bar.close()
+    if bar is not None:
+        bar.close()
     if listed:
-        write_panoptic(out)
+        try:
+            write_panoptic(out)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            say(ValueError(f"{out / 'panoptic.json'} is not written ({said(e)})"))
+    if stopped:
+        raise stopped
+    if failed and len(files) > 1:
+        print(f"sample.py: {len(failed)} of {len(files)} images failed", file=sys.stderr)
     return 2 if failed else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("sample.py: stopped; the same command with --resume goes on", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

@@ -29,15 +29,32 @@ def colours(side):
     return (hue * (1 - tint) + np.where(block == 1, 255, 0)[:, None] * tint).round().astype(np.uint8)
 
 
-def overlay(image, cells, side, opacity=0.55):
-    """Coloured segments with thin outlines over an image: (H, W, 3) uint8; (H, W) cells, -1 stays plain."""
+def overlay(image, cells, side, opacity=0.55, thick=None):
+    """Coloured segments with thin outlines over an image: (H, W, 3) uint8; (H, W) cells, -1 stays plain.
+    thick: by how many pixels outlines are wider than one (default: `outline_of`)."""
     image, cells = np.asarray(image), torch.as_tensor(np.asarray(cells).astype(np.int64))
     colour = Image.fromarray(np.where((cells >= 0)[..., None], colours(side)[cells % side**2], image))
     out = np.array(Image.blend(Image.fromarray(image), colour, opacity))
     edge = outline(cells)
-    for _ in range(round(max(cells.shape) / 1000)):                                # wider on large images
+    for _ in range(outline_of(cells.shape) if thick is None else thick):
         edge |= F.pad(edge[:, :-1], (1, 0)) | F.pad(edge[:-1], (0, 0, 1, 0))
     out[edge] = 255
+    return out
+
+
+def outline_of(shape):
+    """How many pixels an outline is wider than one, on an image of this shape."""
+    return round(max(shape) / 1000)
+
+
+def overlaid(image, labels, side, rows=64):
+    """`overlay` of a PIL image of any size, strip by strip, whose memory is bounded: a PIL image."""
+    (width, height), out, thick = image.size, Image.new("RGB", image.size), outline_of(image.size)
+    for top in range(0, height, rows):
+        above = max(0, top - thick - 1)  # as far as the outline reaches down
+        part = image.crop((0, above, width, min(height, top + rows)))
+        strip = overlay(part, labels[above : top + rows], side, thick=thick)
+        out.paste(Image.fromarray(strip[top - above :]), (0, top))
     return out
 
 
@@ -73,17 +90,17 @@ def grid(tiles, columns, gap=4, captions=()):
 def panel(image, result, codec, hints=None, most=16):
     """Image, hints (H, W) if any, joint answer, samples (at most `most`) and uncertainty in one picture: (h, w, 3) uint8."""
     w, h = fitted(*image.size, 320)
-    small = np.asarray(image.resize((w, h), Image.Resampling.LANCZOS))
-    tiles, captions = [small], ["image"]
+    small = image.resize((w, h), Image.Resampling.LANCZOS)
+    tiles, captions = [np.asarray(small)], ["image"]
 
     def add(caption, labels, side):
-        tiles.append(overlay(small, subsample(labels, h, w), side))
+        tiles.append(overlay(small, labels, side))
         captions.append(caption)
 
     if hints is not None and hints.any():
-        add("hints", torch.from_numpy(hints - 1), 8)
-    add("answer", result.answer.labels, result.answer.side)
-    for j, labels in enumerate(result.labels[:most]):
+        add("hints", subsample(torch.from_numpy(hints), h, w) - 1, 8)
+    add("answer", subsample(result.answer.labels, h, w), result.answer.side)
+    for j, labels in zip(range(most), result.enlarged(small)):
         add(f"sample {j}", labels, result.side)
     for name, value, top, words in uncertainty(result, codec):
         tiles.append(shade(F.interpolate(value[None, None], (h, w), mode="bilinear", antialias=True)[0, 0] / top))
@@ -94,8 +111,8 @@ def panel(image, result, codec, hints=None, most=16):
 
 
 def uncertainty(result, codec):
-    """[(name, (H, W), its largest value, words for the scale's ends)]: boundaries, and the entropy if there are bits."""
-    rows = [("boundaries", result.boundary, 1, ("0", "all"))] if len(result.labels) > 1 else []
+    """[(name, map, its largest value, words for the scale's ends)]: boundaries, and entropy if there are bits."""
+    rows = [("boundaries", result.boundary, 1, ("0", "all"))] if len(result.cells) > 1 else []
     bits = [("entropy", result.entropy, codec.bits, ("0", f"{codec.bits} bits"))] if result.entropy is not None else []
     return rows + bits
 

@@ -12,6 +12,7 @@ files (sample.py) and compares with no truth (scoring.py).
     result.cut("fine").labels, result.cut(hints=clicks, closed=True).labels
 """
 
+import functools
 import sys
 from collections import deque
 from dataclasses import dataclass, field, fields
@@ -27,10 +28,11 @@ from answers import tree
 from bits import Codec, entropy, hint_bits, locate
 from diffusion import SAMPLERS, VARIANCES, Diffusion, fused, sample
 from engine import newest, out_of_memory
-from frame import enlarge, fitted, normalise, outline, resize_image, shrink, subsample
-from metrics import pairwise
+from frame import blurred, enlarge, fitted, normalise, outline, resize_image, shrink
+from metrics import ari, contingency
 from model import UNet
 
+SHOWN = 512  # pixels on the longer side are enough to show uncertainty
 CLICK = 0.005  # radius of a click, as a share of the longer side: about one of the network's pixels
 SHIPPED = Path(__file__).parent.parent / "weights" / "photo.pt"
 
@@ -107,8 +109,9 @@ def load_checkpoint(path, device="cpu"):
 def set_tidy(model, least, merge):
     """The command line's least and merge instead of the checkpoint's, where given (not None). Raises ValueError."""
     new = {**model.tidy, **{k: v for k, v in dict(least=least, merge=merge).items() if v is not None}}
-    if not all(0 <= v < np.inf for v in new.values()) or any(new.values()) and model.codec.clusters:
-        raise ValueError(f"--least and --merge must be 0 (off) or more, and 0 with the encoding rgb, not {new['least']} and {new['merge']:g}")
+    if not all(0 <= v <= 10**6 for v in new.values()) or any(new.values()) and model.codec.clusters:
+        raise ValueError(f"--least and --merge must be 0 (off) to 1000000, and 0 with the encoding rgb, "
+                         f"not {new['least']} and {new['merge']:g}")
     model.tidy = new
 
 
@@ -250,15 +253,31 @@ class Segmentation:
     """n samples of one image of H x W pixels and what they say together."""
 
     answer: Answer  # of all samples
-    labels: torch.Tensor  # (n, H, W) integers: each sample's; the same place has the same number in all of them
-    side: int  # of their palette
+    cells: torch.Tensor  # (n, h, w) integers: each sample's map, at the network's resolution
+    side: int  # of their palette: the same place has the same number in all of them
     agreement: torch.Tensor  # (n,): mean ARI of each sample to the others; nan if n = 1
-    boundary: torch.Tensor  # (H, W) in [0, 1]: share of samples with a boundary here (a network pixel wide)
-    entropy: torch.Tensor | None  # (H, W) in [0, k] bits: of the mean (Eq. 3); None without bits
+    # the image's shape at SHOWN pixels on the longer side, or its own where that is less
+    boundary: torch.Tensor  # in [0, 1]: share of samples with a boundary here (a network pixel wide)
+    entropy: torch.Tensor | None  # in [0, k] bits: of the mean (Eq. 3); None without bits
     x_hat: torch.Tensor  # (n, C, h, w) soft bits, at the network's resolution
     image: Image.Image
     evidence: tree.Evidence  # what `cut` works with
     model: Model
+
+    @functools.cached_property
+    def calm(self):
+        """The photo as `enlarge` looks at it."""
+        return blurred(self.image, *self.cells.shape[1:])
+
+    @functools.cached_property
+    def labels(self):
+        """(n, H, W): all samples at the image's size. n H W bytes; `enlarged` gives one after the other."""
+        return enlarge(self.cells, self.image, self.calm)
+
+    def enlarged(self, copy=None):
+        """Each sample in turn, (H, W), at the size of the image or of a smaller copy of it."""
+        image, calm = (copy, blurred(copy, *self.cells.shape[1:])) if copy else (self.image, self.calm)
+        return (enlarge(one[None], image, calm)[0] for one in self.cells)
 
     def cut(self, grain="normal", hints=None, closed=False):
         """Another Answer from the same samples, in milliseconds.
@@ -368,7 +387,7 @@ def answer(grown, labels, result, hints=None):
     place = cells[0].numpy()
     number = np.zeros(int(labels.max()) + 1, int)
     number[labels] = place
-    full = enlarge(cells, result.image)[0]
+    full = enlarge(cells, result.image, result.calm)[0]
     if hints is not None and hints.any():  # exactly, to the pixel: each hint is what its segment is
         small = shrink(hints, *labels.shape)
         most = {int(i): place[small == i].flat[0] for i in np.unique(hints[hints > 0])}
@@ -394,27 +413,41 @@ def summarise(job, image, model, grain="normal", closed=False):
     else:
         cells = torch.from_numpy(maps)
         side = max(side, int(np.ceil((maps.max() + 1) ** 0.5)))
-    labels = enlarge(cells, image)
-    every = pairwise(cells)[0]  # (n, n) ARI, 1 on the diagonal
-    tall, wide = (max(1, min(v, round(v * 512 / max(width, height)))) for v in (height, width))  # 512 pixels are enough
+    wide, tall = (max(1, min(v, round(v * SHOWN / max(width, height)))) for v in (width, height))
+    small = image if max(width, height) <= SHOWN else image.resize((wide, tall), Image.Resampling.BOX)
     reach = max(1, round(max(tall, wide) / max(h, w)))  # a pixel of the network
-    edge = outline(subsample(labels, tall, wide)).float()[:, None]  # (n, 1, tall, wide)
-    edge = F.max_pool2d(F.pad(edge, ((reach - 1) // 2, reach // 2) * 2), reach, 1).mean(0, keepdim=True)
-    full = dict(size=(height, width), mode="bilinear", align_corners=False)
+    boundary = torch.zeros(1, tall, wide)
+    for one in enlarge(cells, small):
+        edge = F.pad(outline(one).float()[None], ((reach - 1) // 2, reach // 2) * 2)
+        boundary += F.max_pool2d(edge, reach, 1) / n
     bits = None
     if codec.has_bits:
-        bits = F.interpolate(entropy(x_hat.mean(0, keepdim=True))[None], **full)[0, 0]
-    result = Segmentation(None, labels, side, (every.sum(1) - 1) / (n - 1), F.interpolate(edge, **full)[0, 0], bits, x_hat,
-                          image, evidence_of(x_hat, photo, codec), model)
+        bits = F.interpolate(entropy(x_hat.mean(0, keepdim=True))[None], (tall, wide), mode="bilinear")[0, 0]
+    result = Segmentation(None, cells, side, agreement(cells), boundary[0], bits, x_hat, image,
+                          evidence_of(x_hat, photo, codec), model)
     result.answer = result.cut(grain, job.hints, closed)
     return result
 
 
+def agreement(cells):
+    """(n, h, w) -> (n,): the mean ARI of each map to the others; nan if n = 1."""
+    every = torch.zeros(len(cells), len(cells), dtype=torch.float64)
+    for k in range(1, len(cells)):  # one after the other, so that hundreds fit into memory
+        every[k, :k] = every[:k, k] = ari(contingency(cells[k].expand(k, -1, -1), cells[:k]))
+    return every.sum(1) / (len(cells) - 1)
+
+
 def coco_segments(labels, confidence):
     """The segments of labels (H, W) as COCO annotations; confidence: {label: number}."""
-    out = []
-    for label in np.unique(labels).tolist():
-        rle = coco_mask.encode(np.asfortranarray(labels == label).view(np.uint8))
+    flat, out = np.ascontiguousarray(labels.T).ravel(), []  # COCO counts pixels column by column
+    last = np.flatnonzero(np.append(flat[1:] != flat[:-1], True))
+    first, owner = np.concatenate([[0], last[:-1] + 1]), flat[last]
+    for label in np.unique(owner).tolist():
+        starts, ends = first[owner == label], last[owner == label] + 1
+        bounds = np.stack([starts, ends], 1).ravel()  # of the pixels that are not it and are it, in turn
+        counts = np.diff(bounds, prepend=0, append=len(flat)).tolist()
+        counts = counts if counts[-1] else counts[:-1]
+        rle = coco_mask.frPyObjects(dict(size=list(labels.shape), counts=counts), *labels.shape)
         out.append(dict(id=label + 1, image_id=1, category_id=1, iscrowd=0, area=int(coco_mask.area(rle)),
                         bbox=[int(v) for v in coco_mask.toBbox(rle)], confidence=round(confidence[label], 4),
                         segmentation=dict(size=rle["size"], counts=rle["counts"].decode())))

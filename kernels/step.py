@@ -56,13 +56,15 @@ def step(out: Tensor, xt: Tensor, last: bool, alpha: float, sigma: float, a: flo
          valid: Optional[Tensor], guidance: float, seeds: Optional[Tensor], stream: int, prediction: str, tanh: bool,
          with_x_hat: bool) -> Tuple[Tensor, Tensor]:
     """The launcher. out and xt in the layout that `last` says, valid contiguous -> next xt, x_hat (float32, or empty)."""
-    (B, K, H, W), blocks = xt.shape, triton.cdiv(xt[0, 0].numel(), BLOCK)
+    B, K, H, W = xt.shape
+    block = BLOCK if K <= 8 else BLOCK // 2  # the registers do not hold more
+    blocks = triton.cdiv(H * W, block)
     after = torch.empty_like(xt)
     x_hat = torch.empty_like(xt, dtype=torch.float32) if with_x_hat else xt.new_empty(0, dtype=torch.float32)
     step_kernel[(B * blocks,)](
         after, x_hat, out, xt, out if valid is None else valid.view(torch.uint8), seeds, alpha, sigma, guidance, a, b, c,
         stream, xt.numel(), H * W, blocks, K=K, GUIDED=len(out) > B, MASK=valid is not None, NOISE=seeds is not None,
-        X_HAT=with_x_hat, PREDICTION=prediction, TANH=tanh, LAST=last, BLOCK=BLOCK, num_warps=WARPS)
+        X_HAT=with_x_hat, PREDICTION=prediction, TANH=tanh, LAST=last, BLOCK=block, num_warps=WARPS)
     return after, x_hat
 
 

@@ -33,11 +33,11 @@ def expected(case, kernel, K):
             return None, bytes_a_thread(channels, item, 512) if item == 4 else None
         load = bytes_a_thread(image, 4, rows) + wide if case.endswith("input") else None
         return load, bytes_a_thread(channels, item, rows)
+    if kernel not in ("step_kernel", "decode_kernel", "loss_forward_kernel", "loss_backward_kernel") or K > 8:
+        return None, None
     if kernel == "step_kernel":
         x_hat = ("ddpm" in case) * bytes_a_thread(K, 4)
         return bytes_a_thread(2 * K, item) + bytes_a_thread(K, 4), bytes_a_thread(K, 4) + x_hat
-    if kernel not in ("decode_kernel", "loss_forward_kernel", "loss_backward_kernel") or K > 8:
-        return None, None
     if kernel == "decode_kernel":
         return bytes_a_thread(K, item, rows), bytes_a_thread(1, 8, rows) + ("soft" in case) * bytes_a_thread(2, 4, rows)
     if "eps" in case:  # of two arrays, one in float32, a thread has 4 pixels

@@ -157,7 +157,7 @@ def test_hints_get_the_cells_of_their_centroids(model):
 @pytest.mark.parametrize("size", [(40, 30), (150, 97), (7, 9)])
 def test_hints_hold_to_the_pixel(model, merge, size):
     """Pixels of one hint are together and of two apart, in answers of every grain; closed: nothing else is left."""
-    (w, h), rng = size, np.random.default_rng(0)
+    w, h = size
     hints = np.zeros((h, w), np.int64)
     hints[: h // 3, : w // 4], hints[2 * h // 3 :, w // 2 :] = 40, 7
     hints[-1, 0], hints[h // 2, w // 2 : w // 2 + 2] = 40, 1000                    # a hint in two far places, and a small one
