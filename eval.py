@@ -33,8 +33,8 @@ import torch.distributed as dist
 import kernels
 import metrics
 from answers.clicks import clicks_curve, clicks_needed
-from answers.pictures import examples
-from answers.scoring import run
+from answers.pictures import example_sheet
+from answers.scoring import score_images
 from answers.segment import (
     load_checkpoint,
     newest_checkpoint,
@@ -113,23 +113,23 @@ def print_clicks(curve, ks):
     return table
 
 
-def numbers(text, kind, least):
-    """'1,2,4' -> [1, 2, 4], each at least `least`. For argparse."""
+def number_list(text, kind, minimum):
+    """'1,2,4' -> [1, 2, 4], each at least `minimum`. For argparse."""
     try:
         values = [kind(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if not values or not all(least <= value < math.inf for value in values):       # nan is neither
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from {least} up, or several separated by commas")
+    if not values or not all(minimum <= value < math.inf for value in values):       # nan is neither
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from {minimum} up, or several separated by commas")
     return list(dict.fromkeys(values))
 
 
 def click_numbers(text):
     """'0,4,all' -> [0, 4, "all"]. For argparse."""
-    return [k for part in text.split(",") for k in (["all"] if part == "all" else numbers(part, int, 0))]
+    return [k for part in text.split(",") for k in (["all"] if part == "all" else number_list(part, int, 0))]
 
 
-def words(text, known):
+def known_words(text, known):
     if unknown := [part for part in text.split(",") if part not in known]:
         raise argparse.ArgumentTypeError(f"'{unknown[0]}' is not one of {', '.join(known)}")
     return list(dict.fromkeys(text.split(",")))
@@ -139,7 +139,7 @@ def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def whole(text):
-        return numbers(text, int, 1)
+        return number_list(text, int, 1)
 
     p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
     p.add_argument("--raw", action="store_true", help="the network's last weights instead of their average")
@@ -160,10 +160,10 @@ def arguments(argv):
     p.add_argument("--clicks", type=click_numbers, help="instead: scores after so many clicks, e.g. 0,1,2,4,8,16,all")
     p.add_argument("--clicks_to", type=float, help="instead: how many clicks an object takes until this IoU, e.g. 0.85")
     p.add_argument("--steps", type=whole, help="denoising steps, e.g. 8, or 1,2,4,8,16")
-    p.add_argument("--guidance", type=lambda text: numbers(text, float, 0), help="e.g. 1, or 0,1,2,3")
-    p.add_argument("--sampler", type=lambda text: words(text, SAMPLERS), help=f"{', '.join(SAMPLERS)}, or several with commas")
-    p.add_argument("--variance", type=lambda text: words(text, VARIANCES), help="of ddpm: large, small or large,small")
-    p.add_argument("--smooth", type=lambda text: numbers(text, float, 0), help="e.g. 0.2, or 0,0.1,0.2,0.4")
+    p.add_argument("--guidance", type=lambda text: number_list(text, float, 0), help="e.g. 1, or 0,1,2,3")
+    p.add_argument("--sampler", type=lambda text: known_words(text, SAMPLERS), help=f"{', '.join(SAMPLERS)}, or several with commas")
+    p.add_argument("--variance", type=lambda text: known_words(text, VARIANCES), help="of ddpm: large, small or large,small")
+    p.add_argument("--smooth", type=lambda text: number_list(text, float, 0), help="e.g. 0.2, or 0,0.1,0.2,0.4")
     p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour first (default: the checkpoint's)")
     p.add_argument("--merge", type=float, help="as in sample.py (default: the checkpoint's; 0: samples as the network makes them)")
     p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
@@ -270,7 +270,7 @@ def main(argv=None):
     mine = positions[rank :: dist.get_world_size()] if dist.is_initialized() else positions
     for setting in settings:
         many = all(setting[key] == home[key] for key in setting if key != "guidance")
-        sweep.append((setting, shared(run(data, mine, model, a, setting, ns if many else [1], files, larger, setting == home, fine=fine))))
+        sweep.append((setting, shared(score_images(data, mine, model, a, setting, ns if many else [1], files, larger, setting == home, fine=fine))))
     if rank > 0:
         return 0
     rows = next(result for setting, result in sweep if setting == home)
@@ -336,11 +336,11 @@ def main(argv=None):
         which = {k: kind for kind, k in (("worst", -1), ("worst", -2), ("median", len(ranking) // 2), ("best", 1), ("best", 0))
                  if -len(ranking) <= k < len(ranking)}
         chosen = [(kind, ranking[k]) for k, kind in reversed(which.items())]
-        again = run(data, [row["position"] for _, row in chosen], model, a, home, ns, [], keep=True, fine=fine)
+        again = score_images(data, [row["position"] for _, row in chosen], model, a, home, ns, [], keep=True, fine=fine)
         titles = [f"{kind}: {row['name']}, ARI {row['network'][answer]['ari']:.3f}, IoU {row['network'][answer]['iou']:.3f}; image, "
                   + ", ".join(["annotator"] * min(2, row["annotators"]) + [s for s in row["network"] if s != "human"])
                   for kind, row in chosen]
-        examples(out / "examples.png", again, titles)
+        example_sheet(out / "examples.png", again, titles)
     line = json.dumps(json.loads(json.dumps(result), parse_constant=lambda nan: None))
     (out / "report.part").write_text(line)
     os.replace(out / "report.part", out / "report.json")

@@ -52,12 +52,12 @@ from engine import (
     NoGraph,
     Step,
     Watch,
-    anyone,
+    any_stopped,
     append,
     fit_state,
     foreign,
     forget,
-    join,
+    join_processes,
     layout,
     lock,
     newest,
@@ -69,8 +69,8 @@ from engine import (
     program,
     read,
     save,
+    try_to_write,
     update_ema,
-    written,
 )
 from metrics import scores
 from model import SIZES, UNet
@@ -188,9 +188,9 @@ def parse(argv):
     c.network = c.network or preset
     if c.network not in SIZES:
         raise ValueError(f"network '{c.network}' is not one of {', '.join(SIZES)}")
-    for key, (least, most) in RANGES.items():
-        if not (least <= getattr(c, key) <= most and (math.isfinite(getattr(c, key)) or key == "grad_clip")):   # nan is in no range
-            span = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+    for key, (low, high) in RANGES.items():
+        if not (low <= getattr(c, key) <= high and (math.isfinite(getattr(c, key)) or key == "grad_clip")):   # nan is in no range
+            span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"--{key} must be {span}, not {getattr(c, key)}")
     for key, known in CHOICES.items():
         if getattr(c, key) not in known:
@@ -260,9 +260,9 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
             if codec.palette == "none":                                            # random codes, from each sample's number
                 own = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
                 order = torch.cat([torch.rand(1, codec.classes, generator=g).argsort(1) for g in own])
-                cells = random_cells(labels, to_device(order, device), data.segments)
+                cells = random_cells(labels, to_device(order, device), data.labels_below)
             elif fast and hints is None:
-                below = data.segments if data.segments <= 1024 else None           # a promise, so that nothing waits
+                below = data.labels_below if data.labels_below <= 1024 else None           # a promise, so that nothing waits
                 cells = kernels.locate(labels, codec.side, dtype=kind, labels_below=below)
             else:
                 on = "cpu" if device.type in NO_FLOAT64 else device  # exact centroids need it
@@ -396,7 +396,7 @@ def main(argv=None):
         c = parse(argv)
         if c.export:
             return export(c)
-        run = prepare(c)
+        run = prepare_run(c)
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
@@ -497,7 +497,7 @@ def widened(weights, wide):
 
 @dataclass
 class Run:
-    """What a run is made of: built once by `prepare`."""
+    """What a run is made of: built once by `prepare_run`."""
 
     device: torch.device
     dtype: torch.dtype | None  # of autocast; None: float32
@@ -516,7 +516,7 @@ class Run:
     held: object  # the lock of --out
 
 
-def prepare(c):
+def prepare_run(c):
     """Config -> Run. All that can be wrong with the user's input goes wrong here. Raises ValueError or OSError."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if c.batch_size % (c.accumulate * world):
@@ -559,7 +559,7 @@ def prepare(c):
     else:
         check_out(out)
     if world > 1:
-        join(rank, world, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        join_processes(rank, world, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         step = torch.tensor([resumed["step"] if resumed else 0])
         steps = [torch.zeros_like(step) for _ in range(world)]
         dist.all_gather(steps, step)                                               # all have read: now files may change
@@ -615,7 +615,7 @@ def train(c, run):
             net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=update.scaler.state_dict())
 
     def put(name, action):                                                         # rank 0 writes; a full disk only warns
-        return rank > 0 or written(out / name, lambda: action(out / name))
+        return rank > 0 or try_to_write(out / name, lambda: action(out / name))
 
     def store(name, choose=dict, **more):
         """Write a checkpoint beside the training, which waits for the one before and for a copy to the host."""
@@ -662,7 +662,7 @@ def train(c, run):
         kinds.append(HANGUP)
     handlers = {n: signal.signal(n, on_signal) for n in kinds}
     coming = batches(run.train_data, step, c, run.codec, run.diffusion, device, rank, world, fast)
-    stopped, watch, seen = anyone(stop, world), Watch(), []                        # seen: losses and norms since the last line
+    stopped, watch, seen = any_stopped(stop, world), Watch(), []                        # seen: losses and norms since the last line
     try:
         while not next(stopped):
             if step > validated and (step % c.eval_every == 0 or step == c.max_steps):

@@ -122,7 +122,7 @@ def side_of(codec):
     return int(np.ceil(codec.classes**0.5))
 
 
-def examples(path, rows, titles, height=160):
+def example_sheet(path, rows, titles, height=160):
     """A picture: for each row its image, up to two annotators, and the answers."""
     palette, font, strips = Codec(bits=8), ImageFont.load_default(13), []
     for row, title in zip(rows, titles):
