@@ -113,6 +113,69 @@ def print_clicks(curve, ks):
     return table
 
 
+def report_clicks(a, model, data, fine, positions, files, path, name):
+    """What --clicks and --clicks_to print; 0, the exit status. Raises ValueError where they cannot be had."""
+    n, about = max(a.n), dict(name=str(path), dataset=a.dataset, split=a.split, n=max(a.n))
+    if a.clicks_to is None:
+        curve = clicks_curve(model, data, fine, positions, a.clicks, n, a.seed, a.batch)
+        print(f"{name} on {a.dataset} {a.split}, {len(positions)} images, {n} samples: every annotator clicks")
+        print(json.dumps(dict(about, images=len(positions), clicks=print_clicks(curve, a.clicks))))
+        return 0
+    if not files:
+        raise ValueError("--clicks_to needs a data set of files")
+    counts, left_out = clicks_needed(model, data, fine, files, a.clicks_to, objects=a.limit, n=n, seed=a.seed, batch=a.batch)
+    print(f"{name} on {a.dataset} {a.split}, {n} samples: clicks until an object has IoU {a.clicks_to:g}, at most 20; {left_out} "
+          "objects left out (too small or too fine for the network's pixels)")
+    needed = {method: metrics.bootstrap(values) for method, values in counts.items()}
+    for method, (mean, low, high) in needed.items():
+        in_time = np.mean(np.array(counts[method]) < 20)
+        print(f"  {method:<20} {mean:.2f} [{low:.2f}, {high:.2f}], of {len(counts[method])} objects {in_time:.0%} in time")
+    print(json.dumps(dict(about, target=a.clicks_to, left_out=left_out, clicks_to=needed)))
+    return 0
+
+
+def reliability_tables(rows, n):
+    """Print how samples and confidences compare with the annotators; -> what of it goes into the report."""
+    result = {}
+    if spread := [row["spread"] for row in rows if "spread" in row]:
+        print(f"\n{n} samples and the annotators        energy distance          diversity of samples     of annotators")
+        for d in spread[0]:
+            result[f"spread_{d}"] = values = [metrics.bootstrap([s[d][k] for s in spread]) for k in range(3)]
+            print(f"  d = 1 - {d:<24}" + "".join(f"{f'{m:.3f} [{low:.3f}, {high:.3f}]':<25}" for m, low, high in values))
+    for key, title in (("bits", "bits (Eq. 3): share of them, and how many are right"),
+                       ("segments", "segments: share of them, and of the annotators who drew them"),
+                       ("borders", "borders: share of their length, and of the annotators who part the two")):
+        tables = [row[key] for row in rows if key in row]
+        if not tables:
+            continue
+        t = sum(tables)
+        result[f"{key}_ece"] = metrics.calibration_error(t)
+        print(f"\n{title}, by confidence")
+        low = 0.5 if key == "bits" else 0.0
+        for k in range(10):
+            if t[k, 0]:
+                width = (1 - low) / 10
+                print(f"  {low + width * k:.2f} - {low + width * (k + 1):.2f} {t[k, 0] / t[:, 0].sum():>7.1%} {t[k, 2] / t[k, 0]:>7.3f}")
+        print(f"  expected calibration error: {result[f'{key}_ece']:.4f}")
+    if "joined" in rows[0]:
+        t = sum(row["joined"] for row in rows)
+        result["joined_ece"] = metrics.calibration_error(t)
+        print("\nneighbouring pixels: share of samples that join them, share of such pairs, share of annotators that join them")
+        print("\n".join(f"  {k / n:.3f} {t[k, 0] / t[:, 0].sum():>8.2%} {t[k, 2] / t[k, 0]:>7.3f}" for k in range(len(t)) if t[k, 0]))
+        print(f"  expected calibration error: {result['joined_ece']:.4f}")
+    return result
+
+
+def write_rows(path, rows, places):
+    """images.csv: a row an image, with its scores at each of the places that it has."""
+    flat = [{"name": row["name"], "annotators": row["annotators"]} | {f"{where}_{who}_{key}": v for where in places
+            for who, s in row.get(where, {}).items() for key, v in s.items()} for row in rows]
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(key for row in flat for key in row)))
+        writer.writeheader()
+        writer.writerows(flat)
+
+
 def number_list(text, kind, minimum):
     """'1,2,4' -> [1, 2, 4], each at least `minimum`. For argparse."""
     try:
@@ -245,28 +308,11 @@ def main(argv=None):
     positions, sweep = list(range(min(a.limit, len(data)))), []
     if clicking:
         model.sampling.update(home)
-        about = dict(name=str(path), dataset=a.dataset, split=a.split, n=max(ns))
         try:
-            if a.clicks_to is not None and not files:
-                raise ValueError("--clicks_to needs a data set of files")
-            if a.clicks_to is None:
-                curve = clicks_curve(model, data, fine, positions, a.clicks, max(ns), a.seed, a.batch)
-            else:
-                counts, left_out = clicks_needed(model, data, fine, files, a.clicks_to, objects=a.limit, n=max(ns), seed=a.seed, batch=a.batch)
+            return report_clicks(a, model, data, fine, positions, files, path, name)
         except ValueError as e:
             print(f"eval.py: {e}", file=sys.stderr)
             return 2
-        if a.clicks_to is None:
-            print(f"{name} on {a.dataset} {a.split}, {len(positions)} images, {max(ns)} samples: every annotator clicks")
-            print(json.dumps(dict(about, images=len(positions), clicks=print_clicks(curve, a.clicks))))
-            return 0
-        print(f"{name} on {a.dataset} {a.split}, {max(ns)} samples: clicks until an object has IoU {a.clicks_to:g}, at most 20; {left_out} "
-              "objects left out (too small or too fine for the network's pixels)")
-        needed = {method: metrics.bootstrap(values) for method, values in counts.items()}
-        for method, (mean, low, high) in needed.items():
-            print(f"  {method:<20} {mean:.2f} [{low:.2f}, {high:.2f}], of {len(counts[method])} objects {np.mean(np.array(counts[method]) < 20):.0%} in time")
-        print(json.dumps(dict(about, target=a.clicks_to, left_out=left_out, clicks_to=needed)))
-        return 0
     mine = positions[rank :: dist.get_world_size()] if dist.is_initialized() else positions
     for setting in settings:
         many = all(setting[key] == home[key] for key in setting if key != "guidance")
@@ -296,40 +342,10 @@ def main(argv=None):
     result.update({key: result["network"][answer][key][0] for key in ("ari", "iou", "hiou")})
     if model:
         result["sweep"] = sweep_table(sweep)
-    if spread := [row["spread"] for row in rows if "spread" in row]:
-        print(f"\n{max(ns)} samples and the annotators        energy distance          diversity of samples     of annotators")
-        for d in spread[0]:
-            result[f"spread_{d}"] = values = [metrics.bootstrap([s[d][k] for s in spread]) for k in range(3)]
-            print(f"  d = 1 - {d:<24}" + "".join(f"{f'{m:.3f} [{low:.3f}, {high:.3f}]':<25}" for m, low, high in values))
-    for key, title in (("bits", "bits (Eq. 3): share of them, and how many are right"),
-                       ("segments", "segments: share of them, and of the annotators who drew them"),
-                       ("borders", "borders: share of their length, and of the annotators who part the two")):
-        tables = [row[key] for row in rows if key in row]
-        if not tables:
-            continue
-        t = sum(tables)
-        result[f"{key}_ece"] = metrics.calibration_error(t)
-        print(f"\n{title}, by confidence")
-        low = 0.5 if key == "bits" else 0.0
-        for k in range(10):
-            if t[k, 0]:
-                width = (1 - low) / 10
-                print(f"  {low + width * k:.2f} - {low + width * (k + 1):.2f} {t[k, 0] / t[:, 0].sum():>7.1%} {t[k, 2] / t[k, 0]:>7.3f}")
-        print(f"  expected calibration error: {result[f'{key}_ece']:.4f}")
-    if "joined" in rows[0]:
-        t = sum(row["joined"] for row in rows)
-        result["joined_ece"] = metrics.calibration_error(t)
-        print("\nneighbouring pixels: share of samples that join them, share of such pairs, share of annotators that join them")
-        print("\n".join(f"  {k / max(ns):.3f} {t[k, 0] / t[:, 0].sum():>8.2%} {t[k, 2] / t[k, 0]:>7.3f}" for k in range(len(t)) if t[k, 0]))
-        print(f"  expected calibration error: {result['joined_ece']:.4f}")
+    result.update(reliability_tables(rows, max(ns)))
 
     (out / "examples.png").unlink(missing_ok=True)
-    flat = [{"name": row["name"], "annotators": row["annotators"]} | {f"{where}_{who}_{key}": v for where in ("network", str(a.size), "own")
-            for who, s in row.get(where, {}).items() for key, v in s.items()} for row in rows]
-    with open(out / "images.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(key for row in flat for key in row)))
-        writer.writeheader()
-        writer.writerows(flat)
+    write_rows(out / "images.csv", rows, ("network", str(a.size), "own"))
     ranking = sorted((row for row in rows if answer in row["network"] and not math.isnan(row["network"][answer]["ari"])),
                      key=lambda row: -row["network"][answer]["ari"])
     if ranking and answer != "human":

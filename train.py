@@ -315,15 +315,13 @@ class Stopped(Exception):
     pass
 
 
-def validate(net, data, fine, codec, diffusion, c, stop, rank, world):
-    """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None if stopped.
-
-    fine: the same data set at the resolution of the images that the network sees, `net.detail` times the label maps'.
-    """
+def validate(net, run, c, stop):
+    """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None if stopped."""
+    data, codec, rank, world = run.val_data, run.codec, run.rank, run.world
     n, totals, tiles, side = min(c.eval_images, len(data)), [], [], side_of(codec)
     device = next(net.parameters()).device
     sampling = dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance, smooth=c.smooth)
-    model = Model(net, codec, diffusion, c.image_size, sampling, c.dataset, 0, dict(least=c.least, merge=c.merge))
+    model = Model(net, codec, run.diffusion, c.image_size, sampling, c.dataset, 0, dict(least=c.least, merge=c.merge))
     size = min(32, c.batch_size) if device.type == "cpu" else 32  # small: a signal is looked at in between
 
     def look(*_):
@@ -333,7 +331,7 @@ def validate(net, data, fine, codec, diffusion, c, stop, rank, world):
     def maps_of(at, seeds):
         """One sample's map (h, w) of each image."""
         images, _, sizes = data.get(at)
-        sharp = images if net.detail == 1 else fine.get(at)[0]
+        sharp = images if net.detail == 1 else run.val_fine.get(at)[0]
         jobs = [Job(image.numpy(), big.numpy(), tuple(hw), [], seed=seed)
                 for image, big, hw, seed in zip(images, sharp, sizes.tolist(), seeds)]
         return [sample_map(job.x_hat[0], job.image[: job.size[0], : job.size[1]], model)
@@ -666,7 +664,7 @@ def train(c, run):
     try:
         while not next(stopped):
             if step > validated and (step % c.eval_every == 0 or step == c.max_steps):
-                result = validate(ema, run.val_data, run.val_fine, run.codec, run.diffusion, c, stop, rank, world)
+                result = validate(ema, run, c, stop)
                 if not result:                                                     # stopped: it is made up for after a resume
                     continue
                 ari, iou, picture = result
