@@ -252,7 +252,7 @@ def bench_data(args):
         there = [part.to(device) for part in batch]
 
         def palette(labels):
-            return kernels.locate(labels, codec.side, labels_below=packed.segments) if device.type == "cuda" else codec.cells(labels)
+            return kernels.locate(labels, codec.side, labels_below=packed.labels_below) if device.type == "cuda" else codec.cells(labels)
 
         source = data.batches(packed, 0, B, 0, args.workers, pin=device.type == "cuda")
 

@@ -89,7 +89,7 @@ def locate(labels, side, largest_first=False, hints=None):
     are merged into the largest. hints (B, H, W) bool: segments with hinted pixels choose before all others, by the centroid
     of these pixels, and are the last to be merged. Raises ValueError for labels that are not (B, H, W) integers.
     """
-    index, counts, rows, cols = segments(labels)
+    index, counts, rows, cols = segment_sums(labels)
     (B, H, W), K, device = labels.shape, side * side, labels.device
     hinted = ()
     if hints is not None:
@@ -148,7 +148,7 @@ def paint(cells, index, shape):
     return torch.cat([cells, torch.full_like(cells[:, :1], -1)], dim=1).gather(1, index).view(shape)
 
 
-def segments(labels):
+def segment_sums(labels):
     """Pixel count and sums of the coordinates of every segment.
 
     (B, H, W) integers -> index (B, H*W) int64 of each pixel's segment, in ascending label order, n where ignored; and
@@ -186,7 +186,7 @@ def totals(index, n, shape):
 
 def random_cells(labels, classes, generator=None):
     """The `none` palette: each segment of each map gets a random code of its own. labels (B, H, W) -> (B, H, W)."""
-    index, counts, _, _ = segments(labels)
+    index, counts, _, _ = segment_sums(labels)
     B, n = counts.shape
     rank = counts.argsort(dim=1, descending=True, stable=True).argsort(1)              # 0 = the largest segment
     rank = torch.where(rank < classes, rank, 0)                                    # too many: into the largest

@@ -231,7 +231,7 @@ def pick_device(name):
         raise ValueError(f"device '{name}' is not usable here ({str(e).splitlines()[0][:80]}): try --device cpu") from None
 
 
-def join(rank, world, backend):
+def join_processes(rank, world, backend):
     """Make this one of `world` processes that torchrun started."""
     host, port, env = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ.get
     store = dist.TCPStore(host, port, world, is_master=rank == 0 and env("TORCHELASTIC_USE_AGENT_STORE") != "True")
@@ -240,7 +240,7 @@ def join(rank, world, backend):
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
-def anyone(stop, world):
+def any_stopped(stop, world):
     """Endless: is the list `stop` filled? Of several processes, in any, as of one step ago, so that none waits for the others."""
     before = None
     while True:
@@ -362,7 +362,7 @@ def drop(stream):
             os.close(nowhere)
 
 
-def written(what, action):
+def try_to_write(what, action):
     """Whether action(), which writes a file, worked. A full disk is a warning, not the end of a run."""
     try:
         action()
@@ -370,6 +370,11 @@ def written(what, action):
     except OSError as e:
         print(f"WARNING: {what} is not written ({e.strerror or e}). Training goes on; make room on the disk", file=sys.stderr)
         return False
+
+
+def foreign(path, start):
+    """Whether there is a file at path that does not begin with the bytes `start`, as far as it goes: a kill may have cut it."""
+    return path.exists() and not start.startswith(path.read_bytes()[: len(start)])
 
 
 def append(path, line):

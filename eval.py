@@ -2,7 +2,7 @@
 
     python eval.py --dataset path/to/folder --n 8                                 # the newest checkpoint under out/
     python eval.py --ckpt out/shapes-tiny/ckpt.pt --limit 64 --n 1,2,4,8,16       # best of n, the joint answer of n
-    python eval.py --steps 1,2,4,8,16,50 --guidance 0,1,2,3 --sampler ddpm,ddim   # sweeps: a table and a plot
+    python eval.py --steps 1,2,4,8,16,50 --guidance 0,1,2,3 --sampler ddpm,ddim   # sweeps: a table
     python eval.py --clicks 0,1,2,4,8,16,all --dataset path/to/folder             # what do hints bring?
     python eval.py --clicks_to 0.85 --dataset path/to/folder                      # how many does an object take?
     python eval.py --baseline grid --dataset path/to/folder --size 128            # what needs no training
@@ -10,7 +10,7 @@
 Answers of an image: the first of n samples, and the joint answer of all n at three grains (coarse, normal: `answer`, fine), at the
 network's resolution, at another (--size 128) and, where the label maps are files, at the images' own. With several annotators every
 score is the mean over them, and every annotator is scored against the others ("human"). Brackets: 95 % bootstrap interval over
-images. Into --out: images.csv (a row an image), report.json, examples.png (best, median and worst images) and, for sweeps, sweep.png.
+images. Into --out: images.csv (a row an image), report.json, examples.png (best, median and worst images).
 
 Sweeps: each setting of steps, guidance, sampler, variance and smooth is run with one sample an image; those with the
 checkpoint's own (but any guidance; or the first given) with all n. All but the sweep's table is of the checkpoint's own.
@@ -34,8 +34,8 @@ import torch.distributed as dist
 import kernels
 import metrics
 from answers.clicks import clicks_curve, clicks_needed
-from answers.pictures import examples, plot
-from answers.scoring import run
+from answers.pictures import example_sheet
+from answers.scoring import score_images
 from answers.segment import (
     load_checkpoint,
     newest_checkpoint,
@@ -44,7 +44,7 @@ from answers.segment import (
 )
 from data import load, originals, parse_parts, parse_void
 from diffusion import SAMPLERS, VARIANCES, WITHOUT_VARIANCE
-from engine import complaint, pick_device, program
+from engine import complaint, foreign, pick_device, program
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",
         "voi": "VoI (bits)", "boundary": "boundary F", "pred": "segments predicted", "true": "segments true"}
@@ -103,27 +103,6 @@ def sweep_table(sweep):
     return table
 
 
-def sweep_panels(table, home):
-    """The paper's figures 4 (steps), 5 (guidance) and 6 (best of n), for ARI and IoU, as panels of `plot`."""
-    panels = []
-    for metric, name in enumerate(("ARI", "IoU")):
-        steps, guidance, n = {}, {}, {}
-        for p in table:
-            kind = " ".join([p["sampler"]] + [p["variance"]] * (p["variance"] != home["variance"])
-                            + [f"smooth {p['smooth']:g}"] * (p["smooth"] != home["smooth"]))
-            at_home = all(p[key] == home[key] for key in ("steps", "sampler", "variance", "smooth"))
-            if p["n"] == 1:
-                steps.setdefault(f"{kind}, guidance {p['guidance']:g}", []).append((p["steps"], p["one"][metric]))
-                if p["steps"] == home["steps"]:
-                    guidance.setdefault(kind, []).append((p["guidance"], p["one"][metric]))
-            if at_home:
-                for answer in ("oracle", "answer") if p["guidance"] == home["guidance"] else ("oracle",):
-                    n.setdefault(f"{answer}, guidance {p['guidance']:g}", []).append((p["n"], p[answer][metric]))
-        panels += [(f"{name} of one sample", "steps", steps), (f"{name} of one sample, {home['steps']} steps", "guidance", guidance),
-                   (f"{name}, {home['steps']} steps", "samples n", n)]
-    return [p for p in panels if any(len({x for x, _ in line}) > 1 for line in p[2].values())]
-
-
 def print_clicks(curve, ks):
     """Tables of `clicks_curve`: ARI / IoU after so many clicks, with intervals of ARI; -> {method: {k: {metric: (mean, low, high)}}}."""
     table = {name: {str(k): {key: metrics.bootstrap([one[key] for one in rows]) for key in ("ari", "iou", "covering", "voi", "pred")}
@@ -135,24 +114,83 @@ def print_clicks(curve, ks):
     return table
 
 
-def numbers(text, kind, least):
-    """'1,2,4' -> [1, 2, 4], each at least `least`. For argparse."""
+def report_clicks(a, model, data, fine, positions, files, path, name):
+    """What --clicks and --clicks_to print; 0, the exit status. Raises ValueError where they cannot be had."""
+    n, about = max(a.n), dict(name=str(path), dataset=a.dataset, split=a.split, n=max(a.n))
+    if a.clicks_to is None:
+        curve = clicks_curve(model, data, fine, positions, a.clicks, n, a.seed, a.batch)
+        print(f"{name} on {a.dataset} {a.split}, {len(positions)} images, {n} samples: every annotator clicks")
+        print(json.dumps(dict(about, images=len(positions), clicks=print_clicks(curve, a.clicks))))
+        return 0
+    if not files:
+        raise ValueError("--clicks_to needs a data set of files")
+    counts, left_out = clicks_needed(model, data, fine, files, a.clicks_to, objects=a.limit, n=n, seed=a.seed, batch=a.batch)
+    print(f"{name} on {a.dataset} {a.split}, {n} samples: clicks until an object has IoU {a.clicks_to:g}, at most 20; {left_out} "
+          "objects left out (too small or too fine for the network's pixels)")
+    needed = {method: metrics.bootstrap(values) for method, values in counts.items()}
+    for method, (mean, low, high) in needed.items():
+        in_time = np.mean(np.array(counts[method]) < 20)
+        print(f"  {method:<20} {mean:.2f} [{low:.2f}, {high:.2f}], of {len(counts[method])} objects {in_time:.0%} in time")
+    print(json.dumps(dict(about, target=a.clicks_to, left_out=left_out, clicks_to=needed)))
+    return 0
+
+
+def reliability_tables(rows, n):
+    """Print how samples and confidences compare with the annotators; -> what of it goes into the report."""
+    result = {}
+    if spread := [row["spread"] for row in rows if "spread" in row]:
+        print(f"\n{n} samples and the annotators        energy distance          diversity of samples     of annotators")
+        for d in spread[0]:
+            result[f"spread_{d}"] = values = [metrics.bootstrap([s[d][k] for s in spread]) for k in range(3)]
+            print(f"  d = 1 - {d:<24}" + "".join(f"{f'{m:.3f} [{low:.3f}, {high:.3f}]':<25}" for m, low, high in values))
+    for key, title in (("bits", "bits (Eq. 3): share of them, and how many are right"),
+                       ("segments", "segments: share of them, and of the annotators who drew them"),
+                       ("borders", "borders: share of their length, and of the annotators who part the two")):
+        tables = [row[key] for row in rows if key in row]
+        if not tables:
+            continue
+        t = sum(tables)
+        result[f"{key}_ece"] = metrics.calibration_error(t)
+        print(f"\n{title}, by confidence")
+        low = 0.5 if key == "bits" else 0.0
+        for k in range(10):
+            if t[k, 0]:
+                width = (1 - low) / 10
+                print(f"  {low + width * k:.2f} - {low + width * (k + 1):.2f} {t[k, 0] / t[:, 0].sum():>7.1%} {t[k, 2] / t[k, 0]:>7.3f}")
+        print(f"  expected calibration error: {result[f'{key}_ece']:.4f}")
+    if "joined" in rows[0]:
+        t = sum(row["joined"] for row in rows)
+        result["joined_ece"] = metrics.calibration_error(t)
+        print("\nneighbouring pixels: share of samples that join them, share of such pairs, share of annotators that join them")
+        print("\n".join(f"  {k / n:.3f} {t[k, 0] / t[:, 0].sum():>8.2%} {t[k, 2] / t[k, 0]:>7.3f}" for k in range(len(t)) if t[k, 0]))
+        print(f"  expected calibration error: {result['joined_ece']:.4f}")
+    return result
+
+
+def flat_rows(rows, places):
+    """Rows of images.csv: an image each, with its scores at each of the places that it has."""
+    return [{"name": row["name"], "annotators": row["annotators"]} | {f"{where}_{who}_{key}": v for where in places
+            for who, scores in row.get(where, {}).items() for key, v in scores.items()} for row in rows]
+
+
+def number_list(text, kind, minimum):
+    """'1,2,4' -> [1, 2, 4], each at least `minimum`. For argparse."""
     try:
         values = [kind(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if not values or not all(least <= value <= 10**6 for value in values):         # nan is neither
+    if not values or not all(minimum <= value <= 10**6 for value in values):  # nan is neither
         raise argparse.ArgumentTypeError(
-            f"'{text}' is not a number from {least} up to 1000000, or several separated by commas")
+            f"'{text}' is not a number from {minimum} up to 1000000, or several separated by commas")
     return list(dict.fromkeys(values))
 
 
 def click_numbers(text):
     """'0,4,all' -> [0, 4, "all"]. For argparse."""
-    return [k for part in text.split(",") for k in (["all"] if part == "all" else numbers(part, int, 0))]
+    return [k for part in text.split(",") for k in (["all"] if part == "all" else number_list(part, int, 0))]
 
 
-def words(text, known):
+def known_words(text, known):
     if unknown := [part for part in text.split(",") if part not in known]:
         raise argparse.ArgumentTypeError(f"'{unknown[0]}' is not one of {', '.join(known)}")
     return list(dict.fromkeys(text.split(",")))
@@ -162,7 +200,7 @@ def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def whole(text):
-        return numbers(text, int, 1)
+        return number_list(text, int, 1)
 
     p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
     p.add_argument("--raw", action="store_true", help="the network's last weights instead of their average")
@@ -183,10 +221,10 @@ def arguments(argv):
     p.add_argument("--clicks", type=click_numbers, help="instead: scores after so many clicks, e.g. 0,1,2,4,8,16,all")
     p.add_argument("--clicks_to", type=float, help="instead: how many clicks an object takes until this IoU, e.g. 0.85")
     p.add_argument("--steps", type=whole, help="denoising steps, e.g. 8, or 1,2,4,8,16")
-    p.add_argument("--guidance", type=lambda text: numbers(text, float, 0), help="e.g. 1, or 0,1,2,3")
-    p.add_argument("--sampler", type=lambda text: words(text, SAMPLERS), help=f"{', '.join(SAMPLERS)}, or several with commas")
-    p.add_argument("--variance", type=lambda text: words(text, VARIANCES), help="of ddpm: large, small or large,small")
-    p.add_argument("--smooth", type=lambda text: numbers(text, float, 0), help="e.g. 0.2, or 0,0.1,0.2,0.4")
+    p.add_argument("--guidance", type=lambda text: number_list(text, float, 0), help="e.g. 1, or 0,1,2,3")
+    p.add_argument("--sampler", type=lambda text: known_words(text, SAMPLERS), help=f"{', '.join(SAMPLERS)}, or several with commas")
+    p.add_argument("--variance", type=lambda text: known_words(text, VARIANCES), help="of ddpm: large, small or large,small")
+    p.add_argument("--smooth", type=lambda text: number_list(text, float, 0), help="e.g. 0.2, or 0,0.1,0.2,0.4")
     p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour first (default: the checkpoint's)")
     p.add_argument("--merge", type=float, help="as in sample.py (default: the checkpoint's; 0: samples as the network makes them)")
     p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
@@ -196,14 +234,14 @@ def arguments(argv):
     return p.parse_args(argv)
 
 
-def ours(out):
+def check_out(out):
     """Raises ValueError where a file of somebody else's would be overwritten."""
-    foreign = [out / name for name, start in (("images.csv", b"name,annotators"), ("report.json", b'{"name": '))
-               if (out / name).exists() and not start.startswith((out / name).read_bytes()[: len(start)])]     # a full disk may cut it
-    if not (out / "images.csv").exists():
-        foreign += [out / name for name in ("examples.png", "sweep.png") if (out / name).exists()]
-    if foreign:
-        raise ValueError(f"{foreign[0]} was not written by eval.py and is not overwritten: move it, or choose another --out")
+    table, report, picture = (out / name for name in ("images.csv", "report.json", "examples.png"))
+    kept = [path for path, start in ((table, b"name,annotators"), (report, b'{"name": ')) if foreign(path, start)]
+    if picture.exists() and not table.exists():
+        kept.append(picture)
+    if kept:
+        raise ValueError(f"{kept[0]} was not written by eval.py and is not overwritten: move it, or choose another --out")
 
 
 def write(out, rows, pictures, line):
@@ -278,7 +316,7 @@ def main(argv=None):
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}")
         if not clicking:
-            ours(out)
+            check_out(out)
             out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as e:
         print(f"eval.py: {e}", file=sys.stderr)
@@ -293,33 +331,17 @@ def main(argv=None):
     positions, sweep = list(range(min(a.limit, len(data)))), []
     if clicking:
         model.sampling.update(home)
-        about = dict(name=str(path), dataset=a.dataset, split=a.split, n=max(ns))
         try:
-            if a.clicks_to is not None and not files:
-                raise ValueError("--clicks_to needs a data set of files")
-            if a.clicks_to is None:
-                curve = clicks_curve(model, data, fine, positions, a.clicks, max(ns), a.seed, a.batch)
-            else:
-                counts, left_out = clicks_needed(model, data, fine, files, a.clicks_to, objects=a.limit, n=max(ns), seed=a.seed, batch=a.batch)
+            return report_clicks(a, model, data, fine, positions, files, path, name)
         except ValueError as e:
             print(f"eval.py: {e}", file=sys.stderr)
             return 2
-        if a.clicks_to is None:
-            print(f"{name} on {a.dataset} {a.split}, {len(positions)} images, {max(ns)} samples: every annotator clicks")
-            print(json.dumps(dict(about, images=len(positions), clicks=print_clicks(curve, a.clicks))))
-            return 0
-        print(f"{name} on {a.dataset} {a.split}, {max(ns)} samples: clicks until an object has IoU {a.clicks_to:g}, at most 20; {left_out} "
-              "objects left out (too small or too fine for the network's pixels)")
-        needed = {method: metrics.bootstrap(values) for method, values in counts.items()}
-        for method, (mean, low, high) in needed.items():
-            print(f"  {method:<20} {mean:.2f} [{low:.2f}, {high:.2f}], of {len(counts[method])} objects {np.mean(np.array(counts[method]) < 20):.0%} in time")
-        print(json.dumps(dict(about, target=a.clicks_to, left_out=left_out, clicks_to=needed)))
-        return 0
     mine = positions[rank :: dist.get_world_size()] if dist.is_initialized() else positions
     try:
         for setting in settings:
             many = all(setting[key] == home[key] for key in setting if key != "guidance")
-            sweep.append((setting, shared(run(data, mine, model, a, setting, ns if many else [1], files, larger, setting == home, fine=fine))))
+            sweep.append((setting, shared(score_images(data, mine, model, a, setting, ns if many else [1], files, larger,
+                                                       setting == home, fine=fine))))
     except ValueError as e:  # a photo that is gone meanwhile, too little memory
         print(f"eval.py: {e}", file=sys.stderr)
         return 2
@@ -348,35 +370,9 @@ def main(argv=None):
     result.update({key: result["network"][answer][key][0] for key in ("ari", "iou", "hiou")})
     if model:
         result["sweep"] = sweep_table(sweep)
-    if spread := [row["spread"] for row in rows if "spread" in row]:
-        print(f"\n{max(ns)} samples and the annotators        energy distance          diversity of samples     of annotators")
-        for d in spread[0]:
-            result[f"spread_{d}"] = values = [metrics.bootstrap([s[d][k] for s in spread]) for k in range(3)]
-            print(f"  d = 1 - {d:<24}" + "".join(f"{f'{m:.3f} [{low:.3f}, {high:.3f}]':<25}" for m, low, high in values))
-    for key, title in (("bits", "bits (Eq. 3): share of them, and how many are right"),
-                       ("segments", "segments: share of them, and of the annotators who drew them"),
-                       ("borders", "borders: share of their length, and of the annotators who part the two")):
-        tables = [row[key] for row in rows if key in row]
-        if not tables:
-            continue
-        t = sum(tables)
-        result[f"{key}_ece"] = metrics.calibration_error(t)
-        print(f"\n{title}, by confidence")
-        low = 0.5 if key == "bits" else 0.0
-        for k in range(10):
-            if t[k, 0]:
-                width = (1 - low) / 10
-                print(f"  {low + width * k:.2f} - {low + width * (k + 1):.2f} {t[k, 0] / t[:, 0].sum():>7.1%} {t[k, 2] / t[k, 0]:>7.3f}")
-        print(f"  expected calibration error: {result[f'{key}_ece']:.4f}")
-    if "joined" in rows[0]:
-        t = sum(row["joined"] for row in rows)
-        result["joined_ece"] = metrics.calibration_error(t)
-        print("\nneighbouring pixels: share of samples that join them, share of such pairs, share of annotators that join them")
-        print("\n".join(f"  {k / max(ns):.3f} {t[k, 0] / t[:, 0].sum():>8.2%} {t[k, 2] / t[k, 0]:>7.3f}" for k in range(len(t)) if t[k, 0]))
-        print(f"  expected calibration error: {result['joined_ece']:.4f}")
+    result.update(reliability_tables(rows, max(ns)))
 
-    flat = [{"name": row["name"], "annotators": row["annotators"]} | {f"{where}_{who}_{key}": v for where in ("network", str(a.size), "own")
-            for who, s in row.get(where, {}).items() for key, v in s.items()} for row in rows]
+    flat = flat_rows(rows, ("network", str(a.size), "own"))
     pictures = {}
     ranking = sorted((row for row in rows if answer in row["network"] and not math.isnan(row["network"][answer]["ari"])),
                      key=lambda row: -row["network"][answer]["ari"])
@@ -384,13 +380,11 @@ def main(argv=None):
         which = {k: kind for kind, k in (("worst", -1), ("worst", -2), ("median", len(ranking) // 2), ("best", 1), ("best", 0))
                  if -len(ranking) <= k < len(ranking)}
         chosen = [(kind, ranking[k]) for k, kind in reversed(which.items())]
-        again = run(data, [row["position"] for _, row in chosen], model, a, home, ns, [], keep=True, fine=fine)
+        again = score_images(data, [row["position"] for _, row in chosen], model, a, home, ns, [], keep=True, fine=fine)
         titles = [f"{kind}: {row['name']}, ARI {row['network'][answer]['ari']:.3f}, IoU {row['network'][answer]['iou']:.3f}; image, "
                   + ", ".join(["annotator"] * min(2, row["annotators"]) + [s for s in row["network"] if s != "human"])
                   for kind, row in chosen]
-        pictures["examples.png"] = lambda path: examples(path, again, titles)
-    if model and (panels := sweep_panels(result["sweep"], home)):
-        pictures["sweep.png"] = lambda path: plot(path, panels)
+        pictures["examples.png"] = lambda path: example_sheet(path, again, titles)
     line = json.dumps(json.loads(json.dumps(result), parse_constant=lambda nan: None))
     try:
         write(out, flat, pictures, line)

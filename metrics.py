@@ -114,7 +114,7 @@ def covering(table):
     return or_nan((size * iou_matrix(table).amax(1)).sum(1) / size.sum(1).clamp(min=1), table)
 
 
-def segments(table):
+def segment_counts(table):
     """(predicted, true) numbers of segments with a valid pixel, float64."""
     return (table.sum(2) > 0).sum(1).double(), (table.sum(1) > 0).sum(1).double()
 
@@ -123,7 +123,7 @@ def matched_iou(table):
     """(iou, hiou): the Hungarian match's summed IoU over #true, and over max(#true, #predicted)."""
     matrices = iou_matrix(table).cpu().numpy()
     total = torch.tensor([m[linear_sum_assignment(m, maximize=True)].sum() for m in matrices], dtype=torch.float64)
-    total, (n_pred, n_true) = total.to(table.device), segments(table)
+    total, (n_pred, n_true) = total.to(table.device), segment_counts(table)
     return or_nan(total / n_true, table), or_nan(total / torch.maximum(n_true, n_pred), table)
 
 
@@ -203,7 +203,7 @@ def all_scores(pred, true):
     """
     table = contingency(pred, true)
     iou, hiou = matched_iou(table)
-    n_pred, n_true = (or_nan(n, table) for n in segments(table))
+    n_pred, n_true = (or_nan(n, table) for n in segment_counts(table))
     matched, overlap = matches(table)
     return {"ari": ari(table), "iou": iou, "hiou": hiou, "covering": covering(table), "pri": rand_index(table), "voi": voi(table),
             "boundary": boundary_f(pred, true), "pred": n_pred, "true": n_true, "matched": matched, "overlap": overlap}

@@ -52,11 +52,12 @@ from engine import (
     NoGraph,
     Step,
     Watch,
-    anyone,
+    any_stopped,
     append,
     fit_state,
+    foreign,
     forget,
-    join,
+    join_processes,
     layout,
     lock,
     newest,
@@ -68,8 +69,8 @@ from engine import (
     program,
     read,
     save,
+    try_to_write,
     update_ema,
-    written,
 )
 from metrics import scores
 from model import SIZES, UNet
@@ -187,9 +188,9 @@ def parse(argv):
     c.network = c.network or preset
     if c.network not in SIZES:
         raise ValueError(f"network '{c.network}' is not one of {', '.join(SIZES)}")
-    for key, (least, most) in RANGES.items():
-        if not (least <= getattr(c, key) <= most and (math.isfinite(getattr(c, key)) or key == "grad_clip")):   # nan is in no range
-            span = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+    for key, (low, high) in RANGES.items():
+        if not (low <= getattr(c, key) <= high and (math.isfinite(getattr(c, key)) or key == "grad_clip")):   # nan is in no range
+            span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"--{key} must be {span}, not {getattr(c, key)}")
     for key, known in CHOICES.items():
         if getattr(c, key) not in known:
@@ -259,9 +260,9 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
             if codec.palette == "none":                                            # random codes, from each sample's number
                 own = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
                 order = torch.cat([torch.rand(1, codec.classes, generator=g).argsort(1) for g in own])
-                cells = random_cells(labels, to_device(order, device), data.segments)
+                cells = random_cells(labels, to_device(order, device), data.labels_below)
             elif fast and hints is None:
-                below = data.segments if data.segments <= 1024 else None           # a promise, so that nothing waits
+                below = data.labels_below if data.labels_below <= 1024 else None           # a promise, so that nothing waits
                 cells = kernels.locate(labels, codec.side, dtype=kind, labels_below=below)
             else:
                 on = "cpu" if device.type in NO_FLOAT64 else device  # exact centroids need it
@@ -314,15 +315,13 @@ class Stopped(Exception):
     pass
 
 
-def validate(net, data, fine, codec, diffusion, c, stop, rank, world):
-    """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None if stopped.
-
-    fine: the same data set at the resolution of the images that the network sees, `net.detail` times the label maps'.
-    """
+def validate(net, run, c, stop):
+    """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None if stopped."""
+    data, codec, rank, world = run.val_data, run.codec, run.rank, run.world
     n, totals, tiles, side = min(c.eval_images, len(data)), [], [], side_of(codec)
     device = next(net.parameters()).device
     sampling = dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance, smooth=c.smooth)
-    model = Model(net, codec, diffusion, c.image_size, sampling, c.dataset, 0, dict(least=c.least, merge=c.merge))
+    model = Model(net, codec, run.diffusion, c.image_size, sampling, c.dataset, 0, dict(least=c.least, merge=c.merge))
     size = min(32, c.batch_size) if device.type == "cpu" else 32  # small: a signal is looked at in between
 
     def look(*_):
@@ -332,7 +331,7 @@ def validate(net, data, fine, codec, diffusion, c, stop, rank, world):
     def maps_of(at, seeds):
         """One sample's map (h, w) of each image."""
         images, _, sizes = data.get(at)
-        sharp = images if net.detail == 1 else fine.get(at)[0]
+        sharp = images if net.detail == 1 else run.val_fine.get(at)[0]
         jobs = [Job(image.numpy(), big.numpy(), tuple(hw), [], seed=seed)
                 for image, big, hw, seed in zip(images, sharp, sizes.tolist(), seeds)]
         return [sample_map(job.x_hat[0], job.image[: job.size[0], : job.size[1]], model)
@@ -395,7 +394,7 @@ def main(argv=None):
         c = parse(argv)
         if c.export:
             return export(c)
-        run = prepare(c)
+        run = prepare_run(c)
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
@@ -496,7 +495,7 @@ def widened(weights, wide):
 
 @dataclass
 class Run:
-    """What a run is made of: built once by `prepare`."""
+    """What a run is made of: built once by `prepare_run`."""
 
     device: torch.device
     dtype: torch.dtype | None  # of autocast; None: float32
@@ -515,7 +514,7 @@ class Run:
     held: object  # the lock of --out
 
 
-def prepare(c):
+def prepare_run(c):
     """Config -> Run. All that can be wrong with the user's input goes wrong here. Raises ValueError or OSError."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if c.batch_size % (c.accumulate * world):
@@ -556,9 +555,9 @@ def prepare(c):
         if differ := differences(old, vars(c), FREE) + differences(resumed["network"], network, {"dropout"}):
             raise ValueError(f"{path} was made with other options ({'; '.join(differ)}): use the same, or another --out")
     else:
-        ours(out)
+        check_out(out)
     if world > 1:
-        join(rank, world, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        join_processes(rank, world, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         step = torch.tensor([resumed["step"] if resumed else 0])
         steps = [torch.zeros_like(step) for _ in range(world)]
         dist.all_gather(steps, step)                                               # all have read: now files may change
@@ -572,17 +571,17 @@ def prepare(c):
                held)
 
 
-def ours(out):
+def check_out(out):
     """Raises ValueError where a run that starts anew would change a file of somebody else's."""
-    log, best, start = out / "log.jsonl", out / "best.pt", b'{"step": '
-    foreign = log if log.exists() and not start.startswith(log.read_bytes()[: len(start)]) else None      # a kill may cut it
+    log, best = out / "log.jsonl", out / "best.pt"
+    kept = [log] if foreign(log, b'{"step": ') else []
     if best.exists():
         try:
             read(best)
         except Damaged:
-            foreign = best
-    if foreign:
-        raise ValueError(f"{foreign} was not written by train.py: move it, or choose another --out")
+            kept.append(best)
+    if kept:
+        raise ValueError(f"{kept[-1]} was not written by train.py: move it, or choose another --out")
 
 
 def train(c, run):
@@ -614,7 +613,7 @@ def train(c, run):
             net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=update.scaler.state_dict())
 
     def put(name, action):                                                         # rank 0 writes; a full disk only warns
-        return rank > 0 or written(out / name, lambda: action(out / name))
+        return rank > 0 or try_to_write(out / name, lambda: action(out / name))
 
     def store(name, choose=dict, **more):
         """Write a checkpoint beside the training, which waits for the one before and for a copy to the host."""
@@ -661,11 +660,11 @@ def train(c, run):
         kinds.append(HANGUP)
     handlers = {n: signal.signal(n, on_signal) for n in kinds}
     coming = batches(run.train_data, step, c, run.codec, run.diffusion, device, rank, world, fast)
-    stopped, watch, seen = anyone(stop, world), Watch(), []                        # seen: losses and norms since the last line
+    stopped, watch, seen = any_stopped(stop, world), Watch(), []                        # seen: losses and norms since the last line
     try:
         while not next(stopped):
             if step > validated and (step % c.eval_every == 0 or step == c.max_steps):
-                result = validate(ema, run.val_data, run.val_fine, run.codec, run.diffusion, c, stop, rank, world)
+                result = validate(ema, run, c, stop)
                 if not result:                                                     # stopped: it is made up for after a resume
                     continue
                 ari, iou, picture = result

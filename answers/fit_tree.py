@@ -64,7 +64,7 @@ def clicks(labels, count, rng):
     return hints
 
 
-def examples(drawn, net, rng, share):
+def region_pairs(drawn, net, rng, share):
     """Pairs of regions met while trees grow, (m, 54) features, (m,) targets and (m,) number of the set.
 
     drawn: [(set, image, maps, soft, cells, codes)]; share: of the pairs that are kept, at random.
@@ -197,7 +197,7 @@ def main(argv=None):
             raise ValueError("shapes have no files: name data sets of images, see train.py")
         sets = [(originals(name, "train", a.root, own["void"])[: a.limit], weight, {**own, "unlabelled": own["unlabelled"] or a.unlabelled})
                 for name, weight, own in sets]
-        net, part = run(model, sets, a), Path(f"{a.out}.part")
+        net, part = fit_sets(model, sets, a), Path(f"{a.out}.part")
         with open(part, "wb") as f:
             np.savez(f, **net)
         part.replace(a.out)
@@ -208,7 +208,7 @@ def main(argv=None):
     return 0
 
 
-def run(model, sets, a):
+def fit_sets(model, sets, a):
     """Draw, grow, fit, grow again by what was learnt, fit again: {name: array}."""
     jobs, truth = [], []
     whole = sum(weight for _, weight, _ in sets)
@@ -225,10 +225,10 @@ def run(model, sets, a):
 
 
 def fit_all(drawn, seed):
-    """What `run` fits to what was drawn: see `examples`."""
+    """What `fit_sets` fits to what was drawn: see `region_pairs`."""
     rng = np.random.default_rng(seed)
-    first = examples(drawn[::2], None, rng, 0.12)
-    second = examples(drawn, fit(*first, seed), rng, 0.2)
+    first = region_pairs(drawn[::2], None, rng, 0.12)
+    second = region_pairs(drawn, fit(*first, seed), rng, 0.2)
     net = fit(*(np.concatenate(v) for v in zip(first, second)), seed)
     return {**net, "confidence": fit_confidence(drawn[::2], net)}
 

@@ -1,12 +1,10 @@
-"""Label maps as pictures: colours, outlines, overlays, sheets of tiles; line plots.
+"""Label maps as pictures: colours, outlines, overlays, sheets of tiles.
 
 What it is: functions from label maps and images to (H, W, 3) uint8. What it is not: it computes no segmentation.
 
     from answers.pictures import grid, overlay
     Image.fromarray(grid([overlay(image, one, side=8) for one in labels], columns=4)).save("sheet.png")
 """
-
-import math
 
 import numpy as np
 import torch
@@ -124,42 +122,7 @@ def side_of(codec):
     return int(np.ceil(codec.classes**0.5))
 
 
-def plot(path, panels, width=460, h=250):
-    """Line plots: panels [(title, x label, {line: [(x, y), ...]})] in two rows; x at equal distances."""
-    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-    columns, font = len(panels) // 2 or 1, ImageFont.load_default(13)
-    height = h + 90 + 16 * max(len(lines) for _, _, lines in panels)
-    sheet = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for k, (title, label, lines) in enumerate(panels):
-        x0, y0, w = k % columns * width + 52, k // columns * height + 28, width - 70
-        xs = sorted({x for line in lines.values() for x, _ in line})
-        ys = [y for line in lines.values() for _, y in line if not math.isnan(y)] or [0.0]
-        step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if (max(ys) - min(ys)) / s <= 5 or s == 1)
-        low, high = math.floor(min(ys) / step) * step, math.floor(max(ys) / step + 1) * step
-        across = {x: x0 + w * (i + 0.5) / len(xs) for i, x in enumerate(xs)}
-
-        def down(y):
-            return y0 + h * (high - y) / (high - low)
-
-        pen.text((x0, y0 - 20), title, "black", font)
-        for i in range(round((high - low) / step) + 1):
-            y = low + i * step
-            pen.line([(x0, down(y)), (x0 + w, down(y))], "#dddddd")
-            pen.text((x0 - 6, down(y)), f"{y:.2f}", "black", font, "rm")
-        for x in xs:
-            pen.text((across[x], y0 + h + 5), f"{x:g}", "black", font, "ma")
-        pen.text((x0 + w / 2, y0 + h + 24), label, "black", font, "ma")
-        for i, (name, line) in enumerate(lines.items()):
-            colour, points = colours[i % len(colours)], [(across[x], down(y)) for x, y in sorted(line)]
-            pen.line(points, colour, 2)
-            for x, y in points:
-                pen.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
-            pen.text((x0, y0 + h + 46 + 16 * i), name, colour, font)
-    sheet.save(path)
-
-
-def examples(path, rows, titles, height=160):
+def example_sheet(path, rows, titles, height=160):
     """A picture: for each row its image, up to two annotators, and the answers."""
     palette, font, strips = Codec(bits=8), ImageFont.load_default(13), []
     for row, title in zip(rows, titles):

@@ -1,6 +1,6 @@
 """Scores of one image after another: of samples and their joint answer, and of baselines.
 
-What it is: `run(data, positions, ...)` -> a row an image, of plain numbers. What it is not: it averages, prints and writes nothing
+What it is: `score_images(data, positions, ...)` -> a row an image, of plain numbers. What it is not: it averages, prints and writes nothing
 (eval.py does); answers to clicks are clicks.py's.
 """
 
@@ -125,7 +125,7 @@ def seed_of(seed, i):
     return (seed * 10**6 + i) * 1000
 
 
-def run(data, positions, model, a, setting, ns, files, larger=None, full=True, keep=False, fine=None):
+def score_images(data, positions, model, a, setting, ns, files, larger=None, full=True, keep=False, fine=None):
     """A row (dictionary) for each image: "curve", {n: {one, oracle, answer: (ARI, IoU)}}; if full, the scores; if keep, the maps.
 
     Scores are at the network's size; at the images' own, given files; and at that of the data set `larger`, the same images.

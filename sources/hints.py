@@ -11,7 +11,7 @@ networks, and no hints that a user gives (answers/segment.py); bits.hint_bits ma
 import torch
 import torch.nn.functional as F
 
-from bits import segments
+from bits import segment_sums
 
 SEGMENTS, CLICKS = 20, 3  # most segments a sample, most clicks a segment
 TRIES = 4  # pixels that each click is the best of
@@ -30,7 +30,7 @@ def draw_hints(labels, u, share):
     to another; or an ellipse of half the size of the segment's bounding box. All of it lies inside its segment.
     """
     (B, H, W), device = labels.shape, labels.device
-    index, counts, _, _ = segments(labels)
+    index, counts, _, _ = segment_sums(labels)
     n = counts.shape[1]
     per_sample, lot, some, size, spot = u.to(device).split(PARTS, 1)
     hinted, kind, many = per_sample.T

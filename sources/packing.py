@@ -49,7 +49,7 @@ class Packed:
     names: list                                  # N file stems
     items: np.ndarray                            # (N,): their numbers in the listing of the files
     folder: Path                                 # where the arrays lie
-    segments: int                                # most in one label map: all ids are below it
+    labels_below: int                            # all ids are below it
     mapped = 0                                   # bytes touched since the pages were last let go
 
     def __len__(self):
@@ -128,7 +128,7 @@ def pack(files, listing, cache, name, options, workers, max_bad):
                 fcntl.flock(lock, fcntl.LOCK_EX)                                   # another process may be packing the same
             if not whole(target):
                 shutil.rmtree(target, ignore_errors=True)                          # cut off from outside
-                prepare(target, listing(), name, options, fingerprint, workers, max_bad)
+                pack_items(target, listing(), name, options, fingerprint, workers, max_bad)
         Path(f"{target}.lock").unlink(missing_ok=True)
     index = json.loads((target / "index.json").read_text())
     if index["bad"] > max_bad * (index["bad"] + index["images"]):
@@ -155,7 +155,7 @@ def too_bad(folder, bad, total, max_bad, example):
                       f"{folder / 'skipped.txt'} lists them)")
 
 
-def prepare(target, items, name, options, fingerprint, workers, max_bad):
+def pack_items(target, items, name, options, fingerprint, workers, max_bad):
     """Pack items into target.part, going on from what an earlier call left there, and rename it when it is complete."""
     part, S = target.with_name(target.name + ".part"), options["size"]
     part.mkdir(exist_ok=True)

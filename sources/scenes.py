@@ -28,7 +28,7 @@ class Shapes:
     size: int
     seed: int = 0
     name = "shapes"
-    segments = 9                                 # at most, in one label map
+    labels_below = 9                             # all ids are below it
 
     def __len__(self):
         return 2**31
@@ -99,7 +99,7 @@ class Mixture:
 
     def __post_init__(self):
         self.name = "+".join(one.name for one in self.sets)
-        self.segments = max(one.segments for one in self.sets) + 10                # at most, in one label map
+        self.labels_below = max(one.labels_below for one in self.sets) + 10                # at most, in one label map
         self.shares = np.array(self.weights) / sum(self.weights)
         self.photos = self.shares * [isinstance(one, Packed) for one in self.sets]
         if self.compose and not self.photos.any():
@@ -152,10 +152,10 @@ def compose(rng, photo, most=8):
     return image, np.where(labels < 0, -1, np.unique(labels, return_inverse=True)[1].reshape(S, S)), np.array([S, S])
 
 
-def one_of(rng, labels, least=0.01):
+def one_of(rng, labels, min_share=0.01):
     """The mask of one segment, larger ones more likely; of the whole map if it has none of that share."""
     ids, counts = np.unique(labels[labels >= 0], return_counts=True)
-    ids, counts = ids[counts >= least * labels.size], counts[counts >= least * labels.size]
+    ids, counts = ids[counts >= min_share * labels.size], counts[counts >= min_share * labels.size]
     return labels == rng.choice(ids, p=counts**0.5 / (counts**0.5).sum()) if len(ids) else labels >= 0
 
 

@@ -71,7 +71,7 @@ def counted(monkeypatch, stop_at=None):
 def test_workers_do_not_change_the_copy(tmp_path):
     folder(tmp_path / "d", 100)
     one, three = (content(opened(tmp_path, cache=tmp_path / str(w), workers=w)) for w in (1, 3))
-    assert one == three and len(one[4]) == 100 and one[2][-1] == 150 and opened(tmp_path, cache=tmp_path / "1").segments == 3
+    assert one == three and len(one[4]) == 100 and one[2][-1] == 150 and opened(tmp_path, cache=tmp_path / "1").labels_below == 3
     assert np.frombuffer(one[0], np.uint8).reshape(100, 8, 8, 3)[:, 0, 0, 0].tolist() == list(range(1, 101))
 
 
@@ -97,7 +97,7 @@ def test_killed_packing_goes_on(tmp_path):
     """SIGKILL, in a process of its own, at a moment nobody chose."""
     folder(tmp_path / "d")
     whole = content(opened(tmp_path, cache=tmp_path / "other"))
-    slow = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import data, packing; packing.SAVE_EVERY, convert = 0, packing.convert\n"
+    slow = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import data; from sources import packing; packing.SAVE_EVERY, convert = 0, packing.convert\n"
             f"def slowly(item, **o): time.sleep(0.02); return convert(item, **o)\n"
             f"packing.convert = slowly; data.load({str(tmp_path / 'd')!r}, 'train', 8, cache={str(tmp_path / 'cache')!r}, workers=1)")
     process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.DEVNULL)

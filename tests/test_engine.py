@@ -18,7 +18,7 @@ from engine import (
     forget,
     pick_device,
     pick_precision,
-    written,
+    try_to_write,
 )
 
 
@@ -194,6 +194,6 @@ def test_a_log_forgets_later_and_torn_lines(tmp_path):
 
 
 def test_what_cannot_be_written_is_a_warning(tmp_path, capsys):
-    assert written("a", lambda: None)
-    assert not written("out/b", lambda: open(tmp_path / "no" / "b", "w"))
+    assert try_to_write("a", lambda: None)
+    assert not try_to_write("out/b", lambda: open(tmp_path / "no" / "b", "w"))
     assert "out/b is not written (No such file or directory)" in capsys.readouterr().err

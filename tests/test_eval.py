@@ -113,7 +113,7 @@ def test_a_checkpoint_with_several_annotators_and_a_sweep(ckpt, tmp_path, capsys
     rows = list(csv.DictReader(open(tmp_path / "out/images.csv")))
     values = [float(row["network_answer_ari"]) for row in rows]
     assert np.mean(values) == pytest.approx(report["ari"]) and rows[0]["own_human_ari"] == ""    # a single annotator
-    assert Image.open(tmp_path / "out/sweep.png").width > 1000 and (tmp_path / "out/examples.png").exists()
+    assert (tmp_path / "out/examples.png").exists()
     alone = run(capsys, tmp_path, "--baseline", "human", "--dataset", d, "--size", 48)[1]["network"]["human"]
     assert alone.keys() == report["48"]["human"].keys() and all(alone[k] == pytest.approx(v) for k, v in report["48"]["human"].items())
 
@@ -142,7 +142,7 @@ def test_rows_are_scores_of_plain_samples_and_of_their_tree(lively, merge):
     images, _, sizes = (shapes := data.load("shapes", "val", 16)).get([0, 1])
     setting = {**lively.sampling, "steps": 2}
     a = argparse.Namespace(seed=3, batch=4, baseline=None)
-    rows = scoring.run(shapes, [0, 1], lively, a, setting, [1, 3], [], keep=True)
+    rows = scoring.score_images(shapes, [0, 1], lively, a, setting, [1, 3], [], keep=True)
     x, inside = frame.normalise(images, sizes)
     for i, row in enumerate(rows):
         (h, w), photo = sizes[i].tolist(), images[i].numpy()

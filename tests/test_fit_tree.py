@@ -31,7 +31,7 @@ def test_targets_are_shares_of_pairs_of_pixels_and_unlabelled_ones_never_count(m
     drawn = [(4, np.zeros((9, 7, 3), np.uint8), maps, soft, soft[..., 0].astype(int), 4)]
     clicked = 0
     for seed in range(12):
-        pairs, targets, of = fit_tree.examples(drawn, None, np.random.default_rng(seed), 1.1)
+        pairs, targets, of = fit_tree.region_pairs(drawn, None, np.random.default_rng(seed), 1.1)
         want = []
         # where one annotator clicks, which one is not told: either's answer will do, but all of the same
         for one in [maps] if seen[-1] is None else [maps[:1], maps[1:]]:
