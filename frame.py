@@ -107,11 +107,12 @@ def subsample(maps, height, width):
 
 def shrink(ids, height, width):
     """(H, W) ids -> (height, width): the most frequent id above 0 of the pixels that fall there, 0 where there is none."""
-    (rows, cols), K = (np.arange(max(a, b)) for a, b in zip(ids.shape, (height, width))), height * width
-    ids = ids[rows * ids.shape[0] // len(rows)][:, cols * ids.shape[1] // len(cols)]           # at least height x width
-    place = (rows * height // len(rows))[:, None] * width + cols * width // len(cols)
-    names, rank = np.unique(ids[ids > 0], return_inverse=True)
-    votes, count = np.unique(rank * K + place[ids > 0], return_counts=True)
+    rows, cols = (np.arange(max(a, b)) for a, b in zip(ids.shape, (height, width)))
+    ids = ids[rows * ids.shape[0] // len(rows)][:, cols * ids.shape[1] // len(cols)]  # at least height x width
+    y, x = np.nonzero(ids > 0)
+    place, K = y * height // len(rows) * width + x * width // len(cols), height * width
+    names, rank = np.unique(ids[y, x], return_inverse=True)
+    votes, count = np.unique(rank * K + place, return_counts=True)
     votes = votes[np.argsort(count, kind="stable")]
     out = np.zeros(K, np.int64)
     out[votes % K] = names[votes // K]                                             # the last one stays

@@ -58,6 +58,13 @@ def overlaid(image, labels, side, rows=64):
     return out
 
 
+def runs(labels):
+    """(H, W) integers -> [label, length, label, length, ...], row by row."""
+    flat = np.asarray(labels).ravel()
+    ends = np.append(np.flatnonzero(flat[1:] != flat[:-1]), len(flat) - 1)
+    return np.stack([flat[ends].astype(int), np.diff(ends, prepend=-1)], axis=1).ravel().tolist()
+
+
 def shade(share):
     """(H, W) in [0, 1] -> white, blue, nearly black: (H, W, 3) uint8."""
     stops = np.array([(255, 255, 255), (66, 130, 190), (8, 20, 60)])

@@ -28,7 +28,7 @@ from answers import tree
 from bits import Codec, entropy, hint_bits, locate
 from diffusion import SAMPLERS, VARIANCES, Diffusion, fused, sample
 from engine import newest, out_of_memory
-from frame import blurred, enlarge, fitted, normalise, outline, resize_image, shrink
+from frame import blurred, enlarge, fitted, normalise, outline, resize_image, shrink, subsample
 from metrics import ari, contingency
 from model import UNet
 
@@ -380,7 +380,7 @@ def placed(maps, side):
 
 
 def answer(grown, labels, result, hints=None):
-    """A tree and a map (h, w) cut from it -> Answer at the image's own size."""
+    """A tree and a map (h, w) cut from it -> Answer at the size of result.image; hints may have another size."""
     net = tree.learnt() if result.model.tidy["merge"] else None
     sure, borders = tree.confidence(result.evidence, grown, labels, net)
     cells, side = placed(labels[None], result.side)
@@ -390,6 +390,7 @@ def answer(grown, labels, result, hints=None):
     full = enlarge(cells, result.image, result.calm)[0]
     if hints is not None and hints.any():  # exactly, to the pixel: each hint is what its segment is
         small = shrink(hints, *labels.shape)
+        hints = subsample(torch.from_numpy(hints), *full.shape).numpy()
         most = {int(i): place[small == i].flat[0] for i in np.unique(hints[hints > 0])}
         ids = np.array(list(most))
         values = np.array(list(most.values()))

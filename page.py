@@ -1,0 +1,250 @@
+"""A page to click on: a photo with its answer over it, in the browser, on this machine alone.
+
+    python page.py photo.jpg  # or without a file: drop one onto the page, or choose it there
+
+What it is: a web server on 127.0.0.1 and its page.html. A photo is sampled once, as by sample.py; clicks and
+grains are cuts of its tree. What it is not: a server for others; their Hosts, Origins and tokens are refused.
+"""
+
+import argparse
+import base64
+import io
+import json
+import os
+import secrets
+import tempfile
+import threading
+import webbrowser
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from answers import segment
+from answers.pictures import colours, overlaid, runs, shade
+from engine import complaint, pick_device, program
+from sample import MARK, grain_of, read_image, save, save_json
+
+N, FIRST, SEED, VIEW = 8, 4, 0, 800  # samples, those of a first answer, first seed; pixels of the side shown
+PHOTOS, HINTS, UPLOAD, TEXT = 4, 225, 64_000_000, 1_000_000  # at hand, ids in each; bytes of one, of others
+POLICY = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; img-src data:; "
+          "connect-src 'self'; frame-ancestors 'none'")  # nothing comes from elsewhere, nothing goes there
+
+
+@dataclass(eq=False)
+class Photo:
+    file: Path  # as it was sent
+    size: tuple  # (W, H)
+    view: Image.Image  # at VIEW pixels
+    asked: list  # strokes that a network with an input for hints is to see while sampling
+    done: list | None = None  # those that were asked for when sampling ended last
+    job: segment.Job | None = None  # with the samples at hand
+    result: segment.Segmentation | None = None  # what they say, at the view's size
+    version: int = 0  # counts what the page should know of
+    error: str = ""
+
+
+def hints_of(strokes, size):
+    """Strokes [{id, points: [[x, y], ...]}] in a photo of (W, H) pixels -> hint map (H, W) uint8, later ones
+    over earlier ones; None if there are none. Raises ValueError."""
+    hints, r = Image.new("L", size), max(1, segment.CLICK * max(size))  # as large as sample.py's --points
+    pen = ImageDraw.Draw(hints)
+    for number, points in ((int(s["id"]), [(int(x), int(y)) for x, y in s["points"]]) for s in strokes):
+        pen.line(points, min(number, 255), round(2 * r))
+        for x, y in points:
+            pen.ellipse((x - r, y - r, x + r, y + r), min(number, 255))
+    pixels = hints.histogram()
+    if not all(0 < s["id"] <= HINTS and pixels[s["id"]] for s in strokes):
+        raise ValueError(f"a hint is wholly under later ones, outside, or beyond the {HINTS}th: take it away")
+    return np.array(hints) if strokes else None
+
+
+class Desk:
+    """The last PHOTOS photos. `work` samples one at a time; the methods after `sample` answer requests."""
+
+    def __init__(self, model, ckpt, folder):
+        self.model, self.ckpt, self.folder, self.photos = model, ckpt, Path(folder), {}
+        self.news, self.turn, self.slow = threading.Condition(), threading.Lock(), threading.Lock()
+
+    def tell(self, photo, **news):
+        with self.news:
+            vars(photo).update(news, version=photo.version + 1)
+            self.news.notify_all()
+
+    def work(self):
+        while True:
+            with self.news:
+                self.news.wait_for(lambda: any(p.asked is not p.done for p in self.photos.values()))
+                photo = next(p for p in self.photos.values() if p.asked is not p.done)
+            strokes = photo.asked
+            try:
+                self.sample(photo, strokes)
+            except Exception as e:  # the next photo is sampled all the same
+                if not isinstance(e, InterruptedError):
+                    self.tell(photo, done=strokes, error=f"this photo could not be sampled: {e}")
+
+    def sample(self, photo, strokes):
+        """FIRST samples, then the others; on a GPU, whose rounding depends on the batch, all at once."""
+        def step(*_):
+            with self.turn:
+                if photo.asked is not strokes or photo.file.name not in self.photos:
+                    raise InterruptedError  # nobody asks for these samples any more
+
+        job = segment.prepare(read_image(photo.file), self.model, hints_of(strokes, photo.size), seed=SEED)
+        for most in (FIRST, N) if next(self.model.net.parameters()).device.type == "cpu" else (N,):
+            part = replace(job, x_hat=[], seed=SEED + len(job.x_hat))
+            next(segment.denoise([part], self.model, most - len(job.x_hat), callback=step))
+            job = replace(job, x_hat=job.x_hat + part.x_hat, hints=None)
+            result, done = segment.summarise(job, photo.view, self.model), strokes if most == N else None
+            self.tell(photo, job=job, result=result, done=done, error="")
+
+    def open(self, data, name="this file"):
+        """The bytes of an image file; the oldest photo goes."""
+        file = self.folder / secrets.token_hex(8)
+        try:
+            with self.slow:
+                file.write_bytes(data)
+                image = read_image(file)
+        except ValueError as e:
+            file.unlink()
+            raise ValueError(str(e).replace(str(file), name)) from None
+        size = [max(1, round(side * VIEW / max(image.size))) for side in image.size]
+        view = image.resize(size, Image.Resampling.LANCZOS)
+        with self.news:
+            if len(self.photos) == PHOTOS:
+                self.photos.pop(next(iter(self.photos))).file.unlink()
+            self.photos[file.name] = Photo(file, image.size, view, [])
+            self.news.notify_all()
+        view.save(picture := io.BytesIO(), "JPEG", quality=95)
+        return dict(photo=file.name, size=image.size, view=view.size,
+                    image="data:image/jpeg;base64," + base64.b64encode(picture.getvalue()).decode())
+
+    def wait(self, photo, version):
+        p = self.photos[photo]
+        with self.news:
+            self.news.wait_for(lambda: p.version != version, timeout=20)  # seconds
+            samples = len(p.job.x_hat) if p.job else 0
+            return dict(version=p.version, samples=samples, busy=p.asked is not p.done, error=p.error)
+
+    def cut(self, photo, strokes, grain, closed):
+        """The joint answer at once; where the network sees hints, samples that have seen them follow."""
+        p, grain = self.photos[photo], grain_of(grain)
+        hints = hints_of(strokes, p.size)
+        with self.turn:
+            tree, labels = segment.joined(p.result.evidence, self.model, grain, hints, closed)
+            one = segment.answer(tree, labels, p.result, hints)
+            if self.model.diffusion.hints and p.asked != strokes:
+                self.tell(p, asked=strokes)
+        return dict(runs=runs(one.labels), colours=colours(one.side).tolist(),
+                    confidence={s["id"]: s["confidence"] for s in one.segments})
+
+    def samples(self, photo, grain, **_):
+        """Each sample's map, and where they disagree."""
+        p = self.photos[photo]
+        with self.slow:
+            result = segment.summarise(p.job, p.view, self.model, grain_of(grain))
+        boundary = Image.fromarray((result.boundary.numpy() * N).round().astype(np.uint8)).resize(p.view.size)
+        return dict(samples=[runs(one) for one in result.enlarged()], colours=colours(result.side).tolist(),
+                    boundary=runs(boundary))
+
+    def download(self, photo, kind, n, strokes, grain, closed, name):
+        """labels, overlay, coco or hints at the photo's size, of n samples: (bytes, type)."""
+        p, grain = self.photos[photo], grain_of(grain)
+        if self.model.diffusion.hints and p.done != strokes:
+            raise ValueError("the samples that see these clicks are not there yet: wait a moment")
+        hints, job, out = hints_of(strokes, p.size), replace(p.job, x_hat=p.job.x_hat[:n]), self.folder / "a"
+        with self.slow:
+            result, image = segment.summarise(job, p.view, self.model, grain), read_image(p.file)
+            one = replace(result, image=image).cut(grain, hints, closed)
+            if kind == "coco":
+                about = dict(id=1, file_name=name[:200], width=image.width, height=image.height)
+                info = dict(software=MARK, checkpoint=self.ckpt, n=n, seed=SEED, grain=grain, closed=closed)
+                save_json(out, info, [about], one.segments, {}, borders=one.borders)
+            elif kind == "overlay":
+                save(overlaid(image, one.labels, one.side), out)
+            else:
+                ids, side = (hints, 15) if kind == "hints" else (one.labels.numpy().astype(int) + 1, one.side)
+                palette = np.concatenate([np.zeros((1, 3), np.uint8), colours(side)])
+                save(ids.astype(np.uint8 if side * side < 255 else np.uint16), out, palette)
+            return out.read_bytes(), "application/json" if kind == "coco" else "image/png"
+
+
+class Handler(BaseHTTPRequestHandler):
+    timeout = 30  # seconds that a client may leave its connection silent
+
+    def log_message(self, *_):
+        """Says nothing of requests."""
+
+    def reply(self, status, body, kind="application/json", policy="default-src 'none'"):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in (("Content-Type", kind), ("Content-Length", len(body)),
+                            ("Cache-Control", "no-store"), ("Content-Security-Policy", policy)):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        server, headers, most = self.server, self.headers, UPLOAD if self.path == "/open" else TEXT
+        host, token, length = headers["Host"], headers.get("X-Token", ""), headers.get("Content-Length", "-")
+        if (host not in (f"127.0.0.1:{server.server_port}", f"localhost:{server.server_port}")
+                or headers["Origin"] not in (None, f"http://{host}")):
+            return self.reply(403, dict(error="only this machine's own page is answered"))
+        if self.command == "GET" and self.path == "/":
+            nonce, config = secrets.token_hex(16), json.dumps(server.config).replace("<", "\\u003c")
+            page = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("NONCE", nonce)
+            return self.reply(200, page.replace("CONFIG", config).encode(), "text/html", POLICY.format(nonce))
+        if (self.path not in ("/open", "/wait", "/cut", "/samples", "/download") or self.command == "GET"
+                or not secrets.compare_digest(token.encode(), server.config["token"].encode())):
+            return self.reply(403, dict(error="only the page is answered, with its token: load it again"))
+        if not length.isdecimal() or int(length) > most:
+            return self.reply(413, dict(error=f"at most {most:,} bytes are taken"))
+        try:
+            data, act = self.rfile.read(int(length)), getattr(server.desk, self.path[1:])
+            result = act(data) if self.path == "/open" else act(**json.loads(data))
+            self.reply(200, *result) if isinstance(result, tuple) else self.reply(200, result)
+        except (ValueError, KeyError) as e:
+            gone = f"only the last {PHOTOS} photos are at hand: open this one again"
+            self.reply(400, dict(error=gone if isinstance(e, KeyError) else str(e)))
+        except ConnectionError:
+            pass  # the browser's tab was closed meanwhile
+    do_GET = do_POST
+
+
+@program("page.py", "start it again, and load the page anew")
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("photo", nargs="?", help="an image file (default: choose one on the page)")
+    p.add_argument("--port", type=int, default=8765, help="of 127.0.0.1; 0: one that is free")
+    p.add_argument("--no_browser", action="store_true", help="print the address, and open no browser")
+    p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.error = complaint("page.py")
+    a = p.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="bitseg-", ignore_cleanup_errors=True) as folder:
+        try:
+            device, ckpt = pick_device(a.device), a.ckpt or segment.newest_checkpoint()
+            desk = Desk(segment.load_checkpoint(ckpt, device), str(ckpt), folder)
+            first = a.photo and dict(desk.open(Path(a.photo).read_bytes(), a.photo), name=Path(a.photo).name)
+            server = ThreadingHTTPServer(("127.0.0.1", a.port), Handler)
+        except OSError as e:
+            p.error(f"{e.filename or f'--port {a.port}'}: {e.strerror.lower()}; choose another")
+        except (ValueError, RuntimeError, OverflowError) as e:
+            p.error(e)
+        server.desk, server.config = desk, dict(
+            token=secrets.token_hex(16), first=first, ckpt=a.ckpt, seed=SEED, upload=UPLOAD,
+            shades=shade(np.linspace(0, 1, N + 1)).tolist())
+        threading.Thread(target=desk.work, daemon=True).start()
+        print(url := f"http://127.0.0.1:{server.server_port}/", f"on {device}; Ctrl-C ends it", flush=True)
+        try:
+            a.no_browser or webbrowser.open(url)
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("page.py: stopped", flush=True)
+    os._exit(0)  # Python's own end would abort where threads are in the middle of sampling
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
