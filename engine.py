@@ -301,9 +301,9 @@ HANGUP = getattr(signal, "SIGHUP", None)  # the terminal, or the connection to i
 def program(name, stopped):
     """Decorates main(argv) -> exit status, so that it outlasts its terminal.
 
-    Nothing that is printed inside can raise, and a warning is one line. SIGTERM and SIGHUP (unless it is ignored, as with
-    nohup) raise KeyboardInterrupt as Ctrl-C does; where main lets it pass, the sentence "name: stopped: ..." and 128 + the
-    signal's number are the end.
+    Nothing that is printed inside can raise, and a warning is one line. SIGTERM and SIGHUP (unless it is ignored,
+    as with nohup) raise KeyboardInterrupt as Ctrl-C does; where main lets it pass, the sentence "name: stopped: ..."
+    and 128 + the signal's number are the end.
     """
     def interrupt(process, number, frame):
         if os.getpid() != process:  # forked meanwhile: ends as without this handler
@@ -315,7 +315,7 @@ def program(name, stopped):
     def around(main):
         @functools.wraps(main)
         def run(argv=None):
-            for number in range(3):  # where closed: else the next file that is opened gets the number, and what is printed
+            for number in range(3):  # a closed one would be the next file's, which gets what is printed
                 try:
                     os.fstat(number)
                 except OSError:

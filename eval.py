@@ -245,7 +245,7 @@ def check_out(out):
 
 
 def write(out, rows, pictures, line):
-    """All files of an evaluation: made in a folder of their own, then put in place of those of before. Raises OSError."""
+    """All files of an evaluation: made in a folder of their own, then put in the old ones' place. Raises OSError."""
     new = out / ".new"
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -391,7 +391,7 @@ def main(argv=None):
         print(f"\nin {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}\n{line}")
     except OSError as e:
         print(f"\n{line}")
-        print(f"eval.py: nothing is written to {out} ({e.strerror or e}): what was there is still there", file=sys.stderr)
+        print(f"eval.py: nothing is written to {out} ({e.strerror or e}): what was there stays", file=sys.stderr)
         return 2
     return 0
 

@@ -8,7 +8,7 @@
     python sample.py --init corrected.png --strength 0.4 photo.jpg             # a map corrected by hand: sample around it
     torchrun --nproc_per_node 8 -- sample.py --n 4 photos/                     # the images are shared among 8 GPUs
 
-For each image a folder --out/<stem>/ (<name>_<suffix> where two stems are the same), maps at the image's own size:
+For each image a folder --out/<stem>/ (<name>_<suffix> where two have one stem), maps at the image's own size:
     labels_00.png ...  one id a pixel, coloured when looked at (16-bit grey from 255 ids); 0 is never used
     overlay_00.png ... the same over the image; the same place has the same colour in every sample
     answer.png         the joint answer: one map of all samples, as fine as --grain says; answer_overlay.png
@@ -57,11 +57,11 @@ MARK = "bitseg sample.py"                        # in every file written: others
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files. All or nothing: an image's are written into a folder beside, which takes the old one's place when complete.
+# Files. All or nothing: an image's are made in a folder beside, which takes the old one's place at the end.
 
 
 def save(picture, path, palette=None):
-    """As PNG with our mark: a PIL image, (H, W, 3) uint8, or (H, W) ids, 8 bit and coloured by the palette, or 16 bit."""
+    """As PNG with our mark: a PIL image, (H, W, 3) uint8, or (H, W) ids, 8 bit with a palette, or 16 bit."""
     picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     text = PngImagePlugin.PngInfo()
     text.add_text("Software", MARK)
@@ -78,13 +78,17 @@ def save_json(path, info, images, annotations, category, **more):
 
 
 def info_of(path):
-    """The info in a file of ours, {} where there is none. Raises ValueError for a file of others."""
+    """The info in a file of ours; less, where only its start is left. Raises ValueError for others' files."""
     try:
+        if path.stat().st_size == 0:
+            return {}
         if path.suffix == ".png":
             with Image.open(path) as picture:
                 info = {"software": picture.info.get("Software")}
         else:
-            info = json.loads(path.read_text())["info"]
+            text = path.read_text()
+            cut = text.startswith(json.dumps({"info": {"software": MARK}})[:-2]) and not text.endswith("}")
+            info = {"software": MARK} if cut else json.loads(text)["info"]
         if info["software"] == MARK:
             return info
     except FileNotFoundError:
@@ -95,18 +99,19 @@ def info_of(path):
 
 
 def ours(path):
-    """Whether sample.py wrote a file."""
+    """Whether sample.py wrote a file, which may be cut off or empty now."""
     try:
-        return path.suffix in (".png", ".json") and bool(info_of(path))
+        info_of(path)
     except ValueError:
         return False
+    return path.suffix in (".png", ".json")
 
 
 def done(folder, info):
     """Whether this image is done with these settings. Raises ValueError if the folder holds anything else than its results."""
     swap(folder)
     found = info_of(folder / "segments.json")
-    if found and found["image"] != info["image"]:
+    if found.get("image", info["image"]) != info["image"]:
         raise ValueError(f"{folder} holds the results of {found['image']}: choose another --out")
     for path in (panoptic_png(folder), *folder.glob("*.png")):
         info_of(path)
@@ -127,14 +132,14 @@ def beside(folder):
 
 
 def swap(folder):
-    """Put complete new results in the old ones' place; also where a kill came in between. Files of others stay."""
+    """Put complete new results in the old ones' place, also after a kill in between. Files of others stay."""
     (new, old), listed = beside(folder), panoptic_png(folder)
     if (new / "segments.json").exists():
         listed.unlink(missing_ok=True)
         if folder.exists():
             os.rename(folder, old)
         os.rename(new, folder)
-    if ours(folder / "panoptic.png"):
+    if (folder / "panoptic.png").exists() and ours(folder / "panoptic.png"):
         listed.parent.mkdir(exist_ok=True)
         os.replace(folder / "panoptic.png", listed)
     if old.exists():
@@ -198,7 +203,8 @@ def write_panoptic(out):
             annotations.append(dict(image_id=i, file_name=f"{name}.png",
                                     segments_info=[{k: s[k] for k in keys} for s in content["annotations"]]))
         save_json(out / "panoptic.json", dict(software=MARK), images, annotations, dict(isthing=1, color=[0, 114, 178]))
-        found = sorted(p.stem for p in (out / "panoptic").glob("*.png") if (out / p.stem / "segments.json").is_file())
+        found = sorted(p.stem for p in (out / "panoptic").glob("*.png")
+                       if info_of(out / p.stem / "segments.json").get("image"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,10 +319,11 @@ def main(argv=None):
         if not a.images:
             raise ValueError("no image is named: python sample.py photo.jpg")
         a.grain = grain_of(a.grain)
-        for name, least, most in (("n", 1, 10**5), ("steps", 1, 10**5), ("batch", 1, 10**5), ("guidance", 0, 10**6),
-                                  ("smooth", 0, 10**6), ("seed", 0, 2**62)):
-            if getattr(a, name) is not None and not least <= getattr(a, name) <= most:  # nan is not
-                raise ValueError(f"--{name} must be at least {least} and at most {most}, not {getattr(a, name)}")
+        for name, least, most in (("n", 1, 10**5), ("steps", 1, 10**5), ("batch", 1, 10**5),
+                                  ("guidance", 0, 10**6), ("smooth", 0, 10**6), ("seed", 0, 2**62)):
+            value = getattr(a, name)
+            if value is not None and not least <= value <= most:  # nan is not
+                raise ValueError(f"--{name} must be at least {least} and at most {most}, not {value}")
         for name in ("hint", "init"):
             if (times := len(getattr(a, name))) > 1:
                 raise ValueError(f"--{name} is given {times} times: one label map holds all ids")
@@ -408,8 +415,8 @@ def main(argv=None):
         bar.update(len(xt))
 
     def sampled():
-        """Yields when read[0] has its samples, with an exception where it has not: of a batch that fails, each image
-        is tried alone, so that what is wrong with one is not the others' end."""
+        """Yields when read[0] has its samples, with an exception where it has not: of a batch that fails,
+        each image is tried alone, so that what is wrong with one is not the others' end."""
         coming = jobs()
         while True:
             try:
@@ -436,7 +443,7 @@ def main(argv=None):
                 words = write(folder, image, result, model, of, job.hints, a.format == "coco_panoptic")
             return f"{path} -> {folder / 'panel.png'} ({words})"
         except OSError as e:
-            return ValueError(f"{path}: nothing is written to {folder} ({said(e)}): what was there is still there")
+            return ValueError(f"{path}: nothing is written to {folder} ({said(e)}): what was there stays")
         except Exception as e:
             return fault(path, e)
 

@@ -21,8 +21,8 @@ import train
 from engine import HANGUP, Output, program
 
 ROOT = Path(__file__).parent.parent
-OPTIONS = ("--device cpu --max_steps 6 --batch_size 2 --image_size 16 --eval_images 1 --steps 1 --log_every 1 "
-           "--eval_every 6").split()
+OPTIONS = ("--device cpu --max_steps 6 --batch_size 2 --image_size 16 --eval_images 1 --steps 1 "
+           "--log_every 1 --eval_every 6").split()
 
 
 class Broken:
@@ -40,7 +40,8 @@ class Broken:
 
     def flush(self):
         if self.left < 0:
-            raise type(self.error)(*self.error.args)  # a new one: it holds on to frames, and these to the run's lock
+            # a new one: it holds on to frames, and these to the run's lock
+            raise type(self.error)(*self.error.args)
 
 
 ERRORS = [OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError(errno.EPIPE, "Broken pipe"),
@@ -84,14 +85,16 @@ def test_the_others_go_on_without_their_outputs(tmp_path, monkeypatch, ckpt):
     for k in range(3):
         photo = np.random.default_rng(k).integers(0, 256, (12, 16, 3), np.uint8)
         Image.fromarray(photo).save(tmp_path / f"mine/images/train/{k}.png")
-        Image.fromarray((photo[..., 0] > 128).astype(np.uint8) + 1).save(tmp_path / f"mine/labels/train/{k}.png")
+        label = Image.fromarray((photo[..., 0] > 128).astype(np.uint8) + 1)
+        label.save(tmp_path / f"mine/labels/train/{k}.png")
     (tmp_path / "mine/images/train/bad.png").write_text("no image")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdout", Broken(ERRORS[1]))
     monkeypatch.setattr(sys, "stderr", Broken(ERRORS[0]))
-    assert sample.main(["mine/images/train", "--n", "1", "--ckpt", str(ckpt), "--device", "cpu"]) == 2  # bad.png
+    words = ["--ckpt", str(ckpt), "--device", "cpu"]
+    assert sample.main(["mine/images/train", "--n", "1", *words]) == 2  # bad.png
     assert data.main(["mine", "--split", "train", "--size", "16", "--max_bad", "0.5"]) == 0
-    assert evaluation.main(["--ckpt", str(ckpt), "--limit", "2", "--device", "cpu", "--out", "e"]) == 0
+    assert evaluation.main([*words, "--limit", "2", "--out", "e"]) == 0
     assert {p.name for p in Path("samples").iterdir()} == {"0", "1", "2"} and Path("e/report.json").exists()
     monkeypatch.undo()
 
@@ -122,7 +125,7 @@ sys.exit(main())
     "PROGRAM >&- 2>&-", "PROGRAM >&-", "PROGRAM <&- 2>&-", "PROGRAM > /dev/full 2> /dev/full",
     "set -o pipefail; PROGRAM 2> /dev/null | true"])
 def test_a_program_ends_as_if_it_had_been_heard(tmp_path, command):
-    """Also at the end, where Python flushes; and nothing that is printed gets into a file that is opened meanwhile."""
+    """Also at the end, where Python flushes; and nothing that is printed gets into a file that is opened."""
     (tmp_path / "p.py").write_text(PROGRAM.format(root=str(ROOT)))
     done = subprocess.run(["bash", "-c", command.replace("PROGRAM", f"{sys.executable} p.py")], cwd=tmp_path)
     assert (done.returncode, (tmp_path / "out.txt").read_text()) == (0, "mine")
@@ -193,9 +196,9 @@ def test_processes_that_were_forked_meanwhile_end_at_once():
     assert main() == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("script, arguments", [(evaluation, ["--limit", "x"]), (data, ["mine", "--size", "x"]),
-                                               (evaluation, ["--max_bad", "nan"]), (evaluation, ["--size", "99999999"]),
-                                               (data, ["mine", "--max_bad", "-1"]), (evaluation, ["--n", "9" * 30])])
+@pytest.mark.parametrize("script, arguments", [
+    (evaluation, ["--limit", "x"]), (data, ["mine", "--size", "x"]), (evaluation, ["--max_bad", "nan"]),
+    (evaluation, ["--size", "99999999"]), (data, ["mine", "--max_bad", "-1"]), (evaluation, ["--n", "9" * 9])])
 def test_wrong_options_end_in_one_sentence(capsys, script, arguments):
     try:
         status = script.main(arguments)
