@@ -1,6 +1,7 @@
 """How fast is it here? A table, and one JSON line last.
 
-    python bench.py kernels                      # every fused kernel against PyTorch and torch.compile of the same PyTorch
+    python bench.py kernels                      # every fused kernel against PyTorch and torch.compile of
+    the same PyTorch
     python bench.py data                         # from the files to the network's input, stage by stage
     python bench.py train --preset tiny          # images a second, and where a step's time goes
     python bench.py train --preset paper --batch 2
@@ -8,9 +9,12 @@
     python bench.py photos  # what sample.py does with photos and the weights in the box
     python bench.py gpu --out DIR  # all of it, and the CUDA tests, in nine minutes, into files
 
-kernels: without CUDA it says so and measures the kernels' PyTorch twins on a small batch: a check that everything runs, no
-figure of merit. train, sample: weights are random, for speed does not depend on them; all variants are timed in turn, round
-after round, so that whatever else the machine does meets all of them; figures are medians over the rounds. On a busy machine:
+kernels: without CUDA it says so and measures the kernels' PyTorch twins on a small batch: a check that
+everything runs, no
+figure of merit. train, sample: weights are random, for speed does not depend on them; all variants are timed
+in turn, round
+after round, so that whatever else the machine does meets all of them; figures are medians over the rounds.
+On a busy machine:
 --clock cpu counts this process' own processor time (OMP_NUM_THREADS=1 makes that comparable).
 """
 
@@ -47,18 +51,20 @@ from diffusion import fused, sample
 from engine import Step, layout, pick_device, update_ema
 
 BITS, SIZE = 6, 128
-MIN_SECONDS = 0.2                                # of measuring, for each figure on a CPU
+MIN_SECONDS = 0.2  # of measuring, for each figure on a CPU
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
 def machine(device):
     """What the figures belong to."""
     gpu = torch.cuda.get_device_name(device) if device == "cuda" else None
-    return dict(gpu=gpu, cpu=platform.processor() or platform.machine(), cores=os.cpu_count(), torch=torch.__version__,
-                triton=getattr(kernels.triton, "__version__", None), cuda=torch.version.cuda, python=platform.python_version(),
+    return dict(gpu=gpu, cpu=platform.processor() or platform.machine(), cores=os.cpu_count(),
+                torch=torch.__version__,
+                triton=getattr(kernels.triton, "__version__", None), cuda=torch.version.cuda,
+                python=platform.python_version(),
                 threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d %H:%M"))
 
 
@@ -99,13 +105,14 @@ def peak_mib(f, device):
 
 
 def copy_gb_s(device):
-    """Bandwidth of a plain copy of 1 GiB (64 MiB on a CPU), read and written: the ceiling of a pass that only moves memory."""
+    """Bandwidth of a plain copy of 1 GiB (64 MiB on a CPU), read and written: the ceiling of a pass that
+    only moves memory."""
     x = torch.empty((1024 if device == "cuda" else 64) * 2**20, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     return 2 * x.numel() / timed(lambda: y.copy_(x), device)[0] / 1e6
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # kernels
 
 
@@ -116,10 +123,11 @@ def kernel_cases(B, dtype, device):
     codec.table, codec.cell_of_code = codec.table.to(device), codec.cell_of_code.to(device)
 
     def rand(*shape, kind=dtype):
-        return torch.randn(shape, generator=g, device=device).to(kind).contiguous(memory_format=torch.channels_last)
+        return torch.randn(shape, generator=g,
+                           device=device).to(kind).contiguous(memory_format=torch.channels_last)
 
     patches = torch.randint(0, 20, (B, SIZE // 8, SIZE // 8), generator=g, device=device)
-    labels = patches.repeat_interleave(8, 1).repeat_interleave(8, 2)               # (B, S, S), about 20 segments
+    labels = patches.repeat_interleave(8, 1).repeat_interleave(8, 2)  # (B, S, S), about 20 segments
     cells, valid = codec.cells(labels), labels >= 0
     small = cells.to(torch.int8)
     image, seeds = rand(B, 3, SIZE, SIZE, kind=torch.float32), torch.arange(B, device=device)
@@ -127,7 +135,8 @@ def kernel_cases(B, dtype, device):
     alpha, sigma = (v.float() for v in diffusion.alpha_sigma(t, d))
     a4, s4 = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
     weight, keep = diffusion.loss_weight(t, d).float(), torch.ones(B, device=device)
-    out, two, xt = rand(B, k, SIZE, SIZE), rand(2 * B, k, SIZE, SIZE), rand(B, k, SIZE, SIZE, kind=torch.float32)
+    out, two, xt = rand(B, k, SIZE, SIZE), rand(2 * B, k, SIZE, SIZE), rand(B, k, SIZE, SIZE,
+                                                                            kind=torch.float32)
     leaf = out.clone().requires_grad_()
 
     def plain_noise():
@@ -137,7 +146,8 @@ def kernel_cases(B, dtype, device):
     def plain_input():
         x = image * keep.view(-1, 1, 1, 1)
         x0 = codec.encode(cells)
-        return diffusion.network_input(a4 * x0 + s4 * torch.randn_like(x0), x).to(dtype, memory_format=torch.channels_last)
+        return diffusion.network_input(a4 * x0 + s4 * torch.randn_like(x0), x).to(dtype,
+                                                                                  memory_format=torch.channels_last)
 
     def plain_loss(o):
         return weight * diffusion.per_sample_error(o.float().tanh(), codec.encode(cells), valid)
@@ -158,16 +168,21 @@ def kernel_cases(B, dtype, device):
     fused_loss = lambda o: kernels.loss(o, small, weight)
     step_bytes = n * (2 * k * item + 2 * k * 4 + 1)
     return {
-        "locate": (lambda: kernels.locate(labels, 8, dtype=torch.int8, labels_below=64), lambda: bits.locate(labels, 8), False,
+        "locate": (lambda: kernels.locate(labels, 8, dtype=torch.int8, labels_below=64),
+                   lambda: bits.locate(labels, 8), False,
                    n * (8 + 8 + 1)),
-        "noise": (lambda: kernels.noise(small, alpha, sigma, seeds, k, dtype=dtype), plain_noise, True, n * (1 + k * item)),
+        "noise": (lambda: kernels.noise(small, alpha, sigma, seeds, k, dtype=dtype), plain_noise, True,
+                  n * (1 + k * item)),
         "noise alone (plain: randn)": (lambda: kernels.normal(seeds, k, SIZE, SIZE, dtype=dtype),
-                                       lambda: torch.randn(B, k, SIZE, SIZE, dtype=dtype, device=device), False, n * k * item),
-        "network input": (lambda: kernels.network_input(small, alpha, sigma, seeds, k, image, keep, dtype=dtype),
+                                       lambda: torch.randn(B, k, SIZE, SIZE, dtype=dtype, device=device),
+                                       False, n * k * item),
+        "network input": (lambda: kernels.network_input(small, alpha, sigma, seeds, k, image, keep,
+                                                        dtype=dtype),
                           plain_input, True, n * (1 + 3 * 4 + (k + 3) * item)),
         "loss, forward": (lambda: fused_loss(out), lambda: plain_loss(out), True, n * (1 + k * item)),
         "loss, forward and backward": (both(fused_loss), both(plain_loss), True, n * (2 + 3 * k * item)),
-        "decode": (lambda: kernels.decode(out, valid), lambda: codec.decode(out, valid), True, n * (k * item + 1 + 8)),
+        "decode": (lambda: kernels.decode(out, valid), lambda: codec.decode(out, valid), True,
+                   n * (k * item + 1 + 8)),
         "step, guided, no noise": (fused_step(0.0), plain_step(0.0), True, step_bytes),
         "step, guided, noise": (fused_step(0.2), plain_step(0.2), True, step_bytes),
     }
@@ -176,38 +191,46 @@ def kernel_cases(B, dtype, device):
 def bench_kernels(args):
     device = usable("cuda" if torch.cuda.is_available() else "cpu").type
     if device == "cpu":
-        print("no CUDA here: these are the kernels' PyTorch twins on the CPU, at batch 2, against plain PyTorch")
+        print("no CUDA here: these are the kernels' PyTorch twins on the CPU, at batch 2, against plain "
+              "PyTorch")
     batches, dtypes = [2], [torch.float32]
     if device == "cuda":
         batches, dtypes = args.batch, [getattr(torch, d) for d in args.dtype]
     about, ceiling, rows = machine(device), copy_gb_s(device), []
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"a plain copy moves {ceiling:.0f} GB/s; {SIZE} x {SIZE}, {BITS} bits; ms: median (p20 to p80); MiB: peak beyond the inputs")
-    print(f"\n| {'kernel':<27}| dtype    | batch | fused ms                     | eager ms | compile ms | GB/s | of copy | MiB fused / eager |")
+    print(f"a plain copy moves {ceiling:.0f} GB/s; {SIZE} x {SIZE}, {BITS} bits; ms: median (p20 to p80); "
+          f"MiB: peak beyond the inputs")
+    print(f"\n| {'kernel':<27}| dtype    | batch | fused ms                     | eager ms | compile ms | "
+          f"GB/s | of copy | MiB fused / eager |")
     print(f"|{'-' * 28}|----------|-------|------------------------------|----------|------------|------|---------|-------------------|")
     for dtype in dtypes:
         for B in batches:
             for name, (kernel, plain, compiles, moved) in kernel_cases(B, dtype, device).items():
-                row = dict(kernel=name, dtype=str(dtype)[6:], batch=B, bytes=moved, fused=timed(kernel, device),
-                           eager=timed(plain, device), fused_mib=peak_mib(kernel, device), eager_mib=peak_mib(plain, device))
+                row = dict(kernel=name, dtype=str(dtype)[6:], batch=B, bytes=moved,
+                           fused=timed(kernel, device),
+                           eager=timed(plain, device), fused_mib=peak_mib(kernel, device),
+                           eager_mib=peak_mib(plain, device))
                 if compiles and device == "cuda":
                     torch._dynamo.reset()
                     row["compile"] = timed(torch.compile(plain), device)
                 row["gb_s"] = moved / row["fused"][0] / 1e6
-                row["of_copy"] = row["gb_s"] / ceiling if device == "cuda" else None       # a CPU's caches hold all of this
+                # a CPU's caches hold all of this
+                row["of_copy"] = row["gb_s"] / ceiling if device == "cuda" else None
                 rows.append(row)
                 mid, low, high = row["fused"]
                 fast = f"{mid:.4f} ({low:.4f}-{high:.4f})"
                 mib = f"{row['fused_mib']:.0f} / {row['eager_mib']:.0f}" if device == "cuda" else "-"
                 print(f"| {name:<27}| {row['dtype']:<9}| {B:<6}| {fast:<29}| {row['eager'][0]:<9.4f}| "
-                      f"{format(row['compile'][0], '.4f') if 'compile' in row else '-':<11}| {row['gb_s']:<5.0f}| "
-                      f"{format(row['of_copy'], '.0%') if row['of_copy'] else '-':<8}| {mib:<18}|", flush=True)
+                      f"{format(row['compile'][0], '.4f') if 'compile' in row else '-':<11}| "
+                      f"{row['gb_s']:<5.0f}| "
+                      f"{format(row['of_copy'], '.0%') if row['of_copy'] else '-':<8}| {mib:<18}|",
+                      flush=True)
     print()
     print(json.dumps(dict(bench="kernels", machine=about, copy_gb_s=ceiling, rows=rows)))
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data
 
 
@@ -223,7 +246,8 @@ def write_scenes(root, n=16, width=640, height=480):
 
 
 def bench_data(args):
-    """Each stage between the files and x0, and all that a training step needs together; the last line is JSON."""
+    """Each stage between the files and x0, and all that a training step needs together; the last line is
+    JSON."""
     torch.set_num_threads(args.threads)
     device, codec, B = usable(args.device), bits.Codec(bits=BITS), args.batch
 
@@ -233,7 +257,8 @@ def bench_data(args):
         return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
     def seconds(work):
-        """Median seconds an image: by the clock, and of this process' CPU time, which other processes disturb less."""
+        """Median seconds an image: by the clock, and of this process' CPU time, which other processes
+        disturb less."""
         for _ in range(3):
             work()
         times, until = [], time.perf_counter() + args.seconds
@@ -252,7 +277,8 @@ def bench_data(args):
         there = [part.to(device) for part in batch]
 
         def palette(labels):
-            return kernels.locate(labels, codec.side, labels_below=packed.labels_below) if device.type == "cuda" else codec.cells(labels)
+            return kernels.locate(labels, codec.side,
+                                  labels_below=packed.labels_below) if device.type == "cuda" else codec.cells(labels)
 
         source = data.batches(packed, 0, B, 0, args.workers, pin=device.type == "cuda")
 
@@ -265,7 +291,8 @@ def bench_data(args):
         cells = palette(labels)
         stages = {
             "prepare, once (1 process)": prepare,
-            "order, random numbers": seconds(lambda: (data.order(0, B, len(packed), 0), data.uniforms(0, B, 0, 20))),
+            "order, random numbers": seconds(lambda: (data.order(0, B, len(packed), 0),
+                                                      data.uniforms(0, B, 0, 20))),
             "read": seconds(lambda: packed.get(np.arange(B))),
             "copy to the device": seconds(lambda: [part.to(device) for part in batch]),
             "augment": seconds(lambda: data.augment(*there)),
@@ -276,21 +303,26 @@ def bench_data(args):
         source.close()
     about = machine(device.type)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"{args.dataset or 'scenes of 640 x 480'}: {len(packed)} images at {SIZE} x {SIZE}, batch {B}, on {device}; {args.workers} "
+    print(f"{args.dataset or 'scenes of 640 x 480'}: {len(packed)} images at {SIZE} x {SIZE}, batch {B}, on "
+          f"{device}; {args.workers} "
           f"threads read ahead\n")
     print(f"| {'stage':<26}| us an image | images/s | CPU us an image | images a CPU second |")
     print(f"|{'-' * 27}|-------------|----------|-----------------|---------------------|")
     for stage, (wall, cpu) in stages.items():
-        print(f"| {stage:<26}| {wall * 1e6:<12.1f}| {1 / max(wall, 1e-9):<9.0f}| {cpu * 1e6:<16.1f}| {1 / max(cpu, 1e-9):<20.0f}|")
+        print(f"| {stage:<26}| {wall * 1e6:<12.1f}| {1 / max(wall, 1e-9):<9.0f}| {cpu * 1e6:<16.1f}| "
+              f"{1 / max(cpu, 1e-9):<20.0f}|")
     wall, cpu = stages["all but prepare"]
     print()
-    print(json.dumps(dict(bench="data", machine=about, device=str(device), dataset=args.dataset or "scenes", size=SIZE, batch=B,
-                          workers=args.workers, images_per_second=1 / wall, images_per_cpu_second=1 / cpu, prepared_per_second=1 / prepare[0],
-                          prepared_per_cpu_second=1 / prepare[1], stages={stage: t[0] for stage, t in stages.items()})))
+    print(json.dumps(dict(bench="data", machine=about, device=str(device), dataset=args.dataset or "scenes",
+                          size=SIZE, batch=B,
+                          workers=args.workers, images_per_second=1 / wall, images_per_cpu_second=1 / cpu,
+                          prepared_per_second=1 / prepare[0],
+                          prepared_per_cpu_second=1 / prepare[1],
+                          stages={stage: t[0] for stage, t in stages.items()})))
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train, sample
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -300,7 +332,7 @@ def setting(args, *more):
     """What train.py would use, given more options: configuration, and what train.build returns."""
     argv = ["--preset", args.preset, "--device", args.device, "--precision", args.precision, "--compile",
             args.compile, *more]
-    argv += ["--crop", "1"]                                                       # scenes are not cropped
+    argv += ["--crop", "1"]  # scenes are not cropped
     c = train.parse(argv + (["--batch_size", str(args.batch)] if args.batch else []))
     c.accumulate = 1
     return c, *train.build(c)
@@ -333,7 +365,7 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
         import resource
-    except ImportError:                                                            # Windows
+    except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
@@ -444,7 +476,8 @@ def bench_train(args):
     del batch
     speed = f"{gflop:.1f} GFLOP an image and step, bf16 matrix rate {rate / 1e12:.2f} TFLOP/s"
     how = f"{'compiled' if compiled else 'not compiled'}, {'one CUDA graph' if graph else 'no CUDA graph'}"
-    print(f"{args.preset}: batch {c.batch_size}, {c.image_size} x {c.image_size}, on {where(device)};\n{speed};\n"
+    print(f"{args.preset}: batch {c.batch_size}, {c.image_size} x {c.image_size}, on "
+          f"{where(device)};\n{speed};\n"
           f"train.py: {str(dtype or torch.float32)[6:]} ({why}), {how}; medians of {args.rounds} rounds, "
           f"{args.clock} clock\n")
     print(f"| {'':24}| images/s | speed | step ms |" + "".join(f" {p:>9} |" for p in PARTS)
@@ -486,23 +519,28 @@ def bench_train(args):
 
 def bench_sample(args):
     c, device, dtype, why, codec, diffusion, network, net = setting(args)
-    net, n = net.to(memory_format=torch.channels_last).eval().requires_grad_(False), args.n      # as sample.py has it
+    # as sample.py has it
+    net, n = net.to(memory_format=torch.channels_last).eval().requires_grad_(False), args.n
     shapes = data.load("shapes", "val", c.image_size * net.detail, seed=c.seed)
     x, inside, _ = data.unchanged(*(v.to(device) for v in shapes.get(list(range(args.images)))), net.detail)
     which = [i for i in range(args.images) for _ in range(n)]
-    jobs = {"one image, one sample": [0], f"one image, {n} samples": which[:n], f"{args.images} images x {n} samples": which}
+    jobs = {"one image, one sample": [0], f"one image, {n} samples": which[:n],
+            f"{args.images} images x {n} samples": which}
     context = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
     times = {k: [] for k in jobs}
     for i in range(args.rounds + 1):
         for name, job in jobs.items():
             start = clock(device, args.clock)
             with context:
-                sample(net, x[job], inside[job], codec.channels, range(len(job)), diffusion, codec.activate, args.steps,
+                sample(net, x[job], inside[job], codec.channels, range(len(job)), diffusion, codec.activate,
+                       args.steps,
                        c.guidance, smooth=c.smooth, fused=fused(codec, device))
-            if i > 0:                                                              # the first round warms up
+            if i > 0:  # the first round warms up
                 times[name].append(clock(device, args.clock) - start)
-    print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, smooth {c.smooth:g}, "
-          f"{str(dtype or torch.float32)[6:]} ({why}), on {where(device)}; medians of {args.rounds} rounds, {args.clock} clock\n")
+    print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, "
+          f"smooth {c.smooth:g}, "
+          f"{str(dtype or torch.float32)[6:]} ({why}), on {where(device)}; medians of {args.rounds} rounds, "
+          f"{args.clock} clock\n")
     rows = {}
     print(f"| {'':25}| ms      | samples/s |\n|{'-' * 26}|---------|-----------|")
     for name, job in jobs.items():
@@ -510,8 +548,10 @@ def bench_sample(args):
         rows[name] = dict(seconds=t, samples_per_second=len(job) / t)
         print(f"| {name:25}| {1e3 * t:<8.0f}| {len(job) / t:<10.2f}|")
     print()
-    print(json.dumps(dict(bench="sample", preset=args.preset, device=where(device), torch=torch.__version__, clock=args.clock,
-                          steps=args.steps, guidance=c.guidance, variants=rows, peak_memory_gb=peak_memory(device),
+    print(json.dumps(dict(bench="sample", preset=args.preset, device=where(device), torch=torch.__version__,
+                          clock=args.clock,
+                          steps=args.steps, guidance=c.guidance, variants=rows,
+                          peak_memory_gb=peak_memory(device),
                           samples_per_second=rows[f"{args.images} images x {n} samples"]["samples_per_second"],
                           latency_s=rows["one image, one sample"]["seconds"])))
 
@@ -550,7 +590,7 @@ def bench_photos(args):
                           n=args.n, rows=rows, peak_memory_gb=peak_memory(device))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # gpu: the first hour with a GPU, in one command
 
 
@@ -640,7 +680,7 @@ def as_markdown(out, report):
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):

@@ -1,15 +1,19 @@
 """Label maps to analog bits and back: Gray codes, palettes, the location-aware palette, the three encodings.
 
-What it is: everything between a label map (any integer ids, -1 = ignore) and the channels that the network denoises.
+What it is: everything between a label map (any integer ids, -1 = ignore) and the channels that the network
+denoises.
     labels --locate--> cells of an s x s grid --Codec.encode--> x0 (B, C, H, W) --Codec.decode--> cells
 What it is not: it knows nothing of noise, networks or files. It needs torch, numpy and einops only.
 
 Use it alone:
     from bits import Codec
-    codec = Codec(bits=6)                                              # 64 segments, 8 x 8 cells, 2D Gray code
-    cells = codec.cells(labels); x0 = codec.encode(cells); assert (codec.decode(x0) == cells)[cells >= 0].all()
+    codec = Codec(bits=6)                                              # 64 segments, 8 x 8 cells, 2D Gray
+    code
+    cells = codec.cells(labels); x0 = codec.encode(cells); assert (codec.decode(x0) == cells)[cells >=
+    0].all()
 
-Source: "Towards Agnostic and Holistic Universal Image Segmentation with Bit Diffusion" (NLDL 2026), sections 3.2 and
+Source: "Towards Agnostic and Holistic Universal Image Segmentation with Bit Diffusion" (NLDL 2026), sections
+3.2 and
 3.4; analog bits: Chen et al. 2023 (arXiv 2208.04202); the RGB baseline and its decoder: UniGS (CVPR 2024).
 """
 
@@ -21,11 +25,12 @@ import torch.nn.functional as F
 from einops import rearrange
 
 PALETTES = ("similar", "random", "different", "range", "none")
-DEFAULT_ACTIVATION = {"bits": "tanh", "onehot": "none", "rgb": "tanh"}             # of an x-predicting network
-ACTIVATIONS = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "softmax": lambda x: x.softmax(1)}
+DEFAULT_ACTIVATION = {"bits": "tanh", "onehot": "none", "rgb": "tanh"}  # of an x-predicting network
+ACTIVATIONS = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
+               "softmax": lambda x: x.softmax(1)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Gray code and palettes
 
 
@@ -44,16 +49,19 @@ def gray_inverse(g):
 def palette(side, order="similar", seed=0):
     """Code of each cell of a side x side grid, in raster order: int64 array (side^2,).
 
-    similar: 2D Gray code, horizontal and vertical neighbours differ in one bit (paper, section 3.4); different: a
-    greedy walk to the unused code at the largest Hamming distance, laid out in a snake; random: a seeded permutation;
+    similar: 2D Gray code, horizontal and vertical neighbours differ in one bit (paper, section 3.4);
+    different: a
+    greedy walk to the unused code at the largest Hamming distance, laid out in a snake; random: a seeded
+    permutation;
     range: the raster index itself.
     """
     n = side * side
     if order in ("similar", "different") and side & (side - 1):
-        raise ValueError(f"palette '{order}' needs a grid side that is a power of two, not {side}: use 'random'")
+        raise ValueError(f"palette '{order}' needs a grid side that is a power of two, not {side}: use "
+                         f"'random'")
     if order == "similar":
         g = gray(np.arange(side))
-        return (g[:, None] * side | g[None, :]).reshape(n)                         # g(row) << k/2 | g(column)
+        return (g[:, None] * side | g[None, :]).reshape(n)  # g(row) << k/2 | g(column)
     if order == "random":
         return np.random.default_rng(seed).permutation(n)
     if order == "range":
@@ -63,7 +71,7 @@ def palette(side, order="similar", seed=0):
         unused[0] = False
         for _ in range(n - 1):
             distance = np.where(unused, popcount(np.arange(n) ^ code[-1]), -1)
-            code.append(int(distance.argmax()))                                    # argmax: the first on ties
+            code.append(int(distance.argmax()))  # argmax: the first on ties
             unused[code[-1]] = False
         grid = np.array(code).reshape(side, side)
         grid[1::2] = grid[1::2, ::-1]
@@ -76,7 +84,7 @@ def popcount(i):
     return sum((i >> b) & 1 for b in range(32))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Location-aware palette
 
 
@@ -84,10 +92,14 @@ def locate(labels, side, largest_first=False, hints=None):
     """Location-aware palette: every segment gets the grid cell nearest to its centroid, no two the same one.
 
     labels (B, H, W), any integer type, -1 = ignore -> cells (B, H, W) int64 in [0, side^2), -1 where ignored.
-    Segments choose in ascending label order (or largest first): the cell that holds the centroid if it is free, else
-    the free cell nearest to the centroid, the first in raster order on ties. Beyond side^2 segments the smallest ones
-    are merged into the largest. hints (B, H, W) bool: segments with hinted pixels choose before all others, by the centroid
-    of these pixels, and are the last to be merged. Raises ValueError for labels that are not (B, H, W) integers.
+    Segments choose in ascending label order (or largest first): the cell that holds the centroid if it is
+    free, else
+    the free cell nearest to the centroid, the first in raster order on ties. Beyond side^2 segments the
+    smallest ones
+    are merged into the largest. hints (B, H, W) bool: segments with hinted pixels choose before all others,
+    by the centroid
+    of these pixels, and are the last to be merged. Raises ValueError for labels that are not (B, H, W)
+    integers.
     """
     index, counts, rows, cols = segment_sums(labels)
     (B, H, W), K, device = labels.shape, side * side, labels.device
@@ -96,9 +108,9 @@ def locate(labels, side, largest_first=False, hints=None):
         n = counts.shape[1]
         hinted = totals(index.where(hints.reshape(B, -1), n), n, labels.shape)
 
-    if int((counts > 0).sum(1).max()) > K:                                         # 1) too many: merge the smallest
+    if int((counts > 0).sum(1).max()) > K:  # 1) too many: merge the smallest
         rank = counts + H * W * (hinted[0] > 0) if hinted else counts
-        by_size = rank.argsort(dim=1, descending=True, stable=True)                    # (B, n)
+        by_size = rank.argsort(dim=1, descending=True, stable=True)  # (B, n)
         kept = torch.zeros_like(counts, dtype=torch.bool).scatter_(1, by_size[:, :K], True)
         largest = counts.where(kept, -1).argmax(1, keepdim=True)
         for total in (counts, rows, cols, *hinted):
@@ -110,24 +122,28 @@ def locate(labels, side, largest_first=False, hints=None):
     key = torch.where(kept, -counts if largest_first else -torch.ones_like(counts), 1)
     if hinted:
         key = torch.where(hinted[0] > 0, -H * W - 1, key)
-        counts, rows, cols = (part.where(hinted[0] > 0, whole) for part, whole in zip(hinted, (counts, rows, cols)))
+        counts, rows, cols = (part.where(hinted[0] > 0, whole) for part,
+                              whole in zip(hinted, (counts, rows, cols)))
 
-    # 2) the centroid in grid units, p = (sum / n + 1/2) / H * side - 1/2, kept as the fraction a / 2nH: int64 is exact,
+    # 2) the centroid in grid units, p = (sum / n + 1/2) / H * side - 1/2, kept as the fraction a / 2nH:
+    # int64 is exact,
     # so that ties are ties, on every device.
     n = counts.clamp(min=1)
-    a_row, a_col = (2 * rows + n) * side - n * H, (2 * cols + n) * side - n * W    # (B, n)
+    a_row, a_col = (2 * rows + n) * side - n * H, (2 * cols + n) * side - n * W  # (B, n)
     wanted = round_half_even(a_row, 2 * n * H) * side + round_half_even(a_col, 2 * n * W)
 
     # 3) the segments choose one after the other, all images at once
-    turn = key.argsort(dim=1, stable=True)[:, : max(1, int(kept.sum(1).max()))]        # (B, M), ascending labels on ties
+    # (B, M), ascending labels on ties
+    turn = key.argsort(dim=1, stable=True)[:, : max(1, int(kept.sum(1).max()))]
     r, c = torch.arange(K, device=device) // side, torch.arange(K, device=device) % side
-    # squared distance to every cell, less |p|^2, times nHW: (B, M, K); none is nearer than a free cell that is wanted
+    # squared distance to every cell, less |p|^2, times nHW: (B, M, K); none is nearer than a free cell
+    # that is wanted
     mine = [v.gather(1, turn)[..., None] for v in (n * (H * W), W * a_row, H * a_col)]
     distance = mine[0] * (r**2 + c**2) - mine[1] * r - mine[2] * c
     distance.scatter_(2, wanted.gather(1, turn)[..., None], torch.iinfo(torch.int64).min)
     taken = torch.zeros(B, K, dtype=torch.bool, device=device)
     chosen = torch.empty_like(turn)
-    for j in range(turn.shape[1]):                                                 # absent segments come last, and take what is left
+    for j in range(turn.shape[1]):  # absent segments come last, and take what is left
         chosen[:, j] = cell = distance[:, j].masked_fill(taken, torch.iinfo(torch.int64).max).argmin(1)
         taken.scatter_(1, cell[:, None], True)
     cell_of = torch.full_like(wanted, -1).scatter_(1, turn, chosen.masked_fill(~kept.gather(1, turn), -1))
@@ -144,22 +160,26 @@ def round_half_even(a, b):
 
 
 def paint(cells, index, shape):
-    """Each pixel's cell, from each segment's: cells (B, n), index (B, H*W) in [0, n], where n stands for ignored, -1."""
+    """Each pixel's cell, from each segment's: cells (B, n), index (B, H*W) in [0, n], where n stands for
+    ignored, -1."""
     return torch.cat([cells, torch.full_like(cells[:, :1], -1)], dim=1).gather(1, index).view(shape)
 
 
 def segment_sums(labels):
     """Pixel count and sums of the coordinates of every segment.
 
-    (B, H, W) integers -> index (B, H*W) int64 of each pixel's segment, in ascending label order, n where ignored; and
-    count, sum of rows, sum of columns, each (B, n) int64, where n covers every label of the batch (count 0: absent).
+    (B, H, W) integers -> index (B, H*W) int64 of each pixel's segment, in ascending label order, n where
+    ignored; and
+    count, sum of rows, sum of columns, each (B, n) int64, where n covers every label of the batch (count 0:
+    absent).
     """
     if labels.dim() != 3 or labels.is_floating_point() or labels.numel() == 0:
-        raise ValueError(f"labels must be integers of shape (B, H, W), not {labels.dtype} {tuple(labels.shape)}")
+        raise ValueError(f"labels must be integers of shape (B, H, W), not {labels.dtype} "
+                         f"{tuple(labels.shape)}")
     B, H, W = labels.shape
     flat = labels.reshape(B, H * W).long()
     low, high = (int(v) for v in flat.aminmax())
-    if high - low < 4096:                                                          # small ids: no sort needed
+    if high - low < 4096:  # small ids: no sort needed
         index, n = flat - low, high - low + 1
     else:
         unique, index = flat.unique(return_inverse=True)
@@ -185,18 +205,19 @@ def totals(index, n, shape):
 
 
 def random_cells(labels, classes, generator=None):
-    """The `none` palette: each segment of each map gets a random code of its own. labels (B, H, W) -> (B, H, W)."""
+    """The `none` palette: each segment of each map gets a random code of its own. labels (B, H, W) -> (B, H,
+    W)."""
     index, counts, _, _ = segment_sums(labels)
     B, n = counts.shape
-    rank = counts.argsort(dim=1, descending=True, stable=True).argsort(1)              # 0 = the largest segment
-    rank = torch.where(rank < classes, rank, 0)                                    # too many: into the largest
+    rank = counts.argsort(dim=1, descending=True, stable=True).argsort(1)  # 0 = the largest segment
+    rank = torch.where(rank < classes, rank, 0)  # too many: into the largest
     gen_device = generator.device if generator is not None else labels.device
     codes = torch.rand(B, classes, generator=generator, device=gen_device).argsort(1).to(labels.device)
-    cells = codes.gather(1, rank)                                                  # (B, n)
+    cells = codes.gather(1, rank)  # (B, n)
     return paint(cells, index, labels.shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Encodings
 
 
@@ -211,8 +232,8 @@ class Codec:
     encoding: str = "bits"
     bits: int = 6
     palette: str = "similar"
-    seed: int = 0                                # of the random palette
-    activation: str = ""                         # of the network's x-prediction; "" = the encoding's own
+    seed: int = 0  # of the random palette
+    activation: str = ""  # of the network's x-prediction; "" = the encoding's own
     classes: int = field(init=False)
     channels: int = field(init=False)
 
@@ -222,28 +243,32 @@ class Codec:
         if self.palette not in PALETTES:
             raise ValueError(f"palette '{self.palette}' is not one of {', '.join(PALETTES)}")
         if self.bits not in (2, 4, 6, 8, 10):
-            raise ValueError(f"bits must be 2, 4, 6, 8 or 10 (an even number: the palette is square), not {self.bits}")
+            raise ValueError(f"bits must be 2, 4, 6, 8 or 10 (an even number: the palette is square), not "
+                             f"{self.bits}")
         self.activation = self.activation or DEFAULT_ACTIVATION[self.encoding]
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation '{self.activation}' is not one of {', '.join(ACTIVATIONS)}")
         if self.encoding == "rgb" and self.palette == "similar":
-            self.palette = "random"              # 11 x 11 colours have no Gray code
+            self.palette = "random"  # 11 x 11 colours have no Gray code
         located = self.palette != "none"
         self.side = 11 if self.encoding == "rgb" else 2 ** (self.bits // 2)
         self.classes = 125 if self.encoding == "rgb" and not located else self.side**2
-        code = torch.from_numpy(palette(self.side, self.palette, self.seed)) if located else torch.arange(self.classes)
-        self.cell_of_code = code.argsort()                                         # the inverse permutation
+        code = torch.from_numpy(palette(self.side, self.palette,
+                                        self.seed)) if located else torch.arange(self.classes)
+        self.cell_of_code = code.argsort()  # the inverse permutation
         if self.encoding == "bits":
-            table = 2.0 * (code[:, None] >> torch.arange(self.bits) & 1) - 1       # (K, k), least significant first
+            # (K, k), least significant first
+            table = 2.0 * (code[:, None] >> torch.arange(self.bits) & 1) - 1
         elif self.encoding == "onehot":
-            table = torch.eye(self.classes)[code]                                  # (K, K)
+            table = torch.eye(self.classes)[code]  # (K, K)
         else:
-            digits = torch.stack([code // 25, code % 25 // 5, code % 5], dim=1)    # (K, 3), base 5
+            digits = torch.stack([code // 25, code % 25 // 5, code % 5], dim=1)  # (K, 3), base 5
             table = (digits * 64).clamp(max=255) / 127.5 - 1
         self.channels = table.shape[1]
-        self.has_bits = self.encoding == "bits"    # each channel is a bit: hints, initial maps and entropy make sense
-        self.clusters = self.encoding == "rgb"     # decode finds clusters of its own, not cells of the palette
-        self.table = torch.cat([table, torch.zeros(1, self.channels)])             # the last row: cell -1, ignored
+        # each channel is a bit: hints, initial maps and entropy make sense
+        self.has_bits = self.encoding == "bits"
+        self.clusters = self.encoding == "rgb"  # decode finds clusters of its own, not cells of the palette
+        self.table = torch.cat([table, torch.zeros(1, self.channels)])  # the last row: cell -1, ignored
 
     def cells(self, labels, generator=None, hints=None):
         """labels (B, H, W) -> cells (B, H, W) int64 in [0, classes), -1 = ignore.
@@ -255,12 +280,14 @@ class Codec:
         return locate(labels, self.side, hints=hints)
 
     def encode(self, cells):
-        """cells (B, H, W) -> x0 (B, C, H, W) float32 in [-1, 1], 0 where ignored (channels_last in memory)."""
+        """cells (B, H, W) -> x0 (B, C, H, W) float32 in [-1, 1], 0 where ignored (channels_last in
+        memory)."""
         rows = torch.where(cells < 0, self.classes, cells)  # the table's last row
         return rearrange(F.embedding(rows, self.table.to(cells.device)), "b h w c -> b c h w")
 
     def decode(self, x, valid=None):
-        """x (B, C, H, W) -> cells (B, H, W) int64, -1 outside valid (B, H, W). rgb: cluster numbers, not cells."""
+        """x (B, C, H, W) -> cells (B, H, W) int64, -1 outside valid (B, H, W). rgb: cluster numbers, not
+        cells."""
         if x.shape[1] != self.channels:
             raise ValueError(f"{self.encoding} has {self.channels} channels, x has {tuple(x.shape)}")
         if self.clusters:
@@ -288,11 +315,13 @@ def hint_bits(x0, hints):
 def dichotomy(rgb, valid):
     """Progressive dichotomy (UniGS): split the colours of one image by 2-means until every cluster is tight.
 
-    rgb (3, H, W) in 0..255, valid (H, W) bool -> cluster numbers (H, W) int64, 0 outside valid. The lowest-numbered
-    unfinished cluster is next; one is finished below 20 pixels, after 10 splits, or when the mean distance to its mean
+    rgb (3, H, W) in 0..255, valid (H, W) bool -> cluster numbers (H, W) int64, 0 outside valid. The
+    lowest-numbered
+    unfinished cluster is next; one is finished below 20 pixels, after 10 splits, or when the mean distance
+    to its mean
     colour is below 10.
     """
-    pixels = rgb[:, valid].T                                                       # (N, 3)
+    pixels = rgb[:, valid].T  # (N, 3)
     number = torch.zeros(len(pixels), dtype=torch.int64, device=rgb.device)
     splits, current = [0], 0
     while current < len(splits):
@@ -302,7 +331,7 @@ def dichotomy(rgb, valid):
         if len(member) < 20 or splits[current] == 10 or spread.mean() < 10:
             current += 1
             continue
-        far = colours[spread.argmax()]                                             # 2-means from two far colours
+        far = colours[spread.argmax()]  # 2-means from two far colours
         centres = torch.stack([colours[(colours - far).norm(dim=1).argmax()], far])
         for _ in range(20):
             second = torch.cdist(colours, centres).argmin(1) == 1
@@ -318,12 +347,14 @@ def dichotomy(rgb, valid):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What soft bits say (paper, Eq. 3). x (B, k, H, W), clamped to [-1, 1]; each bit is right with probability (1 + |x|)/2.
+# ------------------------------------------------------------------------------------------------------------
+# What soft bits say (paper, Eq. 3). x (B, k, H, W), clamped to [-1, 1]; each bit is right with probability
+# (1 + |x|)/2.
 
 
 def code_probability(x, code):
-    """Probability of a code, an integer or (B, H, W) integers, at each pixel: prod_b (1 - |y_b - x_b| / 2), (B, H, W)."""
+    """Probability of a code, an integer or (B, H, W) integers, at each pixel: prod_b (1 - |y_b - x_b| / 2),
+    (B, H, W)."""
     code = torch.as_tensor(code, device=x.device)
     y = 2.0 * torch.stack([code >> b & 1 for b in range(x.shape[1])], dim=-1) - 1  # (..., k)
     y = rearrange(y, "b h w k -> b k h w") if y.dim() == 4 else y.view(1, -1, 1, 1)

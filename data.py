@@ -1,18 +1,24 @@
 """Images with label maps: shapes, files of all formats.FORMATS, and mixtures; augmentation, batches.
 
-What it is: `load(name, split, size, ...)` returns a data set with len() and get(positions); `augment` and `normalise`
-work on batches on any device. What it is not: it knows nothing of bits, noise or networks. Files are read by formats.py and
+What it is: `load(name, split, size, ...)` returns a data set with len() and get(positions); `augment` and
+`normalise`
+work on batches on any device. What it is not: it knows nothing of bits, noise or networks. Files are read by
+formats.py and
 packed by packing.py; scenes and mixtures are drawn by scenes.py.
 
     data = load("shapes", "train", 64)
-    images, labels, sizes = data.get([0, 1, 2, 3])           # (4, 64, 64, 3) uint8, (4, 64, 64) int64, (4, 2) h and w
-    image, inside = normalise(images, sizes)                 # (4, 3, 64, 64), (4, 64, 64) bool: where there is image
+    images, labels, sizes = data.get([0, 1, 2, 3])           # (4, 64, 64, 3) uint8, (4, 64, 64) int64, (4,
+    2) h and w
+    image, inside = normalise(images, sizes)                 # (4, 3, 64, 64), (4, 64, 64) bool: where there
+    is image
 
-Label maps hold any ids, -1 = ignore. Images keep their shape: the longer side becomes `size`, placed top-left, the rest
+Label maps hold any ids, -1 = ignore. Images keep their shape: the longer side becomes `size`, placed
+top-left, the rest
 is padding (zero after normalisation, ignored in the labels).
 
     python data.py coco --download --root data               # fetch COCO into data/coco
-    python data.py coco --root data --size 128               # decode and resize it once, into cache/; train.py does so too
+    python data.py coco --root data --size 128               # decode and resize it once, into cache/;
+    train.py does so too
     python data.py path/to/folder  # the same for a folder of any format in formats.FORMATS
 """
 
@@ -41,18 +47,25 @@ from sources.scenes import Mixture, Shapes
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segment", components=False, workers=CORES,
+def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segment", components=False,
+         workers=CORES,
          max_bad=0.01, split_seed=0, compose=0.0, detail=1, void=""):
     """The data set `name`: shapes, coco, entity, ade20k, bsds500, or a folder. split: train, val or test.
 
-    Several, with commas between them, are a mixture: "photos:3,streets:components:ignore:void=255,shapes:0.5". After the name
-    may stand its weight (1), `components`, `ignore` (unlabelled pixels) and `void=ID` (repeated for more), for this set alone.
+    Several, with commas between them, are a mixture:
+    "photos:3,streets:components:ignore:void=255,shapes:0.5". After the name
+    may stand its weight (1), `components`, `ignore` (unlabelled pixels) and `void=ID` (repeated for more),
+    for this set alone.
     Of a mixture, only the training split is one: val and test are the first set's.
 
-    root: where the set lies, as root/name or itself; cache: where packed copies go; seed: of shapes; unlabelled: whether
-    id 0 is a segment or ignored; components: label maps hold classes, whose connected parts are the segments; workers:
-    processes that pack; max_bad: share of unusable items from which on packing fails; split_seed: of entity's split;
-    compose: share of training samples that are scenes composed of pieces of the images (`compose`). void: ids with commas
+    root: where the set lies, as root/name or itself; cache: where packed copies go; seed: of shapes;
+    unlabelled: whether
+    id 0 is a segment or ignored; components: label maps hold classes, whose connected parts are the
+    segments; workers:
+    processes that pack; max_bad: share of unusable items from which on packing fails; split_seed: of
+    entity's split;
+    compose: share of training samples that are scenes composed of pieces of the images (`compose`). void:
+    ids with commas
     between them, of which pixels are ignored. detail: images are for
     label maps of size / detail, and miss no part of these (`fitted`).
     Raises ValueError or OSError with what to do.
@@ -62,7 +75,8 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
     if split not in ("train", "val", "test"):
         raise ValueError(f"split is train, val or test, not '{split}'")
     parts, void = parse_parts(name), parse_void(void)
-    sets = [load_one(part, split, size, root, cache, seed, own["unlabelled"] or unlabelled, own["components"] or components,
+    sets = [load_one(part, split, size, root, cache, seed, own["unlabelled"] or unlabelled,
+                     own["components"] or components,
                      workers, max_bad, split_seed, detail, own["void"] or void)
             for part, _, own in (parts if split == "train" else parts[:1])]
     mixed = split == "train" and (len(parts) > 1 or compose)
@@ -78,11 +92,13 @@ def load_one(name, split, size, root, cache, seed, unlabelled, components, worke
                    **(dict(detail=detail) if detail > 1 else {}))
     if name not in NAMED and split == "train" and os.environ.get("RANK", "0") == "0":
         print(f"{name}: {FORMATS[format_of(Path(name))].title}")
-    return pack(files, listing, Path(cache), f"{Path(name).resolve().name}-{split}", options, workers, max_bad)
+    return pack(files, listing, Path(cache), f"{Path(name).resolve().name}-{split}", options, workers,
+                max_bad)
 
 
 def parse_parts(name):
-    """The parts of a mixture, or of one data set, each as of parse_part; a folder of just this name is one set."""
+    """The parts of a mixture, or of one data set, each as of parse_part; a folder of just this name is one
+    set."""
     whole = [(name, 1.0, dict(components=False, unlabelled=None, void=()))]
     return whole if Path(name).is_dir() else [parse_part(part) for part in name.split(",")]
 
@@ -137,7 +153,7 @@ def parse_part(text):
         elif words[-1].replace(".", "", 1).isdigit() and float(words[-1]) > 0:
             weight = float(words[-1])
         else:
-            break                                                              # a part of the name: C:\\photos
+            break  # a part of the name: C:\\photos
         words.pop()
     if not words[0]:
         raise ValueError(f"'{text}' is not a data set: of several, each is "
@@ -170,11 +186,12 @@ def find(name, split, root="data", split_seed=0, void=()):
 
 
 def originals(name, split, root="data", void=()):
-    """The listing of a data set of files, which Packed.items are numbers in; [] of shapes, which have no files."""
+    """The listing of a data set of files, which Packed.items are numbers in; [] of shapes, which have no
+    files."""
     return [] if name == "shapes" else find(name, split, root, void=void)[1]()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches
 
 
@@ -195,15 +212,18 @@ def shuffled(n, seed, epoch):
 
 
 def uniforms(start, count, seed, n=16, rank=0, ranks=1):
-    """n uniform numbers for each of the samples `start` to `start + count`, from a seed each: (count, n) float32."""
+    """n uniform numbers for each of the samples `start` to `start + count`, from a seed each: (count, n)
+    float32."""
     return np.stack([np.random.Generator(np.random.Philox(key=[2**32 + seed, i])).random(n, np.float32)
                      for i in range(start + rank, start + count, ranks)])
 
 
 def batches(data, start, count, seed, workers=1, rank=0, ranks=1, pin=False):
-    """Endless batches of `count` samples (over all ranks), from sample number `start` on: images, labels, sizes, u.
+    """Endless batches of `count` samples (over all ranks), from sample number `start` on: images, labels,
+    sizes, u.
 
-    u (B, 20): the samples' uniform numbers, for `augment`. Batches depend on start, count, seed and rank alone, not on
+    u (B, 20): the samples' uniform numbers, for `augment`. Batches depend on start, count, seed and rank
+    alone, not on
     the number of workers: threads that read ahead (0: none). pin: in page-locked memory, for CUDA.
     """
     if count % ranks:
@@ -211,7 +231,8 @@ def batches(data, start, count, seed, workers=1, rank=0, ranks=1, pin=False):
 
     def make(start):
         u = uniforms(start, count, seed, 21, rank, ranks)
-        batch = *data.get(order(start, count, len(data), seed, rank, ranks), u[:, 19]), torch.from_numpy(np.delete(u, 19, axis=1))
+        batch = *data.get(order(start, count, len(data), seed, rank, ranks),
+                          u[:, 19]), torch.from_numpy(np.delete(u, 19, axis=1))
         return tuple(part.pin_memory() for part in batch) if pin else batch
 
     pool = ThreadPoolExecutor(max(1, workers))
@@ -227,9 +248,11 @@ def batches(data, start, count, seed, workers=1, rank=0, ranks=1, pin=False):
 
 
 def packed_side(size, crop, detail=1):
-    """Side of packed images, for random crops that keep at least the share `crop` of it: midway between both scales.
+    """Side of packed images, for random crops that keep at least the share `crop` of it: midway between both
+    scales.
 
-    With a detail above 1 at least the side that the network sees, and no more than that needs: crops are blurred then.
+    With a detail above 1 at least the side that the network sees, and no more than that needs: crops are
+    blurred then.
     """
     return max(size * detail, round(size / crop**0.5))
 
@@ -244,27 +267,34 @@ def unchanged(images, labels, sizes, detail=1):
 def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1):
     """The paper's augmentation, each sample by its own uniform numbers u (B, 16), on the images' device.
 
-    Horizontal flip (p 0.5); gamma, brightness and contrast, hue/saturation/value (p 0.3 each, times `jitter`); RGB shift
-    (p 0.1, times `jitter`); rotation within +-20 degrees (p 0.3). Beyond the paper, with crop < 1 and u (B, 20): a random
-    part of at least the share `crop` of the sides, stretched by up to 2^(1/4) one way and squeezed as much the other.
-    size: side of the result, the images' own by default. Returns what `normalise` does, and the labels; new pixels are
+    Horizontal flip (p 0.5); gamma, brightness and contrast, hue/saturation/value (p 0.3 each, times
+    `jitter`); RGB shift
+    (p 0.1, times `jitter`); rotation within +-20 degrees (p 0.3). Beyond the paper, with crop < 1 and u (B,
+    20): a random
+    part of at least the share `crop` of the sides, stretched by up to 2^(1/4) one way and squeezed as much
+    the other.
+    size: side of the result, the images' own by default. Returns what `normalise` does, and the labels; new
+    pixels are
     outside and -1. With detail d, the labels have the side `size`, the images d times as many pixels, folded.
     """
     B, T = images.shape[:2]
     S, device = size or T // detail, images.device
-    if B > 8 and device.type == "cpu":                                             # pieces that fit the processor's cache
+    if B > 8 and device.type == "cpu":  # pieces that fit the processor's cache
         pieces = zip(*(v.split(8) for v in (images, labels, sizes, u)))
-        return tuple(torch.cat(v) for v in zip(*(augment(*piece, size, crop, jitter, detail) for piece in pieces)))
-    u = u.to(device, non_blocking=True).T                                          # (16 or 20, B)
+        return tuple(torch.cat(v) for v in zip(*(augment(*piece, size, crop, jitter,
+                                                         detail) for piece in pieces)))
+    u = u.to(device, non_blocking=True).T  # (16 or 20, B)
     on = [u[i] < p for i, p in enumerate((0.5, *(jitter * p for p in (0.3, 0.3, 0.3, 0.1)), 0.3))]
-    r = 2 * u[6:16] - 1                                                            # (10, B) in [-1, 1]
+    r = 2 * u[6:16] - 1  # (10, B) in [-1, 1]
 
-    def when(i, amount, neutral=0.0):                                              # (B,)
+    def when(i, amount, neutral=0.0):  # (B,)
         return torch.where(on[i], amount, neutral)
 
-    # colours: a power, then brightness, contrast, hue, saturation, value and shift as one affine map. A turn of the hue is
+    # colours: a power, then brightness, contrast, hue, saturation, value and shift as one affine map. A
+    # turn of the hue is
     # a rotation about the grey axis, whose matrix is circulant: rows (a, b, c), (c, a, b), (b, c, a)
-    gamma, contrast, brightness = when(1, 2 ** (0.5 * r[0]), 1.0), when(2, 1 + 0.2 * r[1], 1.0), when(2, 0.2 * r[2])
+    gamma, contrast, brightness = when(1, 2 ** (0.5 * r[0]), 1.0), when(2, 1 + 0.2 * r[1], 1.0), when(2,
+                                                                                                      0.2 * r[2])
     turn, chroma, value = when(3, 0.35 * r[3]), when(3, 1 + 0.3 * r[4], 1.0), when(3, 1 + 0.15 * r[5], 1.0)
     near, across = chroma * turn.cos() / 3, chroma * turn.sin() / 3**0.5
     a, b, c = (contrast * value * v for v in (1 / 3 + 2 * near, 1 / 3 - near - across, 1 / 3 - near + across))
@@ -273,26 +303,27 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     rows = zip(((a, b, c), (c, a, b), (b, c, a)), STD)
     matrix = torch.stack([v / std for row, std in rows for v in row])  # (9, B)
     offset = torch.stack([(v - mean) / std for v, mean, std in zip(offset, MEAN, STD)], dim=1)  # (B, 3)
-    powers = (torch.arange(256, device=device) / 255) ** gamma[:, None]            # (B, 256): a table spares a power a pixel
+    # (B, 256): a table spares a power a pixel
+    powers = (torch.arange(256, device=device) / 255) ** gamma[:, None]
     x = powers.gather(1, images.permute(0, 3, 1, 2).reshape(B, -1).long())
     x = torch.baddbmm(offset[..., None], matrix.T.reshape(B, 3, 3), x.view(B, 3, -1)).view(B, 3, T, T)
     for channel, mean, std in zip(x.unbind(1), MEAN, STD):
         channel.clamp_(-mean / std, (1 - mean) / std)
 
     # flip, rotation and crop about the middle of the valid part, as one map from new to old pixels
-    old = sizes.to(device, non_blocking=True).T.float()                                               # (2, B): h, w
-    new = old if S == T else (old * S / (2 * T)).ceil().mul(2).clamp(max=S)       # as `formats.fitted`
+    old = sizes.to(device, non_blocking=True).T.float()  # (2, B): h, w
+    new = old if S == T else (old * S / (2 * T)).ceil().mul(2).clamp(max=S)  # as `formats.fitted`
     cos, sin = (f(when(5, r[9] * torch.pi / 9)) for f in (torch.cos, torch.sin))
-    fine, side = new * detail, S * detail                                          # the image's
+    fine, side = new * detail, S * detail  # the image's
     middle, scale = (old - 1) / 2, old / fine
     if crop < 1:
-        stretch = 2 ** (0.5 * u[19] - 0.25)                                        # (B,); as shares of both sides: (2, B)
+        stretch = 2 ** (0.5 * u[19] - 0.25)  # (B,); as shares of both sides: (2, B)
         zoom = ((1 - (1 - crop) * u[16]) * torch.stack([stretch, 1 / stretch])).clamp(crop, 1)
         middle, scale = middle + (1 - zoom) * old * (u[17:19] - 0.5), scale * zoom
     axis = torch.arange(side, device=device)
-    dy, dx = (axis - (n[:, None] - 1) / 2 for n in fine)                           # (B, d S)
+    dy, dx = (axis - (n[:, None] - 1) / 2 for n in fine)  # (B, d S)
     sy, sx = scale[0], scale[1] * when(0, -1.0, 1.0)
-    far = [torch.where(axis < n[:, None], 0.0, 1e6) for n in fine]                 # beyond the valid part: from nowhere
+    far = [torch.where(axis < n[:, None], 0.0, 1e6) for n in fine]  # beyond the valid part: from nowhere
     row_y, row_x = (sy * cos)[:, None] * dy + middle[0][:, None] + far[0], (sy * sin)[:, None] * dx
     col_x, col_y = (sx * cos)[:, None] * dx + middle[1][:, None] + far[1], (sx * sin)[:, None] * dy
     # folded as the network sees it, (B, d^2, S, S): cheaper than pixel_unshuffle after sampling
@@ -304,7 +335,7 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     r_, c_ = (v[:, 0].round() if detail == 1 else v.mean(1).round() for v in (row, col))
     r_in, c_in = torch.minimum(r_.clamp(min=0), last_row), torch.minimum(c_.clamp(min=0), last_col)
     inside = (r_ == r_in) & (c_ == c_in)
-    nearest = r_in.mul_(T).add_(c_in).long()                                       # (B, S, S)
+    nearest = r_in.mul_(T).add_(c_in).long()  # (B, S, S)
     labels = torch.where(inside, labels.view(B, -1).gather(1, nearest.view(B, -1)).view(B, S, S), -1)
     # clamped to the valid part, so that the padding's black does not bleed in at its border
     row = torch.minimum(row.clamp_(min=0), last_row[:, None])
@@ -315,27 +346,33 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     return x.mul_(inside[:, None].float()), inside, labels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line: fetch COCO, pack a data set
 
 
 @program("data.py", "run the same command again to go on")
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Fetch COCO, or decode and resize a data set, for training to read it fast.")
+    parser = argparse.ArgumentParser(description="Fetch COCO, or decode and resize a data set, for training "
+                                                 "to read it fast.")
     parser.error, option = complaint("data.py"), parser.add_argument
     option("name", help="coco, entity, ade20k, bsds500, or a folder: images/ and labels/, or another format")
     option("--root", default="data", help="the data set lies in ROOT/NAME or in ROOT itself (%(default)s)")
-    option("--split", nargs="+", default=["train", "val"], choices=["train", "val", "test"], help="(train val)")
+    option("--split", nargs="+", default=["train", "val"], choices=["train", "val", "test"],
+           help="(train val)")
     option("--size", type=int, default=128, help="longer side, in pixels (%(default)s)")
-    option("--crop", type=float, default=1.0, help="as in train.py: crops need larger training images (%(default)s; preset photo: 0.5)")
+    option("--crop", type=float, default=1.0, help="as in train.py: crops need larger training images "
+                                                   "(%(default)s; preset photo: 0.5)")
     option("--detail", type=int, default=1, help="of the network, see model.SIZES (%(default)s; photo: 2)")
     option("--cache", default="cache", help="where packed copies go (%(default)s)")
     option("--unlabelled", default="segment", help="id 0: one segment, or ignore (%(default)s)")
     option("--void", default="", help="ids that are ignored, e.g. 255 (VOC, Cityscapes); several: 254,255")
-    option("--components", action="store_true", help="labels are classes: their connected parts become the segments")
+    option("--components", action="store_true", help="labels are classes: their connected parts become the "
+                                                     "segments")
     option("--workers", type=int, default=CORES, help="processes (%(default)s)")
-    option("--max_bad", "--max-bad", type=float, default=0.01, help="share of unusable items that is too much (%(default)s)")
-    option("--download", action="store_true", help="only fetch COCO, into ROOT/coco; goes on where it stopped")
+    option("--max_bad", "--max-bad", type=float, default=0.01,
+           help="share of unusable items that is too much (%(default)s)")
+    option("--download", action="store_true", help="only fetch COCO, into ROOT/coco; goes on where it "
+                                                   "stopped")
     option("--server", default="http://images.cocodataset.org", help="where from (%(default)s)")
     a = parser.parse_args(argv)
     try:
@@ -345,21 +382,27 @@ def main(argv=None):
             if a.name != "coco":
                 raise ValueError(f"--download fetches coco only; get {a.name} from its authors")
             download(Path(a.root) / "coco", a.split, a.server)
-            print(f"COCO is in {Path(a.root) / 'coco'}; now try: python train.py --dataset coco --root {a.root}")
+            print(f"COCO is in {Path(a.root) / 'coco'}; now try: python train.py --dataset coco --root "
+                  f"{a.root}")
             return 0
         if not 0.01 <= a.crop <= 1 or min(a.size, a.detail, a.workers) < 1:
-            raise ValueError(f"--crop is from 0.01 to 1, --size, --detail and --workers at least 1, not {a.crop}, {a.size}, {a.detail} and {a.workers}")
+            raise ValueError(f"--crop is from 0.01 to 1, --size, --detail and --workers at least 1, not "
+                             f"{a.crop}, {a.size}, {a.detail} and {a.workers}")
         parts = parse_parts(a.name)
         if names(a.name) == ["shapes"]:
             raise ValueError("shapes are drawn while training: there is nothing to prepare")
         for split in a.split:
-            copies = {(packed_side(a.size, a.crop, a.detail), 1)} if split == "train" else {(a.size, 1), (a.size * a.detail, a.detail)}
-            mine = [part for part in (parts if split == "train" else parts[:1]) if part[0] != "shapes"]        # as `load` takes them
+            copies = {(packed_side(a.size, a.crop, a.detail), 1)} if split == "train" else {(a.size, 1),
+                                                                                            (a.size * a.detail, a.detail)}
+            # as `load` takes them
+            mine = [part for part in (parts if split == "train" else parts[:1]) if part[0] != "shapes"]
             for (name, _, own), (side, detail) in itertools.product(mine, sorted(copies)):
-                data = load(name, split, side, a.root, a.cache, 0, own["unlabelled"] or a.unlabelled, own["components"] or a.components,
+                data = load(name, split, side, a.root, a.cache, 0, own["unlabelled"] or a.unlabelled,
+                            own["components"] or a.components,
                             a.workers, a.max_bad, detail=detail,
                             void=",".join(map(str, own["void"])) or a.void)
-                print(f"{name} {split}: {len(data):,} images, {len(data.labels):,} label maps of {side} x {side} pixels, in "
+                print(f"{name} {split}: {len(data):,} images, {len(data.labels):,} label maps of {side} x "
+                      f"{side} pixels, in "
                       f"{data.folder}")
     except (ValueError, OSError) as e:
         print(f"data.py: {e}", file=sys.stderr)

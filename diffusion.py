@@ -1,15 +1,21 @@
-"""The diffusion process on analog bits: noise schedules, training loss, samplers. Continuous time, 0 = data, 1 = noise.
+"""The diffusion process on analog bits: noise schedules, training loss, samplers. Continuous time, 0 = data,
+1 = noise.
 
-What it is: plain functions around any network `model(x, t)` that takes cat(xt, image[, hints][, previous x_hat]) of
-shape (B, C + 3 [+ C] [+ C], H, W) and t (B,), and returns (B, C, H, W). What it is not: it knows neither labels nor files.
+What it is: plain functions around any network `model(x, t)` that takes cat(xt, image[, hints][, previous
+x_hat]) of
+shape (B, C + 3 [+ C] [+ C], H, W) and t (B,), and returns (B, C, H, W). What it is not: it knows neither
+labels nor files.
 
 Use it alone:
     from diffusion import Diffusion, training_loss, sample
-    loss = training_loss(model, x0, image, valid, Diffusion(), torch.tanh)                     # a scalar; x0 in [-1, 1]
+    loss = training_loss(model, x0, image, valid, Diffusion(), torch.tanh)                     # a scalar; x0
+    in [-1, 1]
     x = sample(model, image, valid, channels=6, seeds=[0, 1], diffusion=Diffusion(), activate=torch.tanh)
 
-Source: "Towards Agnostic and Holistic Universal Image Segmentation with Bit Diffusion" (NLDL 2026), Eq. 1-7; variational
-form and samplers: Kingma et al. 2021 (VDM), Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM); guidance: Ho & Salimans
+Source: "Towards Agnostic and Holistic Universal Image Segmentation with Bit Diffusion" (NLDL 2026), Eq. 1-7;
+variational
+form and samplers: Kingma et al. 2021 (VDM), Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM); guidance: Ho &
+Salimans
 2022; input scale: Chen 2023 (arXiv 2301.10972); sigmoid weighting: Kingma & Gao 2023, Hoogeboom et al. 2024.
 """
 
@@ -36,48 +42,51 @@ class Diffusion:
     """The process and its loss. The defaults are the paper's. Raises ValueError for unknown names."""
 
     schedule: str = "cosine"
-    input_scale: float = 0.1                     # b: the log-SNR is shifted by 2 ln b, a harder task at every t
-    logsnr_max: float = 20.0                     # at t = 0
-    logsnr_min: float = -20.0                    # at t = 1
-    prediction: str = "x"                        # what the network's output means
-    loss: str = "mse"                            # squared error, or bce: the bits' cross entropy; the optimum is the same
+    input_scale: float = 0.1  # b: the log-SNR is shifted by 2 ln b, a harder task at every t
+    logsnr_max: float = 20.0  # at t = 0
+    logsnr_min: float = -20.0  # at t = 1
+    prediction: str = "x"  # what the network's output means
+    loss: str = "mse"  # squared error, or bce: the bits' cross entropy; the optimum is the same
     weighting: str = "sigmoid"
-    bias: float = -4.0                           # of the sigmoid weighting
-    logsnr_space: bool = True                    # the factor -dlambda/dt of the loss
-    image_drop: float = 0.05                     # share of training samples without an image, for guidance
-    self_condition: float = 0.0                  # share of training steps with a first pass' x_hat as input; 0 = off
-    hints: float = 0.0                           # share of training samples that see hints (hints.py); 0 = no channels for them
+    bias: float = -4.0  # of the sigmoid weighting
+    logsnr_space: bool = True  # the factor -dlambda/dt of the loss
+    image_drop: float = 0.05  # share of training samples without an image, for guidance
+    self_condition: float = 0.0  # share of training steps with a first pass' x_hat as input; 0 = off
+    hints: float = 0.0  # share of training samples that see hints (hints.py); 0 = no channels for them
 
     def __post_init__(self):
-        for value, known, name in ((self.schedule, SCHEDULES, "schedule"), (self.weighting, WEIGHTINGS, "weighting"),
+        for value, known, name in ((self.schedule, SCHEDULES, "schedule"),
+                                   (self.weighting, WEIGHTINGS, "weighting"),
                                    (self.prediction, PREDICTIONS, "prediction"), (self.loss, LOSSES, "loss")):
             if value not in known:
                 raise ValueError(f"{name} '{value}' is not one of {', '.join(known)}")
         if not 0 < self.input_scale:
             raise ValueError(f"input_scale must be positive, not {self.input_scale}")
         if self.loss == "bce" and self.prediction != "x":
-            raise ValueError(f"loss bce compares bits with the network's own output: it needs prediction x, not {self.prediction}")
+            raise ValueError(f"loss bce compares bits with the network's own output: it needs prediction x, "
+                             f"not {self.prediction}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Schedule. Everything in float64: 1 - gamma at t = 0 is 2e-9.
 
 
 def gamma_and_slope(t, d):
-    """gamma(t) in (0, 1) and -dgamma/dt of the scaled and clipped schedule, both float64, in the shape of t."""
+    """gamma(t) in (0, 1) and -dgamma/dt of the scaled and clipped schedule, both float64, in the shape of
+    t."""
     t = torch.as_tensor(t, dtype=torch.float64)
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=t.device)
 
-    def raw(u):                                                                    # before scaling: gamma, -dgamma/dt
+    def raw(u):  # before scaling: gamma, -dgamma/dt
         if d.schedule == "cosine":
             return torch.cos(u * math.pi / 2) ** 2, torch.sin(u * math.pi) * math.pi / 2
-        if d.schedule == "linear":                                                 # sigmoid(-log(expm1(m))) = exp(-m)
+        if d.schedule == "linear":  # sigmoid(-log(expm1(m))) = exp(-m)
             return torch.exp(-1e-4 - 10 * u**2), 20 * u * torch.exp(-1e-4 - 10 * u**2)
         if d.schedule == "linear_simple":
             return 1 - u, torch.ones_like(u)
-        return (1 - u**2) ** 2, 4 * u * (1 - u**2)                                 # parabola
+        return (1 - u**2) ** 2, 4 * u * (1 - u**2)  # parabola
 
-    def scaled(u):                                                                 # Eq. 7
+    def scaled(u):  # Eq. 7
         g, slope = raw(u)
         denominator = (d.input_scale**2 - 1) * g + 1
         return d.input_scale**2 * g / denominator, slope * d.input_scale**2 / denominator**2
@@ -85,7 +94,7 @@ def gamma_and_slope(t, d):
     g, slope = scaled(t)
     g0, g1 = scaled(ends)[0]
     top, bottom = torch.sigmoid(torch.tensor([d.logsnr_max, d.logsnr_min], dtype=torch.float64)).tolist()
-    stretch = (top - bottom) / (g0 - g1)                                           # affine: exactly the two limits
+    stretch = (top - bottom) / (g0 - g1)  # affine: exactly the two limits
     return bottom + (g - g1) * stretch, slope * stretch
 
 
@@ -117,7 +126,7 @@ def loss_weight(t, d):
     return w * slope / (g * (1 - g)) if d.logsnr_space else w
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -128,49 +137,60 @@ def stratified_t(batch, generator=None, device=None):
 
 
 def to_x0(out, xt, alpha, sigma, prediction, activate):
-    """x_hat from the network's output; float32. alpha, sigma: numbers, or (B, 1, 1, 1). Only x is activated."""
+    """x_hat from the network's output; float32. alpha, sigma: numbers, or (B, 1, 1, 1). Only x is
+    activated."""
     out = out.float()
     if prediction == "x":
         return activate(out)
     if prediction == "eps":
         return (xt - sigma * out) / alpha
-    return alpha * xt - sigma * out                                                # v
+    return alpha * xt - sigma * out  # v
 
 
 def per_sample_error(x_hat, x0, valid):
     """Squared error summed over channels, averaged over the valid pixels: (B,). valid (B, H, W)."""
-    error = ((x_hat - x0) ** 2).sum(1) * valid                                     # (B, H, W)
+    error = ((x_hat - x0) ** 2).sum(1) * valid  # (B, H, W)
     return error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
 
 
 def per_sample_entropy(out, x0, valid):
-    """-log p(x0) in nats, summed over bits, averaged over the valid pixels: (B,). out: x_hat = tanh(out), valid (B, H, W).
+    """-log p(x0) in nats, summed over bits, averaged over the valid pixels: (B,). out: x_hat = tanh(out),
+    valid (B, H, W).
 
-    A bit that is +1 with probability p has the mean 2 p - 1 = tanh(out), so p = sigmoid(2 out): the optimum is that of the
-    squared error, E[x0 | xt]. The gradient is tanh(out) - x0, without the factor 1 - tanh(out)^2 that makes a network which
+    A bit that is +1 with probability p has the mean 2 p - 1 = tanh(out), so p = sigmoid(2 out): the optimum
+    is that of the
+    squared error, E[x0 | xt]. The gradient is tanh(out) - x0, without the factor 1 - tanh(out)^2 that makes
+    a network which
     is sure and wrong slow to learn better.
     """
-    error = F.softplus(-2 * x0 * out).sum(1) * valid                               # (B, H, W)
+    error = F.softplus(-2 * x0 * out).sum(1) * valid  # (B, H, W)
     return error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
 
 
 def fused(codec, device):
-    """What the kernels have to know of a codec, dict(activation, codes), if they are live on this device; else None.
+    """What the kernels have to know of a codec, dict(activation, codes), if they are live on this device;
+    else None.
 
-    They do analog bits with tanh or no activation; codes: of each cell, None for the 2D Gray palette. Raises RuntimeError if
+    They do analog bits with tanh or no activation; codes: of each cell, None for the 2D Gray palette. Raises
+    RuntimeError if
     Triton was forced and cannot run there.
     """
     if kernels is None or kernels.live(device)[0] == "torch" or not codec.has_bits or codec.activation not in ("tanh", "none"):
         return None
-    return dict(activation=codec.activation, codes=None if codec.palette == "similar" else codec.cell_of_code.argsort().to(device))
+    return dict(activation=codec.activation, codes=None if codec.palette == "similar"
+                else codec.cell_of_code.argsort().to(device))
 
 
 def draw(shape, d, generator=None, device=None, eps=True):
-    """The random part of training samples of shape (B, C, H, W) and what follows from it, as a dictionary of rows of samples.
+    """The random part of training samples of shape (B, C, H, W) and what follows from it, as a dictionary of
+    rows of samples.
 
-    t, alpha, sigma and weight (of the loss), (B, 1, 1, 1) float32; eps (B, C, H, W), if asked for; keep, the image, and
-    chosen, for self-conditioning, (B, 1, 1, 1) bool; all on the device. Draw for a whole batch, then share the
-    rows out: t is stratified over the batch. generator: the host's, which computes all but eps, in float64, which
+    t, alpha, sigma and weight (of the loss), (B, 1, 1, 1) float32; eps (B, C, H, W), if asked for; keep, the
+    image, and
+    chosen, for self-conditioning, (B, 1, 1, 1) bool; all on the device. Draw for a whole batch, then share
+    the
+    rows out: t is stratified over the batch. generator: the host's, which computes all but eps, in float64,
+    which
     not every device has.
     """
     B, device = shape[0], torch.device(device or "cpu")
@@ -198,20 +218,24 @@ def to_device(x, device):
 def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=None, hints=None):
     """The loss of one batch (Eq. 2), a scalar.
 
-    x0 (B, C, H, W) in [-1, 1], 0 where not valid; image (B, 3, H, W), normalised, or (B, 3 d^2, H, W), one of d times the
-    resolution, folded; valid (B, H, W) bool. drawn: what `draw` returns, for these B samples; drawn here, with
-    generator as `draw` takes it, if not given. With d.loss "bce", activate must be torch.tanh, x0 bits, -1 or 1.
+    x0 (B, C, H, W) in [-1, 1], 0 where not valid; image (B, 3, H, W), normalised, or (B, 3 d^2, H, W), one
+    of d times the
+    resolution, folded; valid (B, H, W) bool. drawn: what `draw` returns, for these B samples; drawn here,
+    with
+    generator as `draw` takes it, if not given. With d.loss "bce", activate must be torch.tanh, x0 bits, -1
+    or 1.
     hints: what is known of x0, (B, C, H, W), 0 where unknown.
     """
     hints = hint_channels(hints, d, x0.shape, x0.device)
     r = draw(x0.shape, d, generator, x0.device) if drawn is None else drawn
     alpha, sigma, t = r["alpha"], r["sigma"], r["t"].flatten()
-    xt = alpha * x0 + sigma * r["eps"]                                             # Eq. 1
+    xt = alpha * x0 + sigma * r["eps"]  # Eq. 1
     image, x_self = image * r["keep"], None
     if d.self_condition > 0:
         x_self = torch.zeros_like(xt)
         with torch.no_grad():
-            first = to_x0(model(network_input(xt, image, x_self, hints), t), xt, alpha, sigma, d.prediction, activate)
+            first = to_x0(model(network_input(xt, image, x_self, hints), t), xt, alpha, sigma, d.prediction,
+                          activate)
         x_self = first.clamp(-1, 1) * r["chosen"]
     out = model(network_input(xt, image, x_self, hints), t)
     if d.loss == "bce":
@@ -221,33 +245,37 @@ def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=No
     return (r["weight"].flatten() * error).mean()
 
 
-def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, activation, codes=None, dtype=torch.float32,
+def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, activation, codes=None,
+                        dtype=torch.float32,
                         hints=None):
     """training_loss, by the kernels: neither x0 nor eps nor x_hat is ever in memory.
 
-    cells (B, H, W) integers, -1 = ignored; seeds (B,) int64, of each sample's noise; drawn as of `draw`, without eps;
+    cells (B, H, W) integers, -1 = ignored; seeds (B,) int64, of each sample's noise; drawn as of `draw`,
+    without eps;
     activation and codes as of `fused`; dtype: of the network's input.
     """
-    alpha, sigma, weight, keep, t = (drawn[name].flatten() for name in ("alpha", "sigma", "weight", "keep", "t"))
+    alpha, sigma, weight, keep, t = (drawn[name].flatten() for name in ("alpha", "sigma", "weight", "keep",
+                                                                        "t"))
     again = d.self_condition > 0
     hints = hint_channels(hints, d, (len(cells), bits, *cells.shape[1:]), cells.device)
 
     def run(x_self=None):
         x = kernels.network_input(cells, alpha, sigma, seeds, bits, image, keep=keep, x_self=x_self,
                                   self_condition=again, codes=codes, dtype=dtype)
-        if hints is not None:                                                      # before x_self
+        if hints is not None:  # before x_self
             seen = bits + image.shape[1]
             x = torch.cat([x[:, :seen], hints.to(dtype), x[:, seen:]], dim=1)
         return model(x, t)
 
     x_self = xt = None
-    if d.prediction != "x":                                                        # float32: eps divides by alpha
+    if d.prediction != "x":  # float32: eps divides by alpha
         xt = kernels.noise(cells, alpha, sigma, seeds, bits, codes=codes)
     if again:
         with torch.no_grad():
             first = to_x0(run(), xt, drawn["alpha"], drawn["sigma"], d.prediction, activate)
         x_self = first.clamp(-1, 1) * drawn["chosen"]
-    return kernels.loss(run(x_self), cells, weight, d.prediction, activation, xt, alpha, sigma, codes, d.loss == "bce").mean()
+    return kernels.loss(run(x_self), cells, weight, d.prediction, activation, xt, alpha, sigma, codes,
+                        d.loss == "bce").mean()
 
 
 def network_input(xt, image=None, x_self=None, hints=None):
@@ -256,7 +284,8 @@ def network_input(xt, image=None, x_self=None, hints=None):
 
 
 def hint_channels(hints, d, shape, device):
-    """The hints that a network of d takes: these, zeros if there are none, None if it takes none. Raises ValueError."""
+    """The hints that a network of d takes: these, zeros if there are none, None if it takes none. Raises
+    ValueError."""
     if hints is None:
         return torch.zeros(shape, device=device) if d.hints > 0 else None
     if d.hints == 0:
@@ -266,13 +295,15 @@ def hint_channels(hints, d, shape, device):
     return hints
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sampling
 
 
 def ddpm(alpha, sigma, lam, i, variance):
-    """A step back along the posterior of Ho et al. 2020; its noise has the larger or the smaller of two variances."""
-    r, one_minus_r = math.exp(lam[i] - lam[i + 1]), -math.expm1(lam[i] - lam[i + 1])  # r = e^(lambda_t - lambda_s)
+    """A step back along the posterior of Ho et al. 2020; its noise has the larger or the smaller of two
+    variances."""
+    # r = e^(lambda_t - lambda_s)
+    r, one_minus_r = math.exp(lam[i] - lam[i + 1]), -math.expm1(lam[i] - lam[i + 1])
     noise = math.sqrt(one_minus_r) * sigma[i if variance == "large" else i + 1]
     return r * alpha[i + 1] / alpha[i], one_minus_r * alpha[i + 1], noise
 
@@ -283,7 +314,8 @@ def ddim(alpha, sigma, lam, i, variance):
     return a, alpha[i + 1] - a * alpha[i], 0.0
 
 
-# name: a function of the lists alpha, sigma and lambda (one number a time), the step i from time i to time i + 1, and variance.
+# name: a function of the lists alpha, sigma and lambda (one number a time), the step i from time i to time
+# i + 1, and variance.
 # It returns a, b, c of the step: a xt + b x_hat + c eps. The last step always gives x_hat
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
 VARIANCES = ("large", "small")
@@ -295,18 +327,26 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
            variance="large", smooth=0.0, init=None, strength=1.0, callback=None, fused=None, hints=None):
     """Denoise Gaussian noise into x_hat (B, C, H, W) in [-1, 1] at N equidistant times from 1 to 0.
 
-    image (B, 3 d^2, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random generator a sample, so
-    the result for a seed is the same in every batch. guidance w: x_hat = (1 + w) x_hat(image) - w x_hat(no image).
-    variance (ddpm): large or small. callback(i, t, xt, x_hat) sees every step. smooth: x_hat is averaged over about this
-    share of the longer side at every step, but not across edges of the image (`edge_aware`); 0: not at all, as in the paper.
+    image (B, 3 d^2, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random
+    generator a sample, so
+    the result for a seed is the same in every batch. guidance w: x_hat = (1 + w) x_hat(image) - w x_hat(no
+    image).
+    variance (ddpm): large or small. callback(i, t, xt, x_hat) sees every step. smooth: x_hat is averaged
+    over about this
+    share of the longer side at every step, but not across edges of the image (`edge_aware`); 0: not at all,
+    as in the paper.
 
-    init (B, C, H, W): start from it, noised for t = strength in (0, 1], not from t = 1 (SDEdit, Meng et al. 2022); N steps
+    init (B, C, H, W): start from it, noised for t = strength in (0, 1], not from t = 1 (SDEdit, Meng et al.
+    2022); N steps
     all the same. A model with a method image_part sees the image once, not at every step.
-    hints: bits (B, C, H, W), 0 where unknown (hints.py), seen at every step by a network that was trained with hints.
-    fused: what `fused` returned: kernels draw the noise and take the steps (other numbers for a seed than without them).
+    hints: bits (B, C, H, W), 0 where unknown (hints.py), seen at every step by a network that was trained
+    with hints.
+    fused: what `fused` returned: kernels draw the noise and take the steps (other numbers for a seed than
+    without them).
     """
     if sampler not in SAMPLERS or variance not in VARIANCES:
-        raise ValueError(f"sampler is {' or '.join(SAMPLERS)}, variance {' or '.join(VARIANCES)}, not '{sampler}' and '{variance}'")
+        raise ValueError(f"sampler is {' or '.join(SAMPLERS)}, variance {' or '.join(VARIANCES)}, not "
+                         f"'{sampler}' and '{variance}'")
     if steps < 1 or len(seeds) != len(image):
         raise ValueError(f"at least 1 step and one seed an image are needed, not {steps} and {len(seeds)}")
     if not 0 < strength <= 1:
@@ -324,13 +364,13 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
 
     times = torch.linspace(strength if init is not None else 1, 0, steps + 1, dtype=torch.float64)
     lam, (alpha, sigma) = logsnr(times, d).tolist(), (v.tolist() for v in alpha_sigma(times, d))
-    mask = valid[:, None]                                                          # (B, 1, H, W)
+    mask = valid[:, None]  # (B, 1, H, W)
     filters = edge_aware(image, valid, smooth) if smooth else None
 
     xt, x_hat = noise(), torch.zeros(B, channels, H, W, device=device)
     if init is not None:
         xt = alpha[0] * init + sigma[0] * xt
-    images = torch.cat([image, torch.zeros_like(image)]) if guidance else image    # both halves in one batch
+    images = torch.cat([image, torch.zeros_like(image)]) if guidance else image  # both halves in one batch
     halves, once = len(images) // B, getattr(model, "image_part", None)
     hints = hint_channels(hints, d, (B, channels, H, W), device)
     hints = hints.repeat(halves, 1, 1, 1) if hints is not None else None
@@ -343,7 +383,8 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
         out = model(network_input(xs, images, x_self, hints), t, *extra)
         a, b, c = (0.0, 1.0, 0.0) if i == steps - 1 else SAMPLERS[sampler](alpha, sigma, lam, i, variance)
         if fused and not smooth:
-            after, x_hat = kernels.step(out, xt, alpha[i], sigma[i], a, b, c, valid, guidance, keys, next(stream),
+            after, x_hat = kernels.step(out, xt, alpha[i], sigma[i], a, b, c, valid, guidance, keys,
+                                        next(stream),
                                         d.prediction, fused["activation"], with_x_hat=True)
         else:
             x_hat = to_x0(out, xs, alpha[i], sigma[i], d.prediction, activate)

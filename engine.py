@@ -1,4 +1,5 @@
-"""What the training of any network needs: options, precision, EMA, steps that nobody waits for, checkpoints, and what to do when
+"""What the training of any network needs: options, precision, EMA, steps that nobody waits for, checkpoints,
+and what to do when
 things go wrong.
 
 What it is: small functions that can be copied alone. What it is not: it knows nothing of segmentation.
@@ -12,8 +13,10 @@ Use it alone:
     save("run/ckpt.pt", dict(step=3, net=net.state_dict()), keep_previous=True)  # and run/ckpt.prev.pt
     content, path, problem = newest("run/ckpt.pt")  # the one before, if ckpt.pt is damaged
 
-A checkpoint survives crashes and full disks, is checked before it is used, and never runs code. It is what torch.save writes, a zip
-archive, with the SHA-256 of all bytes before it as the archive's comment: torch.load and every unzip read it as it is.
+A checkpoint survives crashes and full disks, is checked before it is used, and never runs code. It is what
+torch.save writes, a zip
+archive, with the SHA-256 of all bytes before it as the archive's comment: torch.load and every unzip read it
+as it is.
 """
 
 import contextlib
@@ -60,19 +63,21 @@ def pick_precision(name, device):
             return torch.bfloat16, "this GPU has bf16"
         return torch.float16, "this GPU has no bf16; the loss is scaled"
     if device.type == "cpu" and any(cpu_has(name) for name in ("avx512_bf16", "amx_bf16")):
-        return torch.bfloat16, "this CPU has bf16"                                 # with `layout`: bench.py train
+        return torch.bfloat16, "this CPU has bf16"  # with `layout`: bench.py train
     return None, f"this {device.type} has no fast bf16" if device.type == "cpu" else f"on {device.type}"
 
 
 def cpu_has(name):
-    """Whether torch knows that this CPU has a capability; torch before 2.10 does not say, which counts as no."""
+    """Whether torch knows that this CPU has a capability; torch before 2.10 does not say, which counts as
+    no."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get(name))
 
 
 def layout(device):
     """The memory format in which convolutions and group norms together are fastest in training."""
-    return torch.contiguous_format if device.type == "cpu" else torch.channels_last    # NHWC: group norm takes 3 to 10 times
+    # NHWC: group norm takes 3 to 10 times
+    return torch.contiguous_format if device.type == "cpu" else torch.channels_last
 
 
 @torch.no_grad()
@@ -83,24 +88,30 @@ def update_ema(ema, net, step, decay):
 
 
 class Step:
-    """One optimizer step: forward, backward, clip, update. step(batch, lr) -> (2,): the loss, the gradient's norm.
+    """One optimizer step: forward, backward, clip, update. step(batch, lr) -> (2,): the loss, the gradient's
+    norm.
 
-    loss(net, batch) -> a scalar; batch: a dictionary of tensors with a row a sample. optimizer: one parameter group, fused on
-    CPU and CUDA (and capturable, for graph), so that a nan or infinite gradient changes nothing, without a wait. net: as
-    it is, compiled, or (model) under DistributedDataParallel. accumulate: parts of a batch, one after the other.
+    loss(net, batch) -> a scalar; batch: a dictionary of tensors with a row a sample. optimizer: one
+    parameter group, fused on
+    CPU and CUDA (and capturable, for graph), so that a nan or infinite gradient changes nothing, without a
+    wait. net: as
+    it is, compiled, or (model) under DistributedDataParallel. accumulate: parts of a batch, one after the
+    other.
     graph: after 3 steps all launches become one CUDA graph, which small batches gain from; for one process on
     CUDA, without fp16. Raises NoGraph where that fails.
     """
 
-    def __init__(self, net, loss, optimizer, dtype=None, accumulate=1, grad_clip=1.0, compiled=False, graph=False, world=1):
+    def __init__(self, net, loss, optimizer, dtype=None, accumulate=1, grad_clip=1.0, compiled=False,
+                 graph=False, world=1):
         self.device = next(net.parameters()).device
         self.net, self.loss, self.optimizer, self.dtype = net, loss, optimizer, dtype
         self.accumulate, self.grad_clip = accumulate, grad_clip
         self.fused = optimizer.defaults["fused"]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self.lr = torch.zeros((), device=self.device) if self.fused else 0.0       # a graph reads it where it lies
+        self.lr = torch.zeros((), device=self.device) if self.fused else 0.0  # a graph reads it where it lies
         self.model = torch.nn.parallel.DistributedDataParallel(
-            net, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True
+            net, device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True
         ) if world > 1 else net
         self.fast = torch.compile(self.model) if compiled else self.model
         self.no_sync = self.model.no_sync if world > 1 else contextlib.nullcontext
@@ -108,12 +119,13 @@ class Step:
 
     def autocast(self):
         # no cache of cast weights: each is used once, and a graph must not find what lay there before
-        return torch.autocast(self.device.type, self.dtype, cache_enabled=False) if self.dtype else contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype,
+                              cache_enabled=False) if self.dtype else contextlib.nullcontext()
 
     def __call__(self, batch, lr):
         self.lr = self.lr.fill_(lr) if self.fused else lr
         self.count += 1
-        if self.graph and self.count == 4:                                         # the first three were real, and warmed up
+        if self.graph and self.count == 4:  # the first three were real, and warmed up
             try:
                 self.replay = as_cuda_graph(self.run, batch)
             except NoGraph:
@@ -125,7 +137,7 @@ class Step:
         mean = 0.0
         for i in range(self.accumulate):
             part = {k: v.chunk(self.accumulate)[i] for k, v in batch.items()}
-            last = i == self.accumulate - 1                                        # gradients travel once a step
+            last = i == self.accumulate - 1  # gradients travel once a step
             with contextlib.nullcontext() if last else self.no_sync():
                 with self.autocast():
                     loss = self.loss(self.fast, part) / self.accumulate
@@ -139,7 +151,7 @@ class Step:
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip or math.inf)
         self.optimizer.param_groups[0]["lr"] = self.lr
         if self.fused:
-            self.optimizer.found_inf = (~norm.isfinite()).float()                  # the kernel looks at it
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # the kernel looks at it
         if self.fused or norm.isfinite():
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -147,7 +159,8 @@ class Step:
         return norm
 
     def fits(self, batch):
-        """How many rows go through forward and backward in the memory there is: a half, a quarter, ...; 0: not even one."""
+        """How many rows go through forward and backward in the memory there is: a half, a quarter, ...; 0:
+        not even one."""
         rows = len(next(iter(batch.values()))) // self.accumulate
         while rows := rows // 2:
             self.optimizer.zero_grad(set_to_none=True)
@@ -165,13 +178,16 @@ class Step:
 
 
 class NoGraph(RuntimeError):
-    """Launches that could not be captured. Nothing was computed; the allocator keeps memory back from now on."""
+    """Launches that could not be captured. Nothing was computed; the allocator keeps memory back from now
+    on."""
 
 
 def as_cuda_graph(run, batch):
-    """run(batch) as one CUDA graph: a small batch waits for its thousands of launches, not for its arithmetic.
+    """run(batch) as one CUDA graph: a small batch waits for its thousands of launches, not for its
+    arithmetic.
 
-    run must neither wait for the device nor read anything that does not lie at the same address every time. What it
+    run must neither wait for the device nor read anything that does not lie at the same address every time.
+    What it
     returns is copied; the batch of the capture is not computed. Raises NoGraph with the first cause.
     """
     graph, fixed = torch.cuda.CUDAGraph(), {k: v.clone() for k, v in batch.items()}
@@ -198,7 +214,8 @@ def as_cuda_graph(run, batch):
 def fit_state(optimizer):
     """Bring an optimizer's loaded state to its parameters' device and layout; load_state_dict keeps strides.
 
-    On another device than before, `layout` may differ, and fused kernels pair numbers by their place in memory.
+    On another device than before, `layout` may differ, and fused kernels pair numbers by their place in
+    memory.
     """
     fused = optimizer.defaults["fused"]
     for p, state in optimizer.state.items():
@@ -211,11 +228,14 @@ def fit_state(optimizer):
 
 def out_of_memory(e):
     """Whether an exception says so, on any device."""
-    return isinstance(e, torch.OutOfMemoryError) or any(words in str(e) for words in ("out of memory", "allocate memory", "not enough memory"))
+    return isinstance(e, torch.OutOfMemoryError) or any(words in str(e)
+                                                        for words in ("out of memory", "allocate memory",
+                                                                      "not enough memory"))
 
 
 def pick_device(name):
-    """auto, cpu, cuda, cuda:1, mps -> torch.device, now the current one. Raises ValueError if it is not there."""
+    """auto, cpu, cuda, cuda:1, mps -> torch.device, now the current one. Raises ValueError if it is not
+    there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -228,20 +248,23 @@ def pick_device(name):
             torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors are
         return device
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device '{name}' is not usable here ({str(e).splitlines()[0][:80]}): try --device cpu") from None
+        raise ValueError(f"device '{name}' is not usable here ({str(e).splitlines()[0][:80]}): try --device "
+                         f"cpu") from None
 
 
 def join_processes(rank, world, backend):
     """Make this one of `world` processes that torchrun started."""
     host, port, env = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ.get
-    store = dist.TCPStore(host, port, world, is_master=rank == 0 and env("TORCHELASTIC_USE_AGENT_STORE") != "True")
+    store = dist.TCPStore(host, port, world, is_master=rank == 0
+                          and env("TORCHELASTIC_USE_AGENT_STORE") != "True")
     # after a restart the store still holds the addresses of the dead processes
     store = dist.PrefixStore(env("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def any_stopped(stop, world):
-    """Endless: is the list `stop` filled? Of several processes, in any, as of one step ago, so that none waits for the others."""
+    """Endless: is the list `stop` filled? Of several processes, in any, as of one step ago, so that none
+    waits for the others."""
     before = None
     while True:
         if world == 1:
@@ -254,14 +277,16 @@ def any_stopped(stop, world):
 
 
 class Watch:
-    """What the losses (N,) and gradient norms (N,) of the last steps say: mean, skipped steps, spikes, steps lost in a row."""
+    """What the losses (N,) and gradient norms (N,) of the last steps say: mean, skipped steps, spikes, steps
+    lost in a row."""
 
     def __init__(self, spike=5.0):
         self.spike, self.mean, self.row, self.worst = spike, None, 0, 0
 
     def __call__(self, losses, norms, first):
-        """-> dict(loss, skipped, spikes [(step, loss)]); self.worst: the longest row of steps without a finite gradient."""
-        ok = [abs(n) < float("inf") for n in norms]                                # False for nan, too
+        """-> dict(loss, skipped, spikes [(step, loss)]); self.worst: the longest row of steps without a
+        finite gradient."""
+        ok = [abs(n) < float("inf") for n in norms]  # False for nan, too
         for good in ok:
             self.row = 0 if good else self.row + 1
             self.worst = max(self.worst, self.row)
@@ -274,7 +299,8 @@ class Watch:
 
 
 class Output:
-    """A text stream that takes what it can and never raises: a closed pipe, a full disk, a terminal that is gone."""
+    """A text stream that takes what it can and never raises: a closed pipe, a full disk, a terminal that is
+    gone."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
@@ -295,14 +321,17 @@ class Output:
             self.stream.flush()
 
 
-HANGUP = getattr(signal, "SIGHUP", None)  # the terminal, or the connection to it, was closed; Windows has none
+# the terminal, or the connection to it, was closed; Windows has none
+HANGUP = getattr(signal, "SIGHUP", None)
 
 
 def program(name, stopped):
     """Decorates main(argv) -> exit status, so that it outlasts its terminal.
 
-    Nothing that is printed inside can raise, and a warning is one line. SIGTERM and SIGHUP (unless it is ignored,
-    as with nohup) raise KeyboardInterrupt as Ctrl-C does; where main lets it pass, the sentence "name: stopped: ..."
+    Nothing that is printed inside can raise, and a warning is one line. SIGTERM and SIGHUP (unless it is
+    ignored,
+    as with nohup) raise KeyboardInterrupt as Ctrl-C does; where main lets it pass, the sentence "name:
+    stopped: ..."
     and 128 + the signal's number are the end.
     """
     def interrupt(process, number, frame):
@@ -352,7 +381,8 @@ def complaint(name):
 
 
 def drop(stream):
-    """Flush a stream; if that fails, Python's own attempt at the end must not, which would change the exit status."""
+    """Flush a stream; if that fails, Python's own attempt at the end must not, which would change the exit
+    status."""
     try:
         stream.flush()
     except (OSError, ValueError):
@@ -368,12 +398,14 @@ def try_to_write(what, action):
         action()
         return True
     except OSError as e:
-        print(f"WARNING: {what} is not written ({e.strerror or e}). Training goes on; make room on the disk", file=sys.stderr)
+        print(f"WARNING: {what} is not written ({e.strerror or e}). Training goes on; make room on the disk",
+              file=sys.stderr)
         return False
 
 
 def foreign(path, start):
-    """Whether there is a file at path that does not begin with the bytes `start`, as far as it goes: a kill may have cut it."""
+    """Whether there is a file at path that does not begin with the bytes `start`, as far as it goes: a kill
+    may have cut it."""
     return path.exists() and not start.startswith(path.read_bytes()[: len(start)])
 
 
@@ -384,7 +416,8 @@ def append(path, line):
 
 
 def forget(path, keep):
-    """Drop the lines of a .jsonl file that are half written or for which not keep(line): they will be written again."""
+    """Drop the lines of a .jsonl file that are half written or for which not keep(line): they will be
+    written again."""
     def kept(line):
         try:
             return keep(json.loads(line))
@@ -398,12 +431,13 @@ def forget(path, keep):
         part.write_text("".join(lines))
         os.replace(part, path)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Options
 
 
 def options_given(argv, kind):
-    """Command line of --key value or --key=value -> {key: value}, of the type that the dataclass `kind` gives each. Raises ValueError."""
+    """Command line of --key value or --key=value -> {key: value}, of the type that the dataclass `kind`
+    gives each. Raises ValueError."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     given, i = {}, 0
     while i < len(argv):
@@ -411,7 +445,8 @@ def options_given(argv, kind):
         key = key.replace("-", "_")
         if not argv[i].startswith("--") or key not in fields:
             near = difflib.get_close_matches(key, fields, 1, 0.4)
-            raise ValueError(f"unknown option '{argv[i]}'" + (f": did you mean --{near[0]}?" if near else ": see --help"))
+            raise ValueError(f"unknown option '{argv[i]}'" + (f": did you mean --{near[0]}?" if near
+                                                              else ": see --help"))
         if not eq:
             i += 1
             if i == len(argv):
@@ -433,13 +468,13 @@ def typed(key, value, kind):
         raise ValueError(f"--{key} needs a number, not '{value}'") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
-FORMAT = 2                                       # of the dictionaries; `save` writes it, `read` refuses any other
-MARK = b"sha256:"                                # then 64 hexadecimal digits
-TAIL = 2 + len(MARK) + 64                        # the length of a zip archive's comment, and the comment
+FORMAT = 2  # of the dictionaries; `save` writes it, `read` refuses any other
+MARK = b"sha256:"  # then 64 hexadecimal digits
+TAIL = 2 + len(MARK) + 64  # the length of a zip archive's comment, and the comment
 
 
 class Damaged(ValueError):
@@ -452,14 +487,16 @@ def previous(path):
 
 
 def save(path, content, keep_previous=False):
-    """Write a dictionary so that a crash at any moment leaves a whole file: temporary file, fsync, rename, fsync.
+    """Write a dictionary so that a crash at any moment leaves a whole file: temporary file, fsync, rename,
+    fsync.
 
-    keep_previous: the file that was at path stays, as previous(path). Raises OSError (disk full, say): nothing has changed
+    keep_previous: the file that was at path stays, as previous(path). Raises OSError (disk full, say):
+    nothing has changed
     then, and the temporary file is gone.
     """
     path, buffer = Path(path), io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
-    data = buffer.getbuffer()[:-2]                                                 # without the length of no comment
+    data = buffer.getbuffer()[:-2]  # without the length of no comment
     comment = MARK + hashlib.sha256(data).hexdigest().encode()
     part = path.with_suffix(".part")
     try:
@@ -469,12 +506,12 @@ def save(path, content, keep_previous=False):
             f.flush()
             os.fsync(f.fileno())
         if keep_previous and path.exists():
-            os.replace(path, previous(path))                                       # a crash here: `newest` takes that one
+            os.replace(path, previous(path))  # a crash here: `newest` takes that one
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    if os.name == "posix":                                                         # the renames, too, are on the disk now
+    if os.name == "posix":  # the renames, too, are on the disk now
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -512,7 +549,8 @@ class Beside:
 
 
 def read(path, device="cpu"):
-    """The dictionary in a file that `save` wrote. Raises ValueError naming the file: Damaged, or refused for its contents."""
+    """The dictionary in a file that `save` wrote. Raises ValueError naming the file: Damaged, or refused for
+    its contents."""
     path = Path(path)
     try:
         whole = path.read_bytes()
@@ -521,25 +559,30 @@ def read(path, device="cpu"):
     except OSError as e:
         raise ValueError(f"{path}: cannot be read ({e.strerror})") from None
     if whole[-TAIL + 2 : -64] != MARK:
-        raise Damaged(f"{path}: not a readable checkpoint: no checksum at its end, so it is cut short or of another kind")
+        raise Damaged(f"{path}: not a readable checkpoint: no checksum at its end, so it is cut short or of "
+                      f"another kind")
     if hashlib.sha256(memoryview(whole)[:-TAIL]).hexdigest().encode() != whole[-64:]:
         raise Damaged(f"{path}: not a readable checkpoint: its contents do not match its checksum")
     try:
         content = torch.load(io.BytesIO(whole), map_location=device, weights_only=True)
     except pickle.UnpicklingError as e:
         what = re.search(r"GLOBAL ([\w.]+)", str(e))
-        raise ValueError(f"{path}: refused: it holds {what[1] if what else 'something'}, which is neither tensor nor plain "
+        raise ValueError(f"{path}: refused: it holds {what[1] if what else 'something'}, which is neither "
+                         f"tensor nor plain "
                          f"value and could run code; use a file from a source that you trust") from None
-    except Exception as e:                                                         # torch raises many kinds here
+    except Exception as e:  # torch raises many kinds here
         raise Damaged(f"{path}: not a readable checkpoint ({str(e).splitlines()[0][:100]})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        other = content.get("format", "none") if isinstance(content, dict) else f"none, a {type(content).__name__}"
-        raise ValueError(f"{path}: its format is {other}, this version reads format {FORMAT}: use the version that wrote it")
+        other = content.get("format", "none") if isinstance(content,
+                                                            dict) else f"none, a {type(content).__name__}"
+        raise ValueError(f"{path}: its format is {other}, this version reads format {FORMAT}: use the "
+                         f"version that wrote it")
     return content
 
 
 def newest(path, device="cpu"):
-    """(content, its path, what is wrong with path or ""): path, or the one before where it is missing or damaged.
+    """(content, its path, what is wrong with path or ""): path, or the one before where it is missing or
+    damaged.
 
     (None, None, "") when there is neither. Raises ValueError when none of those that there are can be used.
     """
@@ -556,7 +599,8 @@ def newest(path, device="cpu"):
 
 
 def lock(folder):
-    """Take folder/lock for this process, until the returned file is closed or the process ends, however it ends.
+    """Take folder/lock for this process, until the returned file is closed or the process ends, however it
+    ends.
 
     Raises ValueError, saying which process has it.
     """
@@ -565,7 +609,7 @@ def lock(folder):
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            file.seek(2**20)                                                       # beyond the text, which stays readable
+            file.seek(2**20)  # beyond the text, which stays readable
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as e:
         if e.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):

@@ -1,20 +1,30 @@
-"""How good is a checkpoint, and does it know that people segment differently? Tables, pictures, and one JSON line last.
+"""How good is a checkpoint, and does it know that people segment differently? Tables, pictures, and one JSON
+line last.
 
-    python eval.py --dataset path/to/folder --n 8                                 # the newest checkpoint under out/
-    python eval.py --ckpt out/shapes-tiny/ckpt.pt --limit 64 --n 1,2,4,8,16       # best of n, the joint answer of n
+    python eval.py --dataset path/to/folder --n 8                                 # the newest checkpoint
+    under out/
+    python eval.py --ckpt out/shapes-tiny/ckpt.pt --limit 64 --n 1,2,4,8,16       # best of n, the joint
+    answer of n
     python eval.py --steps 1,2,4,8,16,50 --guidance 0,1,2,3 --sampler ddpm,ddim   # sweeps: a table
     python eval.py --clicks 0,1,2,4,8,16,all --dataset path/to/folder             # what do hints bring?
-    python eval.py --clicks_to 0.85 --dataset path/to/folder                      # how many does an object take?
+    python eval.py --clicks_to 0.85 --dataset path/to/folder                      # how many does an object
+    take?
     python eval.py --baseline grid --dataset path/to/folder --size 128            # what needs no training
 
-Answers of an image: the first of n samples, and the joint answer of all n at three grains (coarse, normal: `answer`, fine), at the
-network's resolution, at another (--size 128) and, where the label maps are files, at the images' own. With several annotators every
-score is the mean over them, and every annotator is scored against the others ("human"). Brackets: 95 % bootstrap interval over
+Answers of an image: the first of n samples, and the joint answer of all n at three grains (coarse, normal:
+`answer`, fine), at the
+network's resolution, at another (--size 128) and, where the label maps are files, at the images' own. With
+several annotators every
+score is the mean over them, and every annotator is scored against the others ("human"). Brackets: 95 %
+bootstrap interval over
 images. Into --out: images.csv (a row an image), report.json, examples.png (best, median and worst images).
 
-Sweeps: each setting of steps, guidance, sampler, variance and smooth is run with one sample an image; those with the
-checkpoint's own (but any guidance; or the first given) with all n. All but the sweep's table is of the checkpoint's own.
-Baselines: grid (3 x 3 rectangles), kmeans (colour in Lab and position, 8 clusters), human (the annotators only).
+Sweeps: each setting of steps, guidance, sampler, variance and smooth is run with one sample an image; those
+with the
+checkpoint's own (but any guidance; or the first given) with all n. All but the sweep's table is of the
+checkpoint's own.
+Baselines: grid (3 x 3 rectangles), kmeans (colour in Lab and position, 8 clusters), human (the annotators
+only).
 """
 
 import argparse
@@ -46,14 +56,16 @@ from data import load, originals, parse_parts, parse_void
 from diffusion import SAMPLERS, VARIANCES, WITHOUT_VARIANCE
 from engine import complaint, foreign, pick_device, program
 
-ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "covering": "covering", "pri": "PRI",
+ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ",
+        "covering": "covering", "pri": "PRI",
         "voi": "VoI (bits)", "boundary": "boundary F", "pred": "segments predicted", "true": "segments true"}
 PUBLISHED = [  # covering, PRI, VoI on the BSDS500 test images, best single scale (Arbelaez et al. 2011)
     ("human", 0.72, 0.88, 1.17), ("gPb-owt-ucm", 0.59, 0.83, 1.69), ("mean shift", 0.54, 0.79, 1.85),
-    ("Felzenszwalb-Huttenlocher", 0.52, 0.80, 2.21), ("normalised cuts", 0.45, 0.78, 2.23), ("quad-tree", 0.32, 0.73, 2.46)]
+    ("Felzenszwalb-Huttenlocher", 0.52, 0.80, 2.21), ("normalised cuts", 0.45, 0.78, 2.23),
+    ("quad-tree", 0.32, 0.73, 2.46)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # All images
 
 
@@ -69,7 +81,8 @@ def shared(rows):
 def summary(rows, where):
     """{answer: {metric: (mean, low, high)}} over images; PQ, SQ and RQ of all images' segments together."""
     result = {}
-    for answer in dict.fromkeys(name for row in rows for name in row[where]):      # "human" may not be in every row
+    # "human" may not be in every row
+    for answer in dict.fromkeys(name for row in rows for name in row[where]):
         some = [row[where][answer] for row in rows if answer in row[where]]
         s = {key: np.array([one[key] for one in some]) for key in some[0]}
         value = {key: metrics.bootstrap(s[key]) for key in ROWS if key in s}
@@ -82,34 +95,44 @@ def print_summary(title, result):
     print(f"\n{title:<28}" + "".join(f"{answer:<24}" for answer in result))
     for key, name in ROWS.items():
         digits = 1 if key in ("pred", "true") else 3
-        cells = (f"{m:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" for m, low, high in (r[key] for r in result.values()))
+        cells = (f"{m:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" for m, low,
+                 high in (r[key] for r in result.values()))
         print(f"  {name:<26}" + "".join(f"{cell:<24}" for cell in cells))
 
 
 def sweep_table(sweep):
     """Print the table of the settings and return it as a list of {setting and n: ..., answer: [ARI, IoU]}."""
-    print("\none: the mean of n samples; oracle: the best of n; answer: the joint one of n; gain: the share of (oracle - one) in ARI that it "
-          f"realises\n{'':<43}{'ARI':<28}IoU\nsampler variance smooth steps guidance   n   one    oracle answer  gain  one    oracle answer")
+    print("\none: the mean of n samples; oracle: the best of n; answer: the joint one of n; gain: the share "
+          "of (oracle - one) in ARI that it "
+          f"realises\n{'':<43}{'ARI':<28}IoU\nsampler variance smooth steps guidance   n   one    oracle "
+          f"answer  gain  one    oracle answer")
     table = []
     for setting, rows in sweep:
         for n in rows[0]["curve"]:
-            mean = {key: np.nanmean([row["curve"][n][key] for row in rows], axis=0).tolist() for key in rows[0]["curve"][n]}
+            mean = {key: np.nanmean([row["curve"][n][key] for row in rows],
+                                    axis=0).tolist() for key in rows[0]["curve"][n]}
             one, oracle, answer = (v[0] for v in mean.values())
             gain = f"{(answer - one) / (oracle - one):.0%}" if oracle > one else "-"
             ari, iou = ("".join(f"{v[i]:<7.3f}" for v in mean.values()) for i in (0, 1))
-            print(f"{setting['sampler']:<7} {setting['variance']:<8} {setting['smooth']:>6g} {setting['steps']:>5} "
+            print(f"{setting['sampler']:<7} {setting['variance']:<8} {setting['smooth']:>6g} "
+                  f"{setting['steps']:>5} "
                   f"{setting['guidance']:>8g} {n:>3}   {ari}{gain:>5}  {iou}")
             table.append({**setting, "n": n, **mean})
     return table
 
 
 def print_clicks(curve, ks):
-    """Tables of `clicks_curve`: ARI / IoU after so many clicks, with intervals of ARI; -> {method: {k: {metric: (mean, low, high)}}}."""
-    table = {name: {str(k): {key: metrics.bootstrap([one[key] for one in rows]) for key in ("ari", "iou", "covering", "voi", "pred")}
+    """Tables of `clicks_curve`: ARI / IoU after so many clicks, with intervals of ARI; -> {method: {k:
+    {metric: (mean, low, high)}}}."""
+    table = {name: {str(k): {key: metrics.bootstrap([one[key] for one in rows]) for key in ("ari", "iou",
+                                                                                            "covering", "voi",
+                                                                                            "pred")}
                     for k, rows in by.items()} for name, by in curve.items()}
     print(f"{'ARI [95 %] / IoU':<20}" + "".join(f"k = {k:<26}" for k in ks))
     for name, by in table.items():
-        cells = ("{:.3f} [{:.3f}, {:.3f}] / {:.3f}".format(*by[str(k)]["ari"], by[str(k)]["iou"][0]) if str(k) in by else "-" for k in ks)
+        cells = ("{:.3f} [{:.3f}, {:.3f}] / {:.3f}".format(*by[str(k)]["ari"],
+                                                           by[str(k)]["iou"][0]) if str(k) in by else "-"
+                                                           for k in ks)
         print(f"{name:<20}" + "".join(f"{cell:<30}" for cell in cells))
     return table
 
@@ -119,18 +142,22 @@ def report_clicks(a, model, data, fine, positions, files, path, name):
     n, about = max(a.n), dict(name=str(path), dataset=a.dataset, split=a.split, n=max(a.n))
     if a.clicks_to is None:
         curve = clicks_curve(model, data, fine, positions, a.clicks, n, a.seed, a.batch)
-        print(f"{name} on {a.dataset} {a.split}, {len(positions)} images, {n} samples: every annotator clicks")
+        print(f"{name} on {a.dataset} {a.split}, {len(positions)} images, {n} samples: every annotator "
+              f"clicks")
         print(json.dumps(dict(about, images=len(positions), clicks=print_clicks(curve, a.clicks))))
         return 0
     if not files:
         raise ValueError("--clicks_to needs a data set of files")
-    counts, left_out = clicks_needed(model, data, fine, files, a.clicks_to, objects=a.limit, n=n, seed=a.seed, batch=a.batch)
-    print(f"{name} on {a.dataset} {a.split}, {n} samples: clicks until an object has IoU {a.clicks_to:g}, at most 20; {left_out} "
+    counts, left_out = clicks_needed(model, data, fine, files, a.clicks_to, objects=a.limit, n=n, seed=a.seed,
+                                     batch=a.batch)
+    print(f"{name} on {a.dataset} {a.split}, {n} samples: clicks until an object has IoU {a.clicks_to:g}, "
+          f"at most 20; {left_out} "
           "objects left out (too small or too fine for the network's pixels)")
     needed = {method: metrics.bootstrap(values) for method, values in counts.items()}
     for method, (mean, low, high) in needed.items():
         in_time = np.mean(np.array(counts[method]) < 20)
-        print(f"  {method:<20} {mean:.2f} [{low:.2f}, {high:.2f}], of {len(counts[method])} objects {in_time:.0%} in time")
+        print(f"  {method:<20} {mean:.2f} [{low:.2f}, {high:.2f}], of {len(counts[method])} objects "
+              f"{in_time:.0%} in time")
     print(json.dumps(dict(about, target=a.clicks_to, left_out=left_out, clicks_to=needed)))
     return 0
 
@@ -139,10 +166,12 @@ def reliability_tables(rows, n):
     """Print how samples and confidences compare with the annotators; -> what of it goes into the report."""
     result = {}
     if spread := [row["spread"] for row in rows if "spread" in row]:
-        print(f"\n{n} samples and the annotators        energy distance          diversity of samples     of annotators")
+        print(f"\n{n} samples and the annotators        energy distance          diversity of samples     "
+              f"of annotators")
         for d in spread[0]:
             result[f"spread_{d}"] = values = [metrics.bootstrap([s[d][k] for s in spread]) for k in range(3)]
-            print(f"  d = 1 - {d:<24}" + "".join(f"{f'{m:.3f} [{low:.3f}, {high:.3f}]':<25}" for m, low, high in values))
+            print(f"  d = 1 - {d:<24}" + "".join(f"{f'{m:.3f} [{low:.3f}, {high:.3f}]':<25}" for m, low,
+                                                 high in values))
     for key, title in (("bits", "bits (Eq. 3): share of them, and how many are right"),
                        ("segments", "segments: share of them, and of the annotators who drew them"),
                        ("borders", "borders: share of their length, and of the annotators who part the two")):
@@ -156,20 +185,24 @@ def reliability_tables(rows, n):
         for k in range(10):
             if t[k, 0]:
                 width = (1 - low) / 10
-                print(f"  {low + width * k:.2f} - {low + width * (k + 1):.2f} {t[k, 0] / t[:, 0].sum():>7.1%} {t[k, 2] / t[k, 0]:>7.3f}")
+                print(f"  {low + width * k:.2f} - {low + width * (k + 1):.2f} "
+                      f"{t[k, 0] / t[:, 0].sum():>7.1%} {t[k, 2] / t[k, 0]:>7.3f}")
         print(f"  expected calibration error: {result[f'{key}_ece']:.4f}")
     if "joined" in rows[0]:
         t = sum(row["joined"] for row in rows)
         result["joined_ece"] = metrics.calibration_error(t)
-        print("\nneighbouring pixels: share of samples that join them, share of such pairs, share of annotators that join them")
-        print("\n".join(f"  {k / n:.3f} {t[k, 0] / t[:, 0].sum():>8.2%} {t[k, 2] / t[k, 0]:>7.3f}" for k in range(len(t)) if t[k, 0]))
+        print("\nneighbouring pixels: share of samples that join them, share of such pairs, share of "
+              "annotators that join them")
+        print("\n".join(f"  {k / n:.3f} {t[k, 0] / t[:, 0].sum():>8.2%} {t[k, 2] / t[k, 0]:>7.3f}"
+                        for k in range(len(t)) if t[k, 0]))
         print(f"  expected calibration error: {result['joined_ece']:.4f}")
     return result
 
 
 def flat_rows(rows, places):
     """Rows of images.csv: an image each, with its scores at each of the places that it has."""
-    return [{"name": row["name"], "annotators": row["annotators"]} | {f"{where}_{who}_{key}": v for where in places
+    return [{"name": row["name"], "annotators": row["annotators"]} | {f"{where}_{who}_{key}": v
+                                                                      for where in places
             for who, scores in row.get(where, {}).items() for key, v in scores.items()} for row in rows]
 
 
@@ -207,29 +240,42 @@ def arguments(argv):
     p.add_argument("--baseline", choices=["grid", "kmeans", "human"], help="instead of a checkpoint")
     p.add_argument("--dataset", default="shapes", help="shapes, coco, or a folder")
     p.add_argument("--split", default="val")
-    p.add_argument("--components", action="store_true", help="label maps hold classes, whose connected parts are the segments")
-    p.add_argument("--unlabelled", default="segment", choices=["segment", "ignore"], help="what id 0 is, as in training")
+    p.add_argument("--components", action="store_true", help="label maps hold classes, whose connected "
+                                                             "parts are the segments")
+    p.add_argument("--unlabelled", default="segment", choices=["segment", "ignore"],
+                   help="what id 0 is, as in training")
     p.add_argument("--void", default="", help="ids that are ignored, as in training, e.g. 255 or 254,255")
-    p.add_argument("--max_bad", "--max-bad", type=float, default=0.01, help="share of unusable items that is too much")
-    p.add_argument("--size", type=int, help="longer side to score at: of a baseline (128), of a network besides its own")
+    p.add_argument("--max_bad", "--max-bad", type=float, default=0.01,
+                   help="share of unusable items that is too much")
+    p.add_argument("--size", type=int, help="longer side to score at: of a baseline (128), of a network "
+                                            "besides its own")
     p.add_argument("--limit", type=int, default=256, help="at most so many images")
     p.add_argument("--root", default="data")
     p.add_argument("--cache", default="cache")
     p.add_argument("--out", help="where the files go (default: out/eval/<checkpoint>-<dataset>-<split>)")
-    p.add_argument("--seed", type=int, default=0, help="sample j of image i has the seed (SEED 10^6 + i) 1000 + j")
+    p.add_argument("--seed", type=int, default=0, help="sample j of image i has the seed (SEED 10^6 + i) "
+                                                       "1000 + j")
     p.add_argument("--n", type=whole, default=[1], help="samples an image, e.g. 8, or 1,2,4,8,16")
-    p.add_argument("--clicks", type=click_numbers, help="instead: scores after so many clicks, e.g. 0,1,2,4,8,16,all")
-    p.add_argument("--clicks_to", type=float, help="instead: how many clicks an object takes until this IoU, e.g. 0.85")
+    p.add_argument("--clicks", type=click_numbers, help="instead: scores after so many clicks, e.g. "
+                                                        "0,1,2,4,8,16,all")
+    p.add_argument("--clicks_to", type=float, help="instead: how many clicks an object takes until this "
+                                                   "IoU, e.g. 0.85")
     p.add_argument("--steps", type=whole, help="denoising steps, e.g. 8, or 1,2,4,8,16")
     p.add_argument("--guidance", type=lambda text: number_list(text, float, 0), help="e.g. 1, or 0,1,2,3")
-    p.add_argument("--sampler", type=lambda text: known_words(text, SAMPLERS), help=f"{', '.join(SAMPLERS)}, or several with commas")
-    p.add_argument("--variance", type=lambda text: known_words(text, VARIANCES), help="of ddpm: large, small or large,small")
-    p.add_argument("--smooth", type=lambda text: number_list(text, float, 0), help="e.g. 0.2, or 0,0.1,0.2,0.4")
-    p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour first (default: the checkpoint's)")
-    p.add_argument("--merge", type=float, help="as in sample.py (default: the checkpoint's; 0: samples as the network makes them)")
+    p.add_argument("--sampler", type=lambda text: known_words(text, SAMPLERS),
+                   help=f"{', '.join(SAMPLERS)}, or several with commas")
+    p.add_argument("--variance", type=lambda text: known_words(text, VARIANCES),
+                   help="of ddpm: large, small or large,small")
+    p.add_argument("--smooth", type=lambda text: number_list(text, float, 0),
+                   help="e.g. 0.2, or 0,0.1,0.2,0.4")
+    p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour "
+                                             "first (default: the checkpoint's)")
+    p.add_argument("--merge", type=float, help="as in sample.py (default: the checkpoint's; 0: samples as "
+                                               "the network makes them)")
     p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
     p.add_argument("--device", default="auto")
-    p.add_argument("--kernels", choices=kernels.MODES, help="(default: BITSEG_KERNELS, or auto: Triton with CUDA)")
+    p.add_argument("--kernels", choices=kernels.MODES, help="(default: BITSEG_KERNELS, or auto: Triton with "
+                                                            "CUDA)")
     p.error = complaint("eval.py")
     return p.parse_args(argv)
 
@@ -237,15 +283,18 @@ def arguments(argv):
 def check_out(out):
     """Raises ValueError where a file of somebody else's would be overwritten."""
     table, report, picture = (out / name for name in ("images.csv", "report.json", "examples.png"))
-    kept = [path for path, start in ((table, b"name,annotators"), (report, b'{"name": ')) if foreign(path, start)]
+    kept = [path for path, start in ((table, b"name,annotators"), (report, b'{"name": '))
+            if foreign(path, start)]
     if picture.exists() and not table.exists():
         kept.append(picture)
     if kept:
-        raise ValueError(f"{kept[0]} was not written by eval.py and is not overwritten: move it, or choose another --out")
+        raise ValueError(f"{kept[0]} was not written by eval.py and is not overwritten: move it, or choose "
+                         f"another --out")
 
 
 def write(out, rows, pictures, line):
-    """All files of an evaluation: made in a folder of their own, then put in the old ones' place. Raises OSError."""
+    """All files of an evaluation: made in a folder of their own, then put in the old ones' place. Raises
+    OSError."""
     new = out / ".new"
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -278,7 +327,8 @@ def main(argv=None):
             raise ValueError(f"--seed must be from 0 to 999999, not {a.seed}")
         clicking = a.clicks is not None or a.clicks_to is not None
         if clicking and (a.baseline or a.out):
-            raise ValueError("--clicks and --clicks_to need a checkpoint, not a baseline, and print their table only: leave out "
+            raise ValueError("--clicks and --clicks_to need a checkpoint, not a baseline, and print their "
+                             "table only: leave out "
                              "--baseline and --out")
         if a.clicks_to is not None and not 0 < a.clicks_to < 1:
             raise ValueError(f"--clicks_to must be above 0 and below 1, not {a.clicks_to}")
@@ -288,9 +338,11 @@ def main(argv=None):
         a.components, a.unlabelled = a.components or own["components"], own["unlabelled"] or a.unlabelled
         a.void = own["void"] or parse_void(a.void)
         rank, local = int(os.environ.get("RANK", 0)), os.environ.get("LOCAL_RANK", "0")
-        if "WORLD_SIZE" in os.environ and not dist.is_initialized():               # torchrun: the processes share the images
+        # torchrun: the processes share the images
+        if "WORLD_SIZE" in os.environ and not dist.is_initialized():
             dist.init_process_group("gloo")
-        device = pick_device(f"cuda:{local}" if a.device == "auto" and torch.cuda.is_available() else a.device)
+        device = pick_device(f"cuda:{local}" if a.device == "auto" and torch.cuda.is_available()
+                             else a.device)
         kernels.use(a.kernels or kernels.mode)
         kernels.live(device)
         path = None if a.baseline else Path(a.ckpt or newest_checkpoint())
@@ -300,17 +352,20 @@ def main(argv=None):
         if model and a.raw:
             content = read_checkpoint(path, device)
             if "net" not in content:
-                raise ValueError(f"{path} holds averaged weights only (it was made by --export): leave out --raw")
+                raise ValueError(f"{path} holds averaged weights only (it was made by --export): leave out "
+                                 f"--raw")
             model.net.load_state_dict(content["net"])
 
         def at_size(size, detail=1):
             return load(a.dataset, a.split, size, a.root, a.cache, unlabelled=a.unlabelled,
-                        components=a.components, detail=detail, void=",".join(map(str, a.void)), max_bad=a.max_bad)
+                        components=a.components, detail=detail, void=",".join(map(str, a.void)),
+                        max_bad=a.max_bad)
 
         data = at_size(model.image_size if model else a.size or 128)
         larger = at_size(a.size) if model and a.size else None
         if larger and not np.array_equal(getattr(larger, "items", None), getattr(data, "items", None)):
-            raise ValueError(f"{a.dataset}: other images have labelled pixels at {a.size} pixels than at {model.image_size}: leave out --size")
+            raise ValueError(f"{a.dataset}: other images have labelled pixels at {a.size} pixels than at "
+                             f"{model.image_size}: leave out --size")
         fine = at_size(model.image_size * model.detail, model.detail) if model and model.detail > 1 else None
         files = originals(a.dataset, a.split, a.root, a.void)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
@@ -325,9 +380,11 @@ def main(argv=None):
     home, settings, ns = {}, [{}], sorted(a.n)
     if model:
         axes = {key: getattr(a, key) or [value] for key, value in model.sampling.items()}
-        home = {key: model.sampling[key] if model.sampling[key] in axes[key] else axes[key][0] for key in axes}
+        home = {key: model.sampling[key] if model.sampling[key] in axes[key] else axes[key][0]
+                for key in axes}
         settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-        settings = [s for s in settings if s["sampler"] not in WITHOUT_VARIANCE or s["variance"] == home["variance"]]
+        settings = [s for s in settings if s["sampler"] not in WITHOUT_VARIANCE
+                    or s["variance"] == home["variance"]]
     positions, sweep = list(range(min(a.limit, len(data)))), []
     if clicking:
         model.sampling.update(home)
@@ -340,7 +397,8 @@ def main(argv=None):
     try:
         for setting in settings:
             many = all(setting[key] == home[key] for key in setting if key != "guidance")
-            sweep.append((setting, shared(score_images(data, mine, model, a, setting, ns if many else [1], files, larger,
+            sweep.append((setting, shared(score_images(data, mine, model, a, setting, ns if many
+                                                       else [1], files, larger,
                                                        setting == home, fine=fine))))
     except ValueError as e:  # a photo that is gone meanwhile, too little memory
         print(f"eval.py: {e}", file=sys.stderr)
@@ -350,14 +408,16 @@ def main(argv=None):
     rows = next(result for setting, result in sweep if setting == home)
 
     if not any(row["network"] for row in rows):
-        print(f"eval.py: --baseline human needs several annotators, {a.dataset} {a.split} has one an image", file=sys.stderr)
+        print(f"eval.py: --baseline human needs several annotators, {a.dataset} {a.split} has one an image",
+              file=sys.stderr)
         return 2
 
     # tables
     people = np.mean([row["annotators"] for row in rows])
     print(f"{name} on {a.dataset} {a.split}: {len(rows)} images, {people:.1f} annotators; "
           + " ".join(f"{key} {value}" for key, value in home.items()))
-    result = dict(name=str(path or name), dataset=a.dataset, split=a.split, images=len(rows), annotators=people, **home, n=ns)
+    result = dict(name=str(path or name), dataset=a.dataset, split=a.split, images=len(rows),
+                  annotators=people, **home, n=ns)
     for where in [w for w in ("network", str(a.size), "own") if w in rows[0]]:
         result[where] = summary(rows, where)
         side = model.image_size if model and where == "network" else a.size or 128
@@ -374,15 +434,21 @@ def main(argv=None):
 
     flat = flat_rows(rows, ("network", str(a.size), "own"))
     pictures = {}
-    ranking = sorted((row for row in rows if answer in row["network"] and not math.isnan(row["network"][answer]["ari"])),
+    ranking = sorted((row for row in rows if answer in row["network"]
+                      and not math.isnan(row["network"][answer]["ari"])),
                      key=lambda row: -row["network"][answer]["ari"])
     if ranking and answer != "human":
-        which = {k: kind for kind, k in (("worst", -1), ("worst", -2), ("median", len(ranking) // 2), ("best", 1), ("best", 0))
+        which = {k: kind
+                 for kind,
+                 k in (("worst", -1), ("worst", -2), ("median", len(ranking) // 2), ("best", 1), ("best", 0))
                  if -len(ranking) <= k < len(ranking)}
         chosen = [(kind, ranking[k]) for k, kind in reversed(which.items())]
-        again = score_images(data, [row["position"] for _, row in chosen], model, a, home, ns, [], keep=True, fine=fine)
-        titles = [f"{kind}: {row['name']}, ARI {row['network'][answer]['ari']:.3f}, IoU {row['network'][answer]['iou']:.3f}; image, "
-                  + ", ".join(["annotator"] * min(2, row["annotators"]) + [s for s in row["network"] if s != "human"])
+        again = score_images(data, [row["position"] for _, row in chosen], model, a, home, ns, [], keep=True,
+                             fine=fine)
+        titles = [f"{kind}: {row['name']}, ARI {row['network'][answer]['ari']:.3f}, IoU "
+                  f"{row['network'][answer]['iou']:.3f}; image, "
+                  + ", ".join(["annotator"] * min(2, row["annotators"]) + [s for s in row["network"]
+                                                                           if s != "human"])
                   for kind, row in chosen]
         pictures["examples.png"] = lambda path: example_sheet(path, again, titles)
     line = json.dumps(json.loads(json.dumps(result), parse_constant=lambda nan: None))
@@ -391,7 +457,8 @@ def main(argv=None):
         print(f"\nin {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}\n{line}")
     except OSError as e:
         print(f"\n{line}")
-        print(f"eval.py: nothing is written to {out} ({e.strerror or e}): what was there stays", file=sys.stderr)
+        print(f"eval.py: nothing is written to {out} ({e.strerror or e}): what was there stays",
+              file=sys.stderr)
         return 2
     return 0
 

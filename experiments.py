@@ -1,16 +1,23 @@
-"""The paper's experiments, rerun: trains and evaluates what is missing, then prints a table beside the paper's figures.
+"""The paper's experiments, rerun: trains and evaluates what is missing, then prints a table beside the
+paper's figures.
 
     python experiments.py palette --seeds 3                              # on synthetic shapes
     python experiments.py palette encoding --dataset path/to/folder      # on real images
-    python experiments.py input_scale --palette none --max_steps 3000    # any option of train.py holds for every run
-    python experiments.py all --list                                     # what there is, what is missing, how to get it
+    python experiments.py input_scale --palette none --max_steps 3000    # any option of train.py holds for
+    every run
+    python experiments.py all --list                                     # what there is, what is missing,
+    how to get it
 
-Every run is one folder of out/experiments/, trained by train.py and evaluated by eval.py with one sample an image; equal
-runs of two experiments are one. A finished run (it has a report.json) is kept. Stop at any time with Ctrl-C or a kill:
-the same command goes on. --part 1/2 and --part 2/2, at the same time or on two machines, share the work; with one thread
+Every run is one folder of out/experiments/, trained by train.py and evaluated by eval.py with one sample an
+image; equal
+runs of two experiments are one. A finished run (it has a report.json) is kept. Stop at any time with Ctrl-C
+or a kill:
+the same command goes on. --part 1/2 and --part 2/2, at the same time or on two machines, share the work;
+with one thread
 each (OMP_NUM_THREADS=1) that is the fastest on a CPU.
 
---preset picks the network and the budget: tiny (the default on a CPU), small (on a GPU), paper. The paper's figures are of
+--preset picks the network and the budget: tiny (the default on a CPU), small (on a GPU), paper. The paper's
+figures are of
 its own network, data and budget (EntitySeg, 128 pixels, 300,000 steps): compare orders and gaps, not values.
 """
 
@@ -29,19 +36,27 @@ import eval as evaluation
 import train
 from engine import complaint, program
 
-BUDGET = {  # of every run with this preset's network; written out, so that a change of train.py's presets changes no result
-    "tiny":  "--image_size 32  --bits 4 --batch_size 16 --max_steps 1000   --lr 2e-3 --warmup_steps 50   --decay_steps 1000   --ema 0.99   --weighting uniform --logsnr_space false",
-    "small": "--image_size 64  --bits 6 --batch_size 64 --max_steps 10000  --lr 5e-4 --warmup_steps 500  --decay_steps 5000   --ema 0.999  --weighting uniform --logsnr_space false",
-    "paper": "--image_size 128 --bits 6 --batch_size 8  --max_steps 300000 --lr 1e-4 --warmup_steps 1000 --decay_steps 50000  --ema 0.9999 --weighting sigmoid --logsnr_space true",
+# of every run with this preset's network; written out, so that a change of train.py's presets changes no
+# result
+BUDGET = {
+    "tiny":  "--image_size 32  --bits 4 --batch_size 16 --max_steps 1000   --lr 2e-3 --warmup_steps 50   "
+             "--decay_steps 1000   --ema 0.99   --weighting uniform --logsnr_space false",
+    "small": "--image_size 64  --bits 6 --batch_size 64 --max_steps 10000  --lr 5e-4 --warmup_steps 500  "
+             "--decay_steps 5000   --ema 0.999  --weighting uniform --logsnr_space false",
+    "paper": "--image_size 128 --bits 6 --batch_size 8  --max_steps 300000 --lr 1e-4 --warmup_steps 1000 "
+             "--decay_steps 50000  --ema 0.9999 --weighting sigmoid --logsnr_space true",
 }
-COMMON = ("--palette similar --encoding bits --prediction x --loss mse --input_scale 0.1 --schedule cosine --image_drop 0.05 --steps 8 --guidance 1 "
-          "--sampler ddpm --variance large --smooth 0 --augment true --dropout 0 --eval_images 16 --eval_every 1000000 --save_every 200")
+COMMON = ("--palette similar --encoding bits --prediction x --loss mse --input_scale 0.1 --schedule cosine "
+          "--image_drop 0.05 --steps 8 --guidance 1 "
+          "--sampler ddpm --variance large --smooth 0 --augment true --dropout 0 --eval_images 16 "
+          "--eval_every 1000000 --save_every 200")
 
 
 def weightings(prediction, *figures):
     """The five loss weights for a prediction; all but sigmoid without -dlambda/dt, as in the paper."""
     names = ("snr", "sigmoid", "snr+1", "snr_trunc", "uniform")
-    return [(f"{prediction}, {name}", f"--palette none --prediction {prediction} --weighting {name} --logsnr_space {name == 'sigmoid'}".lower(),
+    return [(f"{prediction}, {name}", f"--palette none --prediction {prediction} --weighting {name} "
+                                      f"--logsnr_space {name == 'sigmoid'}".lower(),
              figure, None) for name, figure in zip(names, figures)]
 
 
@@ -70,11 +85,13 @@ EXPERIMENTS = {
         ("tanh", "", None, None), ("none", "--activation none", None, None)],
     "input_scale": [  # Figure 9, ~, without palette
         (f"b = {b:g}", f"--palette none --input_scale {b:g}", ari, iou) for b, ari, iou in (
-            (0.003, 0.17, 0.17), (0.01, 0.36, 0.275), (0.03, 0.555, 0.38), (0.1, 0.52, 0.375), (0.3, 0.31, 0.305), (1, 0.125, 0.175))],
+            (0.003, 0.17, 0.17), (0.01, 0.36, 0.275), (0.03, 0.555, 0.38), (0.1, 0.52, 0.375),
+            (0.3, 0.31, 0.305), (1, 0.125, 0.175))],
     "loss": [  # not in the paper
         ("squared error", "", None, None), ("cross entropy", "--loss bce", None, None)],
     "bias": [  # of the sigmoid weighting; the paper's is -4
-        (f"bias {bias}", f"--weighting sigmoid --logsnr_space true --bias {bias}", None, None) for bias in (-6, -4, -2, 0, 2)],
+        (f"bias {bias}", f"--weighting sigmoid --logsnr_space true --bias {bias}", None,
+         None) for bias in (-6, -4, -2, 0, 2)],
 }
 
 
@@ -82,7 +99,8 @@ def options(text):
     """'--a 1 --b 2' or a list of the same -> {"a": "1", "b": "2"}. Raises ValueError."""
     words = text.split() if isinstance(text, str) else [part for word in text for part in word.split("=", 1)]
     if len(words) % 2 or any(not name.startswith("--") for name in words[::2]):
-        raise ValueError(f"'{' '.join(words)}' is not a list of options of train.py with a value each: --palette none")
+        raise ValueError(f"'{' '.join(words)}' is not a list of options of train.py with a value each: "
+                         f"--palette none")
     return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
 
 
@@ -90,8 +108,9 @@ def run_of(flags, also, a, seed):
     """(folder, train.py's options) of one run; equal options are one folder."""
     base = options(COMMON) | options(BUDGET[a.preset])
     full = {"dataset": a.dataset, "preset": a.preset} | base | options(flags) | also
-    differ = [f"{key}-{value}" for key, value in full.items() if base.get(key, value) != value or key not in base]
-    name = "_".join([Path(a.dataset).name, *differ[2:], f"seed-{seed}"])           # [2:]: not dataset and preset
+    differ = [f"{key}-{value}" for key, value in full.items() if base.get(key, value) != value
+              or key not in base]
+    name = "_".join([Path(a.dataset).name, *differ[2:], f"seed-{seed}"])  # [2:]: not dataset and preset
     folder = Path(a.out) / a.preset / name.replace("/", "-")
     return folder, full | {"seed": str(seed)}
 
@@ -109,11 +128,14 @@ def finished(folder, full, a):
         content = json.loads((folder / "report.json").read_text())
         content["options"], content["report"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / 'report.json'} was not written by experiments.py, or is cut short: move it away") from None
+        raise ValueError(f"{folder / 'report.json'} was not written by experiments.py, or is cut short: "
+                         f"move it away") from None
     if content["options"] != full | {"limit": a.limit}:
         old, new = content["options"], full | {"limit": a.limit}
-        differ = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in old | new if old.get(key) != new.get(key))
-        raise ValueError(f"{folder} was made with other options ({differ}): move it away, or use another --out")
+        differ = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in old | new
+                           if old.get(key) != new.get(key))
+        raise ValueError(f"{folder} was made with other options ({differ}): move it away, or use another "
+                         f"--out")
     return content
 
 
@@ -121,34 +143,39 @@ def finish(folder, full, a):
     """Train and evaluate one run, going on from where it was; 0, or the exit status that stopped it."""
     folder.mkdir(parents=True, exist_ok=True)
     clock, start = folder / "minutes", time.time()
-    torch.compiler.reset()                                                         # every run compiles a network of its own
+    torch.compiler.reset()  # every run compiles a network of its own
     status = train.main(train_arguments(folder, full, a))
     minutes = (time.time() - start) / 60 + (float(clock.read_text()) if clock.exists() else 0)
-    clock.write_text(str(minutes))                                                 # of this and the interrupted calls
+    clock.write_text(str(minutes))  # of this and the interrupted calls
     if status:
         return status
     c = train.parse(train_arguments(folder, full, a))
     with open(folder / "eval.txt", "w") as tables, contextlib.redirect_stdout(tables):
-        status = evaluation.main(["--ckpt", str(folder / "ckpt.pt"), "--dataset", a.dataset, "--limit", str(a.limit), "--out",
-                                  str(folder / "eval"), "--root", a.root, "--cache", a.cache, "--device", a.device,
+        status = evaluation.main(["--ckpt", str(folder / "ckpt.pt"), "--dataset", a.dataset, "--limit",
+                                  str(a.limit), "--out",
+                                  str(folder / "eval"), "--root", a.root, "--cache", a.cache, "--device",
+                                  a.device,
                                   "--unlabelled", c.unlabelled, *["--components"] * c.components])
     if status:
         return status
     report = json.loads((folder / "eval/report.json").read_text())
-    content = {"options": full | {"limit": a.limit}, "minutes": minutes, "ari": report["ari"], "iou": report["iou"], "report": report}
+    content = {"options": full | {"limit": a.limit}, "minutes": minutes, "ari": report["ari"],
+               "iou": report["iou"], "report": report}
     (folder / "report.part").write_text(json.dumps(content))
-    (folder / "report.part").replace(folder / "report.json")                       # the run is finished
-    for name in ("ckpt.prev.pt", "best.pt"):                                       # ckpt.pt stays
+    (folder / "report.part").replace(folder / "report.json")  # the run is finished
+    for name in ("ckpt.prev.pt", "best.pt"):  # ckpt.pt stays
         (folder / name).unlink(missing_ok=True)
     return 0
 
 
 def table(name, rows, also, a):
-    """Print one experiment: mean +- standard deviation over the finished seeds, beside the paper's figures."""
+    """Print one experiment: mean +- standard deviation over the finished seeds, beside the paper's
+    figures."""
     def figure(values):
         if not values:
             return "-"
-        return f"{statistics.mean(values):.3f}" + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+        return f"{statistics.mean(values):.3f}" + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1
+                                                   else "")
 
     print(f"\n{name:<22}{'seeds':<7}{'ARI':<18}{'IoU':<18}{'segments':<10}{'minutes':<9}paper's ARI  IoU")
     result = {}
@@ -157,7 +184,8 @@ def table(name, rows, also, a):
         values = [[r[key] for r in done] for key in ("ari", "iou")]
         segments = [r["report"]["network"]["sample"]["pred"][0] for r in done]
         print(f"  {label:<20}{len(done):<7}{figure(values[0]):<18}{figure(values[1]):<18}"
-              + (f"{statistics.mean(segments):<10.1f}{statistics.mean(r['minutes'] for r in done):<9.1f}" if done else f"{'-':<10}{'-':<9}")
+              + (f"{statistics.mean(segments):<10.1f}{statistics.mean(r['minutes'] for r in done):<9.1f}"
+                 if done else f"{'-':<10}{'-':<9}")
               + " ".join(f"{v:<12.3f}" if v is not None else f"{'-':<12}" for v in (ari, iou)))
         result[label] = {"ari": values[0], "iou": values[1], "paper": [ari, iou]}
     return result
@@ -165,12 +193,16 @@ def table(name, rows, also, a):
 
 @program("experiments.py", "the same command goes on")
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="experiment", help=f"{', '.join(EXPERIMENTS)}, or all")
-    p.add_argument("--preset", choices=list(BUDGET), default="small" if torch.cuda.is_available() else "tiny", help="network and budget")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    p.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="experiment",
+                   help=f"{', '.join(EXPERIMENTS)}, or all")
+    p.add_argument("--preset", choices=list(BUDGET), default="small" if torch.cuda.is_available() else "tiny",
+                   help="network and budget")
     p.add_argument("--dataset", default="shapes", help="shapes, coco, or a folder")
     p.add_argument("--seeds", type=int, default=1, help="runs of each row, with seeds 0, 1, ...")
-    p.add_argument("--rows", default="", help="only rows whose name contains one of these words: sigmoid,uniform")
+    p.add_argument("--rows", default="", help="only rows whose name contains one of these words: "
+                                              "sigmoid,uniform")
     p.add_argument("--limit", type=int, default=256, help="validation images")
     p.add_argument("--list", action="store_true", help="train nothing: print what is missing, and the tables")
     p.add_argument("--part", default="1/1", help="i/k: only every k-th of the runs")
@@ -189,15 +221,17 @@ def main(argv=None):
         if len(data.names(a.dataset)) > 1:
             raise ValueError(f"--dataset {a.dataset}: a mixture cannot be evaluated; train on one data set")
         names = list(EXPERIMENTS) if "all" in a.names else list(dict.fromkeys(a.names))
-        tables = {name: [row for row in EXPERIMENTS[name] if any(word in row[0] for word in a.rows.split(","))] for name in names}
+        tables = {name: [row for row in EXPERIMENTS[name]
+                         if any(word in row[0] for word in a.rows.split(","))] for name in names}
         if not all(tables.values()):
-            raise ValueError(f"--rows {a.rows}: no row of {next(n for n in names if not tables[n])} has such a name")
-        runs = {}                                                                  # all seeds 0 first: an early table is whole
+            raise ValueError(f"--rows {a.rows}: no row of {next(n for n in names if not tables[n])} has "
+                             f"such a name")
+        runs = {}  # all seeds 0 first: an early table is whole
         for seed in range(a.seeds):
             for name in names:
                 for _, flags, _, _ in tables[name]:
                     folder, full = run_of(flags, also, a, seed)
-                    train.parse(train_arguments(folder, full, a))                 # complains now, not in the night
+                    train.parse(train_arguments(folder, full, a))  # complains now, not in the night
                     runs[folder] = full
         Path(a.out).mkdir(parents=True, exist_ok=True)
         missing = [(folder, full) for folder, full in runs.items() if not finished(folder, full, a)]
@@ -208,7 +242,8 @@ def main(argv=None):
     print(f"{len(runs)} runs, {len(missing)} of them missing")
     todo = missing[int(part) - 1 :: int(parts)]
     for k, (folder, full) in enumerate(todo):
-        print(f"\n--- {k + 1} of {len(todo)}: {folder}\npython train.py {' '.join(train_arguments(folder, full, a))}", flush=True)
+        print(f"\n--- {k + 1} of {len(todo)}: {folder}\npython train.py "
+              f"{' '.join(train_arguments(folder, full, a))}", flush=True)
         try:
             status = 0 if a.list else finish(folder, full, a)
         except OSError as e:  # a full disk, say

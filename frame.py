@@ -1,9 +1,11 @@
 """The network's frame: images and label maps at its resolution, and back at the photo's own.
 
-What it is: plain functions on images and label maps. What it is not: it opens no files and knows nothing of networks.
+What it is: plain functions on images and label maps. What it is not: it opens no files and knows nothing of
+networks.
 
     from frame import enlarge, fitted, normalise, resize_image
-    small, (h, w) = resize_image(photo, 96)  # PIL image -> (96, 96, 3) uint8, its longer side 96; the rest is padding
+    small, (h, w) = resize_image(photo, 96)  # PIL image -> (96, 96, 3) uint8, its longer side 96; the rest
+    is padding
     maps = enlarge(labels, photo)  # (N, h, w) -> (N, H, W), along the photo's own edges
 """
 
@@ -15,29 +17,34 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-IGNORE = 65535                                                         # in packed uint16 label maps; -1 everywhere else
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)               # ImageNet
+IGNORE = 65535  # in packed uint16 label maps; -1 everywhere else
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 STRIP = 1_000_000  # numbers at once, when maps are made at an image's size
 
 
 def fitted(width, height, size, detail=1):
-    """(w, h) with the longer side equal to size, the other rounded up to an even number (a network's last stage may see 2 x 2
-    pixels at once, and half a block confuses it), but not beyond size; with a detail, detail times what size / detail gives."""
+    """(w, h) with the longer side equal to size, the other rounded up to an even number (a network's last
+    stage may see 2 x 2
+    pixels at once, and half a block confuses it), but not beyond size; with a detail, detail times what size
+    / detail gives."""
     side = size // detail
     return tuple(detail * min(side, 2 * -(-n * side // (2 * max(width, height)))) for n in (width, height))
 
 
 def resize_image(image, size, fit=None):
-    """A PIL image as (S, S, 3) uint8, area-averaged (bilinear, where it grows) to `size` on the longer side (or to
+    """A PIL image as (S, S, 3) uint8, area-averaged (bilinear, where it grows) to `size` on the longer side
+    (or to
     fit: w, h), top-left; and (h, w)."""
     w, h = fit or fitted(*image.size, size)
     out = np.zeros((size, size, 3), np.uint8)
-    out[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BOX if w <= image.width else Image.Resampling.BILINEAR))
+    out[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BOX if w <= image.width
+                                          else Image.Resampling.BILINEAR))
     return out, (h, w)
 
 
 def resize_label(label, size):
-    """(H, W) ids as (S, S) uint16, by nearest; ids renumbered in their order, -1 and padding become IGNORE."""
+    """(H, W) ids as (S, S) uint16, by nearest; ids renumbered in their order, -1 and padding become
+    IGNORE."""
     (H, W), (w, h) = label.shape, fitted(*label.shape[::-1], size)
     rows, cols = ((np.arange(h) + 0.5) * H / h).astype(int), ((np.arange(w) + 0.5) * W / w).astype(int)
     small = label[rows][:, cols]
@@ -56,17 +63,20 @@ def inside_mask(sizes, size):
 
 
 def normalise(images, sizes, detail=1):
-    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, ImageNet mean and deviation, 0 outside; and inside (B, S, S).
+    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, ImageNet mean and deviation, 0 outside; and inside (B, S,
+    S).
 
-    With detail d: images (B, d S, d S, 3) beside label maps of S x S, whose sizes (B, 2) are -> (B, 3 d^2, S, S).
+    With detail d: images (B, d S, d S, 3) beside label maps of S x S, whose sizes (B, 2) are -> (B, 3 d^2,
+    S, S).
     """
     x = images.permute(0, 3, 1, 2).contiguous().float() / 255
     return standardise(x, inside_mask(sizes, images.shape[1] // detail), detail)
 
 
 def standardise(x, inside, detail=1):
-    x = F.pixel_unshuffle(x, detail)                                               # (B, 3 d^2, S, S)
-    for channel, mean, std in zip(x.unflatten(1, (3, -1)).unbind(1), MEAN, STD):   # in place; no tensor made on the host
+    x = F.pixel_unshuffle(x, detail)  # (B, 3 d^2, S, S)
+    # in place; no tensor made on the host
+    for channel, mean, std in zip(x.unflatten(1, (3, -1)).unbind(1), MEAN, STD):
         channel.sub_(mean).div_(std)
     return x.mul_(inside[:, None].float()), inside
 
@@ -87,7 +97,8 @@ def parts(cells):
 
 
 def connected(label):
-    """Classes -> segments: the 4-connected parts of each class, numbered from 1. 0 (unlabelled) and -1 stay."""
+    """Classes -> segments: the 4-connected parts of each class, numbered from 1. 0 (unlabelled) and -1
+    stay."""
     return np.where(label > 0, parts(label), label)
 
 
@@ -106,16 +117,18 @@ def subsample(maps, height, width):
 
 
 def shrink(ids, height, width):
-    """(H, W) ids -> (height, width): the most frequent id above 0 of the pixels that fall there, 0 where there is none."""
+    """(H, W) ids -> (height, width): the most frequent id above 0 of the pixels that fall there, 0 where
+    there is none."""
     rows, cols = (np.arange(max(a, b)) for a, b in zip(ids.shape, (height, width)))
-    ids = ids[rows * ids.shape[0] // len(rows)][:, cols * ids.shape[1] // len(cols)]  # at least height x width
+    # at least height x width
+    ids = ids[rows * ids.shape[0] // len(rows)][:, cols * ids.shape[1] // len(cols)]
     y, x = np.nonzero(ids > 0)
     place, K = y * height // len(rows) * width + x * width // len(cols), height * width
     names, rank = np.unique(ids[y, x], return_inverse=True)
     votes, count = np.unique(rank * K + place, return_counts=True)
     votes = votes[np.argsort(count, kind="stable")]
     out = np.zeros(K, np.int64)
-    out[votes % K] = names[votes // K]                                             # the last one stays
+    out[votes % K] = names[votes // K]  # the last one stays
     return out.reshape(height, width)
 
 
@@ -125,10 +138,13 @@ def blurred(image, h, w):
 
 
 def enlarge(labels, image, calm=None):
-    """Label maps (N, h, w) -> (N, H, W) at the size of a PIL image. calm: `blurred` of it, where there is one.
+    """Label maps (N, h, w) -> (N, H, W) at the size of a PIL image. calm: `blurred` of it, where there is
+    one.
 
-    By joint bilateral votes (after Kopf et al. 2007): a pixel gets the label that has most weight among the 3 x 3 nearest pixels
-    of the map; those that are near, and of like colour in the photo, weigh more. The photo is blurred a little, for calm borders
+    By joint bilateral votes (after Kopf et al. 2007): a pixel gets the label that has most weight among the
+    3 x 3 nearest pixels
+    of the map; those that are near, and of like colour in the photo, weigh more. The photo is blurred a
+    little, for calm borders
     in texture. Where all 3 x 3 agree, nothing is computed. In strips, whose memory is bounded.
     """
     (h, w), (width, height) = labels.shape[1:], image.size

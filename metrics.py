@@ -1,6 +1,7 @@
 """How alike two label maps are, how spread out a set of them is, and how far a probability can be trusted.
 
-What it is: batched functions on (B, H, W) integer label maps, any ids, on any device; nearly all of them from one
+What it is: batched functions on (B, H, W) integer label maps, any ids, on any device; nearly all of them
+from one
 contingency table. What it is not: it knows nothing of images or models.
 
 Use it alone:
@@ -8,8 +9,10 @@ Use it alone:
     s = scores(predicted, true)                  # pixels where true == -1 do not count
     s["ari"], s["iou"], s["hiou"]                # each (B,) float64; nan where nothing is valid
 
-Sources: ARI: Hubert & Arabie 1985; IoU: section 4.1 of "Towards Agnostic and Holistic Universal Image Segmentation with
-Bit Diffusion" (NLDL 2026), after Qi et al. 2023; PQ: Kirillov et al. 2019; covering, Rand index and variation of
+Sources: ARI: Hubert & Arabie 1985; IoU: section 4.1 of "Towards Agnostic and Holistic Universal Image
+Segmentation with
+Bit Diffusion" (NLDL 2026), after Qi et al. 2023; PQ: Kirillov et al. 2019; covering, Rand index and
+variation of
 information as in BSDS500: Arbelaez et al. 2011; energy distance: Kohl et al. 2018.
 """
 
@@ -20,12 +23,15 @@ from scipy.optimize import linear_sum_assignment
 
 
 def contingency(pred, true):
-    """Pixels of each pair (predicted segment, true segment): (B, P, T) float64; a row or column may be all zero.
+    """Pixels of each pair (predicted segment, true segment): (B, P, T) float64; a row or column may be all
+    zero.
 
-    pred, true (B, H, W) integers of any size. Pixels with true == -1 do not count; every predicted id is a segment.
+    pred, true (B, H, W) integers of any size. Pixels with true == -1 do not count; every predicted id is a
+    segment.
     """
     if pred.shape != true.shape or pred.dim() != 3:
-        raise ValueError(f"two (B, H, W) label maps of one shape are needed, not {tuple(pred.shape)}, {tuple(true.shape)}")
+        raise ValueError(f"two (B, H, W) label maps of one shape are needed, not {tuple(pred.shape)}, "
+                         f"{tuple(true.shape)}")
     pred, true = pred.long(), true.long()
     (low_p, P), (low_t, T) = span(pred), span(true)
     if P * T > 2**16:  # sparse ids, or many
@@ -64,8 +70,9 @@ def present(table, dim):
     return table.new_zeros(shape).scatter_add_(dim, rank.unsqueeze(3 - dim).expand_as(table), table)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a contingency table (B, P, T), (B,) float64 each; nan where the table is empty. Absent segments have size 0.
+# ------------------------------------------------------------------------------------------------------------
+# From a contingency table (B, P, T), (B,) float64 each; nan where the table is empty. Absent segments have
+# size 0.
 
 
 def or_nan(value, table):
@@ -81,11 +88,13 @@ def ari(table):
     n = pairs(table.sum((1, 2)))
     both, pred, true = pairs(table).sum((1, 2)), pairs(table.sum(2)).sum(1), pairs(table.sum(1)).sum(1)
     expected, most = pred * true / n.clamp(min=1), (pred + true) / 2
-    return or_nan(torch.where(most == expected, 1.0, (both - expected) / (most - expected)), table)   # both trivial: the same
+    # both trivial: the same
+    return or_nan(torch.where(most == expected, 1.0, (both - expected) / (most - expected)), table)
 
 
 def rand_index(table):
-    """Share of the pairs of pixels that both maps join or both part; its mean over annotators is the PRI of BSDS500."""
+    """Share of the pairs of pixels that both maps join or both part; its mean over annotators is the PRI of
+    BSDS500."""
     n = pairs(table.sum((1, 2)))
     both, pred, true = pairs(table).sum((1, 2)), pairs(table.sum(2)).sum(1), pairs(table.sum(1)).sum(1)
     return or_nan(torch.where(n > 0, 1 - (pred + true - 2 * both) / n.clamp(min=1), 1.0), table)
@@ -95,7 +104,7 @@ def voi(table):
     """Variation of information in bits, H(pred | true) + H(true | pred): 0 for equal partitions."""
     n = table.sum((1, 2)).clamp(min=1)
 
-    def entropy(count):                                                            # (B, ...)
+    def entropy(count):  # (B, ...)
         p = count.flatten(1) / n[:, None]
         return -torch.special.xlogy(p, p).sum(1) / np.log(2)
 
@@ -110,7 +119,7 @@ def iou_matrix(table):
 
 def covering(table):
     """Covering of the true segments by the predicted: each pixel's true segment's best IoU. Not symmetric."""
-    size = table.sum(1)                                                            # (B, T)
+    size = table.sum(1)  # (B, T)
     return or_nan((size * iou_matrix(table).amax(1)).sum(1) / size.sum(1).clamp(min=1), table)
 
 
@@ -122,7 +131,8 @@ def segment_counts(table):
 def matched_iou(table):
     """(iou, hiou): the Hungarian match's summed IoU over #true, and over max(#true, #predicted)."""
     matrices = iou_matrix(table).cpu().numpy()
-    total = torch.tensor([m[linear_sum_assignment(m, maximize=True)].sum() for m in matrices], dtype=torch.float64)
+    total = torch.tensor([m[linear_sum_assignment(m, maximize=True)].sum() for m in matrices],
+                         dtype=torch.float64)
     total, (n_pred, n_true) = total.to(table.device), segment_counts(table)
     return or_nan(total / n_true, table), or_nan(total / torch.maximum(n_true, n_pred), table)
 
@@ -134,12 +144,13 @@ def matches(table):
     return or_nan(hit.sum((1, 2)).double(), table), or_nan((iou * hit).sum((1, 2)), table)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Boundaries
 
 
 def boundaries(labels, valid):
-    """Pixels that differ from the one to the right, below or below right, where both are valid: (B, H, W) bool."""
+    """Pixels that differ from the one to the right, below or below right, where both are valid: (B, H, W)
+    bool."""
     H, W = labels.shape[1:]
     edge = torch.zeros_like(valid)
     for dy, dx in ((0, 1), (1, 0), (1, 1)):
@@ -154,23 +165,27 @@ def dilate(mask, square):
     r = int(square**0.5)
     if r == 0:
         return mask
-    count = F.pad(mask.int().cumsum(2), (r + 1, 0))                                # count[x + r + 1]: Trues up to x
+    count = F.pad(mask.int().cumsum(2), (r + 1, 0))  # count[x + r + 1]: Trues up to x
     count = torch.cat([count, count[:, :, -1:].expand(-1, -1, r)], dim=2)
     near = torch.zeros_like(mask)
     for dy in range(-min(r, H - 1), min(r, H - 1) + 1):
         half = int((square - dy * dy) ** 0.5)
         rows = count[:, max(0, dy) : H + min(0, dy)]
-        near[:, max(0, -dy) : H - max(0, dy)] |= rows[:, :, r + half + 1 :][:, :, :W] > rows[:, :, r - half :][:, :, :W]
+        near[:, max(0, -dy) : H - max(0, dy)] |= rows[:, :, r + half + 1 :][:, :, :W] > rows[:, :,
+                                                                                             r - half :][:, :,
+                                                                                                         :W]
     return near
 
 
 def boundary_f(pred, true, tolerance=0.0075):
-    """F-measure of boundary pixels within tolerance * diagonal of the valid part: (B,). 1 if neither map has a boundary.
+    """F-measure of boundary pixels within tolerance * diagonal of the valid part: (B,). 1 if neither map has
+    a boundary.
 
-    A pixel is right if the other map has a boundary pixel that near (no one-to-one matching, unlike BSDS500's).
+    A pixel is right if the other map has a boundary pixel that near (no one-to-one matching, unlike
+    BSDS500's).
     """
     valid = true != -1
-    height, width = valid.any(2).sum(1), valid.any(1).sum(1)                       # (B,) each
+    height, width = valid.any(2).sum(1), valid.any(1).sum(1)  # (B,) each
     squares = (tolerance**2 * (height**2 + width**2).double()).floor().long().tolist()
     a, b = boundaries(pred, valid), boundaries(true, valid)
     hit = torch.zeros(2, len(pred), dtype=torch.float64, device=pred.device)
@@ -181,11 +196,12 @@ def boundary_f(pred, true, tolerance=0.0075):
         hit[1, some] = (y & dilate(x, square)).sum((1, 2)).double()
     n_a, n_b = a.sum((1, 2)), b.sum((1, 2))
     precision, recall = hit[0] / n_a.clamp(min=1), hit[1] / n_b.clamp(min=1)
-    f = torch.where((n_a == 0) & (n_b == 0), 1.0, 2 * precision * recall / (precision + recall).clamp(min=1e-12))
+    f = torch.where((n_a == 0) & (n_b == 0), 1.0,
+                    2 * precision * recall / (precision + recall).clamp(min=1e-12))
     return torch.where(valid.any(2).any(1), f, torch.nan)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # All of it
 
 
@@ -197,7 +213,8 @@ def scores(pred, true):
 
 
 def all_scores(pred, true):
-    """scores and covering, pri, voi, boundary, pred, true (numbers of segments), matched, overlap: (B,) float64 each.
+    """scores and covering, pri, voi, boundary, pred, true (numbers of segments), matched, overlap: (B,)
+    float64 each.
 
     PQ, SQ and RQ of any set of images are ratios of sums of the last four, see `quality`.
     """
@@ -205,18 +222,23 @@ def all_scores(pred, true):
     iou, hiou = matched_iou(table)
     n_pred, n_true = (or_nan(n, table) for n in segment_counts(table))
     matched, overlap = matches(table)
-    return {"ari": ari(table), "iou": iou, "hiou": hiou, "covering": covering(table), "pri": rand_index(table), "voi": voi(table),
-            "boundary": boundary_f(pred, true), "pred": n_pred, "true": n_true, "matched": matched, "overlap": overlap}
+    return {"ari": ari(table), "iou": iou, "hiou": hiou, "covering": covering(table),
+            "pri": rand_index(table), "voi": voi(table),
+            "boundary": boundary_f(pred, true), "pred": n_pred, "true": n_true, "matched": matched,
+            "overlap": overlap}
 
 
 def quality(s):
-    """{"pq", "sq", "rq"}: (numerator, denominator) each; the sums of both over images give the value of the set."""
-    segment_mean = (s["pred"] + s["true"]) / 2                                     # TP + FP / 2 + FN / 2
-    return {"pq": (s["overlap"], segment_mean), "sq": (s["overlap"], s["matched"]), "rq": (s["matched"], segment_mean)}
+    """{"pq", "sq", "rq"}: (numerator, denominator) each; the sums of both over images give the value of the
+    set."""
+    segment_mean = (s["pred"] + s["true"]) / 2  # TP + FP / 2 + FN / 2
+    return {"pq": (s["overlap"], segment_mean), "sq": (s["overlap"], s["matched"]),
+            "rq": (s["matched"], segment_mean)}
 
 
 def bootstrap(value, weight=None, resamples=1000, seed=0):
-    """(mean, low, high): sum(value) / sum(weight) over images and its 95 % percentile interval, resampling images.
+    """(mean, low, high): sum(value) / sum(weight) over images and its 95 % percentile interval, resampling
+    images.
 
     value (N,), weight (N,) or None for 1; images whose value is nan do not count.
     """
@@ -224,19 +246,21 @@ def bootstrap(value, weight=None, resamples=1000, seed=0):
     weight = np.where(np.isnan(value), 0, 1 if weight is None else np.asarray(weight, np.float64))
     if not weight.sum() > 0:
         return (float("nan"),) * 3
-    count = np.random.default_rng(seed).multinomial(len(value), np.full(len(value), 1 / len(value)), resamples)
+    count = np.random.default_rng(seed).multinomial(len(value), np.full(len(value), 1 / len(value)),
+                                                    resamples)
     value = np.nan_to_num(value)
     with np.errstate(invalid="ignore"):
         low, high = np.nanpercentile(count @ value / (count @ weight), [2.5, 97.5])
     return float(value.sum() / weight.sum()), float(low), float(high)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sets of maps of one image
 
 
 def pairwise(maps):
-    """ARI and covering, the mean of both directions, of every two of N maps (N, H, W): two (N, N) float64, 1 on the diagonal.
+    """ARI and covering, the mean of both directions, of every two of N maps (N, H, W): two (N, N) float64, 1
+    on the diagonal.
 
     Pixels that are -1 in either map do not count.
     """
@@ -265,12 +289,13 @@ def diversity(distance):
     return float(distance.sum() / (N * (N - 1))) if N > 1 else float("nan")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Calibration
 
 
 def reliability(probability, outcome, low=0.0, bins=10):
-    """Sums over `bins` equal bins of [low, 1]: (bins, 3) float64: how many, of the probabilities, of the outcomes."""
+    """Sums over `bins` equal bins of [low, 1]: (bins, 3) float64: how many, of the probabilities, of the
+    outcomes."""
     p, o = probability.reshape(-1).double(), outcome.reshape(-1).double()
     where = ((p - low) / (1 - low) * bins).long().clamp(0, bins - 1)
     return torch.stack([torch.bincount(where, w, bins) for w in (torch.ones_like(p), p, o)], dim=1)

@@ -1,6 +1,8 @@
-"""The denoising network: an attention U-Net on (noisy bits, image), for any number of channels and any level count.
+"""The denoising network: an attention U-Net on (noisy bits, image), for any number of channels and any level
+count.
 
-What it is: one nn.Module, `UNet`, plus the table of its sizes. It maps (B, in_channels, H, W) and t in [0, 1] to
+What it is: one nn.Module, `UNet`, plus the table of its sizes. It maps (B, in_channels, H, W) and t in [0,
+1] to
 (B, out_channels, H, W). What it is not: it knows nothing of bits, noise or losses (bits.py, diffusion.py).
 
 Use it alone:
@@ -8,7 +10,8 @@ Use it alone:
     net = UNet(in_channels=9, out_channels=6, **SIZES["paper"])        # 6 noisy bits + RGB -> 6 bits
     out = net(torch.randn(2, 9, 128, 128), torch.rand(2))              # (2, 6, 128, 128)
 
-Source: the network of "Towards Agnostic and Holistic Universal Image Segmentation with Bit Diffusion" (NLDL 2026),
+Source: the network of "Towards Agnostic and Holistic Universal Image Segmentation with Bit Diffusion" (NLDL
+2026),
 a descendant of the U-Nets of Ho et al. 2020 (DDPM) and Dhariwal & Nichol 2021. `paper` has exactly 38,496,262
 parameters with 9 channels in and 6 out.
 """
@@ -20,39 +23,48 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-# patch: pixels are folded p x p into channels before the first layer and unfolded after the last (1 = the paper).
-# mult: one entry a level; blocks: residual blocks a level (the decoder has one more); attn: how many of the deepest
+# patch: pixels are folded p x p into channels before the first layer and unfolded after the last (1 = the
+# paper).
+# mult: one entry a level; blocks: residual blocks a level (the decoder has one more); attn: how many of the
+# deepest
 # levels have attention; heads: attention heads; groups: of the normalisation (32 = the paper);
-# position: octaves of row and column that are added to the first layer's output (0 = the paper). detail: the network sees
-# the image at this many times the label map's resolution, by convolutions of its own (1 = the paper: at the label map's).
-# finer: channels of a last stage at half the patch, which sees the bits and the image once more (0 = the paper: no such stage).
-SIZES = {                                                                          # at k = 6, RGB:  parameters
+# position: octaves of row and column that are added to the first layer's output (0 = the paper). detail:
+# the network sees
+# the image at this many times the label map's resolution, by convolutions of its own (1 = the paper: at the
+# label map's).
+# finer: channels of a last stage at half the patch, which sees the bits and the image once more (0 = the
+# paper: no such stage).
+SIZES = {  # at k = 6, RGB:  parameters
     "tiny":  dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2),
-    "photo": dict(width=64, mult=(1, 2, 2),       blocks=1, attn=2, heads=4, patch=4, groups=8, position=3, detail=2,
+    "photo": dict(width=64, mult=(1, 2, 2),       blocks=1, attn=2, heads=4, patch=4, groups=8, position=3,
+                  detail=2,
                   finer=48),
     "small": dict(width=64, mult=(1, 2, 3, 4),    blocks=2, attn=2, heads=4, patch=1),
-    "paper": dict(width=64, mult=(1, 2, 2, 4, 4), blocks=3, attn=2, heads=4, patch=1),          # 38,496,262
+    "paper": dict(width=64, mult=(1, 2, 2, 4, 4), blocks=3, attn=2, heads=4, patch=1),  # 38,496,262
 }
 
 # The paper's channel multipliers at other image sizes (SIZES["paper"] is the one for 128 pixels).
-PAPER_MULT = {16: (1, 2, 2), 32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4)}
+PAPER_MULT = {16: (1, 2, 2), 32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 2, 2, 4, 4),
+              256: (1, 1, 2, 2, 4, 4)}
 
 
 def time_features(t, dim=64, max_period=10.0):
-    """Cosines, then sines, of t * max_period^(-i / (dim/2)): (B,) in [0, 1] -> (B, dim), float32. t is not scaled."""
+    """Cosines, then sines, of t * max_period^(-i / (dim/2)): (B,) in [0, 1] -> (B, dim), float32. t is not
+    scaled."""
     half = dim // 2
     freqs = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device, dtype=torch.float32))
-    angle = t.float()[:, None] * freqs                                             # (B, dim/2)
+    angle = t.float()[:, None] * freqs  # (B, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 def position_features(height, width, octaves, device=None):
-    """Cosines and sines of pi, 2 pi, 4 pi, ... times row and column, each in (0, 1): (1, 4 * octaves, height, width).
+    """Cosines and sines of pi, 2 pi, 4 pi, ... times row and column, each in (0, 1): (1, 4 * octaves,
+    height, width).
 
     A cosine of octave j changes its sign where bit k/2 - 1 - j of a Gray code does.
     """
     freqs = math.pi * 2.0 ** torch.arange(octaves, device=device)[:, None]
-    y, x = (freqs * (torch.arange(n, device=device) + 0.5) / n for n in (height, width))   # (octaves, n)
+    y, x = (freqs * (torch.arange(n, device=device) + 0.5) / n for n in (height, width))  # (octaves, n)
     y, x = torch.cat([y.cos(), y.sin()])[:, :, None], torch.cat([x.cos(), x.sin()])[:, None]
     return torch.cat([y.expand(-1, -1, width), x.expand(-1, height, -1)])[None]
 
@@ -60,8 +72,10 @@ def position_features(height, width, octaves, device=None):
 class ResBlock(nn.Module):
     """GroupNorm -> SiLU -> conv -> + time -> GroupNorm -> SiLU -> dropout -> conv, plus a skip.
 
-    With as many groups as channels there is no time and no bias before the second normalisation: it would take away what is
-    added to a whole channel, and AdamW would turn the rounding errors that are left as gradients into full steps.
+    With as many groups as channels there is no time and no bias before the second normalisation: it would
+    take away what is
+    added to a whole channel, and AdamW would turn the rounding errors that are left as gradients into full
+    steps.
     """
 
     def __init__(self, c_in, c_out, c_emb, groups=32, dropout=0.0):
@@ -71,10 +85,10 @@ class ResBlock(nn.Module):
         self.emb = nn.Linear(c_emb, c_out) if groups < c_out else None
         self.norm2 = nn.GroupNorm(groups, c_out)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))              # each block starts as the identity
+        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))  # each block starts as the identity
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, emb):                                                     # emb: SiLU already applied
+    def forward(self, x, emb):  # emb: SiLU already applied
         h = self.conv1(F.silu(self.norm1(x)))
         if self.emb is not None:
             h = h + self.emb(emb)[:, :, None, None]
@@ -95,29 +109,35 @@ class Attention(nn.Module):
     def forward(self, x):
         h, w = x.shape[-2:]
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (n m c) h w -> n b m (h w) c", n=3, m=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v)                                # (B, heads, H*W, C/heads)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H*W, C/heads)
         return x + self.out(rearrange(y, "b m (h w) c -> b (m c) h w", h=h, w=w))
 
 
 class UNet(nn.Module):
     """Attention U-Net. forward(x, t): (B, in_channels, H, W), (B,) in [0, 1] -> (B, out_channels, H, W).
 
-    x is cat(xt, image[, hints][, x_self]). detail d: the image is one of (3, d H, d W) folded into 3 d^2 channels (pixel_unshuffle);
-    the first layer sees its mean over d x d, and `look` all of it. Raises ValueError for an H or W that the levels cannot
-    halve (a multiple of patch * 2^(levels - 1) is needed), for a detail that is not a power of 2, and for finer without patch
+    x is cat(xt, image[, hints][, x_self]). detail d: the image is one of (3, d H, d W) folded into 3 d^2
+    channels (pixel_unshuffle);
+    the first layer sees its mean over d x d, and `look` all of it. Raises ValueError for an H or W that the
+    levels cannot
+    halve (a multiple of patch * 2^(levels - 1) is needed), for a detail that is not a power of 2, and for
+    finer without patch
     or detail.
     """
 
-    def __init__(self, in_channels, out_channels, width, mult, blocks, attn, heads, patch=1, dropout=0.0, groups=32, position=0,
+    def __init__(self, in_channels, out_channels, width, mult, blocks, attn, heads, patch=1, dropout=0.0,
+                 groups=32, position=0,
                  detail=1, finer=0):
         super().__init__()
         if width % groups or finer % groups:
-            raise ValueError(f"width {width} and finer {finer} must be multiples of {groups}, the number of normalisation groups")
+            raise ValueError(f"width {width} and finer {finer} must be multiples of {groups}, the number of "
+                             f"normalisation groups")
         if finer and (patch == 1 or detail == 1):
             raise ValueError(f"finer needs a patch and a detail of at least 2, not {patch} and {detail}")
         self.patch, self.detail, self.multiple = patch, detail, patch * 2 ** (len(mult) - 1)
-        self.channels = [out_channels, 3 * detail**2, in_channels - out_channels - 3 * detail**2]       # xt, image, rest
-        self.parts = [n * patch**2 for n in (out_channels, 3, self.channels[2])]   # of the stem's input
+        # xt, image, rest
+        self.channels = [out_channels, 3 * detail**2, in_channels - out_channels - 3 * detail**2]
+        self.parts = [n * patch**2 for n in (out_channels, 3, self.channels[2])]  # of the stem's input
         c_emb = 4 * width
         self.time = nn.Sequential(nn.Linear(64, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.stem = nn.Conv2d(sum(self.parts), width, 3, padding=1)
@@ -127,7 +147,7 @@ class UNet(nn.Module):
 
         c, skips = width, [width]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for level, m in enumerate(mult):                                           # fine to coarse
+        for level, m in enumerate(mult):  # fine to coarse
             deep = level >= len(mult) - attn
             for _ in range(blocks):
                 self.down.append(Stage(c, m * width, c_emb, heads if deep else 0, groups, dropout))
@@ -136,40 +156,46 @@ class UNet(nn.Module):
             if level < len(mult) - 1:
                 self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
                 skips.append(c)
-        self.middle = nn.ModuleList([Stage(c, c, c_emb, heads, groups, dropout), Stage(c, c, c_emb, 0, groups, dropout)])
-        for level, m in reversed(list(enumerate(mult))):                           # coarse to fine
+        self.middle = nn.ModuleList([Stage(c, c, c_emb, heads, groups, dropout),
+                                     Stage(c, c, c_emb, 0, groups, dropout)])
+        for level, m in reversed(list(enumerate(mult))):  # coarse to fine
             deep = level >= len(mult) - attn
             for i in range(blocks + 1):
                 up = level > 0 and i == blocks
-                self.up.append(Stage(c + skips.pop(), m * width, c_emb, heads if deep else 0, groups, dropout, up))
+                self.up.append(Stage(c + skips.pop(), m * width, c_emb, heads if deep else 0, groups, dropout,
+                                     up))
                 c = m * width
 
         self.norm = nn.GroupNorm(groups, c)
         self.head = zero_init(nn.Conv2d(c, out_channels * patch**2, 3, padding=1))
-        self.finer = Finer(c, in_channels - 3 * detail**2, width // 2, finer, out_channels, c_emb, patch // 2, groups, dropout) if finer else None
-        self.to(memory_format=torch.channels_last)                                 # convolutions are faster in NHWC
+        self.finer = Finer(c, in_channels - 3 * detail**2, width // 2, finer, out_channels, c_emb, patch // 2,
+                           groups, dropout) if finer else None
+        self.to(memory_format=torch.channels_last)  # convolutions are faster in NHWC
 
     def image_part(self, image):
-        """What is the same at every step of sampling: the stem's output for the image alone, (B, width, H/p, W/p), and what
+        """What is the same at every step of sampling: the stem's output for the image alone, (B, width, H/p,
+        W/p), and what
         `finer` sees of it, (B, width/2, 2 H/p, 2 W/p) or None."""
-        mean = image.unflatten(1, (3, -1)).mean(2)                                 # (B, 3, H, W)
+        mean = image.unflatten(1, (3, -1)).mean(2)  # (B, 3, H, W)
         h = F.conv2d(F.pixel_unshuffle(mean, self.patch), self.stem.weight.split(self.parts, 1)[1], padding=1)
         if self.look is None:
             return h, None
-        fine = self.look[:-4](F.pixel_shuffle(image, self.detail))                 # all but the last halving
+        fine = self.look[:-4](F.pixel_shuffle(image, self.detail))  # all but the last halving
         return h + self.look[-4:](fine), fine if self.finer else None
 
-    def forward(self, x, t, image_part=None):                                      # given: x is without the image
+    def forward(self, x, t, image_part=None):  # given: x is without the image
         if x.shape[-2] % self.multiple or x.shape[-1] % self.multiple:
-            raise ValueError(f"image size {x.shape[-2]} x {x.shape[-1]}: this network halves {self.multiple} pixels "
+            raise ValueError(f"image size {x.shape[-2]} x {x.shape[-1]}: this network halves "
+                             f"{self.multiple} pixels "
                              f"down to 1, so both sides must be multiples of {self.multiple}")
-        emb = F.silu(self.time(time_features(t).to(self.stem.weight.dtype)))       # (B, 4 * width)
-        # NHWC or NCHW, as the weights are: net.to(memory_format=torch.contiguous_format) is faster for bf16 on a CPU
+        emb = F.silu(self.time(time_features(t).to(self.stem.weight.dtype)))  # (B, 4 * width)
+        # NHWC or NCHW, as the weights are: net.to(memory_format=torch.contiguous_format) is faster
+        # for bf16 on a CPU
         nhwc = self.stem.weight.is_contiguous(memory_format=torch.channels_last)
         if image_part is None and self.look is not None:
             xt, image, x_self = x.split(self.channels, 1)
             x, image_part = torch.cat([xt, x_self], dim=1), self.image_part(image)
-        folded = F.pixel_unshuffle(x, self.patch).contiguous(                      # (B, C p^2, H/p, W/p)
+        folded = F.pixel_unshuffle(x, self.patch).contiguous(  # (B, C p^2, H/p, W/p)
             memory_format=torch.channels_last if nhwc else torch.contiguous_format)
         if image_part is None:
             h = self.stem(folded)
@@ -186,7 +212,7 @@ class UNet(nn.Module):
             h = layer(h, emb)
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], dim=1), emb)
-        out = F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.patch)         # (B, out_channels, H, W)
+        out = F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.patch)  # (B, out_channels, H, W)
         return out if self.finer is None else out + self.finer(h, x, image_part[1], emb)
 
 
@@ -207,7 +233,8 @@ class Stage(nn.Module):
 class Finer(nn.Module):
     """A stage at twice the resolution of the U-Net's last features h (B, c_in, h, w), zero at first.
 
-    It sees them, the bits (B, c_bits, H, W), folded `fold` x `fold`, and the image (B, c_image, 2 h, 2 w); -> (B, c_out, H, W).
+    It sees them, the bits (B, c_bits, H, W), folded `fold` x `fold`, and the image (B, c_image, 2 h, 2 w);
+    -> (B, c_out, H, W).
     """
 
     def __init__(self, c_in, c_bits, c_image, width, c_out, c_emb, fold, groups, dropout):
@@ -220,13 +247,14 @@ class Finer(nn.Module):
         self.head = zero_init(nn.Conv2d(width, c_out * fold**2, 3, padding=1))
 
     def forward(self, h, bits, image, emb):
-        x = self.bits(F.pixel_unshuffle(bits, self.fold)) + self.image(image)      # (B, width, H/fold, W/fold)
+        x = self.bits(F.pixel_unshuffle(bits, self.fold)) + self.image(image)  # (B, width, H/fold, W/fold)
         x = self.res(x + F.interpolate(self.below(h), scale_factor=2, mode="nearest"), emb)
         return F.pixel_shuffle(self.head(F.silu(self.norm(x))), self.fold)
 
 
 def looking(fold, width, groups):
-    """Convolutions that halve an image (B, 3, fold h, fold w) down to (B, width, h, w), wider each time. Raises ValueError."""
+    """Convolutions that halve an image (B, 3, fold h, fold w) down to (B, width, h, w), wider each time.
+    Raises ValueError."""
     halvings = fold.bit_length() - 1
     if fold != 2**halvings:
         raise ValueError(f"detail x patch must be a power of 2, not {fold}")
@@ -234,7 +262,8 @@ def looking(fold, width, groups):
     for i in reversed(range(halvings)):
         layers += [nn.Conv2d(c, width >> i, 3, stride=2, padding=1), nn.SiLU()]
         c = width >> i
-    return nn.Sequential(*layers[:-1], nn.GroupNorm(groups, width), nn.SiLU(), zero_init(nn.Conv2d(width, width, 3, padding=1)))
+    return nn.Sequential(*layers[:-1], nn.GroupNorm(groups, width), nn.SiLU(),
+                         zero_init(nn.Conv2d(width, width, 3, padding=1)))
 
 
 def zero_init(module):

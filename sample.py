@@ -1,22 +1,32 @@
 """Segment images: several plausible answers for each, where they agree, and a hand on the wheel.
 
-    python sample.py --n 8 photo.jpg                                           # newest checkpoint under out/, or weights/photo.pt
-    python sample.py --n 4 --out masks --resume photos/ a.png                  # a folder and a file; go on where it stopped
-    python sample.py --grain fine photo.jpg                                    # more, smaller segments; or --grain 12: so many
-    python sample.py --points "120,80 160,90; 30,200" photo.jpg                # the first two belong together, the third apart
+    python sample.py --n 8 photo.jpg                                           # newest checkpoint under
+    out/, or weights/photo.pt
+    python sample.py --n 4 --out masks --resume photos/ a.png                  # a folder and a file; go on
+    where it stopped
+    python sample.py --grain fine photo.jpg                                    # more, smaller segments; or
+    --grain 12: so many
+    python sample.py --points "120,80 160,90; 30,200" photo.jpg                # the first two belong
+    together, the third apart
     python sample.py --points "120,80; 30,200" --closed photo.jpg              # two segments and nothing else
-    python sample.py --init corrected.png --strength 0.4 photo.jpg             # a map corrected by hand: sample around it
-    torchrun --nproc_per_node 8 -- sample.py --n 4 photos/                     # the images are shared among 8 GPUs
+    python sample.py --init corrected.png --strength 0.4 photo.jpg             # a map corrected by hand:
+    sample around it
+    torchrun --nproc_per_node 8 -- sample.py --n 4 photos/                     # the images are shared among
+    8 GPUs
 
 For each image a folder --out/<stem>/ (<name>_<suffix> where two have one stem), maps at the image's own size:
     labels_00.png ...  one id a pixel, coloured when looked at (16-bit grey from 255 ids); 0 is never used
     overlay_00.png ... the same over the image; the same place has the same colour in every sample
     answer.png         the joint answer: one map of all samples, as fine as --grain says; answer_overlay.png
-    uncertainty.png    the share of samples that see a boundary, and the entropy of the mean bits (paper, Eq. 3)
+    uncertainty.png    the share of samples that see a boundary, and the entropy of the mean bits (paper, Eq.
+    3)
     panel.png          all of it in one picture
-    segments.json      the answer's segments in COCO's format (pycocotools reads it): RLE, area, box, confidence = the chance
-                       that a person would draw it; and borders: [id, id, the chance that a person would part them]
---format coco_panoptic adds --out/panoptic.json and --out/panoptic/<name>.png. As a function, from Python: segment.py.
+    segments.json      the answer's segments in COCO's format (pycocotools reads it): RLE, area, box,
+    confidence = the chance
+                       that a person would draw it; and borders: [id, id, the chance that a person would part
+                       them]
+--format coco_panoptic adds --out/panoptic.json and --out/panoptic/<name>.png. As a function, from Python:
+segment.py.
 """
 
 import argparse
@@ -53,10 +63,10 @@ from engine import complaint, pick_device, program
 from sources.formats import IMAGE_TYPES, junk, read_image, read_label, said
 
 fail = complaint("sample.py")
-MARK = "bitseg sample.py"                        # in every file written: others are never overwritten
+MARK = "bitseg sample.py"  # in every file written: others are never overwritten
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files. All or nothing: an image's are made in a folder beside, which takes the old one's place at the end.
 
 
@@ -95,7 +105,8 @@ def info_of(path):
         return {}
     except (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError):
         pass
-    raise ValueError(f"{path} was not written by sample.py and is not overwritten: move it, or choose another --out")
+    raise ValueError(f"{path} was not written by sample.py and is not overwritten: move it, or choose "
+                     f"another --out")
 
 
 def ours(path):
@@ -108,7 +119,8 @@ def ours(path):
 
 
 def done(folder, info):
-    """Whether this image is done with these settings. Raises ValueError if the folder holds anything else than its results."""
+    """Whether this image is done with these settings. Raises ValueError if the folder holds anything else
+    than its results."""
     swap(folder)
     found = info_of(folder / "segments.json")
     if found.get("image", info["image"]) != info["image"]:
@@ -116,7 +128,7 @@ def done(folder, info):
     for path in (panoptic_png(folder), *folder.glob("*.png")):
         info_of(path)
     files = found.pop("files", None)  # before, none were listed
-    if found.get("format") == "coco_panoptic":                                     # which has all of coco's
+    if found.get("format") == "coco_panoptic":  # which has all of coco's
         found["format"] = info["format"]
 
     def there(name, size):
@@ -157,7 +169,7 @@ def write(folder, image, result, model, info, hints=None, panoptic=False):
     """All files of one image, in place of those of before. Returns a few words about it."""
     n, joint = len(result.cells), result.answer
     digits, (new, _) = max(2, len(str(n - 1))), beside(folder)
-    shutil.rmtree(new, ignore_errors=True)                                         # of a run that was killed
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     new.mkdir(parents=True)
 
     def save_map(labels, side, name, over):
@@ -175,7 +187,7 @@ def write(folder, image, result, model, info, hints=None, panoptic=False):
             captions = [(name, *ends) for name, _, _, ends in rows]
             tiles = [shade(value / top) for _, value, top, _ in rows]
             save(grid(tiles, len(rows), 6, captions), new / "uncertainty.png")
-        if panoptic:                                                               # id = R + 256 G + 65536 B
+        if panoptic:  # id = R + 256 G + 65536 B
             ids = joint.labels.numpy().astype(np.uint32) + 1
             save(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8), new / "panoptic.png")
         sizes = {path.name: path.stat().st_size for path in new.iterdir()}
@@ -192,9 +204,10 @@ def write(folder, image, result, model, info, hints=None, panoptic=False):
 
 
 def write_panoptic(out):
-    """out/panoptic.json: every PNG in out/panoptic/ with its segments.json. Several processes may end with it."""
+    """out/panoptic.json: every PNG in out/panoptic/ with its segments.json. Several processes may end with
+    it."""
     written, found = None, []
-    while written != found or written is None:                                     # again if others came meanwhile
+    while written != found or written is None:  # again if others came meanwhile
         written, images, annotations = found, [], []
         for i, name in enumerate(found, 1):
             content = json.loads((out / name / "segments.json").read_text())
@@ -202,23 +215,26 @@ def write_panoptic(out):
             images.append({**content["images"][0], "id": i})
             annotations.append(dict(image_id=i, file_name=f"{name}.png",
                                     segments_info=[{k: s[k] for k in keys} for s in content["annotations"]]))
-        save_json(out / "panoptic.json", dict(software=MARK), images, annotations, dict(isthing=1, color=[0, 114, 178]))
+        save_json(out / "panoptic.json", dict(software=MARK), images, annotations,
+                  dict(isthing=1, color=[0, 114, 178]))
         found = sorted(p.stem for p in (out / "panoptic").glob("*.png")
                        if info_of(out / p.stem / "segments.json").get("image"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
 def folder_names(files):
-    """A folder for each file, all different: the stem; else the name, with as many of its parents as it takes."""
+    """A folder for each file, all different: the stem; else the name, with as many of its parents as it
+    takes."""
     names, depth = {}, 0
     while left := [p for p in files if p not in names]:
         parts = {p: p.resolve().parts[-depth:] for p in left}
         name = {p: "_".join(parts[p]).replace(".", "_") if depth else p.stem for p in left}
         name = {p: f"{name[p]}_{files.index(p)}" if depth > len(parts[p]) else name[p] for p in left}
-        taken = [n.casefold() for n in ("panoptic", ".", "..", *names.values(), *name.values())]           # a is A on some systems
+        # a is A on some systems
+        taken = [n.casefold() for n in ("panoptic", ".", "..", *names.values(), *name.values())]
         names.update({p: n for p, n in name.items() if taken.count(n.casefold()) == 1})
         depth += 1
     return names
@@ -289,26 +305,35 @@ def main(argv=None):
     p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
     p.add_argument("--out", default="samples", help="where the folders go")
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
-    p.add_argument("--guidance", type=float, help="guidance weight, 0 = none: half the time (default: the checkpoint's)")
+    p.add_argument("--guidance", type=float, help="guidance weight, 0 = none: half the time (default: the "
+                                                  "checkpoint's)")
     p.add_argument("--sampler", choices=SAMPLERS, help="(default: the checkpoint's)")
-    p.add_argument("--smooth", type=float, help="share of the side that answers are averaged over, between the image's edges; 0 = none")
+    p.add_argument("--smooth", type=float, help="share of the side that answers are averaged over, between "
+                                                "the image's edges; 0 = none")
     p.add_argument("--grain", default="normal", help="coarse, normal, fine, or how many segments")
     p.add_argument("--closed", action="store_true", help="every pixel belongs to one of the hints")
-    p.add_argument("--merge", type=float, help="cut where the odds that people part two regions reach this: above 1 coarser, below finer; "
-                   "0: samples as the network makes them, joined where most agree (default: the checkpoint's)")
-    p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour first (default: the checkpoint's)")
+    p.add_argument("--merge", type=float, help="cut where the odds that people part two regions reach this: "
+                                               "above 1 coarser, below finer; "
+                   "0: samples as the network makes them, joined where most agree (default: the "
+                   "checkpoint's)")
+    p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour "
+                                             "first (default: the checkpoint's)")
     p.add_argument("--seed", type=int, default=0, help="sample j of every image has the seed SEED + j")
-    p.add_argument("--batch", type=int, help="samples at once (default: 1 on the CPU, else 64, or as many as memory holds)")
+    p.add_argument("--batch", type=int, help="samples at once (default: 1 on the CPU, else 64, or as many "
+                                             "as memory holds)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--resume", action="store_true", help="skip images that are done with the same settings")
-    p.add_argument("--format", choices=["coco", "coco_panoptic"], default="coco", help="coco: segments.json alone")
+    p.add_argument("--format", choices=["coco", "coco_panoptic"], default="coco",
+                   help="coco: segments.json alone")
     p.add_argument("--hint", action="append", default=[],
                    help="label map: pixels of one id belong together, of different ids apart; 0 is free")
     p.add_argument("--points", action="append", default=[],
                    help='groups of clicks "x,y x,y;x,y", in pixels from the top left corner; may be repeated')
-    p.add_argument("--box", action="append", default=[], help="x0,y0,x1,y1 about one segment; may be repeated")
+    p.add_argument("--box", action="append", default=[], help="x0,y0,x1,y1 about one segment; may be "
+                                                              "repeated")
     p.add_argument("--init", action="append", default=[], help="label map to start from; 0 is free")
-    p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, at most 1")
+    p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, "
+                                                               "at most 1")
     p.error = fail
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--") if "--" in argv else len(argv)  # argparse's own way of it does not mix
@@ -342,7 +367,8 @@ def main(argv=None):
         set_tidy(model, a.least, a.merge)
         for given in filter(None, (a.hint, a.init)):
             if Path(given).resolve().parent == (out / names[files[0]]).resolve():
-                raise ValueError(f"{given} lies where this image's results go, and would be overwritten: copy it elsewhere, or choose another --out")
+                raise ValueError(f"{given} lies where this image's results go, and would be overwritten: "
+                                 f"copy it elsewhere, or choose another --out")
         listed = a.format == "coco_panoptic" or (out / "panoptic").is_dir() and (out / "panoptic.json").exists()
         if listed:
             info_of(out / "panoptic.json")
@@ -351,14 +377,16 @@ def main(argv=None):
         if a.closed and not given.get("hints", np.zeros(1)).any():
             raise ValueError("--closed gives every pixel to a hint: name some with --points, --box or --hint")
         read_too = {k: digest(getattr(a, k)) for k in ("hint", "init") if getattr(a, k)}
-    except (ValueError, OSError, RuntimeError) as e:                               # RuntimeError: kernels that cannot be had
+    except (ValueError, OSError, RuntimeError) as e:  # RuntimeError: kernels that cannot be had
         fail(e)
 
     files = files[rank::world]
     chosen = {k: v for k in ("steps", "guidance", "sampler", "smooth") if (v := getattr(a, k)) is not None}
-    settings = {**model.sampling, **model.tidy, **chosen, "grain": a.grain, **prompts, **({"strength": a.strength} if a.init else {}),
+    settings = {**model.sampling, **model.tidy, **chosen, "grain": a.grain, **prompts,
+                **({"strength": a.strength} if a.init else {}),
                 **({"closed": True} if a.closed else {})}
-    info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, format=a.format, **settings)
+    info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, format=a.format,
+                **settings)
 
     def about(path):
         return {**info, "image": str(path), "digests": {"image": digest(path), **read_too}}
@@ -366,9 +394,11 @@ def main(argv=None):
         print(f"{ckpt}: trained on {model.dataset}, step {model.step}, {model.image_size} pixels; "
               f"{' '.join(f'{k} {v}' for k, v in settings.items())}; on {device}")
         if model.dataset == "shapes":
-            print(f"This checkpoint has only seen synthetic shapes: in a photo it finds shapes. For photos: --ckpt {SHIPPED.parent.name}/{SHIPPED.name}")
+            print(f"This checkpoint has only seen synthetic shapes: in a photo it finds shapes. For photos: "
+                  f"--ckpt {SHIPPED.parent.name}/{SHIPPED.name}")
         if ckpt == SHIPPED and not a.ckpt:
-            print("These are the weights that come with this repository, as there is no checkpoint of your own under out/.")
+            print("These are the weights that come with this repository, as there is no checkpoint of your "
+                  "own under out/.")
 
     steps = chosen.get("steps", model.sampling["steps"])
     bar, total = None, len(files) * a.n * steps
@@ -437,7 +467,7 @@ def main(argv=None):
     def finish(job, path, pixels, of):
         folder = out / names[path]
         try:
-            with large if pixels > 2e7 else nullcontext():                         # one at a time
+            with large if pixels > 2e7 else nullcontext():  # one at a time
                 image = read_image(path)  # again: several do not fit into memory
                 result = summarise(job, image, model, a.grain, a.closed)
                 words = write(folder, image, result, model, of, job.hints, a.format == "coco_panoptic")
@@ -448,7 +478,7 @@ def main(argv=None):
             return fault(path, e)
 
     stopped = None
-    with ThreadPoolExecutor(2) as writers:                                         # reading, sampling, writing overlap
+    with ThreadPoolExecutor(2) as writers:  # reading, sampling, writing overlap
         try:
             for error in sampled():
                 one = read.popleft()

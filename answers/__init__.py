@@ -1,1 +1,2 @@
-"""What becomes of samples: segmentations at the photo's size, the tree of answers and its fitting, pictures, scores."""
+"""What becomes of samples: segmentations at the photo's size, the tree of answers and its fitting, pictures,
+scores."""

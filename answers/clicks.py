@@ -1,6 +1,7 @@
 """What clicks bring: scores after so many of them, and how many it takes, beside what needs no training.
 
-What it is: `clicks_curve` (an annotator clicks into every segment) and `clicks_needed` (a user corrects one object until it is
+What it is: `clicks_curve` (an annotator clicks into every segment) and `clicks_needed` (a user corrects one
+object until it is
 right), with simulated users. What it is not: a page to click on.
 """
 
@@ -21,7 +22,8 @@ from sources.formats import read_image, read_labels
 
 
 def clicks_of(true):
-    """Where an annotator clicks: the pixel farthest from the border of each segment of true (h, w), the largest first: [(y, x)]."""
+    """Where an annotator clicks: the pixel farthest from the border of each segment of true (h, w), the
+    largest first: [(y, x)]."""
     ids, area = np.unique(true[true >= 0], return_counts=True)
     points = []
     for one in ids[np.argsort(-area, kind="stable")]:
@@ -56,29 +58,34 @@ def watershed(jump, hints):
 
 
 def random_walker(photo, hints, beta=0.02):
-    """The hint that a random walk reaches first, most likely (Grady 2006): (h, w). Steps are exp(-beta |dLab|^2) likely."""
+    """The hint that a random walk reaches first, most likely (Grady 2006): (h, w). Steps are exp(-beta
+    |dLab|^2) likely."""
     h, w = hints.shape
     at, jump = np.arange(h * w).reshape(h, w), gradient(photo)
-    i, j = np.concatenate([at[:-1].ravel(), at[:, :-1].ravel()]), np.concatenate([at[1:].ravel(), at[:, 1:].ravel()])
+    i, j = np.concatenate([at[:-1].ravel(), at[:, :-1].ravel()]), np.concatenate([at[1:].ravel(),
+                                                                                  at[:, 1:].ravel()])
     weight = np.exp(-beta * np.concatenate([v.ravel() for v in jump]) ** 2) + 1e-6
     links = coo_matrix((np.r_[weight, weight], (np.r_[i, j], np.r_[j, i])), shape=(h * w, h * w)).tocsr()
     laplacian = diags(np.asarray(links.sum(1)).ravel()) - links
     seed, free = np.flatnonzero(hints), np.flatnonzero(hints.ravel() == 0)
     numbers = np.unique(hints[hints > 0])
     sides = (hints.ravel()[seed][:, None] == numbers).astype(float)
-    chance = spsolve(laplacian[free][:, free].tocsc(), -laplacian[free][:, seed] @ sides).reshape(len(free), -1)
+    chance = spsolve(laplacian[free][:, free].tocsc(), -laplacian[free][:, seed] @ sides).reshape(len(free),
+                                                                                                  -1)
     out = hints.ravel().copy()
     out[free] = numbers[chance.argmax(1)]
     return out.reshape(h, w)
 
 
 def by_baseline(photo, hints, evidence=None):
-    """{name: label map (h, w)} of hints (h, w) by what needs no training; and by a watershed on the samples' evidence."""
+    """{name: label map (h, w)} of hints (h, w) by what needs no training; and by a watershed on the samples'
+    evidence."""
     jump = gradient(photo)
     maps = {"nearest click": nearest_click(hints), "watershed, Lab": watershed(jump, hints),
             "random walker": random_walker(photo, hints)}
     if evidence is not None:
-        soft = [np.minimum(np.abs(np.diff(evidence.soft, axis=axis + 1)).sum(-1), 2).mean(0) for axis in (0, 1)]
+        soft = [np.minimum(np.abs(np.diff(evidence.soft, axis=axis + 1)).sum(-1), 2).mean(0) for axis in (0,
+                                                                                                          1)]
         maps["watershed, samples"] = watershed([s + 0.3 * g / 20 for s, g in zip(soft, jump)], hints)
     return maps
 
@@ -90,13 +97,16 @@ def sampled(model, data, fine, positions, n, seed, batch):
         job = next(jobs)
         (h, w) = job.size
         photo = job.image[:h, :w]
-        yield i, photo, data.maps(i)[:, :h, :w].numpy(), evidence_of(torch.stack(job.x_hat), photo, model.codec)
+        yield i, photo, data.maps(i)[:, :h, :w].numpy(), evidence_of(torch.stack(job.x_hat), photo,
+                                                                     model.codec)
 
 
 def clicks_curve(model, data, fine, positions, ks, n=1, seed=0, batch=1):
-    """Scores after k clicks of every annotator in turn: {method: {k: [{metric: mean over annotators}, one an image]}}.
+    """Scores after k clicks of every annotator in turn: {method: {k: [{metric: mean over annotators}, one an
+    image]}}.
 
-    ks: numbers of clicks, "all" for one in every segment. Methods: open and closed (this model's), and baselines.
+    ks: numbers of clicks, "all" for one in every segment. Methods: open and closed (this model's), and
+    baselines.
     """
     curve = {}
     for _, photo, maps, evidence in sampled(model, data, fine, positions, n, seed, batch):
@@ -121,11 +131,15 @@ def clicks_curve(model, data, fine, positions, ks, n=1, seed=0, batch=1):
 
 
 def clicks_needed(model, data, fine, files, target=0.85, most=20, objects=100, n=4, seed=0, batch=1):
-    """How many clicks a simulated user needs until an object reaches IoU `target`: {method: [clicks, one number an object]}, and how
-    many objects are left out since their own mask, made small for the network and large again, misses the target.
+    """How many clicks a simulated user needs until an object reaches IoU `target`: {method: [clicks, one
+    number an object]}, and how
+    many objects are left out since their own mask, made small for the network and large again, misses the
+    target.
 
-    An object is a label above 0 that covers 1 % of its image or more; at most `objects` of them, drawn by seed. Each click is in the
-    middle of the largest wrong region, at the image's own size; all clicks beside the object share one id. Who is not there after
+    An object is a label above 0 that covers 1 % of its image or more; at most `objects` of them, drawn by
+    seed. Each click is in the
+    middle of the largest wrong region, at the image's own size; all clicks beside the object share one id.
+    Who is not there after
     `most` clicks counts as `most`.
     """
     found = []
@@ -144,7 +158,8 @@ def clicks_needed(model, data, fine, files, target=0.85, most=20, objects=100, n
         jump = gradient(photo)
         methods = {"tree": lambda hints: joined(evidence, model, hints=hints)[1],
                    "watershed, Lab": lambda hints: watershed(jump, hints),
-                   "watershed, samples": lambda hints: by_baseline(photo, hints, evidence)["watershed, samples"],
+                   "watershed, samples": lambda hints: by_baseline(photo, hints,
+                                                                   evidence)["watershed, samples"],
                    "nearest click": nearest_click}
         for one in wanted[i]:
             truth = labels == one
@@ -153,18 +168,21 @@ def clicks_needed(model, data, fine, files, target=0.85, most=20, objects=100, n
                 left_out += 1
                 continue
             for name, method in methods.items():
-                counts.setdefault(name, []).append(clicks_to(method, truth, photo.shape[:2], picture, target, most))
+                counts.setdefault(name,
+                                  []).append(clicks_to(method, truth, photo.shape[:2], picture, target, most))
     return counts, left_out
 
 
 def clicks_to(method, truth, shape, picture, target, most):
-    """Clicks until method(hints (h, w)) -> labels (h, w) has the object truth (H, W) by IoU `target`; `most` if it never has."""
+    """Clicks until method(hints (h, w)) -> labels (h, w) has the object truth (H, W) by IoU `target`; `most`
+    if it never has."""
     hints, mask = np.zeros(shape, int), np.zeros(truth.shape, bool)
     for count in range(1, most + 1):
         missed, extra = (middle_of_largest(v) for v in (truth & ~mask, mask & ~truth))
         (_, y, x), number = max((missed, 1), (extra, 2))
         at = y * shape[0] // truth.shape[0], x * shape[1] // truth.shape[1]
-        if hints[at] == 3 - number:  # the network's pixel belongs to the other side already: nothing more can be said
+        # the network's pixel belongs to the other side already: nothing more can be said
+        if hints[at] == 3 - number:
             return most
         hints[at] = number
         labels = method(hints)
@@ -176,7 +194,8 @@ def clicks_to(method, truth, shape, picture, target, most):
 
 
 def middle_of_largest(wrong):
-    """(pixels, y, x) of the largest connected part of wrong (H, W) bool: its size and its deepest pixel; (0, 0, 0) if there is none."""
+    """(pixels, y, x) of the largest connected part of wrong (H, W) bool: its size and its deepest pixel; (0,
+    0, 0) if there is none."""
     parts, count = label(wrong)
     if not count:
         return 0, 0, 0

@@ -1,12 +1,19 @@
-"""Learn from people's segmentations which regions belong together: the small network behind the odds of tree.py.
+"""Learn from people's segmentations which regions belong together: the small network behind the odds of
+tree.py.
 
-    python -m answers.fit_tree --ckpt weights/photo.pt --dataset PATH --out tree.npz       # 800 crops: a quarter of an hour
-    python -m answers.fit_tree --ckpt weights/photo.pt --dataset photos:3,streets:1:components:ignore --out tree.npz
+    python -m answers.fit_tree --ckpt weights/photo.pt --dataset PATH --out tree.npz       # 800 crops: a
+    quarter of an hour
+    python -m answers.fit_tree --ckpt weights/photo.pt --dataset photos:3,streets:1:components:ignore --out
+    tree.npz
 
-Samples of the checkpoint for random crops of the training images become trees, with and without simulated clicks: once by a plain
-measure, once by a first network's odds. For every two regions that touch on the way, the target is the share of pairs of pixels, one in
-each, that the annotators put together. No set has more than a third of the weight. Sets differ in how finely people cut; the network
-is told which set it sees, and in the end it answers as for the first. Sets must be labelled everywhere, or else say `ignore`.
+Samples of the checkpoint for random crops of the training images become trees, with and without simulated
+clicks: once by a plain
+measure, once by a first network's odds. For every two regions that touch on the way, the target is the share
+of pairs of pixels, one in
+each, that the annotators put together. No set has more than a third of the weight. Sets differ in how finely
+people cut; the network
+is told which set it sees, and in the end it answers as for the first. Sets must be labelled everywhere, or
+else say `ignore`.
 To use the file: tree.LEARNT.
 """
 
@@ -36,14 +43,17 @@ MOST = 1 / 3  # of the weight, for any one set
 
 
 def crops(items, count, size, own, seed):
-    """(PIL image, all annotators' maps (m, h, w) at the network's size) of `count` random crops of a set's items, half of them
+    """(PIL image, all annotators' maps (m, h, w) at the network's size) of `count` random crops of a set's
+    items, half of them
     mirrored; the first of each image is all of it. own: dict(unlabelled, components)."""
     order = np.random.default_rng(seed).permutation(len(items))
     for c in range(count):
         item, r = items[order[c % len(items)]], np.random.default_rng([*seed, c])
         image, maps = read_image(item.image), own_maps(item, own["unlabelled"], own["components"])
-        share, stretch = (np.sqrt(r.uniform(0.55, 1)), np.exp(r.uniform(-0.08, 0.08))) if c >= len(items) else (1, 1)
-        w, h = (max(1, min(side, int(side * share * f))) for side, f in zip(image.size, (stretch, 1 / stretch)))
+        share, stretch = (np.sqrt(r.uniform(0.55, 1)),
+                          np.exp(r.uniform(-0.08, 0.08))) if c >= len(items) else (1, 1)
+        w, h = (max(1, min(side, int(side * share * f))) for side,
+                f in zip(image.size, (stretch, 1 / stretch)))
         x, y = r.integers(image.width - w + 1), r.integers(image.height - h + 1)
         part, labels = image.crop((x, y, x + w, y + h)), maps[:, y : y + h, x : x + w]
         if r.random() < 0.5:
@@ -52,7 +62,8 @@ def crops(items, count, size, own, seed):
 
 
 def clicks(labels, count, rng):
-    """A hint map (h, w): clicks into up to `count` segments of labels (h, w), -1 = unlabelled, the largest first, each at the pixel
+    """A hint map (h, w): clicks into up to `count` segments of labels (h, w), -1 = unlabelled, the largest
+    first, each at the pixel
     farthest from its border, or (one in three) anywhere in it."""
     hints = np.zeros(labels.shape, int)
     ids, area = np.unique(labels[labels >= 0], return_counts=True)
@@ -105,7 +116,8 @@ def region_pairs(drawn, net, rng, share):
 
 
 def weights(pairs, of):
-    """(m,): larger regions count more, and no set for more than MOST of all, as far as there are enough sets."""
+    """(m,): larger regions count more, and no set for more than MOST of all, as far as there are enough
+    sets."""
     weight = np.exp(0.5 * pairs[:, 52])  # the root of the smaller one's share of the map
     total = np.bincount(of, weight)
     share = total / total.sum()
@@ -124,12 +136,14 @@ def fit(pairs, targets, of, seed):
     mean, scale = x.mean(0), x.std(0) + 1e-6
     x = torch.cat([((x - mean) / scale).clamp(-6, 6), which], dim=1)
     net = torch.nn.Sequential(torch.nn.Linear(x.shape[1], WIDTH), torch.nn.SiLU(), torch.nn.Dropout(DROPOUT),
-                              torch.nn.Linear(WIDTH, WIDTH), torch.nn.SiLU(), torch.nn.Dropout(DROPOUT), torch.nn.Linear(WIDTH, 1))
+                              torch.nn.Linear(WIDTH, WIDTH), torch.nn.SiLU(), torch.nn.Dropout(DROPOUT),
+                              torch.nn.Linear(WIDTH, 1))
     optimizer = torch.optim.AdamW(net.parameters(), LR, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=STEPS)
     chance = weight.cumsum(0)
     for step in range(STEPS):
-        some = torch.searchsorted(chance, torch.rand(BATCH, dtype=torch.float64) * chance[-1]).clamp(max=len(x) - 1)
+        some = torch.searchsorted(chance,
+                                  torch.rand(BATCH, dtype=torch.float64) * chance[-1]).clamp(max=len(x) - 1)
         loss = F.binary_cross_entropy_with_logits(net(x[some])[:, 0], y[some])
         optimizer.zero_grad()
         loss.backward()
@@ -137,14 +151,17 @@ def fit(pairs, targets, of, seed):
         schedule.step()
     with torch.no_grad():
         each = F.binary_cross_entropy_with_logits(net.eval()(x)[:, 0], y, reduction="none")
-    print(f"{len(x)} pairs, {float(y.mean()):.3f} of them together; cross entropy {float((each * weight).sum() / weight.sum()):.4f}")
+    print(f"{len(x)} pairs, {float(y.mean()):.3f} of them together; cross entropy "
+          f"{float((each * weight).sum() / weight.sum()):.4f}")
     w1, b1 = net[0].weight[:, : -sets], net[0].bias + net[0].weight[:, -sets]  # as for the first set
-    result = dict(mean=mean, scale=scale, w1=w1, b1=b1, w2=net[3].weight, b2=net[3].bias, w3=net[6].weight, b3=net[6].bias)
+    result = dict(mean=mean, scale=scale, w1=w1, b1=b1, w2=net[3].weight, b2=net[3].bias, w3=net[6].weight,
+                  b3=net[6].bias)
     return {name: v.detach().numpy().astype(np.float32) for name, v in result.items()}
 
 
 def fit_confidence(drawn, net):
-    """How `tree.confidence` weighs what it sees: (4,), by logistic regression on the share of annotators who have a segment with IoU
+    """How `tree.confidence` weighs what it sees: (4,), by logistic regression on the share of annotators who
+    have a segment with IoU
     above one half, of the maps at every grain."""
     seen, hits = [], []
     for _, image, maps, soft, cells, codes in drawn:
@@ -153,7 +170,8 @@ def fit_confidence(drawn, net):
         for grain in tree.GRAINS:
             labels = grown.cut(grain)
             inside, outside, share = tree.sureness(evidence, grown, labels, net)
-            table = metrics.contingency(torch.from_numpy(labels).long().expand(len(maps), -1, -1), torch.from_numpy(maps))
+            table = metrics.contingency(torch.from_numpy(labels).long().expand(len(maps), -1, -1),
+                                        torch.from_numpy(maps))
             hits.append((metrics.iou_matrix(table).amax(2) > 0.5).double().mean(0)[: len(share)])
             seen.append(torch.from_numpy(tree.confidence_features(inside, outside, share).T))
     x, y = torch.cat(seen), torch.cat(hits)
@@ -172,9 +190,11 @@ def fit_confidence(drawn, net):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", required=True, help="a data set or several, see train.py; their training images are used")
+    p.add_argument("--dataset", required=True, help="a data set or several, see train.py; their training "
+                                                    "images are used")
     p.add_argument("--root", default="data", help="where named data sets lie")
-    p.add_argument("--unlabelled", default="segment", choices=("segment", "ignore"), help="id 0, where a set does not say :ignore")
+    p.add_argument("--unlabelled", default="segment", choices=("segment", "ignore"),
+                   help="id 0, where a set does not say :ignore")
     p.add_argument("--ckpt", help="default: the newest under out/, else the weights in the box")
     p.add_argument("--out", default="tree.npz", help="the file to write")
     p.add_argument("--crops", type=int, default=800, help="of all images; the first of each is all of it")
@@ -195,7 +215,8 @@ def main(argv=None):
         sets = parse_parts(a.dataset)
         if "shapes" in (name for name, _, _ in sets):
             raise ValueError("shapes have no files: name data sets of images, see train.py")
-        sets = [(originals(name, "train", a.root, own["void"])[: a.limit], weight, {**own, "unlabelled": own["unlabelled"] or a.unlabelled})
+        sets = [(originals(name, "train", a.root, own["void"])[: a.limit], weight,
+                 {**own, "unlabelled": own["unlabelled"] or a.unlabelled})
                 for name, weight, own in sets]
         net, part = fit_sets(model, sets, a), Path(f"{a.out}.part")
         with open(part, "wb") as f:
@@ -213,14 +234,16 @@ def fit_sets(model, sets, a):
     jobs, truth = [], []
     whole = sum(weight for _, weight, _ in sets)
     for s, (items, weight, own) in enumerate(sets):
-        for image, maps in crops(items, math.ceil(a.crops * weight / whole), model.image_size, own, (a.seed, s)):
+        for image, maps in crops(items, math.ceil(a.crops * weight / whole), model.image_size, own,
+                                 (a.seed, s)):
             jobs.append(prepare(image, model, seed=a.seed + len(jobs) * 1000))
             truth.append((s, maps.numpy()))
     drawn = []
     for job in tqdm(denoise(jobs, model, a.n, a.batch), "sampling", len(jobs), leave=False):
         (h, w), x = job.size, torch.stack(job.x_hat).clamp(-1, 1)
         s, maps = truth[len(drawn)]
-        drawn.append((s, job.image[:h, :w], maps, x.permute(0, 2, 3, 1).numpy(), model.codec.decode(x).numpy(), model.codec.classes))
+        drawn.append((s, job.image[:h, :w], maps, x.permute(0, 2, 3, 1).numpy(),
+                      model.codec.decode(x).numpy(), model.codec.classes))
     return fit_all(drawn, a.seed)
 
 

@@ -1,6 +1,7 @@
 """Label maps as pictures: colours, outlines, overlays, sheets of tiles.
 
-What it is: functions from label maps and images to (H, W, 3) uint8. What it is not: it computes no segmentation.
+What it is: functions from label maps and images to (H, W, 3) uint8. What it is not: it computes no
+segmentation.
 
     from answers.pictures import grid, overlay
     Image.fromarray(grid([overlay(image, one, side=8) for one in labels], columns=4)).save("sheet.png")
@@ -18,14 +19,17 @@ from frame import fitted, outline, subsample
 def colours(side):
     """One colour for each cell of the palette: (side^2, 3) uint8.
 
-    Nine hues, near to Okabe & Ito's, fill each block of 3 x 3 cells; blocks differ in lightness. Neighbours differ by 15 or
-    more in CIE Lab, in normal, protan, deutan and tritan vision (Machado et al. 2009): a search moved the hues until then.
+    Nine hues, near to Okabe & Ito's, fill each block of 3 x 3 cells; blocks differ in lightness. Neighbours
+    differ by 15 or
+    more in CIE Lab, in normal, protan, deutan and tritan vision (Machado et al. 2009): a search moved the
+    hues until then.
     """
-    hues = np.array([(251, 186, 19), (107, 195, 240), (0, 144, 116), (81, 16, 0), (227, 221, 110), (3, 82, 179),
+    hues = np.array([(251, 186, 19), (107, 195, 240), (0, 144, 116), (81, 16, 0), (227, 221, 110),
+                     (3, 82, 179),
                      (225, 150, 188), (110, 110, 110), (194, 55, 20)])
     row, col = np.divmod(np.arange(side**2), side)
     hue, block = hues[row % 3 * 3 + col % 3], (row // 3 + col // 3) % 3
-    tint = np.array([0, 0.3, 0.25])[block][:, None]                                # towards white, towards black
+    tint = np.array([0, 0.3, 0.25])[block][:, None]  # towards white, towards black
     return (hue * (1 - tint) + np.where(block == 1, 255, 0)[:, None] * tint).round().astype(np.uint8)
 
 
@@ -68,11 +72,13 @@ def runs(labels):
 def shade(share):
     """(H, W) in [0, 1] -> white, blue, nearly black: (H, W, 3) uint8."""
     stops = np.array([(255, 255, 255), (66, 130, 190), (8, 20, 60)])
-    return np.stack([np.interp(np.asarray(share), (0, 0.5, 1), stop) for stop in stops.T], -1).round().astype(np.uint8)
+    return np.stack([np.interp(np.asarray(share), (0, 0.5, 1), stop) for stop in stops.T],
+                    -1).round().astype(np.uint8)
 
 
 def grid(tiles, columns, gap=4, captions=()):
-    """Tiles (each (h, w, 3) uint8, all of one size) as one picture, row by row, each under its caption if there are any.
+    """Tiles (each (h, w, 3) uint8, all of one size) as one picture, row by row, each under its caption if
+    there are any.
 
     A caption (text, low, high) is followed by the scale of `shade` between two words.
     """
@@ -89,13 +95,15 @@ def grid(tiles, columns, gap=4, captions=()):
             if ends:
                 right = x + w - pen.textlength(ends[1], font) - 2
                 pen.text((right, y + 2), ends[1], (60, 60, 60), font)
-                sheet.paste(Image.fromarray(shade(np.tile(np.linspace(0, 1, 40), (9, 1)))), (int(right) - 45, y + 5))
+                sheet.paste(Image.fromarray(shade(np.tile(np.linspace(0, 1, 40), (9, 1)))),
+                            (int(right) - 45, y + 5))
                 pen.text((right - 49 - pen.textlength(ends[0], font), y + 2), ends[0], (60, 60, 60), font)
     return np.array(sheet)
 
 
 def panel(image, result, codec, hints=None, most=16):
-    """Image, hints (H, W) if any, joint answer, samples (at most `most`) and uncertainty in one picture: (h, w, 3) uint8."""
+    """Image, hints (H, W) if any, joint answer, samples (at most `most`) and uncertainty in one picture: (h,
+    w, 3) uint8."""
     w, h = fitted(*image.size, 320)
     small = image.resize((w, h), Image.Resampling.LANCZOS)
     tiles, captions = [np.asarray(small)], ["image"]
@@ -110,7 +118,8 @@ def panel(image, result, codec, hints=None, most=16):
     for j, labels in zip(range(most), result.enlarged(small)):
         add(f"sample {j}", labels, result.side)
     for name, value, top, words in uncertainty(result, codec):
-        tiles.append(shade(F.interpolate(value[None, None], (h, w), mode="bilinear", antialias=True)[0, 0] / top))
+        tiles.append(shade(F.interpolate(value[None, None], (h, w), mode="bilinear", antialias=True)[0,
+                                                                                                     0] / top))
         captions.append((name, *words))
     fits = max(1, round((len(tiles) * 1.6 * h / w) ** 0.5))  # a sheet about 1.6 times as wide as high
     rows = -(-len(tiles) // fits)
@@ -118,9 +127,11 @@ def panel(image, result, codec, hints=None, most=16):
 
 
 def uncertainty(result, codec):
-    """[(name, map, its largest value, words for the scale's ends)]: boundaries, and entropy if there are bits."""
+    """[(name, map, its largest value, words for the scale's ends)]: boundaries, and entropy if there are
+    bits."""
     rows = [("boundaries", result.boundary, 1, ("0", "all"))] if len(result.cells) > 1 else []
-    bits = [("entropy", result.entropy, codec.bits, ("0", f"{codec.bits} bits"))] if result.entropy is not None else []
+    bits = [("entropy", result.entropy, codec.bits,
+             ("0", f"{codec.bits} bits"))] if result.entropy is not None else []
     return rows + bits
 
 

@@ -1,6 +1,7 @@
 """Scores of one image after another: of samples and their joint answer, and of baselines.
 
-What it is: `score_images(data, positions, ...)` -> a row an image, of plain numbers. What it is not: it averages, prints and writes nothing
+What it is: `score_images(data, positions, ...)` -> a row an image, of plain numbers. What it is not: it
+averages, prints and writes nothing
 (eval.py does); answers to clicks are clicks.py's.
 """
 
@@ -20,7 +21,7 @@ from sources.formats import read_image, read_labels
 ANSWERS = {"coarse": "coarse", "answer": "normal", "fine": "fine"}  # name of the joint answer: its grain
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Baselines
 
 
@@ -30,14 +31,15 @@ def regular_grid(h, w, side=3):
 
 
 def kmeans(image, k=8, position=60.0):
-    """k-means on Lab and position (the longer side counts as `position` Lab units): (h, w, 3) uint8 -> (h, w) int64."""
+    """k-means on Lab and position (the longer side counts as `position` Lab units): (h, w, 3) uint8 -> (h,
+    w) int64."""
     h, w = image.shape[:2]
     y, x = np.mgrid[:h, :w] * (position / max(h, w))
     features = np.concatenate([lab(image / 255), y[..., None], x[..., None]], axis=-1).reshape(h * w, 5)
     return torch.from_numpy(kmeans2(features, k, minit="++", seed=0)[1].reshape(h, w)).long()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data
 
 
@@ -47,16 +49,18 @@ def own_maps(item, unlabelled, components=False):
     return maps.masked_fill(maps == 0, -1) if unlabelled == "ignore" else maps
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One image
 
 
 def judge(answers, maps):
-    """{answer: {metric: mean over annotators}} of answers {name: (H, W)} and label maps (m, H, W); and of each annotator
+    """{answer: {metric: mean over annotators}} of answers {name: (H, W)} and label maps (m, H, W); and of
+    each annotator
     against the others, as "human"."""
     result, m = {}, len(maps)
     if answers:
-        s = metrics.all_scores(torch.stack(list(answers.values())).repeat_interleave(m, 0), maps.repeat(len(answers), 1, 1))
+        s = metrics.all_scores(torch.stack(list(answers.values())).repeat_interleave(m, 0),
+                               maps.repeat(len(answers), 1, 1))
         for i, name in enumerate(answers):
             result[name] = {key: float(v[i * m : i * m + m].nanmean()) for key, v in s.items()}
     if m > 1:
@@ -67,7 +71,8 @@ def judge(answers, maps):
 
 
 def bit_table(x_hat, maps, codec):
-    """Reliability of Eq. 3's bits of a sample (k, h, w) against every annotator's (m, h, w): (10, 3) over confidences from 0.5."""
+    """Reliability of Eq. 3's bits of a sample (k, h, w) against every annotator's (m, h, w): (10, 3) over
+    confidences from 0.5."""
     cells = codec.cells(maps)  # (m, h, w)
     truth, valid = codec.encode(cells) > 0, (cells >= 0)[:, None].expand(-1, len(x_hat), -1, -1)
     x = x_hat.clamp(-1, 1).expand_as(truth)
@@ -75,9 +80,11 @@ def bit_table(x_hat, maps, codec):
 
 
 def joined_table(cells, maps):
-    """Of every two neighbouring pixels: the share of n samples that join them, against that of the annotators: (n + 1, 3)."""
+    """Of every two neighbouring pixels: the share of n samples that join them, against that of the
+    annotators: (n + 1, 3)."""
     valid, pairs = (maps != -1).all(0), []
-    for a, b in (((..., slice(1, None), slice(None)), (..., slice(-1), slice(None))), ((..., slice(1, None)), (..., slice(-1)))):
+    for a, b in (((..., slice(1, None), slice(None)), (..., slice(-1), slice(None))),
+                 ((..., slice(1, None)), (..., slice(-1)))):
         both = valid[a] & valid[b]
         pairs.append([(x[a] == x[b]).double().mean(0)[both] for x in (cells, maps)])
     samples, annotators = (torch.cat(p) for p in zip(*pairs))
@@ -85,7 +92,8 @@ def joined_table(cells, maps):
 
 
 def border_table(evidence, grown, labels, maps, net):
-    """Reliability of the confidence of borders: chances that people part two segments of a map, against the share of the annotators'
+    """Reliability of the confidence of borders: chances that people part two segments of a map, against the
+    share of the annotators'
     pairs of pixels, one in each segment, that they part, by the length of the border: (10, 3)."""
     graph, rows = tree.Graph(evidence, labels), []
     _, borders = tree.confidence(evidence, grown, labels, net)
@@ -95,18 +103,21 @@ def border_table(evidence, grown, labels, maps, net):
             a, b = truth[(labels == i) & (truth >= 0)], truth[(labels == j) & (truth >= 0)]
             if len(a) and len(b):
                 most = int(max(a.max(), b.max())) + 1
-                parted.append(1 - np.bincount(a, minlength=most) @ np.bincount(b, minlength=most) / (len(a) * len(b)))
+                parted.append(1 - np.bincount(a, minlength=most) @ np.bincount(b,
+                                                                               minlength=most) / (len(a) * len(b)))
         if parted:
             rows.append((chance, float(np.mean(parted)), length))
     if not rows:
         return torch.zeros(10, 3, dtype=torch.float64)
     chance, truth, length = torch.tensor(rows, dtype=torch.float64).T
     where = (chance * 10).long().clamp(0, 9)
-    return torch.stack([torch.bincount(where, length * v, 10) for v in (torch.ones_like(chance), chance, truth)], dim=1)
+    return torch.stack([torch.bincount(where, length * v, 10) for v in (torch.ones_like(chance), chance,
+                                                                        truth)], dim=1)
 
 
 def segment_table(sure, labels, maps):
-    """Reliability of the confidence of segments: chances against the share of annotators with a segment of IoU above one half:
+    """Reliability of the confidence of segments: chances against the share of annotators with a segment of
+    IoU above one half:
     (10, 3)."""
     table = metrics.contingency(torch.from_numpy(labels).long().expand(len(maps), -1, -1), maps)
     hit = (metrics.iou_matrix(table).amax(2) > 0.5).double().mean(0)  # (segments,)
@@ -114,7 +125,8 @@ def segment_table(sure, labels, maps):
 
 
 def job_of(data, fine, i, seed):
-    """Image number i of a packed data set as a Job; fine: the same set at the resolution that the network sees."""
+    """Image number i of a packed data set as a Job; fine: the same set at the resolution that the network
+    sees."""
     image, _, (size,) = data.get([i])
     sharp = fine.get([i])[0] if fine else image
     return Job(image[0].numpy(), sharp[0].numpy(), tuple(size.tolist()), [], seed=seed)
@@ -125,15 +137,19 @@ def seed_of(seed, i):
     return (seed * 10**6 + i) * 1000
 
 
-def score_images(data, positions, model, a, setting, ns, files, larger=None, full=True, keep=False, fine=None):
-    """A row (dictionary) for each image: "curve", {n: {one, oracle, answer: (ARI, IoU)}}; if full, the scores; if keep, the maps.
+def score_images(data, positions, model, a, setting, ns, files, larger=None, full=True, keep=False,
+                 fine=None):
+    """A row (dictionary) for each image: "curve", {n: {one, oracle, answer: (ARI, IoU)}}; if full, the
+    scores; if keep, the maps.
 
-    Scores are at the network's size; at the images' own, given files; and at that of the data set `larger`, the same images.
+    Scores are at the network's size; at the images' own, given files; and at that of the data set `larger`,
+    the same images.
     fine: they again, at the resolution that a network with detail sees.
     """
     rows, n = [], max(ns)
     bar = tqdm(positions, " ".join(map(str, setting.values())), leave=False)
-    jobs = denoise((job_of(data, fine, i, seed_of(a.seed, i)) for i in positions), model, n, a.batch, **setting) if model else None
+    jobs = denoise((job_of(data, fine, i, seed_of(a.seed, i)) for i in positions), model, n, a.batch,
+                   **setting) if model else None
     for i in bar:
         image, _, (size,) = data.get([i])
         h, w = size.tolist()
@@ -146,12 +162,15 @@ def score_images(data, positions, model, a, setting, ns, files, larger=None, ful
             net = tree.learnt() if model.tidy["merge"] else None
             grown = {k: joined(evidence_of(x_hat[:k], photo, model.codec), model) for k in ns}
             m = len(maps)
-            every = torch.from_numpy(np.concatenate([samples, [labels for _, labels in grown.values()]])).long()
+            every = torch.from_numpy(np.concatenate([samples,
+                                                     [labels for _, labels in grown.values()]])).long()
             s = metrics.scores(every.repeat_interleave(m, 0), maps.repeat(len(every), 1, 1))
             s = torch.stack([s["ari"], s["iou"]]).view(2, len(every), m).nanmean(2)  # (2, n + len(ns))
-            row["curve"] = {k: {"one": s[:, :k].mean(1).tolist(), "oracle": s[:, :k].amax(1).tolist(), "answer": s[:, n + p].tolist()}
+            row["curve"] = {k: {"one": s[:, :k].mean(1).tolist(), "oracle": s[:, :k].amax(1).tolist(),
+                                "answer": s[:, n + p].tolist()}
                             for p, k in enumerate(ns)}
-            answers = {"sample": samples[0]} | {name: grown[n][0].cut(grain, offset_of(model)) for name, grain in ANSWERS.items()}
+            answers = {"sample": samples[0]} | {name: grown[n][0].cut(grain, offset_of(model)) for name,
+                                                grain in ANSWERS.items()}
         elif a.baseline != "human":
             answers[a.baseline] = (regular_grid(h, w) if a.baseline == "grid" else kmeans(photo)).numpy()
         answers = {name: torch.from_numpy(labels).long() for name, labels in answers.items()}
@@ -176,12 +195,16 @@ def score_images(data, positions, model, a, setting, ns, files, larger=None, ful
             ari, covering = metrics.pairwise(torch.cat([every, maps]))
             if n > 1 and len(maps) > 1:
                 row["spread"] = {name: [metrics.energy_distance(1 - e, n), metrics.diversity(1 - e[:n, :n]),
-                                        metrics.diversity(1 - e[n:, n:])] for name, e in (("ARI", ari), ("covering", covering))}
+                                        metrics.diversity(1 - e[n:, n:])] for name,
+                                        e in (("ARI", ari), ("covering", covering))}
             if n > 1:
                 row["joined"] = joined_table(every, maps)
             evidence, (tree_of_all, labels) = evidence_of(x_hat, photo, model.codec), grown[n]
             sure, _ = tree.confidence(evidence, tree_of_all, labels, net)
-            row["segments"], row["borders"] = segment_table(sure, labels, maps), border_table(evidence, tree_of_all, labels, maps, net)
+            row["segments"], row["borders"] = segment_table(sure, labels, maps), border_table(evidence,
+                                                                                              tree_of_all,
+                                                                                              labels, maps,
+                                                                                              net)
             if model.codec.has_bits and model.codec.palette != "none":
                 row["bits"] = bit_table(x_hat[0], maps, model.codec)
         if keep:

@@ -1,7 +1,9 @@
 """Segment images, from Python: checkpoints, prompts, samples, label maps at the images' own size.
 
-What it is: `load_checkpoint(path)` -> Model; `segment(image, model, n)` -> Segmentation, which `cut` cuts anew, coarser, finer or
-by clicks, without sampling again; `denoise` samples many images without waiting between them. What it is not: it writes no
+What it is: `load_checkpoint(path)` -> Model; `segment(image, model, n)` -> Segmentation, which `cut` cuts
+anew, coarser, finer or
+by clicks, without sampling again; `denoise` samples many images without waiting between them. What it is
+not: it writes no
 files (sample.py) and compares with no truth (scoring.py).
 
     from sources.formats import read_image  # upright, RGB
@@ -45,11 +47,13 @@ class Model:
     codec: Codec
     diffusion: Diffusion
     image_size: int
-    sampling: dict                               # steps, guidance, sampler, variance, smooth: this network's defaults
+    sampling: dict  # steps, guidance, sampler, variance, smooth: this network's defaults
     dataset: str
     step: int
-    # how its samples become answers. merge 0: samples stay as they are, and the tree joins what they join; above 0: every
-    # sample and all together are trees by the learnt odds, cut where the odds that people part two regions reach `merge`
+    # how its samples become answers. merge 0: samples stay as they are, and the tree joins what they
+    # join; above 0: every
+    # sample and all together are trees by the learnt odds, cut where the odds that people part two
+    # regions reach `merge`
     # (1: the usual); least: regions of fewer pixels are joined first
     tidy: dict = field(default_factory=lambda: dict(least=0, merge=0.0))
 
@@ -60,7 +64,8 @@ class Model:
 
 
 def read_checkpoint(path, device="cpu"):
-    """The dictionary in a checkpoint file, or in the one before it where it is damaged. Raises ValueError naming the file."""
+    """The dictionary in a checkpoint file, or in the one before it where it is damaged. Raises ValueError
+    naming the file."""
     content, used, problem = newest(path, device)
     if content is None:
         raise ValueError(f"{path}: no such file; train one with: python train.py")
@@ -70,9 +75,11 @@ def read_checkpoint(path, device="cpu"):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The EMA network of a checkpoint, ready to sample from. Raises ValueError naming the file, RuntimeError as `diffusion.fused`."""
+    """The EMA network of a checkpoint, ready to sample from. Raises ValueError naming the file, RuntimeError
+    as `diffusion.fused`."""
     c = read_checkpoint(path, device)
-    if lacks := {"network", "ema", "codec", "diffusion", "image_size", "sampling", "dataset", "step"} - c.keys():
+    if lacks := {"network", "ema", "codec", "diffusion", "image_size", "sampling", "dataset",
+                 "step"} - c.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it is no checkpoint of train.py")
     try:
         whole, real = ("image_size", "step", "steps", "least", "seed"), ("guidance", "smooth", "merge")
@@ -81,18 +88,21 @@ def load_checkpoint(path, device="cpu"):
         for part in (c, c["codec"], c["diffusion"], c["sampling"], c.get("tidy", {})):
             for key in numbers.keys() & part.keys():
                 value, kind = part[key], (int, numbers[key])
-                if isinstance(value, bool) or not isinstance(value, kind) or not abs(value) < 2**63:   # nor nan
+                # nor nan
+                if isinstance(value, bool) or not isinstance(value, kind) or not abs(value) < 2**63:
                     raise ValueError(f"{key} is {value!r}")
         if c["image_size"] < 1 or c["sampling"]["steps"] < 1:
             raise ValueError(f"image_size is {c['image_size']}, steps {c['sampling']['steps']}")
         if c["sampling"]["sampler"] not in SAMPLERS or c["sampling"]["variance"] not in VARIANCES:
-            raise ValueError(f"its sampler is {c['sampling']['sampler']!r}, its variance {c['sampling']['variance']!r}")
+            raise ValueError(f"its sampler is {c['sampling']['sampler']!r}, its variance "
+                             f"{c['sampling']['variance']!r}")
         net, codec = UNet(**c["network"]), Codec(**c["codec"])
         diffusion = Diffusion(**c["diffusion"])
         copies = 1 + (diffusion.hints > 0) + (diffusion.self_condition > 0)  # of the bits, as in train.py
         want = (copies * codec.channels + 3 * getattr(net, "detail", 1) ** 2, codec.channels)
         if want != (c["network"]["in_channels"], c["network"]["out_channels"]):
-            raise ValueError(f"its network is not of {want[0]} channels in and {want[1]} out, as its settings say")
+            raise ValueError(f"its network is not of {want[0]} channels in and {want[1]} out, as its "
+                             f"settings say")
         net.load_state_dict(c["ema"])
         net = net.to(device).eval().requires_grad_(False)
         model = Model(net, codec, diffusion, c["image_size"],
@@ -102,12 +112,14 @@ def load_checkpoint(path, device="cpu"):
         known = {ValueError: str(e), RuntimeError: "its weights do not fit its network"}
         why = known.get(type(e), "entries of a wrong kind")
         raise ValueError(f"{path}: no checkpoint that this version can use: {why}") from None
-    fused(model.codec, device)  # now, not in the midst of sampling: raises where kernels were forced that cannot run
+    # now, not in the midst of sampling: raises where kernels were forced that cannot run
+    fused(model.codec, device)
     return model
 
 
 def set_tidy(model, least, merge):
-    """The command line's least and merge instead of the checkpoint's, where given (not None). Raises ValueError."""
+    """The command line's least and merge instead of the checkpoint's, where given (not None). Raises
+    ValueError."""
     new = {**model.tidy, **{k: v for k, v in dict(least=least, merge=merge).items() if v is not None}}
     if not all(0 <= v <= 10**6 for v in new.values()) or any(new.values()) and model.codec.clusters:
         raise ValueError(f"--least and --merge must be 0 (off) to 1000000, and 0 with the encoding rgb, "
@@ -116,38 +128,45 @@ def set_tidy(model, least, merge):
 
 
 def newest_checkpoint(root="out", shipped=SHIPPED):
-    """The checkpoint under root that was written last; else the weights that come with the repository. Raises ValueError."""
+    """The checkpoint under root that was written last; else the weights that come with the repository.
+    Raises ValueError."""
     found = sorted(Path(root).glob("**/ckpt.pt"), key=lambda p: p.stat().st_mtime)
     if not found and not shipped.exists():
-        raise ValueError(f"no checkpoint under {root}/, and no {shipped}: train one first (python train.py, about 4 minutes "
+        raise ValueError(f"no checkpoint under {root}/, and no {shipped}: train one first (python train.py, "
+                         f"about 4 minutes "
                          f"on a laptop), or name one with --ckpt")
     return found[-1] if found else shipped
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Prompts. Hints and initial maps are label maps of the image's own size; 0 and below = not given.
 
 
 def hint_map(width, height, points="", boxes=(), drawn=None):
     """Points, boxes and drawn hints as one hint map (height, width) int64. Raises ValueError.
 
-    points: "x,y x,y;x,y", groups of clicks: each is a disc of CLICK of the longer side, smaller if another group is near.
-    boxes: (x0, y0, x1, y1), each about one segment: an ellipse of half its size is known; small boxes lie over large ones,
+    points: "x,y x,y;x,y", groups of clicks: each is a disc of CLICK of the longer side, smaller if another
+    group is near.
+    boxes: (x0, y0, x1, y1), each about one segment: an ellipse of half its size is known; small boxes lie
+    over large ones,
     points and drawn (height, width) over all.
     """
     out, y, x = np.zeros((height, width), np.int64), np.arange(height)[:, None], np.arange(width)
     drawn = out if drawn is None else drawn
     if drawn.shape != out.shape:
-        raise ValueError(f"the hint has {drawn.shape[1]} x {drawn.shape[0]} pixels, but the image {width} x {height}")
-    first = max(0, int(drawn.max())) + 1                                           # the first id not taken
+        raise ValueError(f"the hint has {drawn.shape[1]} x {drawn.shape[0]} pixels, but the image {width} x "
+                         f"{height}")
+    first = max(0, int(drawn.max())) + 1  # the first id not taken
     for i, (x0, y0, x1, y1) in enumerate(sorted(boxes, key=lambda b: (b[0] - b[2]) * (b[3] - b[1]))):
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise ValueError(f"box {x0:g},{y0:g},{x1:g},{y1:g} does not lie in the image of {width} x {height} pixels")
+            raise ValueError(f"box {x0:g},{y0:g},{x1:g},{y1:g} does not lie in the image of {width} x "
+                             f"{height} pixels")
         core = ((2 * y + 1 - y0 - y1) / (y1 - y0)) ** 2 + ((2 * x + 1 - x0 - x1) / (x1 - x0)) ** 2 <= 0.25
-        core[int((y0 + y1) / 2), int((x0 + x1) / 2)] = True                        # at least one pixel
+        core[int((y0 + y1) / 2), int((x0 + x1) / 2)] = True  # at least one pixel
         out = np.where(core, first + i, out)
     try:
-        clicks = [(g, *map(float, p.split(","))) for g, group in enumerate(points.split(";")) for p in group.split()]
+        clicks = [(g, *map(float, p.split(","))) for g, group in enumerate(points.split(";"))
+                  for p in group.split()]
         clicks = [(first + len(boxes) + g, int(px), int(py)) for g, px, py in clicks]
     except (ValueError, OverflowError):
         raise ValueError(f"points '{points}' are not of the form \"x,y x,y;x,y\"") from None
@@ -170,24 +189,28 @@ class Job:
     size: tuple  # (h, w) of the valid part
     x_hat: list  # of (C, h, w)
     hints: np.ndarray | None = None  # (H, W), at the image's own size: ids, 0 = none
-    known: torch.Tensor | None = None  # (C, S, S): bits of the hints, 0 elsewhere, for a network that sees hints
+    # (C, S, S): bits of the hints, 0 elsewhere, for a network that sees hints
+    known: torch.Tensor | None = None
     init: torch.Tensor | None = None  # (C, S, S): bits to start from, 0 where there are none
     seed: int = 0  # sample j has the seed `seed` + j
 
 
 def network_hints(hints, height, width):
-    """Hint map (H, W) of ids, 0 and below = none -> the same at the network's size, numbered from 1 in the order of the ids.
+    """Hint map (H, W) of ids, 0 and below = none -> the same at the network's size, numbered from 1 in the
+    order of the ids.
     Raises ValueError where an id has no pixel left."""
     names = np.unique(hints[hints > 0])
     small = shrink(hints, height, width)
     if lost := sorted(set(names.tolist()) - set(small.flat)):
-        raise ValueError(f"contradictory hints: id {lost[0]} shares all its pixels with others at the network's "
+        raise ValueError(f"contradictory hints: id {lost[0]} shares all its pixels with others at the "
+                         f"network's "
                          f"{max(height, width)} pixels; make it larger or move it away")
     return np.where(small > 0, np.searchsorted(names, small) + 1, 0)
 
 
 def checked(name, ids, image):
-    """A map of ids given for a PIL image, as int64; None stays None. Raises ValueError where the sizes differ."""
+    """A map of ids given for a PIL image, as int64; None stays None. Raises ValueError where the sizes
+    differ."""
     if ids is None:
         return None
     ids = np.asarray(ids, np.int64).clip(min=0)
@@ -198,10 +221,12 @@ def checked(name, ids, image):
 
 
 def prepare(image, model, hints=None, init=None, seed=0):
-    """PIL image -> Job. hints (H, W): ids, pixels of one id belong together, of different ids apart; init (H, W): ids to start from;
+    """PIL image -> Job. hints (H, W): ids, pixels of one id belong together, of different ids apart; init
+    (H, W): ids to start from;
     both 0 where not given. Raises ValueError for an image without pixels and for prompts that do not fit."""
     if image.mode != "RGB" or 0 in image.size:
-        raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {image.width} x {image.height} of mode "
+        raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {image.width} x "
+                         f"{image.height} of mode "
                          f"{image.mode}: formats.read_image gives one, upright, of any file")
     S, codec = model.image_size, model.codec
     small, (h, w) = resize_image(image, S)
@@ -222,7 +247,8 @@ def prepare(image, model, hints=None, init=None, seed=0):
         raise ValueError(f"{hint.max()} ids in the hints are more than the {codec.classes} of this network")
     start = np.zeros((h, w), int) if init is None else shrink(init, h, w)
     ids, area = np.unique(start[(hint == 0) & (start > 0)], return_counts=True)
-    ids = ids[np.argsort(-area, kind="stable")][: codec.classes - hint.max()]  # what has no cell left is not given
+    # what has no cell left is not given
+    ids = ids[np.argsort(-area, kind="stable")][: codec.classes - hint.max()]
     labels = np.full((S, S), -1)
     labels[:h, :w] = np.where(hint > 0, hint, np.where(np.isin(start, ids), start + hint.max() + 1, -1))
     hinted = torch.zeros(1, S, S, dtype=torch.bool)
@@ -234,7 +260,7 @@ def prepare(image, model, hints=None, init=None, seed=0):
     return job
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From images to soft bits to label maps
 
 
@@ -242,9 +268,11 @@ def prepare(image, model, hints=None, init=None, seed=0):
 class Answer:
     """One label map of an image of H x W pixels: all samples together, or one."""
 
-    labels: torch.Tensor  # (H, W) integers from 0: the number of a place in a square palette of side x side places
+    # (H, W) integers from 0: the number of a place in a square palette of side x side places
+    labels: torch.Tensor
     side: int
-    segments: list  # COCO: id = label + 1, area, bbox, segmentation (RLE), confidence: the chance that a person drew it
+    # COCO: id = label + 1, area, bbox, segmentation (RLE), confidence: the chance that a person drew it
+    segments: list
     borders: list  # (id, id, confidence) of segments that touch: the chance that a person parts them
 
 
@@ -282,8 +310,10 @@ class Segmentation:
     def cut(self, grain="normal", hints=None, closed=False):
         """Another Answer from the same samples, in milliseconds.
 
-        grain: coarse, normal, fine, or a number of segments. hints (H, W): ids, 0 = free (`hint_map`): pixels of one id are
-        together, those of two apart. closed: every pixel belongs to a hint. Raises ValueError for hints that do not fit.
+        grain: coarse, normal, fine, or a number of segments. hints (H, W): ids, 0 = free (`hint_map`):
+        pixels of one id are
+        together, those of two apart. closed: every pixel belongs to a hint. Raises ValueError for hints that
+        do not fit.
         """
         hints = checked("hint", hints, self.image)
         grown, labels = joined(self.evidence, self.model, grain, hints, closed)
@@ -293,7 +323,8 @@ class Segmentation:
 def segment(image, model, n=8, seed=0, grain="normal", closed=False, hints=None, init=None, **options):
     """n samples for one PIL image and their joint answer: a Segmentation. Sample j has the seed `seed` + j.
 
-    grain, closed: as `Segmentation.cut` has them; hints, init: as `prepare`; options: as `denoise`. The same seed gives the same
+    grain, closed: as `Segmentation.cut` has them; hints, init: as `prepare`; options: as `denoise`. The same
+    seed gives the same
     map, whatever else is sampled beside it: on the CPU to the last bit at batch 1.
     """
     job = prepare(image, model, hints, init, seed)
@@ -303,9 +334,12 @@ def segment(image, model, n=8, seed=0, grain="normal", closed=False, hints=None,
 def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **sampling):
     """The jobs of an iterable, each with n samples, in order; a batch holds samples of several images.
 
-    batch: samples at once (default 1 on the CPU, else 64); halved when the device's memory is not enough. strength, in (0, 1]: how
-    much of an initial map is forgotten. sampling: steps, guidance, sampler, variance, smooth (default: the checkpoint's).
-    callback: as `diffusion.sample` has it. Either all jobs have hints (an initial map), or none. Raises ValueError.
+    batch: samples at once (default 1 on the CPU, else 64); halved when the device's memory is not enough.
+    strength, in (0, 1]: how
+    much of an initial map is forgotten. sampling: steps, guidance, sampler, variance, smooth (default: the
+    checkpoint's).
+    callback: as `diffusion.sample` has it. Either all jobs have hints (an initial map), or none. Raises
+    ValueError.
     """
     device = next(model.net.parameters()).device
     batch = batch or (1 if device.type == "cpu" else 64)
@@ -322,7 +356,8 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **samplin
         x, inside = normalise(torch.from_numpy(np.stack([job.sharp for job in some])).to(device),
                               torch.tensor([job.size for job in some], device=device), model.detail)
         try:
-            x_hat = sample(model.net, x, inside, model.codec.channels, seeds, model.diffusion, model.codec.activate,
+            x_hat = sample(model.net, x, inside, model.codec.channels, seeds, model.diffusion,
+                           model.codec.activate,
                            fused=fused(model.codec, device), callback=callback, **sampling, **given).cpu()
         except RuntimeError as e:
             if not out_of_memory(e):
@@ -357,7 +392,8 @@ def evidence_of(x_hat, image, codec):
 
 
 def joined(evidence, model, grain="normal", hints=None, closed=False):
-    """Evidence -> its tree, and the map (h, w) that is cut from it. hints: (H, W) ids at any size, 0 = none."""
+    """Evidence -> its tree, and the map (h, w) that is cut from it. hints: (H, W) ids at any size, 0 =
+    none."""
     merge, least = model.tidy["merge"], model.tidy["least"]
     hint = None if hints is None or not hints.any() else network_hints(hints, *evidence.low.shape)
     grown = tree.grow(evidence, tree.learnt() if merge else None, hint, closed, least)
@@ -365,14 +401,16 @@ def joined(evidence, model, grain="normal", hints=None, closed=False):
 
 
 def sample_map(x_hat, image, model, grain="normal"):
-    """One sample (C, h, w) of a photo (h, w, 3) uint8 -> its map (h, w) from 0: as sampled, or a tree of its own."""
+    """One sample (C, h, w) of a photo (h, w, 3) uint8 -> its map (h, w) from 0: as sampled, or a tree of its
+    own."""
     if not model.tidy["merge"]:
         return model.codec.decode(x_hat[None].float().cpu())[0].numpy()
     return joined(evidence_of(x_hat[None], image, model.codec), model, grain)[1]
 
 
 def placed(maps, side):
-    """Label maps (n, h, w) -> the same with the palette's places as numbers, and the palette's side: `side` or, for more segments
+    """Label maps (n, h, w) -> the same with the palette's places as numbers, and the palette's side: `side`
+    or, for more segments
     than it has places, the next power of two that suffices."""
     while side * side < max(len(np.unique(one)) for one in maps):
         side *= 2
@@ -380,7 +418,8 @@ def placed(maps, side):
 
 
 def answer(grown, labels, result, hints=None):
-    """A tree and a map (h, w) cut from it -> Answer at the size of result.image; hints may have another size."""
+    """A tree and a map (h, w) cut from it -> Answer at the size of result.image; hints may have another
+    size."""
     net = tree.learnt() if result.model.tidy["merge"] else None
     sure, borders = tree.confidence(result.evidence, grown, labels, net)
     cells, side = placed(labels[None], result.side)
@@ -395,7 +434,8 @@ def answer(grown, labels, result, hints=None):
         ids = np.array(list(most))
         values = np.array(list(most.values()))
         here = hints > 0
-        full[torch.from_numpy(here)] = torch.from_numpy(values[np.searchsorted(ids, hints[here])]).to(full.dtype)
+        full[torch.from_numpy(here)] = torch.from_numpy(values[np.searchsorted(ids,
+                                                                               hints[here])]).to(full.dtype)
     confidence = {int(number[k]): float(sure[k]) for k in range(len(number))}
     segments = coco_segments(full.numpy(), confidence)
     left = {s["id"] for s in segments}  # in a photo smaller than the map, segments may lose all their pixels

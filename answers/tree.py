@@ -1,16 +1,21 @@
 """One tree of answers from n samples of an image: small regions, joined one after the other, surest first.
 
-What it is: `gather` (what samples and photo say about neighbouring pixels), `grow` (the tree, with or without hints) and
-`Tree.cut` (a label map at any grain; a coarser one never crosses a finer one). What it is not: it samples nothing, and
+What it is: `gather` (what samples and photo say about neighbouring pixels), `grow` (the tree, with or
+without hints) and
+`Tree.cut` (a label map at any grain; a coarser one never crosses a finer one). What it is not: it samples
+nothing, and
 works at the network's resolution (segment.py enlarges).
 
 Use it alone (needs numpy, scipy and, for learnt odds, weights/tree.npz):
     from answers.tree import gather, grow, learnt
-    tree = grow(gather(image, soft, cells, 64), learnt())    # (h, w, 3) uint8, (n, h, w, k) in [-1, 1], (n, h, w) below 64
+    tree = grow(gather(image, soft, cells, 64), learnt())    # (h, w, 3) uint8, (n, h, w, k) in [-1, 1], (n,
+    h, w) below 64
     labels, finer = tree.cut(), tree.cut("fine")             # (h, w) each
 
-Sources: regions are a watershed, computed as a minimum spanning forest (Cousty et al. 2009); samples as evidence about pairs:
-Fred & Jain 2005. The odds that two regions belong together are a small network's, fitted by fit_tree.py to people's
+Sources: regions are a watershed, computed as a minimum spanning forest (Cousty et al. 2009); samples as
+evidence about pairs:
+Fred & Jain 2005. The odds that two regions belong together are a small network's, fitted by fit_tree.py to
+people's
 segmentations.
 """
 
@@ -24,15 +29,19 @@ from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 LEARNT = Path(__file__).parent.parent / "weights" / "tree.npz"
-GRAINS = {"coarse": -0.9, "normal": 0.0, "fine": 1.0}  # cut where the log odds that two regions are one fall below this
-# Regions join in the order of these odds: all pairs above the first, then all above the second, ... A cut is at one of them,
+# cut where the log odds that two regions are one fall below this
+GRAINS = {"coarse": -0.9, "normal": 0.0, "fine": 1.0}
+# Regions join in the order of these odds: all pairs above the first, then all above the second, ... A cut
+# is at one of them,
 # or between two.
-LEVELS = (6, 4, 3, 2.5, 2, 1.6, 1.3, 1, 0.75, 0.5, 0.25, 0, -0.25, -0.5, -0.75, -1, -1.3, -1.6, -2, -2.5, -3, -4, -6)
-LEAD = 0.5  # who gives every region to a hint first gives those that prefer one hint to any other: weight of that lead
+LEVELS = (6, 4, 3, 2.5, 2, 1.6, 1.3, 1, 0.75, 0.5, 0.25, 0, -0.25, -0.5, -0.75, -1, -1.3, -1.6, -2, -2.5, -3,
+          -4, -6)
+# who gives every region to a hint first gives those that prefer one hint to any other: weight of that lead
+LEAD = 0.5
 CLEAR = 2.5  # pixels around a hint in which no other region may start
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evidence: what is known about pixels and about pairs of neighbours
 
 
@@ -66,17 +75,20 @@ def gather(image, soft, cells, codes):
         far = np.linalg.norm(along(wide, 3, None) - along(wide, None, -3), axis=2)
         bits = np.abs(np.diff(soft, axis=axis + 1)).sum(-1)  # 2 for each sure bit that differs
         differ = (np.diff(cells, axis=axis + 1) != 0).mean(0)
-        steps.append(np.stack([np.ones_like(near), near, far, np.minimum(bits / 2, 1).mean(0), differ], axis=2))
+        steps.append(np.stack([np.ones_like(near), near, far, np.minimum(bits / 2, 1).mean(0), differ],
+                              axis=2))
         unlike = np.minimum(bits, 2).mean(0) + 0.3 * near
         jump.append(scipy.ndimage.gaussian_filter(unlike, 0.5))
-        for part in (along(edge, 1, None), along(edge, None, -1)):  # views: a pixel has the largest of its four
+        # views: a pixel has the largest of its four
+        for part in (along(edge, 1, None), along(edge, None, -1)):
             np.maximum(part, unlike, out=part)
     edge = scipy.ndimage.gaussian_filter(edge, 0.7)
     return Evidence(seen, soft, cells, codes, steps, jump, scipy.ndimage.minimum_filter(edge, size=3) == edge)
 
 
 def looks(image):
-    """(h, w, 3) uint8 -> (h, w, 28): Lab, texture of L, place, histograms of Lab; all of about the same size."""
+    """(h, w, 3) uint8 -> (h, w, 28): Lab, texture of L, place, histograms of Lab; all of about the same
+    size."""
     colour = lab(image / 255)
     L, a, b = np.moveaxis(colour, 2, 0)
     mean = scipy.ndimage.uniform_filter(L, 3)
@@ -94,17 +106,19 @@ def lab(rgb):
     matrix = np.array([[0.4339, 0.2126, 0.0178], [0.3762, 0.7152, 0.1095], [0.1899, 0.0722, 0.8727]])
     xyz = linear @ matrix
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])],
+                    axis=-1)
 
 
 def histogram(v, low, high, bins):
-    """Values (...) -> (..., bins): how much of each pixel is in each bin, shared linearly between the two nearest."""
+    """Values (...) -> (..., bins): how much of each pixel is in each bin, shared linearly between the two
+    nearest."""
     width = (high - low) / bins
     centre = low + (np.arange(bins) + 0.5) * width
     return (1 - abs(v.clip(centre[0], centre[-1])[..., None] - centre) / width).clip(min=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Regions to start from
 
 
@@ -125,7 +139,8 @@ def regions(evidence, hints=None):
 def forest(jump, marker):
     """Minimum spanning forest of the pixels, one tree for each marker (h, w) above 0: (h, w) numbers from 0.
 
-    Pixels of one marker are joined at no cost, and each marker to a root that all share; without the root's edges, the minimum
+    Pixels of one marker are joined at no cost, and each marker to a root that all share; without the root's
+    edges, the minimum
     spanning tree falls apart into the forest.
     """
     h, w = marker.shape
@@ -150,7 +165,7 @@ def forest(jump, marker):
     return connected_components(links, directed=False)[1].reshape(h, w)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pairs of regions that touch, and what the odds see of them
 
 
@@ -160,14 +175,16 @@ def sums(values, at, n):
 
 
 def collect(i, j, values, n):
-    """Values (m, F) of pairs of groups, in either order -> the pairs that differ, i < j, once each, and their sums."""
+    """Values (m, F) of pairs of groups, in either order -> the pairs that differ, i < j, once each, and
+    their sums."""
     apart = i != j
     pair, at = np.unique((np.minimum(i, j) * n + np.maximum(i, j))[apart], return_inverse=True)
     return pair // n, pair % n, sums(values[apart], at, len(pair))
 
 
 class Graph:
-    """Regions (h, w) from 0 and the pairs i, j of them that touch; `merge` joins regions, `features` describes pairs."""
+    """Regions (h, w) from 0 and the pairs i, j of them that touch; `merge` joins regions, `features`
+    describes pairs."""
 
     def __init__(self, evidence, region):
         samples, h, w, bits = evidence.soft.shape
@@ -176,9 +193,11 @@ class Graph:
         pixels = np.concatenate([np.ones((h * w, 1)), evidence.looks.reshape(h * w, -1),
                                  evidence.soft.transpose(1, 2, 0, 3).reshape(h * w, -1)], axis=1)
         self.total = sums(pixels, flat, self.n)  # (n, 1 + 28 + samples * bits): area and sums
-        place = ((flat * samples)[None] + np.arange(samples)[:, None]) * evidence.codes + evidence.cells.reshape(samples, -1)
+        place = ((flat * samples)[None] + np.arange(samples)[:,
+                                                             None]) * evidence.codes + evidence.cells.reshape(samples, -1)
         size = self.n * samples * evidence.codes
-        self.count = np.bincount(place.ravel(), minlength=size).reshape(self.n, -1).astype(float)  # of each code
+        # of each code
+        self.count = np.bincount(place.ravel(), minlength=size).reshape(self.n, -1).astype(float)
         i, j, steps = [], [], []
         for axis in (0, 1):
             lines = np.moveaxis(region, axis, 0)
@@ -219,12 +238,14 @@ class Graph:
         sizes = [length / np.sqrt(area[small]), area[large] / area.sum(), area[small] / area.sum()]
         samples = [bits.mean(1), bits.min(1), together, np.log(together + 0.02), same, np.log(same + 0.02),
                    (alike > 0.5).mean(1), pure[small], pure[large]]
-        return np.concatenate([np.linalg.norm(apart[:, :3], axis=1)[:, None], apart, np.stack(samples, axis=1),
+        return np.concatenate([np.linalg.norm(apart[:, :3], axis=1)[:, None], apart,
+                               np.stack(samples, axis=1),
                                self.border[:, 1:] / length[:, None], inner[small], inner[large],
                                np.log(np.stack(sizes, axis=1))], axis=1)
 
 
-SAME = 33  # the column of `features` that is the share of samples that put both together, as far as regions are pure
+# the column of `features` that is the share of samples that put both together, as far as regions are pure
+SAME = 33
 
 
 @functools.cache
@@ -238,7 +259,8 @@ def learnt(path=LEARNT):
 
 
 def log_odds(features, net, claimed):
-    """Log odds (m,) that people see one segment in a pair, of features (m, 53) and of whether one of the two is claimed by a
+    """Log odds (m,) that people see one segment in a pair, of features (m, 53) and of whether one of the two
+    is claimed by a
     hint, (m,) bool. net: of `learnt`; None: what the samples alone say."""
     if not len(features):
         return np.zeros(0)
@@ -252,7 +274,7 @@ def log_odds(features, net, claimed):
     return x @ net["w3"][0] + net["b3"][0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The tree
 
 
@@ -267,14 +289,16 @@ class Tree:
     closed: bool  # nothing is left unclaimed: every merge counts
 
     def cut(self, grain="normal", offset=0.0):
-        """A label map (h, w), from 0. grain: a name of GRAINS, or the number of segments (int; hints may make it more); offset is
+        """A label map (h, w), from 0. grain: a name of GRAINS, or the number of segments (int; hints may
+        make it more); offset is
         added to the log odds of GRAINS: above 0, finer."""
         leaves, merges = int(self.region.max()) + 1, len(self.height)
         if self.closed:
             used = np.arange(merges)
         elif isinstance(grain, str):
             if grain not in GRAINS:
-                raise ValueError(f"grain '{grain}' is not one of {', '.join(GRAINS)}, nor a number of segments")
+                raise ValueError(f"grain '{grain}' is not one of {', '.join(GRAINS)}, nor a number of "
+                                 f"segments")
             used = np.flatnonzero(self.height > GRAINS[grain] + offset)
         else:
             if grain < 1:
@@ -287,7 +311,8 @@ class Tree:
 
 
 def lead(score, i, j, claim):
-    """By how much the score of a pair exceeds what the region without a hint would get from any other hint: (m,), at most 3, and 0
+    """By how much the score of a pair exceeds what the region without a hint would get from any other hint:
+    (m,), at most 3, and 0
     where it does not. claim (n,): the hints of the regions, 0 = none."""
     one = (claim[i] > 0) != (claim[j] > 0)
     free = np.where(claim[i] > 0, j, i)
@@ -304,8 +329,10 @@ def lead(score, i, j, claim):
 def grow(evidence, net=None, hints=None, closed=False, least=0, watch=None):
     """Evidence -> Tree. Two regions join that are surest of each other, level by level of LEVELS.
 
-    net: of `learnt`; None: the samples alone decide. hints (h, w): numbers from 1, 0 = none: pixels of one hint are together,
-    those of two never. closed: go on until every region belongs to a hint. least: regions of fewer pixels join first.
+    net: of `learnt`; None: the samples alone decide. hints (h, w): numbers from 1, 0 = none: pixels of one
+    hint are together,
+    those of two never. closed: go on until every region belongs to a hint. least: regions of fewer pixels
+    join first.
     watch(tree region (h, w), features, claimed, i, j) is told of every round, for fitting.
     """
     region = regions(evidence, hints)
@@ -353,8 +380,10 @@ def grow(evidence, net=None, hints=None, closed=False, least=0, watch=None):
 
 
 def sureness(evidence, tree, labels, net=None, graph=None):
-    """What a map (h, w) from 0, cut from a tree, is sure of, of each segment, (n,) each: the chance that two of its pixels belong
-    together, the chance that one of them and one across the border do not, and the segment's share of the map."""
+    """What a map (h, w) from 0, cut from a tree, is sure of, of each segment, (n,) each: the chance that two
+    of its pixels belong
+    together, the chance that one of them and one across the border do not, and the segment's share of the
+    map."""
     graph = graph or Graph(evidence, labels)
     leaves = np.bincount(tree.region.ravel())
     area, owner = np.zeros(len(leaves) + len(tree.odds)), np.full(len(leaves) + len(tree.odds), -1)
@@ -381,7 +410,8 @@ def border_chances(graph, net=None):
 
 
 def confidence(evidence, tree, labels, net=None):
-    """Of a map (h, w) from 0, cut from a tree: of each segment (n,) the chance that a person drew it (without a net: how sure the samples
+    """Of a map (h, w) from 0, cut from a tree: of each segment (n,) the chance that a person drew it
+    (without a net: how sure the samples
     are of it), and of its borders [(i, j, chance that a person parts these two)]."""
     graph = Graph(evidence, labels)
     seen = sureness(evidence, tree, labels, net, graph)
@@ -393,5 +423,7 @@ def confidence(evidence, tree, labels, net=None):
 
 
 def confidence_features(inside, outside, share):
-    """(3, n): log odds of inside and outside, and the logarithm of the share of the map; fit_tree.py fits how they count."""
-    return np.stack([*(np.log(p.clip(0.01, 0.99) / (1 - p.clip(0.01, 0.99))) for p in (inside, outside)), np.log(share)])
+    """(3, n): log odds of inside and outside, and the logarithm of the share of the map; fit_tree.py fits
+    how they count."""
+    return np.stack([*(np.log(p.clip(0.01, 0.99) / (1 - p.clip(0.01, 0.99))) for p in (inside, outside)),
+                     np.log(share)])

@@ -1,21 +1,27 @@
-"""Fused kernels for everything between a label map and the network's input, and between its output and the gradient.
+"""Fused kernels for everything between a label map and the network's input, and between its output and the
+gradient.
 
     import kernels
     cells = kernels.locate(labels, side=8, dtype=torch.int8)                        # location-aware palette
     x = kernels.network_input(cells, alpha, sigma, seeds, 6, image)                 # noisy bits and image
     loss = kernels.loss(net(x, t), cells, weight).mean()                            # differentiable
-    xt = kernels.step(out, xt, alpha, sigma, a, b, c, guidance=1.0, seeds=seeds)    # one update of the sampler
+    xt = kernels.step(out, xt, alpha, sigma, a, b, c, guidance=1.0, seeds=seeds)    # one update of the
+    sampler
     cells = kernels.decode(xt)
 
-This file is the only door. Every function has a plain PyTorch twin of the same name in reference.py. Triton runs on CUDA,
-PyTorch elsewhere; use("triton" or "torch"), or the environment variable BITSEG_KERNELS, forces one. What is live is
+This file is the only door. Every function has a plain PyTorch twin of the same name in reference.py. Triton
+runs on CUDA,
+PyTorch elsewhere; use("triton" or "torch"), or the environment variable BITSEG_KERNELS, forces one. What is
+live is
 printed once. Forced and impossible is a RuntimeError with the reason; a failed launch is never hidden.
 
-The folder needs torch, and triton on CUDA, and nothing else: copy it. The operators are registered as bitseg::*, so they
+The folder needs torch, and triton on CUDA, and nothing else: copy it. The operators are registered as
+bitseg::*, so they
 work inside torch.compile, and none of them waits for the device, so they work inside CUDA graphs (locate
 where labels_below is given).
 
-Words: k bits, B samples, "main arrays" (B, k, H, W) in float32, float16 or bfloat16; NCHW and channels_last are used as
+Words: k bits, B samples, "main arrays" (B, k, H, W) in float32, float16 or bfloat16; NCHW and channels_last
+are used as
 they are, other strides are copied first. cells (B, H, W), any signed integer type, -1 = ignored.
 """
 
@@ -33,7 +39,7 @@ from . import reference
 
 try:
     import triton
-except ImportError as e:                                               # macOS, Windows, a CPU build
+except ImportError as e:  # macOS, Windows, a CPU build
     triton, why_not = None, f"triton cannot be imported ({e})"
 else:
     from . import common as _common
@@ -45,14 +51,14 @@ else:
     why_not = ""
 
 MODES, PREDICTIONS, ACTIVATIONS = ("auto", "triton", "torch"), ("x", "eps", "v"), ("tanh", "none")
-LIMIT = 2**30                                                          # elements of a sample: 32-bit offsets inside it
+LIMIT = 2**30  # elements of a sample: 32-bit offsets inside it
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 mode = os.environ.get("BITSEG_KERNELS", "auto")
 _said = set()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Which one runs
 
 
@@ -85,7 +91,7 @@ def live(device):
         if reason:
             raise RuntimeError(f"Triton kernels were asked for, but {reason}: use 'auto' or 'torch'")
         return "triton", "asked for"
-    if reason or device.type != "cuda":                                # the interpreter is for tests: only on demand
+    if reason or device.type != "cuda":  # the interpreter is for tests: only on demand
         return "torch", reason or f"the tensors are on {device.type}"
     return "triton", f"on {torch.cuda.get_device_name(device)}"
 
@@ -118,11 +124,12 @@ def _triton(device):
     return name == "triton"
 
 
-# torch.compile asks once and does not look inside. As torch.compiler.assume_constant_result, which imports the compiler: 1 s
+# torch.compile asks once and does not look inside. As torch.compiler.assume_constant_result, which imports
+# the compiler: 1 s
 _triton._dynamo_marked_constant = True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checks. Every one names both sides.
 
 
@@ -154,7 +161,8 @@ def _table(name, table, bits, device):
 
 def _maps(name, x):
     if x.dim() != 3 or x.numel() == 0 or x.dtype not in INTEGERS + (torch.uint8,):
-        raise ValueError(f"{name} must be integers of shape (B, H, W), not empty; not {tuple(x.shape)} in {str(x.dtype)[6:]}")
+        raise ValueError(f"{name} must be integers of shape (B, H, W), not empty; not {tuple(x.shape)} in "
+                         f"{str(x.dtype)[6:]}")
 
 
 def _known(**names):
@@ -171,15 +179,17 @@ def _flat(x):
     return x if x is None else x.contiguous()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Label maps
 
 
 def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=None):
     """Location-aware palette: every segment gets the cell nearest to its centroid, no two the same one.
 
-    labels (B, H, W) integers, any ids, -1 = ignore -> cells (B, H, W) in [0, side^2), -1 where ignored; side from 1 to 32.
-    labels_below: a promise that every id lies in [-1, labels_below), at most 1,024; then nothing waits for the device, and
+    labels (B, H, W) integers, any ids, -1 = ignore -> cells (B, H, W) in [0, side^2), -1 where ignored; side
+    from 1 to 32.
+    labels_below: a promise that every id lies in [-1, labels_below), at most 1,024; then nothing waits for
+    the device, and
     an id that breaks the promise counts as ignored. Twin: bits.locate.
     """
     _maps("labels", labels)
@@ -203,15 +213,17 @@ def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=No
     return _locate.locate(labels.contiguous(), side, largest_first, dtype, labels_below)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Into the network
 
 
 def normal(seeds, channels, height, width, stream=0, dtype=torch.float32):
-    """Standard normal numbers (B, channels, height, width), channels_last, a function of seed, stream and place alone.
+    """Standard normal numbers (B, channels, height, width), channels_last, a function of seed, stream and
+    place alone.
 
     seeds (B,) int64; stream: which of a seed's noises, a 32-bit number. Philox4x32-10 and Box-Muller: number
-    p * channels + c of a sample (p: raster index) is number f % 4 of Philox call f // 4. Equal on every device and for
+    p * channels + c of a sample (p: raster index) is number f % 4 of Philox call f // 4. Equal on every
+    device and for
     every batch split, up to the rounding of log, sin and cos.
     """
     _same("seeds", seeds, (len(seeds),), seeds.device, (torch.int64,))
@@ -223,9 +235,11 @@ def normal(seeds, channels, height, width, stream=0, dtype=torch.float32):
 
 
 def noise(cells, alpha, sigma, seeds, bits, stream=0, codes=None, dtype=torch.float32, channels_last=True):
-    """xt = alpha x0 + sigma eps (B, bits, H, W) of cells (B, H, W); x0 = 0 where a cell is -1; eps = normal(seeds, ...).
+    """xt = alpha x0 + sigma eps (B, bits, H, W) of cells (B, H, W); x0 = 0 where a cell is -1; eps =
+    normal(seeds, ...).
 
-    alpha, sigma (B,) floats; seeds (B,) int64. codes (2^bits,) integers: the code of each cell; None: 2D Gray.
+    alpha, sigma (B,) floats; seeds (B,) int64. codes (2^bits,) integers: the code of each cell; None: 2D
+    Gray.
     Twin: alpha * codec.encode(cells) + sigma * eps.
     """
     return network_input(cells, alpha, sigma, seeds, bits, None, stream=stream, codes=codes, dtype=dtype,
@@ -236,8 +250,10 @@ def network_input(cells, alpha, sigma, seeds, bits, image, keep=None, x_self=Non
                   stream=0, codes=None, dtype=torch.float32, channels_last=True):
     """The network's whole input, cat(xt, image[, x_self]): (B, bits + 3 [+ bits], H, W). xt as of `noise`.
 
-    image (B, 3, H, W) floats, taken as they are, or (B, 3 d^2, H, W) of an image folded d x d (then the input has more
-    channels). keep (B,): factor on the image, 0 where it is dropped. self_condition: `bits` more channels, x_self
+    image (B, 3, H, W) floats, taken as they are, or (B, 3 d^2, H, W) of an image folded d x d (then the
+    input has more
+    channels). keep (B,): factor on the image, 0 where it is dropped. self_condition: `bits` more channels,
+    x_self
     (B, bits, H, W), or zeros without it. Twin: diffusion.network_input.
     """
     _maps("cells", cells)
@@ -245,7 +261,8 @@ def network_input(cells, alpha, sigma, seeds, bits, image, keep=None, x_self=Non
     _same("cells", cells, cells.shape, device, INTEGERS)
     fold = math.isqrt(image.shape[1] // 3) if image is not None and image.dim() == 4 else 1
     if not 2 <= bits <= 10 or dtype not in FLOATS or H * W * (2 * bits + 3 * fold**2) >= LIMIT:
-        raise ValueError(f"bits from 2 to 10, a float dtype and below 2^30 elements a sample are possible, not {bits}, "
+        raise ValueError(f"bits from 2 to 10, a float dtype and below 2^30 elements a sample are possible, "
+                         f"not {bits}, "
                          f"{str(dtype)[6:]} and {H} x {W}")
     for name, x in (("alpha", alpha), ("sigma", sigma)):
         _same(name, x, (B,), device, FLOATS + (torch.float64,))
@@ -262,27 +279,33 @@ def network_input(cells, alpha, sigma, seeds, bits, image, keep=None, x_self=Non
     if not _triton(device):
         if image is None:
             return reference.noise(cells, alpha, sigma, seeds, bits, stream, codes, dtype, channels_last)
-        return reference.network_input(cells, alpha, sigma, seeds, bits, image, keep, x_self, self_condition, stream,
+        return reference.network_input(cells, alpha, sigma, seeds, bits, image, keep, x_self, self_condition,
+                                       stream,
                                        codes, dtype, channels_last)
     if image is not None:
         image = _common.like(image, channels_last)
         keep = torch.ones_like(alpha) if keep is None else keep
     x_self = None if x_self is None else _common.like(x_self, channels_last)
-    return _noise.noise(seeds.contiguous(), stream, H, W, bits, dtype, channels_last, cells.contiguous(), _float(alpha),
+    return _noise.noise(seeds.contiguous(), stream, H, W, bits, dtype, channels_last, cells.contiguous(),
+                        _float(alpha),
                         _float(sigma), _flat(codes), image, _float(keep), x_self, self_condition)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Out of the network
 
 
-def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=None, sigma=None, codes=None, bce=False):
-    """weight * sum over bits of the mean over valid pixels of (x_hat - x0)^2: (B,) float32, differentiable in out, once.
+def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=None, sigma=None, codes=None,
+         bce=False):
+    """weight * sum over bits of the mean over valid pixels of (x_hat - x0)^2: (B,) float32, differentiable
+    in out, once.
 
-    out (B, k, H, W); cells (B, H, W), x0 is their bits; weight (B,). prediction: x (then activation is tanh or none), eps or
+    out (B, k, H, W); cells (B, H, W), x0 is their bits; weight (B,). prediction: x (then activation is tanh
+    or none), eps or
     v; the last two need xt, like out but best in float32, and alpha and sigma (B,). codes: as of `noise`.
     bce: the cross entropy -log sigmoid(2 x0 out) instead of the square, for prediction x and tanh.
-    Two runs give the same bits. Twins: weight * per_sample_error(to_x0(...), codec.encode(cells), valid) in diffusion.py, and
+    Two runs give the same bits. Twins: weight * per_sample_error(to_x0(...), codec.encode(cells), valid) in
+    diffusion.py, and
     per_sample_entropy there.
     """
     _main("out", out)
@@ -292,10 +315,12 @@ def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=N
     _known(prediction=(prediction, PREDICTIONS), activation=(activation, ACTIVATIONS))
     _table("codes", codes, K, out.device)
     if bce and (prediction, activation) != ("x", "tanh"):
-        raise ValueError(f"bce needs prediction 'x' and activation 'tanh', not '{prediction}' and '{activation}'")
+        raise ValueError(f"bce needs prediction 'x' and activation 'tanh', not '{prediction}' and "
+                         f"'{activation}'")
     if prediction != "x":
         if xt is None or alpha is None or sigma is None:
-            raise ValueError(f"prediction '{prediction}' needs xt {tuple(out.shape)}, alpha ({B},) and sigma ({B},)")
+            raise ValueError(f"prediction '{prediction}' needs xt {tuple(out.shape)}, alpha ({B},) and "
+                             f"sigma ({B},)")
         _same("xt", xt, out.shape, out.device, FLOATS)
         for name, x in (("alpha", alpha), ("sigma", sigma)):
             _same(name, x, (B,), out.device, FLOATS + (torch.float64,))
@@ -304,14 +329,17 @@ def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=N
     out = _common.dense(out)
     last = _common.is_last(out)
     xt = None if prediction == "x" else _common.like(xt, last)
-    return _loss.loss(out, cells.contiguous(), _float(weight), prediction, activation == "tanh", bce, last, xt, _float(alpha),
+    return _loss.loss(out, cells.contiguous(), _float(weight), prediction, activation == "tanh", bce, last,
+                      xt, _float(alpha),
                       _float(sigma), _flat(codes))
 
 
 def decode(x, valid=None, cell_of_code=None, soft=False, dtype=torch.int64):
-    """Soft bits (B, k, H, W) -> cells (B, H, W), -1 outside valid (B, H, W) bool. cell_of_code (2^k,); None: 2D Gray.
+    """Soft bits (B, k, H, W) -> cells (B, H, W), -1 outside valid (B, H, W) bool. cell_of_code (2^k,); None:
+    2D Gray.
 
-    soft: (cells, confidence, entropy), the last two (B, H, W) float32: the probability of the decoded code and the entropy
+    soft: (cells, confidence, entropy), the last two (B, H, W) float32: the probability of the decoded code
+    and the entropy
     in bits of the code's distribution (paper, Eq. 3). Twins: Codec.decode, confidence and entropy in bits.py.
     """
     _main("x", x)
@@ -324,18 +352,23 @@ def decode(x, valid=None, cell_of_code=None, soft=False, dtype=torch.int64):
     if not _triton(x.device):
         return reference.decode(x, valid, cell_of_code, soft, dtype)
     x = _common.dense(x)
-    cells, confidence, entropy = _decode.decode(x, _common.is_last(x), _flat(valid), _flat(cell_of_code), dtype, soft)
+    cells, confidence, entropy = _decode.decode(x, _common.is_last(x), _flat(valid), _flat(cell_of_code),
+                                                dtype, soft)
     return (cells, confidence, entropy) if soft else cells
 
 
 def step(out, xt, alpha, sigma, a, b, c=0.0, valid=None, guidance=0.0, seeds=None, stream=0, prediction="x",
          activation="tanh", with_x_hat=False):
-    """One update of the sampler: a xt + b x_hat + c eps (B, k, H, W), in xt's dtype; with_x_hat: and x_hat, float32.
+    """One update of the sampler: a xt + b x_hat + c eps (B, k, H, W), in xt's dtype; with_x_hat: and x_hat,
+    float32.
 
-    out (B, k, H, W); with guidance w (2B, k, H, W), both halves: x_hat = (1 + w) x_hat(image) - w x_hat(no image). Then x_hat
-    is clamped to [-1, 1] and 0 outside valid (B, H, W) bool. alpha, sigma, a, b, c: numbers, the first two of xt's time;
+    out (B, k, H, W); with guidance w (2B, k, H, W), both halves: x_hat = (1 + w) x_hat(image) - w x_hat(no
+    image). Then x_hat
+    is clamped to [-1, 1] and 0 outside valid (B, H, W) bool. alpha, sigma, a, b, c: numbers, the first two
+    of xt's time;
     eps = normal(seeds, ..., stream), needed unless c is 0. Twin: the body of diffusion.sample; a, b, c:
-      ddpm: r alpha_s / alpha, (1 - r) alpha_s, std      ddim: sigma_s / sigma, alpha_s - sigma_s alpha / sigma, 0
+      ddpm: r alpha_s / alpha, (1 - r) alpha_s, std      ddim: sigma_s / sigma, alpha_s - sigma_s alpha /
+      sigma, 0
     """
     _main("xt", xt)
     B, K, H, W = xt.shape
@@ -350,10 +383,13 @@ def step(out, xt, alpha, sigma, a, b, c=0.0, valid=None, guidance=0.0, seeds=Non
     if not 0 <= stream < 2**31:
         raise ValueError(f"stream must be from 0 to 2^31 - 1, not {stream}")
     if not _triton(xt.device):
-        return reference.step(out, xt, alpha, sigma, a, b, c, valid, guidance, seeds, stream, prediction, activation,
+        return reference.step(out, xt, alpha, sigma, a, b, c, valid, guidance, seeds, stream, prediction,
+                              activation,
                               with_x_hat)
     out = _common.dense(out)
     last = _common.is_last(out)
-    after, x_hat = _step.step(out, _common.like(xt, last), last, alpha, sigma, a, b, c, _flat(valid), guidance,
-                              _flat(seeds) if c else None, stream, prediction, activation == "tanh", with_x_hat)
+    after, x_hat = _step.step(out, _common.like(xt, last), last, alpha, sigma, a, b, c, _flat(valid),
+                              guidance,
+                              _flat(seeds) if c else None, stream, prediction, activation == "tanh",
+                              with_x_hat)
     return (after, x_hat) if with_x_hat else after

@@ -1,9 +1,14 @@
-"""What the kernels share: layouts, codes, normal numbers, activations. The only file besides them that needs Triton.
+"""What the kernels share: layouts, codes, normal numbers, activations. The only file besides them that needs
+Triton.
 
-Layout: a "main array" is (B, K, H, W), contiguous either as NCHW or as channels_last. A program has BLOCK pixels of one
-sample and walks over their BLOCK x K elements in K parts of BLOCK elements that lie side by side in memory, in either
-layout; so each access of a main array is one of 16 bytes a thread, and only the map from element to (pixel, channel)
-differs. Offsets inside a sample are 32-bit, the sample's own offset is 64-bit. Arithmetic is float32 throughout.
+Layout: a "main array" is (B, K, H, W), contiguous either as NCHW or as channels_last. A program has BLOCK
+pixels of one
+sample and walks over their BLOCK x K elements in K parts of BLOCK elements that lie side by side in memory,
+in either
+layout; so each access of a main array is one of 16 bytes a thread, and only the map from element to (pixel,
+channel)
+differs. Offsets inside a sample are 32-bit, the sample's own offset is 64-bit. Arithmetic is float32
+throughout.
 """
 
 import torch
@@ -13,13 +18,14 @@ import triton.language as tl
 PTX = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Device functions
 
 
 @triton.jit
 def part(j, p0, HW, K: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr):
-    """Part j of a block that starts at pixel p0: element, pixel, channel and whether it exists, each (BLOCK,)."""
+    """Part j of a block that starts at pixel p0: element, pixel, channel and whether it exists, each
+    (BLOCK,)."""
     i = tl.arange(0, BLOCK)
     if LAST:
         e = p0 * K + j * BLOCK + i
@@ -35,7 +41,7 @@ def code_of(cell, codes_ptr, inside, K: tl.constexpr, TABLE: tl.constexpr):
     if TABLE:
         return tl.load(codes_ptr + cell, mask=inside & (cell >= 0), other=0).to(tl.int32)
     else:
-        return cell ^ ((cell >> 1) & ~(1 << (K // 2 - 1)))     # no bit of the row crosses into the column
+        return cell ^ ((cell >> 1) & ~(1 << (K // 2 - 1)))  # no bit of the row crosses into the column
 
 
 @triton.jit
@@ -130,9 +136,11 @@ def x_hat_of(out, xt, alpha, sigma, PREDICTION: tl.constexpr, TANH: tl.constexpr
 
 @triton.jit
 def philox(seed, c0, c1):
-    """Philox4x32-10 (Salmon et al. 2011) with key `seed` (64 bits) and counter (c0, c1, 0, 0): four uint32 words.
+    """Philox4x32-10 (Salmon et al. 2011) with key `seed` (64 bits) and counter (c0, c1, 0, 0): four uint32
+    words.
 
-    tl.philox gives the same words; its two 32-bit products (low, high) are one 64-bit product here, one instruction.
+    tl.philox gives the same words; its two 32-bit products (low, high) are one 64-bit product here, one
+    instruction.
     """
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c2, c3 = c0 * 0, c0 * 0
@@ -147,14 +155,16 @@ def philox(seed, c0, c1):
 @triton.jit
 def unit(word):
     """A random 32-bit word as a float32 in (0, 1]."""
-    return (word.to(tl.float32) + 1.0) * 2.3283064365386963e-10                    # 2^-32
+    return (word.to(tl.float32) + 1.0) * 2.3283064365386963e-10  # 2^-32
 
 
 @triton.jit
 def sin_cos_turns(word):
-    """sin and cos of 2 pi word / 2^32, float32: the nearest quarter turn, and a polynomial on [-pi/4, pi/4]."""
-    quarter = (word + 0x20000000) >> 30                                            # wraps around: 4 is 0
-    rest = (word - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-9   # pi / 2^31
+    """sin and cos of 2 pi word / 2^32, float32: the nearest quarter turn, and a polynomial on [-pi/4,
+    pi/4]."""
+    quarter = (word + 0x20000000) >> 30  # wraps around: 4 is 0
+    # pi / 2^31
+    rest = (word - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-9
     z = rest * rest
     s = rest + rest * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
     c = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
@@ -192,11 +202,12 @@ def four_normals(seed, stream, call, ROUGH: tl.constexpr = False):
 
 @triton.jit
 def normals(seed, stream, j, p0, K: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr):
-    """The noise of part j of a block, (BLOCK,): number p K + c of a sample is lane (p K + c) % 4 of call (p K + c) // 4."""
+    """The noise of part j of a block, (BLOCK,): number p K + c of a sample is lane (p K + c) % 4 of call (p
+    K + c) // 4."""
     g = tl.arange(0, BLOCK // 4)
     if LAST:
         a, b, c, d = four_normals(seed, stream, (p0 * K + j * BLOCK) // 4 + g)
-    else:                                                      # 4 pixels share K calls; the compiler merges equal ones
+    else:  # 4 pixels share K calls; the compiler merges equal ones
         g = (p0 // 4 + g) * K
         a = four_normals(seed, stream, g + j // 4)[j % 4]
         b = four_normals(seed, stream, g + (j + K) // 4)[(j + K) % 4]
@@ -247,11 +258,13 @@ def put_together(xs, V: tl.constexpr):
 
 @triton.jit
 def load_rows(ptr, group, HW, C: tl.constexpr, V: tl.constexpr, LAST: tl.constexpr):
-    """All C channels of V pixels a thread: V x C vectors (N,), pixel by pixel, read in C accesses of V elements."""
+    """All C channels of V pixels a thread: V x C vectors (N,), pixel by pixel, read in C accesses of V
+    elements."""
     v, parts, rows = tl.arange(0, V), (), ()
     for j in tl.static_range(C):
         e = group[:, None] * (V * C) + j * V + v[None, :] if LAST else group[:, None] * V + v[None, :]
-        x = tl.load(ptr + e, mask=e < HW * C, other=0) if LAST else tl.load(ptr + j * HW + e, mask=e < HW, other=0)
+        x = tl.load(ptr + e, mask=e < HW * C, other=0) if LAST else tl.load(ptr + j * HW + e, mask=e < HW,
+                                                                            other=0)
         parts = parts + take_apart(x, V)
     if LAST:
         rows = parts
@@ -278,7 +291,7 @@ def store_rows(ptr, rows, group, HW, C: tl.constexpr, V: tl.constexpr, LAST: tl.
             tl.store(ptr + j * HW + e, x, mask=e < HW)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Host
 
 

@@ -1,10 +1,14 @@
-"""locate: label ids -> cell of the location-aware palette, a batch at a time, in three launches and no host round trip.
+"""locate: label ids -> cell of the location-aware palette, a batch at a time, in three launches and no host
+round trip.
 
     labels (B, H, W) integers in [-1, N), N <= 1024 -> cells (B, H, W) in [0, side^2), -1 where ignored
-1. moments: pixel count and sums of rows and columns of every label of every image, by integer atomics, so exact. Only
-   the two ends of each run of equal labels in a row add something, in closed form: a run [s, e] has e + 1 - s pixels
+1. moments: pixel count and sums of rows and columns of every label of every image, by integer atomics, so
+exact. Only
+   the two ends of each run of equal labels in a row add something, in closed form: a run [s, e] has e + 1 -
+   s pixels
    and its columns sum to (e (e + 1) - s (s - 1)) / 2.
-2. assign: one program an image; merges what is beyond side^2 segments, then lets the segments choose one after another.
+2. assign: one program an image; merges what is beyond side^2 segments, then lets the segments choose one
+after another.
    Integers all through, as in the PyTorch twin, so ties are ties.
 3. remap: label -> cell.
 
@@ -16,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 1024, 4                           # pixels a program of 1 and 3. Not swept on a GPU yet
+BLOCK, WARPS = 1024, 4  # pixels a program of 1 and 3. Not swept on a GPU yet
 MAX_LABELS = 1024
 MAX = tl.constexpr(2**63 - 1)
 
@@ -37,7 +41,8 @@ def moments_kernel(labels_ptr, moments_ptr, below, H, W, blocks, N: tl.constexpr
     at = labels_ptr + b * H * W + p
     left, label = ids(at - 1, inside & (col > 0), below), ids(at, inside, below)
     right = ids(at + 1, inside & (col < W - 1), below)
-    starts, ends = (label >= 0) & (left != label) & (col > 0), (label >= 0) & (right != label)     # column 0 adds 0
+    # column 0 adds 0
+    starts, ends = (label >= 0) & (left != label) & (col > 0), (label >= 0) & (right != label)
     to = moments_ptr + b * 3 * N + label
     tl.atomic_add(to, -col, mask=starts, sem="relaxed")
     tl.atomic_add(to, col + 1, mask=ends, sem="relaxed")
@@ -49,7 +54,8 @@ def moments_kernel(labels_ptr, moments_ptr, below, H, W, blocks, N: tl.constexpr
 
 @triton.jit
 def round_half_even(a, b):
-    """(a - b / 2) / b for integers a >= 0 and b > 0, rounded to the nearest integer, halves to the even one."""
+    """(a - b / 2) / b for integers a >= 0 and b > 0, rounded to the nearest integer, halves to the even
+    one."""
     up = a // b
     return up - ((a % b == 0) & (up % 2 == 1)).to(tl.int64)
 
@@ -61,17 +67,18 @@ def total(x):
 
 @triton.jit(do_not_specialize=["H", "W", "side"])
 def assign_kernel(
-    moments_ptr, cell_ptr,                       # (B, 3, N) int64; (B, N) int16 to write
-    H, W, side, LARGEST_FIRST: tl.constexpr, N: tl.constexpr, K: tl.constexpr,     # K: side^2, up to a power of two
+    moments_ptr, cell_ptr,  # (B, 3, N) int64; (B, N) int16 to write
+    # K: side^2, up to a power of two
+    H, W, side, LARGEST_FIRST: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, N)
     count = tl.load(moments_ptr + b * 3 * N + n)
     rows, cols = tl.load(moments_ptr + b * 3 * N + N + n), tl.load(moments_ptr + b * 3 * N + 2 * N + n)
     present, classes = count > 0, side * side
-    left, largest = total(present.to(tl.int32)), tl.argmax(count, axis=0)          # ties: the lowest label
+    left, largest = total(present.to(tl.int32)), tl.argmax(count, axis=0)  # ties: the lowest label
     kept = present
-    if left > classes:                                                             # merge the smallest into the largest
+    if left > classes:  # merge the smallest into the largest
         kept = n == largest
         for _ in range(1, classes):
             kept = kept | (n == tl.argmax(tl.where(kept, -1, count), axis=0))
@@ -81,15 +88,15 @@ def assign_kernel(
         cols += tl.where(big, total(tl.where(spare, cols, 0)), 0)
         left = classes
 
-    some = tl.maximum(count, 1)                                                    # in grid units p = a / (2 some H) - 1/2
+    some = tl.maximum(count, 1)  # in grid units p = a / (2 some H) - 1/2
     a_row, a_col = (2 * rows + some) * side, (2 * cols + some) * side
     wanted = (round_half_even(a_row, 2 * some * H) * side + round_half_even(a_col, 2 * some * W)).to(tl.int32)
-    a_row, a_col = a_row - some * H, a_col - some * W                              # p = a / (2 some H)
+    a_row, a_col = a_row - some * H, a_col - some * W  # p = a / (2 some H)
 
     grid = tl.arange(0, K)
     row, col, free = (grid // side).to(tl.int64), (grid % side).to(tl.int64), grid < classes
     away = (row * row + col * col) * H * W
-    key = tl.where(kept, -count if LARGEST_FIRST else n.to(tl.int64), MAX)         # the lowest key chooses next
+    key = tl.where(kept, -count if LARGEST_FIRST else n.to(tl.int64), MAX)  # the lowest key chooses next
     cell = tl.zeros((N,), tl.int32) - 1
     for _ in range(left):
         me = n == tl.argmin(key, axis=0)
@@ -97,7 +104,7 @@ def assign_kernel(
         distance = total(tl.where(me, some, 0)) * away - total(tl.where(me, a_row, 0)) * W * row \
             - total(tl.where(me, a_col, 0)) * H * col
         distance = tl.where(grid == total(tl.where(me, wanted, 0)), -MAX, distance)
-        taken = tl.argmin(tl.where(free, distance, MAX), axis=0)                   # ties: the first in raster order
+        taken = tl.argmin(tl.where(free, distance, MAX), axis=0)  # ties: the first in raster order
         cell = tl.where(me, taken, cell)
         free = free & (grid != taken)
         key = tl.where(me, MAX, key)
@@ -116,17 +123,20 @@ def remap_kernel(labels_ptr, cell_ptr, out_ptr, below, HW, blocks, N: tl.constex
 
 @torch.library.custom_op("bitseg::locate", mutates_args=())
 def locate(labels: Tensor, side: int, largest_first: bool, dtype: torch.dtype, labels_below: int) -> Tensor:
-    """The launcher. labels (B, H, W) contiguous, every id in [-1, labels_below): what is not counts as ignored."""
+    """The launcher. labels (B, H, W) contiguous, every id in [-1, labels_below): what is not counts as
+    ignored."""
     B, H, W = labels.shape
     N, K = max(16, triton.next_power_of_2(labels_below)), triton.next_power_of_2(side * side)
     blocks = triton.cdiv(H * W, BLOCK)
     moments = torch.zeros(B, 3, N, dtype=torch.int64, device=labels.device)
     cell = torch.empty(B, N, dtype=torch.int16, device=labels.device)
     out = torch.empty(labels.shape, dtype=dtype, device=labels.device)
-    moments_kernel[(B * blocks,)](labels, moments, labels_below, H, W, blocks, N=N, BLOCK=BLOCK, num_warps=WARPS)
+    moments_kernel[(B * blocks,)](labels, moments, labels_below, H, W, blocks, N=N, BLOCK=BLOCK,
+                                  num_warps=WARPS)
     assign_kernel[(B,)](moments, cell, H, W, side, LARGEST_FIRST=largest_first, N=N, K=K,
                         num_warps=1 if max(N, K) <= 256 else 4)
-    remap_kernel[(B * blocks,)](labels, cell, out, labels_below, H * W, blocks, N=N, BLOCK=BLOCK, num_warps=WARPS)
+    remap_kernel[(B * blocks,)](labels, cell, out, labels_below, H * W, blocks, N=N, BLOCK=BLOCK,
+                                num_warps=WARPS)
     return out
 
 

@@ -1,12 +1,16 @@
 """loss: the weighted loss of each sample, and its gradient, straight from the network's output.
 
     out (B, K, H, W), cells (B, H, W), weight (B,) -> loss (B,) = weight * sum_bits mean_valid (x_hat - x0)^2
-with x_hat from an x, eps or v prediction (tanh or none for x) and x0 recomputed from the cell: neither exists in memory.
+with x_hat from an x, eps or v prediction (tanh or none for x) and x0 recomputed from the cell: neither
+exists in memory.
 BCE: -log sigmoid(2 x0 out) in place of the square, with the gradient tanh(out) - x0.
 
-Bytes a pixel, K = 6, bfloat16, int8 cells: forward reads 12 + 1; backward reads 12 + 1 and writes 12. Keeping the
-gradient from the forward pass and only scaling it would be 13 + 12, then 12 + 12: more traffic, one more array, two
-roundings, and an underflow in float16; so backward computes it again from `out`. eps and v read xt (B, K, H, W), too.
+Bytes a pixel, K = 6, bfloat16, int8 cells: forward reads 12 + 1; backward reads 12 + 1 and writes 12.
+Keeping the
+gradient from the forward pass and only scaling it would be 13 + 12, then 12 + 12: more traffic, one more
+array, two
+roundings, and an underflow in float16; so backward computes it again from `out`. eps and v read xt (B, K, H,
+W), too.
 Deterministic: every program sums its pixels in a fixed order, and one program a sample sums those sums.
 """
 
@@ -24,11 +28,12 @@ GROUPS, WARPS = 128, 4  # one group of pixels a thread. Not swept on a GPU yet
 
 @triton.jit
 def loss_forward_kernel(
-    out_ptr, cells_ptr, codes_ptr,               # (B, K, H, W); (B, H, W); (2^K,) if TABLE
-    xt_ptr, alpha_ptr, sigma_ptr,                # (B, K, H, W), (B,), (B,) unless PREDICTION is x
+    out_ptr, cells_ptr, codes_ptr,  # (B, K, H, W); (B, H, W); (2^K,) if TABLE
+    xt_ptr, alpha_ptr, sigma_ptr,  # (B, K, H, W), (B,), (B,) unless PREDICTION is x
     sums_ptr, counts_ptr,  # (B, blocks) float32, int32: squared error, valid pixels
     HW, blocks,
-    K: tl.constexpr, TABLE: tl.constexpr, PREDICTION: tl.constexpr, TANH: tl.constexpr, BCE: tl.constexpr, LAST: tl.constexpr,
+    K: tl.constexpr, TABLE: tl.constexpr, PREDICTION: tl.constexpr, TANH: tl.constexpr, BCE: tl.constexpr,
+    LAST: tl.constexpr,
     V: tl.constexpr, GROUPS: tl.constexpr,
 ):
     b = tl.program_id(0) // blocks
@@ -81,9 +86,10 @@ def loss_sum_kernel(sums_ptr, counts_ptr, weight_ptr, loss_ptr, valid_ptr, block
 
 @triton.jit
 def loss_backward_kernel(
-    grad_ptr, g_ptr, weight_ptr, valid_ptr,      # (B, K, H, W) to write; (B,) each
+    grad_ptr, g_ptr, weight_ptr, valid_ptr,  # (B, K, H, W) to write; (B,) each
     out_ptr, cells_ptr, codes_ptr, xt_ptr, alpha_ptr, sigma_ptr, HW, blocks,
-    K: tl.constexpr, TABLE: tl.constexpr, PREDICTION: tl.constexpr, TANH: tl.constexpr, BCE: tl.constexpr, LAST: tl.constexpr,
+    K: tl.constexpr, TABLE: tl.constexpr, PREDICTION: tl.constexpr, TANH: tl.constexpr, BCE: tl.constexpr,
+    LAST: tl.constexpr,
     V: tl.constexpr, GROUPS: tl.constexpr,
 ):
     b = tl.program_id(0) // blocks
@@ -121,10 +127,12 @@ def pixels(out, prediction):
 
 
 @torch.library.custom_op("bitseg::loss_forward", mutates_args=())
-def loss_forward(out: Tensor, cells: Tensor, weight: Tensor, prediction: str, tanh: bool, bce: bool, last: bool,
+def loss_forward(out: Tensor, cells: Tensor, weight: Tensor, prediction: str, tanh: bool, bce: bool,
+                 last: bool,
                  xt: Optional[Tensor], alpha: Optional[Tensor], sigma: Optional[Tensor],
                  codes: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-    """The launcher. out and xt in the layout that `last` says, the rest contiguous -> loss (B,), valid pixels (B,)."""
+    """The launcher. out and xt in the layout that `last` says, the rest contiguous -> loss (B,), valid
+    pixels (B,)."""
     (B, K, H, W), V = out.shape, pixels(out, prediction)
     blocks = triton.cdiv(H * W, GROUPS * V)
     sums = torch.empty(B * blocks, dtype=torch.float32, device=out.device)
@@ -139,14 +147,17 @@ def loss_forward(out: Tensor, cells: Tensor, weight: Tensor, prediction: str, ta
 
 
 @torch.library.custom_op("bitseg::loss_backward", mutates_args=())
-def loss_backward(g: Tensor, weight: Tensor, valid: Tensor, out: Tensor, cells: Tensor, prediction: str, tanh: bool,
-                  bce: bool, last: bool, xt: Optional[Tensor], alpha: Optional[Tensor], sigma: Optional[Tensor],
+def loss_backward(g: Tensor, weight: Tensor, valid: Tensor, out: Tensor, cells: Tensor, prediction: str,
+                  tanh: bool,
+                  bce: bool, last: bool, xt: Optional[Tensor], alpha: Optional[Tensor],
+                  sigma: Optional[Tensor],
                   codes: Optional[Tensor]) -> Tensor:
     (B, K, H, W), V = out.shape, pixels(out, prediction)
     blocks = triton.cdiv(H * W, GROUPS * V)
     grad = torch.empty_like(out)
     loss_backward_kernel[(B * blocks,)](
-        grad, g, weight, valid, out, cells, cells if codes is None else codes, xt, alpha, sigma, H * W, blocks, K=K,
+        grad, g, weight, valid, out, cells, cells if codes is None else codes, xt, alpha, sigma, H * W,
+        blocks, K=K,
         TABLE=codes is not None, PREDICTION=prediction, TANH=tanh and prediction == "x", BCE=bce, LAST=last,
         V=V, GROUPS=GROUPS, num_warps=WARPS)
     return grad

@@ -1,4 +1,5 @@
-"""Fetch COCO: `download(home, splits, server)`; calls that broke off go on where they stopped. `data.py coco --download` uses it."""
+"""Fetch COCO: `download(home, splits, server)`; calls that broke off go on where they stopped. `data.py coco
+--download` uses it."""
 
 import errno
 import os
@@ -16,7 +17,8 @@ from tqdm import tqdm
 
 def download(home, splits, server):
     """COCO's images and panoptic annotations into home: what is there stays, what broke off goes on."""
-    for name in [f"zips/{split}2017.zip" for split in splits] + ["annotations/panoptic_annotations_trainval2017.zip"]:
+    for name in [f"zips/{split}2017.zip"
+                 for split in splits] + ["annotations/panoptic_annotations_trainval2017.zip"]:
         file, done = home / Path(name).name, home / f".{Path(name).name}.done"
         if not done.exists():
             home.mkdir(parents=True, exist_ok=True)
@@ -38,20 +40,22 @@ def fetch(url, file, tries=5):
         try:
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
             with urllib.request.urlopen(request, timeout=60) as answer:
-                have = have if answer.status == 206 else 0                         # else the server sends all of it
+                have = have if answer.status == 206 else 0  # else the server sends all of it
                 total = have + int(answer.headers.get("Content-Length", -1))
                 free, need = shutil.disk_usage(file.parent).free, 2 * total - have
                 if free < need:
-                    raise OSError(errno.ENOSPC, f"{need / 1e9:.1f} GB are needed to fetch and unpack it, {free / 1e9:.1f} GB are "
+                    raise OSError(errno.ENOSPC, f"{need / 1e9:.1f} GB are needed to fetch and unpack it, "
+                                                f"{free / 1e9:.1f} GB are "
                                                 f"free in {file.parent}")
                 with (open(part, "ab" if have else "wb") as f,
-                      tqdm(total=total, initial=have, desc=file.name, unit="B", unit_scale=True, leave=False) as bar):
+                      tqdm(total=total, initial=have, desc=file.name, unit="B", unit_scale=True,
+                           leave=False) as bar):
                     while chunk := answer.read(2**20):
                         f.write(chunk)
                         bar.update(len(chunk))
             why = f"{part.stat().st_size} of {total} bytes came"
         except urllib.error.HTTPError as e:
-            if e.code == 416:                                                      # nothing more: complete, or another file
+            if e.code == 416:  # nothing more: complete, or another file
                 total = int(e.headers.get("Content-Range", "*/0").rpartition("/")[2])
                 if total != have:
                     part.unlink()
@@ -66,7 +70,8 @@ def fetch(url, file, tries=5):
             os.replace(part, file)
             return
         time.sleep(2**attempt / 8)
-    raise OSError(f"{url} could not be fetched ({why}); what came is kept, run the same command again to go on")
+    raise OSError(f"{url} could not be fetched ({why}); what came is kept, run the same command again to go "
+                  f"on")
 
 
 def unpack_zip(file, folder):
@@ -79,4 +84,5 @@ def unpack_zip(file, folder):
                     z.extract(member, folder)
     except (zipfile.BadZipFile, zlib.error) as e:
         file.unlink()
-        raise OSError(f"{file} was damaged and is deleted ({e}): run the same command again to fetch it anew") from None
+        raise OSError(f"{file} was damaged and is deleted ({e}): run the same command again to fetch it "
+                      f"anew") from None

@@ -1,6 +1,7 @@
 """Where data sets keep their images and labels (FORMATS has them all); reading and resizing one of each.
 
-What it is: find_*(home, split) for every format, the readers of their label files, of images, and the resizing of both. What
+What it is: find_*(home, split) for every format, the readers of their label files, of images, and the
+resizing of both. What
 it is not: sets, batches and augmentation are data.py.
 
     files, listing = find_folder(Path("photos"), "train")    # files: what a packed copy depends on
@@ -55,18 +56,20 @@ def notice(path, what):
     warnings.warn(f"{path}: {what}", Notice, stacklevel=3)
 
 
-# Formats. Each is one function find_*(home, split) -> (files, listing): the files that images and labels come from, which
+# Formats. Each is one function find_*(home, split) -> (files, listing): the files that images and labels
+# come from, which
 # tell whether a packed copy is still good, and a function that lists the items if they have to be packed.
 
 
 class Item(NamedTuple):
-    """An image and its label maps: read(item) gives (H, W) integers for each label; 0 = unlabelled, -1 = ignore."""
+    """An image and its label maps: read(item) gives (H, W) integers for each label; 0 = unlabelled, -1 =
+    ignore."""
 
     image: str
-    labels: list                                 # file names, one a label map
-    read: Callable | None                        # None: bad or, with an image, left out; arg says why
+    labels: list  # file names, one a label map
+    read: Callable | None  # None: bad or, with an image, left out; arg says why
     arg: object = None
-    void: tuple = ()                             # ids that become -1
+    void: tuple = ()  # ids that become -1
 
 
 def bad(reason):
@@ -92,7 +95,8 @@ def scan(*paths, keep=lambda name: not junk(name)):
             if info and stat.S_ISDIR(info.st_mode):
                 found += scan(e, keep=keep)
             else:
-                found.append((os.fspath(e), info.st_size, info.st_mtime_ns) if info else (os.fspath(e), -1, 0))
+                found.append((os.fspath(e), info.st_size, info.st_mtime_ns) if info else (os.fspath(e), -1,
+                                                                                          0))
     return found
 
 
@@ -153,7 +157,8 @@ def find_folder(home, split):
     <stem>_a1.png, or a mask for each segment, <stem>_mask_0.png or <stem>/any.png; with folders within."""
     for part in ("images", "labels"):
         if not (home / part).is_dir():
-            raise FileNotFoundError(f"{home} has no folder {part}/: put images into images/ and label PNGs of the same "
+            raise FileNotFoundError(f"{home} has no folder {part}/: put images into images/ and label PNGs "
+                                    f"of the same "
                                     f"stem into labels/ (or images/train, images/val, labels/train, "
                                     f"labels/val); known by their files, too: {others()}")
     splits, folder = split_folders(home / "images", split)
@@ -233,18 +238,25 @@ def find_coco(home, split):
         return scan(images, maps, panoptic), lambda: list_panoptic(panoptic, images, maps)
     if images and instances.is_file():
         return scan(images, instances), lambda: list_instances(instances, images)
-    raise FileNotFoundError(f"COCO is not complete: {home / year}/*.jpg, {panoptic} and {notes / panoptic.stem}/*.png are "
-                            f"needed; fetch them from cocodataset.org: python data.py coco --download --root {home.parent}")
+    raise FileNotFoundError(f"COCO is not complete: {home / year}/*.jpg, {panoptic} and "
+                            f"{notes / panoptic.stem}/*.png are "
+                            f"needed; fetch them from cocodataset.org: python data.py coco --download "
+                            f"--root {home.parent}")
 
 
 def find_entity(home, split, seed=0):
-    """EntitySeg: its two JSON files and images. 80-10-10 by seed, the official validation images all in test."""
-    train, val = (first_of(home / sub / name.format(part) for sub in (".", "annotations", "annotations/entity_segmentation")
-                           for name in ("entityseg_{}_lr.json", "entityseg_{}.json", "entityv2_010203_entity_{}_lr.json",
+    """EntitySeg: its two JSON files and images. 80-10-10 by seed, the official validation images all in
+    test."""
+    train, val = (first_of(home / sub / name.format(part) for sub in (".", "annotations",
+                                                                      "annotations/entity_segmentation")
+                           for name in ("entityseg_{}_lr.json", "entityseg_{}.json",
+                                        "entityv2_010203_entity_{}_lr.json",
                                         "entityv2_010203_entity_{}.json")) for part in ("train", "val"))
     if not train or not val:
-        raise FileNotFoundError(f"EntitySeg is not complete: {home}/entityseg_train_lr.json, entityseg_val_lr.json and the "
-                                f"image folders that they name are needed (github.com/adobe-research/EntitySeg-Dataset)")
+        raise FileNotFoundError(f"EntitySeg is not complete: {home}/entityseg_train_lr.json, "
+                                f"entityseg_val_lr.json and the "
+                                f"image folders that they name are needed "
+                                f"(github.com/adobe-research/EntitySeg-Dataset)")
     images = first_of([home / ("images_lr" if "_lr" in train.name else "images"), home])
 
     def listing():
@@ -253,14 +265,16 @@ def find_entity(home, split, seed=0):
         pool = sorted((item for item in pool if item.image not in twice), key=lambda item: item.image)
         pool = [pool[i] for i in np.random.default_rng(seed).permutation(len(pool))]
         tenth = round(0.1 * (len(pool) + len(official)))
-        more = max(0, tenth - len(official))                                       # test images besides the official ones
-        return dict(test=official + pool[:more], val=pool[more : more + tenth], train=pool[more + tenth :])[split]
+        more = max(0, tenth - len(official))  # test images besides the official ones
+        return dict(test=official + pool[:more], val=pool[more : more + tenth],
+                    train=pool[more + tenth :])[split]
 
     return scan(images, train, val), listing
 
 
 def find_ade20k(home, split):
-    """ADE20K in any subfolders: full (<image>_seg.png beside it) or scene parsing (annotations/ beside images/)."""
+    """ADE20K in any subfolders: full (<image>_seg.png beside it) or scene parsing (annotations/ beside
+    images/)."""
     if split == "test":
         raise ValueError("ADE20K publishes no labels of its test images: use split val")
     files = []
@@ -270,7 +284,8 @@ def find_ade20k(home, split):
     images = [f[0] for f in files if Path(f[0]).name.startswith(f"ADE_{split}_") and f[0].endswith(".jpg")]
     there = {f[0] for f in files}
     if not images:
-        raise FileNotFoundError(f"{home} holds no ADE_{split}_*.jpg: ADE20K is needed there, full (with *_seg.png) or scene "
+        raise FileNotFoundError(f"{home} holds no ADE_{split}_*.jpg: ADE20K is needed there, full (with "
+                                f"*_seg.png) or scene "
                                 f"parsing (images/ and annotations/), from ade20k.csail.mit.edu")
 
     def listing():
@@ -287,10 +302,13 @@ def find_ade20k(home, split):
 
 
 def find_bsds500(home, split):
-    """BSDS500 as published: images/<split>/*.jpg, groundTruth/<split>/*.mat with 4 to 9 people's segmentations each."""
-    truth = first_of(home / sub / "groundTruth" / split for sub in (".", "data", "BSDS500/data", "BSR/BSDS500/data"))
+    """BSDS500 as published: images/<split>/*.jpg, groundTruth/<split>/*.mat with 4 to 9 people's
+    segmentations each."""
+    truth = first_of(home / sub / "groundTruth" / split for sub in (".", "data", "BSDS500/data",
+                                                                    "BSR/BSDS500/data"))
     if not truth or not (images := truth.parent.parent / "images" / split).is_dir():
-        raise FileNotFoundError(f"BSDS500 is not complete in {home}: images/{split}/*.jpg and groundTruth/{split}/*.mat are needed "
+        raise FileNotFoundError(f"BSDS500 is not complete in {home}: images/{split}/*.jpg and "
+                                f"groundTruth/{split}/*.mat are needed "
                                 f"(www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/resources.html)")
 
     def listing():
@@ -298,9 +316,9 @@ def find_bsds500(home, split):
         for image in sorted(images.glob("*.jpg")):
             mat = truth / f"{image.stem}.mat"
             try:
-                people = scipy.io.whosmat(mat)[0][1][1]                            # ("groundTruth", (1, people), "cell")
+                people = scipy.io.whosmat(mat)[0][1][1]  # ("groundTruth", (1, people), "cell")
                 items.append(Item(str(image), [str(mat)] * people, read_mat))
-            except Exception as e:                                                 # whatever scipy says of a bad file
+            except Exception as e:  # whatever scipy says of a bad file
                 items.append(bad(f"{mat}: not a readable .mat file ({e or type(e).__name__})"))
         return items
 
@@ -374,7 +392,8 @@ def find_cityscapes(home, split):
 
 
 def read_cityscapes(item):
-    """Ids below 7 are no part of the scene, or nothing in particular; 24 to 33 are groups, not taken apart."""
+    """Ids below 7 are no part of the scene, or nothing in particular; 24 to 33 are groups, not taken
+    apart."""
     value = read_label(item.labels[0])
     return [np.where((value < 7) | (value >= 24) & (value < 34), -1, value)]
 
@@ -443,8 +462,8 @@ def read_labelme(item):
 
 
 class Format(NamedTuple):
-    title: str                                   # as it is said
-    marks: tuple                                 # a folder where one of these is found has this format
+    title: str  # as it is said
+    marks: tuple  # a folder where one of these is found has this format
     find: Callable
 
 
@@ -477,7 +496,8 @@ def others():
 
 
 def format_of(home):
-    """The row of FORMATS that a folder's files tell; "folder" where none does: find_folder says what lacks."""
+    """The row of FORMATS that a folder's files tell; "folder" where none does: find_folder says what
+    lacks."""
     return next((name for name, f in FORMATS.items() for mark in f.marks
                  if any(not junk(path.name) for path in home.glob(mark))), "folder")
 
@@ -638,7 +658,8 @@ def read_label(path, rgb=False):
         # people leave a few single pixels of ids; a photo's or a smoothed edge's are a good part of the image
         if len(ids) > 16 and scattered.mean() > 0.5 and pixels[scattered].sum() > 0.01 * value.size:
             raise ValueError(f"{path}: {len(ids)} {'colours' if colours else 'ids'}, most of them in single "
-                             f"pixels: no label map, which has one id a pixel, but a photo or smoothed edges: "
+                             f"pixels: no label map, which has one id a pixel, but a photo or smoothed "
+                             f"edges: "
                              f"export it without smoothing")
     return value.astype(np.int32)
 
@@ -721,7 +742,8 @@ def read_panoptic(item):
     label = read_label(item.labels[0], rgb=True)
     unknown = sorted(set(ids_of(label).tolist()) - set(item.arg) - {0})
     if unknown:
-        raise ValueError(f"{item.labels[0]}: no id encoding of its segments_info: {unknown[0]} (R + 256 G + 65536 B) is not "
+        raise ValueError(f"{item.labels[0]}: no id encoding of its segments_info: {unknown[0]} (R + 256 G + "
+                         f"65536 B) is not "
                          f"there")
     crowds = [i for i, crowd in item.arg.items() if crowd]
     return [np.where(np.isin(label, crowds), -1, label) if crowds else label]
@@ -740,7 +762,7 @@ def read_mat(item):
     try:
         cells = scipy.io.loadmat(item.labels[0])["groundTruth"][0]
         return [cell["Segmentation"][0, 0].astype(np.int32) for cell in cells]
-    except Exception as e:                                                         # whatever scipy says of a bad file
+    except Exception as e:  # whatever scipy says of a bad file
         raise ValueError(f"{item.labels[0]}: not a readable .mat file ({e or type(e).__name__})") from None
 
 
@@ -766,14 +788,16 @@ def paint(objects, H, W, item):
         masks.append((not crowd, -int(coco_mask.area(rle)), k, rle))
     if sum(m[1] == 0 for m in masks) > len(masks) / 2:
         notice(item.image, "most of its objects have no pixel")
-    label = np.zeros((W, H), np.int32)                                             # transposed, as pycocotools keeps masks
-    for j, (real, _, _, rle) in enumerate(sorted(masks, key=lambda m: m[:3]), 1):  # crowds first, then the largest
+    label = np.zeros((W, H), np.int32)  # transposed, as pycocotools keeps masks
+    # crowds first, then the largest
+    for j, (real, _, _, rle) in enumerate(sorted(masks, key=lambda m: m[:3]), 1):
         np.putmask(label, coco_mask.decode(rle).T, j if real else -1)
     return label.T
 
 
 def run_lengths(segmentation, H, W):
-    """A COCO segmentation as pycocotools' compressed RLE: polygons [[x0, y0, x1, y1, ...], ...], also as pairs
+    """A COCO segmentation as pycocotools' compressed RLE: polygons [[x0, y0, x1, y1, ...], ...], also as
+    pairs
     [x, y] or without the outer brackets, an RLE, or a list of RLE. Raises ValueError for nonsense."""
     if segmentation is None or segmentation == {}:
         raise ValueError("no segmentation in it (null or empty)")
@@ -846,7 +870,8 @@ def rle_runs(counts):
 
 @contextmanager
 def pillow(path, what="image"):
-    """Image.open(path); whatever Pillow has to say of a bad file becomes a ValueError with the file's name."""
+    """Image.open(path); whatever Pillow has to say of a bad file becomes a ValueError with the file's
+    name."""
     try:
         with Image.open(path) as f:
             yield f
@@ -869,7 +894,8 @@ def read_image(path):
 
 
 def open_image(path, size=None):
-    """Upright 8-bit RGB image, and its (W, H). With size, a JPEG may come out smaller, its longer side at least 3 `size`."""
+    """Upright 8-bit RGB image, and its (W, H). With size, a JPEG may come out smaller, its longer side at
+    least 3 `size`."""
     with pillow(path) as image:
         deep = ";16" in str([tile[3] for tile in image.tile])  # Pillow keeps the higher 8 bits of colours
         full, turn = image.size, orientation(image)  # of a PNG, this decodes it
@@ -883,11 +909,11 @@ def open_image(path, size=None):
                 raise
             image = completed(path, image.format)
         image = image.transpose(TURNS[turn]) if turn > 1 else image
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):              # 16-bit and float grey
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # 16-bit and float grey
             image = Image.fromarray(eight_bits(path, np.asarray(image).astype(np.float64), image.mode != "F"))
         elif deep and np.percentile(np.asarray(image)[..., :-1 if "A" in image.mode else None], 99.9) < 64:
             raise ValueError("16 bits a colour, of which only the lower ones are used: save it with 8 bits")
-        if "A" in image.getbands() or "transparency" in image.info:                # on white
+        if "A" in image.getbands() or "transparency" in image.info:  # on white
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
         return image if image.mode == "RGB" else image.convert("RGB"), full[::-1] if turn >= 5 else full

@@ -1,6 +1,8 @@
-"""Packed data sets: every item decoded and resized once, appended to two files that are mapped, not read, afterwards.
+"""Packed data sets: every item decoded and resized once, appended to two files that are mapped, not read,
+afterwards.
 
-What it is: `pack(files, listing, ...)` -> Packed, made by several processes if it is not there yet; a kill or a full disk costs
+What it is: `pack(files, listing, ...)` -> Packed, made by several processes if it is not there yet; a kill
+or a full disk costs
 seconds. What it is not: it knows no file format (formats.py), no batches and no augmentation (data.py).
 """
 
@@ -30,35 +32,38 @@ from sources.formats import Notice, ids_of, open_image, read_labels, said
 
 try:
     import fcntl
-except ImportError:                                                    # Windows: no lock between processes that pack
+except ImportError:  # Windows: no lock between processes that pack
     fcntl = None
 
 VERSION = 6  # of packed data sets
-SAVE_EVERY = 5.0                                                       # seconds of packing that a kill can cost
+SAVE_EVERY = 5.0  # seconds of packing that a kill can cost
 
 
 @dataclass
 class Packed:
-    """A data set in memory-mapped arrays. get(positions, draws) picks label map floor(draw * count) of several."""
+    """A data set in memory-mapped arrays. get(positions, draws) picks label map floor(draw * count) of
+    several."""
 
     name: str
-    images: np.ndarray                           # (N, S, S, 3) uint8
-    labels: np.ndarray                           # (M, S, S) uint16, IGNORE = 65535
-    first: np.ndarray                            # (N + 1,): the label maps of image i are first[i] to first[i + 1]
-    sizes: np.ndarray                            # (N, 2): h, w of the valid part
-    names: list                                  # N file stems
-    items: np.ndarray                            # (N,): their numbers in the listing of the files
-    folder: Path                                 # where the arrays lie
-    labels_below: int                            # all ids are below it
-    mapped = 0                                   # bytes touched since the pages were last let go
+    images: np.ndarray  # (N, S, S, 3) uint8
+    labels: np.ndarray  # (M, S, S) uint16, IGNORE = 65535
+    first: np.ndarray  # (N + 1,): the label maps of image i are first[i] to first[i + 1]
+    sizes: np.ndarray  # (N, 2): h, w of the valid part
+    names: list  # N file stems
+    items: np.ndarray  # (N,): their numbers in the listing of the files
+    folder: Path  # where the arrays lie
+    labels_below: int  # all ids are below it
+    mapped = 0  # bytes touched since the pages were last let go
 
     def __len__(self):
         return len(self.images)
 
     def get(self, positions, draws=None):
-        """positions (B,) modulo len; draws (B,) in [0, 1): images (B, S, S, 3) uint8, labels (B, S, S) int64, sizes."""
+        """positions (B,) modulo len; draws (B,) in [0, 1): images (B, S, S, 3) uint8, labels (B, S, S)
+        int64, sizes."""
         i = np.asarray(positions) % len(self)
-        pick = self.first[i] + ((draws if draws is not None else 0) * (self.first[i + 1] - self.first[i])).astype(int)
+        pick = self.first[i] + ((draws if draws is not None
+                                 else 0) * (self.first[i + 1] - self.first[i])).astype(int)
         images, labels = torch.from_numpy(self.images[i]), unpack(self.labels[pick])
         self.let_go(images.numel() + 2 * labels.numel())
         return images, labels, torch.from_numpy(self.sizes[i]).long()
@@ -69,7 +74,8 @@ class Packed:
         return unpack(self.labels[self.first[i] : self.first[i + 1]])
 
     def let_go(self, size, limit=2**28):
-        """Unmap the pages now and then (they stay in the system's cache), so that resident memory does not grow."""
+        """Unmap the pages now and then (they stay in the system's cache), so that resident memory does not
+        grow."""
         self.mapped += size
         if self.mapped > limit and hasattr(mmap, "MADV_DONTNEED"):
             for array in (self.images, self.labels):
@@ -79,14 +85,16 @@ class Packed:
 
 
 def unpack(labels):
-    return torch.from_numpy(np.where(labels == IGNORE, -1, labels.astype(np.int64)))   # numpy: no second team of threads
+    # numpy: no second team of threads
+    return torch.from_numpy(np.where(labels == IGNORE, -1, labels.astype(np.int64)))
 
 
 DONE, EMPTY, BAD, LEFT = range(4)
 
 
 def convert(item, size, unlabelled, components, detail=1):
-    """One item -> (DONE, image (S, S, 3) uint8, (h, w), label maps (n, S, S) uint16, numbers of segments before
+    """One item -> (DONE, image (S, S, 3) uint8, (h, w), label maps (n, S, S) uint16, numbers of segments
+    before
     and after resizing, notices), or (EMPTY, BAD or LEFT, reason). Whatever is wrong, nothing is raised."""
     if item.read is None:
         return LEFT if item.image else BAD, item.arg
@@ -125,9 +133,9 @@ def pack(files, listing, cache, name, options, workers, max_bad):
         cache.mkdir(parents=True, exist_ok=True)
         with open(f"{target}.lock", "w") as lock:
             if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX)                                   # another process may be packing the same
+                fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be packing the same
             if not whole(target):
-                shutil.rmtree(target, ignore_errors=True)                          # cut off from outside
+                shutil.rmtree(target, ignore_errors=True)  # cut off from outside
                 pack_items(target, listing(), name, options, fingerprint, workers, max_bad)
         Path(f"{target}.lock").unlink(missing_ok=True)
     index = json.loads((target / "index.json").read_text())
@@ -151,28 +159,34 @@ def whole(folder):
 
 
 def too_bad(folder, bad, total, max_bad, example):
-    return ValueError(f"{example} ({bad} of {total} items cannot be used, more than --max_bad {max_bad:g} allows; "
+    return ValueError(f"{example} ({bad} of {total} items cannot be used, more than --max_bad {max_bad:g} "
+                      f"allows; "
                       f"{folder / 'skipped.txt'} lists them)")
 
 
 def pack_items(target, items, name, options, fingerprint, workers, max_bad):
-    """Pack items into target.part, going on from what an earlier call left there, and rename it when it is complete."""
+    """Pack items into target.part, going on from what an earlier call left there, and rename it when it is
+    complete."""
     part, S = target.with_name(target.name + ".part"), options["size"]
     part.mkdir(exist_ok=True)
     # item, h, w, maps, largest number of an id, segments before resizing, after
     rows = np.load(part / "rows.npy").tolist() if (part / "rows.npy").exists() else []
     if any(not (part / file).exists() or (part / file).stat().st_size < length
            for file, length in zip(("images.u8", "labels.u16"), lengths(rows, S))):
-        rows = []                                                                  # cut off from outside
+        rows = []  # cut off from outside
     todo = sorted(set(range(len(items))) - {row[0] for row in rows})
-    need, there = 3 * S * S * len(items) + 2 * S * S * sum(len(item.labels) for item in items), lengths(rows, S)
-    full = OSError(f"{name} needs {need / 1e9:.2f} GB in {target.parent} when packed, and the disk is full; what was "
-                   f"written is kept: free some space, or give another --cache, and run the same command again")
+    need, there = 3 * S * S * len(items) + 2 * S * S * sum(len(item.labels) for item in items), lengths(rows,
+                                                                                                        S)
+    full = OSError(f"{name} needs {need / 1e9:.2f} GB in {target.parent} when packed, and the disk is full; "
+                   f"what was "
+                   f"written is kept: free some space, or give another --cache, and run the same command "
+                   f"again")
     if shutil.disk_usage(part).free < need - sum(there):
         raise full
     reasons, started, already = {EMPTY: [], BAD: [], LEFT: []}, time.monotonic(), len(rows)
     saved = started
-    task = functools.partial(convert, size=S, unlabelled=options["unlabelled"], components=options["components"],
+    task = functools.partial(convert, size=S, unlabelled=options["unlabelled"],
+                             components=options["components"],
                              detail=options.get("detail", 1))
     workers = max(1, min(workers, len(todo) // 16))
     pool = None
@@ -195,7 +209,7 @@ def pack_items(target, items, name, options, fingerprint, workers, max_bad):
 
         truncate()
         try:
-            if workers > 1:                                                        # not threads: no lock limits them
+            if workers > 1:  # not threads: no lock limits them
                 context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
                 pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
                 results = pool.map(task, [items[i] for i in todo], chunksize=8)
@@ -217,7 +231,8 @@ def pack_items(target, items, name, options, fingerprint, workers, max_bad):
                     saved = time.monotonic()
             commit()
         except BrokenProcessPool:
-            raise OSError(f"a process that packed {name} was killed, perhaps for lack of memory: run again with fewer "
+            raise OSError(f"a process that packed {name} was killed, perhaps for lack of memory: run again "
+                          f"with fewer "
                           f"--workers; what was written is kept") from None
         except OSError as e:
             raise full if e.errno == errno.ENOSPC else e from None
@@ -231,7 +246,7 @@ def pack_items(target, items, name, options, fingerprint, workers, max_bad):
                 except OSError as e:
                     if e.errno != errno.ENOSPC or not rows:
                         break
-                    del rows[-1 - len(rows) // 20 :]                               # makes room for the list of the others
+                    del rows[-1 - len(rows) // 20 :]  # makes room for the list of the others
                     truncate()
     skipped = reasons[BAD] + reasons[EMPTY] + reasons[LEFT]
     (part / "skipped.txt").write_text("".join(reason.replace("\n", " ") + "\n" for reason in skipped),
@@ -243,16 +258,21 @@ def pack_items(target, items, name, options, fingerprint, workers, max_bad):
         raise ValueError(f"{name} holds no image that can be used" + (f": {skipped[0]}" if skipped else ""))
     (part / "names.txt").write_text("".join(Path(items[row[0]].image).stem + "\n" for row in rows), "utf-8",
                                     "replace")
-    sizes = {file: (part / file).stat().st_size for file in ("images.u8", "labels.u16", "rows.npy", "names.txt")}
-    index = dict(version=VERSION, name=name, options=options, fingerprint=fingerprint, images=len(rows), bytes=sizes,
-                 label_maps=sum(row[3] for row in rows), segments=max(row[4] for row in rows), bad=len(reasons[BAD]),
+    sizes = {file: (part / file).stat().st_size for file in ("images.u8", "labels.u16", "rows.npy",
+                                                             "names.txt")}
+    index = dict(version=VERSION, name=name, options=options, fingerprint=fingerprint, images=len(rows),
+                 bytes=sizes,
+                 label_maps=sum(row[3] for row in rows), segments=max(row[4] for row in rows),
+                 bad=len(reasons[BAD]),
                  empty=len(reasons[EMPTY]), example=reasons[BAD][0] if reasons[BAD] else "")
     (part / "index.json").write_text(json.dumps(index, indent=1))
     os.replace(part, target)
     spent = time.monotonic() - started
     new = len(rows) - already
-    print(f"packed {name}: {len(rows):,} images into {target} ({sum(sizes.values()) / 1e9:.2f} GB), {new:,} of them now in "
-          f"{spent:.1f} s = {new / spent:.0f} a second with {workers} process{'es' * (workers > 1)}; {len(reasons[BAD])} skipped "
+    print(f"packed {name}: {len(rows):,} images into {target} ({sum(sizes.values()) / 1e9:.2f} GB), {new:,} "
+          f"of them now in "
+          f"{spent:.1f} s = {new / spent:.0f} a second with {workers} process{'es' * (workers > 1)}; "
+          f"{len(reasons[BAD])} skipped "
           f"as bad, {len(reasons[EMPTY])} without labels" + f" ({target / 'skipped.txt'})" * bool(skipped))
     told = (target / "notices.txt").read_text("utf-8").splitlines()
     for text in warned(rows, S, reasons[LEFT] + told, target):

@@ -1,10 +1,12 @@
 """Scenes without end: synthetic shapes, mixtures of data sets, and compositions of pieces of their images.
 
-What it is: data sets as data.py's `load` returns them, with len(), get(positions) and name; every sample is drawn from its
+What it is: data sets as data.py's `load` returns them, with len(), get(positions) and name; every sample is
+drawn from its
 own number alone, the same on every machine. What it is not: it reads no files (formats.py, packing.py do).
 
     from sources.scenes import Shapes
-    images, labels, sizes = Shapes("train", 64).get([0, 1, 2, 3])   # (4, 64, 64, 3) uint8, (4, 64, 64) int64, (4, 2) h and w
+    images, labels, sizes = Shapes("train", 64).get([0, 1, 2, 3])   # (4, 64, 64, 3) uint8, (4, 64, 64)
+    int64, (4, 2) h and w
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from sources.packing import Packed
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Synthetic scenes: 1 to 8 textured ellipses and polygons over each other, on a textured background.
 
 
@@ -28,7 +30,7 @@ class Shapes:
     size: int
     seed: int = 0
     name = "shapes"
-    labels_below = 9                             # all ids are below it
+    labels_below = 9  # all ids are below it
 
     def __len__(self):
         return 2**31
@@ -36,7 +38,8 @@ class Shapes:
     def get(self, positions, draws=None):
         """Scenes number `positions`: images (B, S, S, 3) uint8, labels (B, S, S) int64, sizes (B, 2)."""
         stream = ("train", "val", "test").index(self.split)
-        scenes = [draw_scene(np.random.Generator(np.random.Philox(key=[3 * self.seed + stream, int(i)])), self.size)
+        scenes = [draw_scene(np.random.Generator(np.random.Philox(key=[3 * self.seed + stream, int(i)])),
+                             self.size)
                   for i in positions]
         labels, params, noise = (np.stack(part) for part in zip(*scenes))
         images = torch.from_numpy(paint(labels, params, noise))
@@ -48,58 +51,66 @@ class Shapes:
 
 
 def draw_scene(rng, size, shapes=8):
-    """One scene's label map (S, S) uint8, texture parameters (9, 13) and pixel noise (S, S, 3); 2 to 9 segments."""
+    """One scene's label map (S, S) uint8, texture parameters (9, 13) and pixel noise (S, S, 3); 2 to 9
+    segments."""
     canvas = Image.new("L", (size, size), 0)
     pen = ImageDraw.Draw(canvas)
     for j in range(1, rng.integers(1, shapes + 1) + 1):
-        sides = 48 if rng.random() < 0.5 else int(rng.integers(3, 8))          # 48 corners: an ellipse
+        sides = 48 if rng.random() < 0.5 else int(rng.integers(3, 8))  # 48 corners: an ellipse
         angle = np.linspace(0, 2 * np.pi, sides, endpoint=False)
         radius = np.ones(sides)
-        if sides < 48:                                                         # a star-shaped polygon
-            angle, radius = angle + rng.uniform(-0.3, 0.3, sides) * 2 * np.pi / sides, rng.uniform(0.6, 1.2, sides)
+        if sides < 48:  # a star-shaped polygon
+            angle, radius = angle + rng.uniform(-0.3, 0.3, sides) * 2 * np.pi / sides, rng.uniform(0.6, 1.2,
+                                                                                                   sides)
         stretch, turn = rng.uniform(0.5, 1.0), rng.uniform(0, np.pi)
-        extent = size * 0.09 * (0.40 / 0.09) ** rng.random()                   # log-uniform
+        extent = size * 0.09 * (0.40 / 0.09) ** rng.random()  # log-uniform
         x, y = extent * radius * np.cos(angle), extent * stretch * radius * np.sin(angle)
         cx, cy = rng.uniform(0.05, 0.95, 2) * size
-        points = np.stack([cx + x * np.cos(turn) - y * np.sin(turn), cy + x * np.sin(turn) + y * np.cos(turn)], 1)
+        points = np.stack([cx + x * np.cos(turn) - y * np.sin(turn),
+                           cy + x * np.sin(turn) + y * np.cos(turn)], 1)
         pen.polygon([tuple(p) for p in points], fill=j)
     labels = np.array(canvas)
     return labels, rng.random((shapes + 1, 13), np.float32), rng.standard_normal((size, size, 3), np.float32)
 
 
 def paint(labels, params, noise):
-    """Textures: each segment has two colours and a pattern between them. (B, S, S) ids -> (B, S, S, 3) uint8."""
+    """Textures: each segment has two colours and a pattern between them. (B, S, S) ids -> (B, S, S, 3)
+    uint8."""
     S = labels.shape[1]
-    p = np.take_along_axis(params, labels.reshape(len(labels), -1, 1).astype(int), 1).reshape(*labels.shape, -1)
+    p = np.take_along_axis(params, labels.reshape(len(labels), -1, 1).astype(int), 1).reshape(*labels.shape,
+                                                                                              -1)
     axis = (np.arange(S, dtype=np.float32) + 0.5) / S
     y, x = axis[:, None], axis[None, :]
-    angle, freq = p[..., 6] * np.pi, (3 + p[..., 7] * S / 8) * 2 * np.pi           # 3 and more cycles over the image
+    angle, freq = p[..., 6] * np.pi, (3 + p[..., 7] * S / 8) * 2 * np.pi  # 3 and more cycles over the image
     cos, sin = np.cos(angle), np.sin(angle)
     along, across = x * cos + y * sin, y * cos - x * sin
     u, v = np.sin(freq * along + 2 * np.pi * p[..., 8]), np.sin(freq * across + 2 * np.pi * p[..., 9])
     kind = (p[..., 10] * 5).astype(int)
-    mix = np.choose(kind, [0.5, along * 0.5 + 0.25, u * 0.5 + 0.5, u * v > 0, u * v * 0.5 + 0.5])    # plain, gradient,
-    contrast = (p[..., 3:6] - 0.5) * 0.6                                           # stripes, checks, dots
+    # plain, gradient,
+    mix = np.choose(kind, [0.5, along * 0.5 + 0.25, u * 0.5 + 0.5, u * v > 0, u * v * 0.5 + 0.5])
+    contrast = (p[..., 3:6] - 0.5) * 0.6  # stripes, checks, dots
     colour = 0.08 + 0.84 * p[..., :3] + contrast * (mix[..., None] - 0.5) + noise * (0.08 * p[..., 11:12])
     return (colour.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mixtures: several sets at once, and compositions: segments and textures of their images, pasted over each other.
+# ------------------------------------------------------------------------------------------------------------
+# Mixtures: several sets at once, and compositions: segments and textures of their images, pasted over each
+# other.
 
 
 @dataclass
 class Mixture:
-    """An endless data set: sample i comes from one of the sets, in proportion to their weights, or is a composition."""
+    """An endless data set: sample i comes from one of the sets, in proportion to their weights, or is a
+    composition."""
 
-    sets: list                                   # Packed or Shapes, all of one size
+    sets: list  # Packed or Shapes, all of one size
     weights: list
     seed: int = 0
-    compose: float = 0.0                         # share of compositions
+    compose: float = 0.0  # share of compositions
 
     def __post_init__(self):
         self.name = "+".join(one.name for one in self.sets)
-        self.labels_below = max(one.labels_below for one in self.sets) + 10                # at most, in one label map
+        self.labels_below = max(one.labels_below for one in self.sets) + 10  # at most, in one label map
         self.shares = np.array(self.weights) / sum(self.weights)
         self.photos = self.shares * [isinstance(one, Packed) for one in self.sets]
         if self.compose and not self.photos.any():
@@ -117,7 +128,10 @@ class Mixture:
         rng = np.random.Generator(np.random.Philox(key=[2**33 + self.seed, int(i)]))
         chosen = self.sets[rng.choice(len(self.sets), p=self.shares)]
         if rng.random() < self.compose:
-            return compose(rng, lambda: self.photo(rng, self.sets[rng.choice(len(self.sets), p=self.photos / self.photos.sum())]))
+            return compose(rng,
+                           lambda: self.photo(rng,
+                                              self.sets[rng.choice(len(self.sets),
+                                                                   p=self.photos / self.photos.sum())]))
         if isinstance(chosen, Shapes):
             return [part[0].numpy() for part in chosen.get([i])]
         return self.photo(rng, chosen)
@@ -128,14 +142,16 @@ class Mixture:
 
 
 def compose(rng, photo, most=8):
-    """A scene of real textures: image (S, S, 3) uint8, labels (S, S), (S, S). photo() draws an image, labels and (h, w).
+    """A scene of real textures: image (S, S, 3) uint8, labels (S, S), (S, S). photo() draws an image, labels
+    and (h, w).
 
-    The background is a photo or one of its textures; over it come 1 to `most` pieces: segments cut out of photos, or
+    The background is a photo or one of its textures; over it come 1 to `most` pieces: segments cut out of
+    photos, or
     polygons and ellipses filled with a texture. Every piece hides what is below it.
     """
     image, labels, (h, w) = photo()
     S = len(image)
-    if rng.random() < 0.5 and h > S // 2 < w:                                      # a part of a photo, with its own labels
+    if rng.random() < 0.5 and h > S // 2 < w:  # a part of a photo, with its own labels
         image, labels = (cut_out(v, 0, 0, h, w, S, S) for v in (image, labels))
     else:
         image, labels = texture(rng, image, labels, S), np.zeros((S, S), np.int64)
@@ -149,7 +165,8 @@ def compose(rng, photo, most=8):
         light = rng.uniform(0.75, 1.25)
         image = np.where(mask[..., None], (fill * light).clip(0, 255).astype(np.uint8), image)
         labels = np.where(mask, 100_000 + j, labels)
-    return image, np.where(labels < 0, -1, np.unique(labels, return_inverse=True)[1].reshape(S, S)), np.array([S, S])
+    return image, np.where(labels < 0, -1,
+                           np.unique(labels, return_inverse=True)[1].reshape(S, S)), np.array([S, S])
 
 
 def one_of(rng, labels, min_share=0.01):

@@ -1,16 +1,18 @@
-"""The modules under test lie one folder up. Without a GPU, Triton's interpreter runs the kernels on the CPU."""
+"""The modules under test lie one folder up. Without a GPU, Triton's interpreter runs the kernels on the
+CPU."""
 
 import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")    # before torch: threads waiting for a busy core cost 13 times the time
+# before torch: threads waiting for a busy core cost 13 times the time
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"         # before anything imports Triton
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 
 def pytest_configure(config):

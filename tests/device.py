@@ -3,7 +3,8 @@
     with Device() as device:  # or Device(float64=False), as MPS has it
         ...  # device.waits: what made the host wait
 
-It notes what a CUDA device would wait for: numbers read back, and copies from the host that are not `non_blocking`,
+It notes what a CUDA device would wait for: numbers read back, and copies from the host that are not
+`non_blocking`,
 also of what torch.tensor(..., device=...) makes. Without float64, making one there is a TypeError.
 """
 

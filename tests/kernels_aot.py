@@ -1,10 +1,14 @@
 """Compiles the kernels, as their launchers launch them, for GPUs that need not be there.
 
-    python tests/kernels_aot.py 90:all:6:128 80:last:10:37      # sm_90, both layouts, 6 bits, 128 x 128; and sm_80
-    python tests/kernels_aot.py                                 # everything: an hour; the spills once more last
+    python tests/kernels_aot.py 90:all:6:128 80:last:10:37      # sm_90, both layouts, 6 bits, 128 x 128; and
+    sm_80
+    python tests/kernels_aot.py                                 # everything: an hour; the spills once more
+    last
 
-Prints one JSON line a kernel: registers, stack and local memory (where spills go) and the bytes a thread moves in
-accesses of at least 16. Works by letting Triton compile for a given target instead of launching. Layouts: all, last
+Prints one JSON line a kernel: registers, stack and local memory (where spills go) and the bytes a thread
+moves in
+accesses of at least 16. Works by letting Triton compile for a given target instead of launching. Layouts:
+all, last
 (channels_last) or half (channels_last and bfloat16 only).
 """
 
@@ -35,7 +39,7 @@ class NoDriver:
         return GPUTarget("cuda", arch, 32)
 
     def get_current_device(self):
-        return arch                              # Triton keeps what it compiled for each device
+        return arch  # Triton keeps what it compiled for each device
 
     def get_current_stream(self, device):
         return 0
@@ -94,7 +98,8 @@ def every_kernel(layouts, K, side):
         for last in (True, False) if layouts == "all" else (True,):
             case = f"{str(dtype)[6:]} {'channels_last' if last else 'nchw'}"
             memory = torch.channels_last if last else torch.contiguous_format
-            x, two = (torch.zeros(n * B, K, H, W, dtype=dtype).contiguous(memory_format=memory) for n in (1, 2))
+            x, two = (torch.zeros(n * B, K, H, W, dtype=dtype).contiguous(memory_format=memory) for n in (1,
+                                                                                                          2))
             picture = torch.zeros(B, 3, H, W).contiguous(memory_format=memory)
             _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones)
             case += ", input"

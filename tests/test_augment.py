@@ -7,13 +7,14 @@ import torch
 from data import augment
 from frame import normalise
 
-OFF = torch.full((16,), 0.999)                                                     # nothing happens ...
-OFF[6:] = 0.9                                                                      # ... however large the amounts
+OFF = torch.full((16,), 0.999)  # nothing happens ...
+OFF[6:] = 0.9  # ... however large the amounts
 STD, MEAN = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.229, 0.224, 0.225), (0.485, 0.456, 0.406)))
 
 
 def scene(B=3, S=24, sizes=((24, 24), (24, 15), (10, 24))):
-    """Smooth images, so that interpolation is exact to see; labels from the same coordinates; three shapes."""
+    """Smooth images, so that interpolation is exact to see; labels from the same coordinates; three
+    shapes."""
     y, x = torch.meshgrid(torch.arange(S), torch.arange(S), indexing="ij")
     image = torch.stack([8 * x + 20, 8 * y + 20, 4 * (x + y) + 20], -1).byte().expand(B, S, S, 3).clone()
     labels, sizes = (y // 3 * 8 + x // 3).expand(B, S, S).clone(), torch.tensor(sizes[:B])
@@ -52,15 +53,15 @@ def test_flip_is_exact_within_the_valid_part():
 
 
 @pytest.mark.parametrize("u15,degrees", [(0.0, -20), (0.25, -10), (0.999999, 20)])
-@pytest.mark.parametrize("u0", [0.0, 0.9])                                         # with and without a flip
+@pytest.mark.parametrize("u0", [0.0, 0.9])  # with and without a flip
 def test_rotation_moves_image_and_labels_together(u15, degrees, u0):
     x, inside, new, images, labels, sizes = run(settings(u0=u0, u5=0.29, u15=u15))
     for i, (h, w) in enumerate(sizes.tolist()):
-        col, row = (x[i, 0] - 20) / 8, (x[i, 1] - 20) / 8                          # the image tells where it came from
+        col, row = (x[i, 0] - 20) / 8, (x[i, 1] - 20) / 8  # the image tells where it came from
         near = ((row - row.round()).abs() < 0.45) & ((col - col.round()).abs() < 0.45) & inside[i]
         source = (row.round().long() // 3 * 8 + col.round().long() // 3)
         assert torch.equal(new[i][near], source[near]) and near.sum() > 0.5 * inside[i].sum()
-        a, b = h // 2, w // 2                                                      # where three pixels came from: a right angle
+        a, b = h // 2, w // 2  # where three pixels came from: a right angle
         across = np.array([row[a, b + 3] - row[a, b - 3], col[a, b + 3] - col[a, b - 3]]) / 6
         down = np.array([row[a + 3, b] - row[a - 3, b], col[a + 3, b] - col[a - 3, b]]) / 6
         assert np.allclose([across @ across, down @ down, across @ down], [1, 1, 0], atol=0.02)
@@ -71,8 +72,8 @@ def test_new_pixels_are_ignored_and_padding_stays_zero():
     images, labels, sizes = scene()
     x, inside, new = augment(images, labels, sizes, settings(u5=0.0, u15=0.0).expand(3, 16))
     for i, (h, w) in enumerate(sizes.tolist()):
-        assert not inside[i, h:].any() and not inside[i, :, w:].any()              # never into the padding
-        assert not inside[i, 0, 0] and not inside[i, h - 1, w - 1]                 # turned corners come from outside
+        assert not inside[i, h:].any() and not inside[i, :, w:].any()  # never into the padding
+        assert not inside[i, 0, 0] and not inside[i, h - 1, w - 1]  # turned corners come from outside
     assert torch.equal(new == -1, ~inside) and (x.movedim(1, -1)[~inside] == 0).all()
 
 
@@ -88,17 +89,18 @@ def test_no_black_bleeds_in_at_the_border():
 def test_colour_leaves_labels_alone(on):
     x, inside, new, images, labels, sizes = run(settings(**on))
     changed = (x - images).abs().amax(1) > 1
-    assert torch.equal(new, labels) and torch.equal(inside, labels >= 0) and changed[inside].float().mean() > 0.5
+    assert torch.equal(new, labels) and torch.equal(inside,
+                                                    labels >= 0) and changed[inside].float().mean() > 0.5
     assert (x >= -0.01).all() and (x <= 255.01).all()
 
 
 def test_gamma_and_shift_by_formula():
-    x, inside, _, images, _, _ = run(settings(u1=0.0, u6=0.0))                     # exponent 2^-0.5
+    x, inside, _, images, _, _ = run(settings(u1=0.0, u6=0.0))  # exponent 2^-0.5
     expected = (images / 255) ** 2**-0.5 * 255
     assert torch.allclose(x[0], expected[0], atol=0.05)
     x, _, _, images, _, _ = run(settings(u4=0.0))
     shift = x[0] - images[0]
-    assert (shift.flatten(1).std(1) < 0.05).all() and (shift.abs() < 0.1 * 255).all()   # one number a channel
+    assert (shift.flatten(1).std(1) < 0.05).all() and (shift.abs() < 0.1 * 255).all()  # one number a channel
 
 
 def test_how_often():
@@ -106,8 +108,8 @@ def test_how_often():
     images, labels, sizes = (v.expand(2000, *v.shape[1:]) for v in scene(1))
     x, inside, new = augment(images.contiguous(), labels.contiguous(), sizes, u)
     moved = (new != labels).flatten(1).any(1)
-    assert abs(moved.float().mean() - (1 - 0.5 * 0.7)) < 0.05                      # a flip (0.5) or a rotation (0.3)
-    assert 0.22 < (~inside).flatten(1).any(1).float().mean() < 0.3                 # below 2 degrees, nothing new comes in
+    assert abs(moved.float().mean() - (1 - 0.5 * 0.7)) < 0.05  # a flip (0.5) or a rotation (0.3)
+    assert 0.22 < (~inside).flatten(1).any(1).float().mean() < 0.3  # below 2 degrees, nothing new comes in
 
 
 def test_samples_do_not_depend_on_their_batch():
@@ -117,17 +119,18 @@ def test_samples_do_not_depend_on_their_batch():
     for i in range(3):
         one = slice(i, i + 1)
         alone = augment(images[one], labels[one], sizes[one], u[one])
-        assert torch.allclose(alone[0], together[0][one], atol=1e-5) and torch.equal(alone[2], together[2][one])
+        assert torch.allclose(alone[0], together[0][one], atol=1e-5) and torch.equal(alone[2],
+                                                                                     together[2][one])
 
 
 def test_jitter_multiplies_how_often_colours_change_and_nothing_else():
     images, labels, sizes = scene()
     plain = normalise(images, sizes)[0]
     for number, p in ((1, 0.3), (2, 0.3), (3, 0.3), (4, 0.1)):
-        u = settings(**{f"u{number}": 1.5 * p}).expand(3, 16)                      # off at 1, on at 2
+        u = settings(**{f"u{number}": 1.5 * p}).expand(3, 16)  # off at 1, on at 2
         for jitter, changed in ((1.0, False), (2.0, True), (0.0, False)):
             x, _, new = augment(images, labels, sizes, u, jitter=jitter)
             assert torch.allclose(x, plain, atol=1e-4) != changed and torch.equal(new, labels)
-    for number in (0, 5):                                                          # flips and rotations are as they were
+    for number in (0, 5):  # flips and rotations are as they were
         u = settings(**{f"u{number}": 0.6}).expand(3, 16)
         assert torch.allclose(augment(images, labels, sizes, u, jitter=3.0)[0], plain, atol=1e-4)

@@ -117,7 +117,8 @@ def test_gpu_keeps_what_it_has_whatever_a_part_does(tmp_path, monkeypatch, capsy
                 breaks="print('| half a table |'); raise SystemExit(3)",
                 hangs="import time; print('| a row |'); time.sleep(60)", last=look)
     monkeypatch.setattr(bench, "gpu_parts",
-                        lambda small: [(name, 1 if name == "hangs" else 20, [sys.executable, "-c", c, str(out / "gpu.json")])
+                        lambda small: [(name, 1 if name == "hangs" else 20,
+                                        [sys.executable, "-c", c, str(out / "gpu.json")])
                                                            for name, c in code.items()])
     began = time.perf_counter()
     assert gpu(out, minutes=1.0) == 1 and time.perf_counter() - began < 50  # the one that hangs had 1 second

@@ -25,7 +25,7 @@ def distance(a, b):
     return bin(int(a) ^ int(b)).count("1")
 
 
-# ------------------------------------------------------------------------------------------------- Gray code, palettes
+# ------------------------------------------------------------------------------------------------- Gray code,
 
 
 def test_gray_golden():
@@ -58,7 +58,7 @@ def test_similar_neighbours_differ_in_one_bit(side):
 def test_different_is_the_greedy_snake(side):
     walk, unused = [0], list(range(1, side * side))
     while unused:
-        walk.append(max(unused, key=lambda code: (distance(code, walk[-1]), -code)))   # ties: the lowest code
+        walk.append(max(unused, key=lambda code: (distance(code, walk[-1]), -code)))  # ties: the lowest code
         unused.remove(walk[-1])
     rows = [walk[r * side : (r + 1) * side][:: -1 if r % 2 else 1] for r in range(side)]
     assert palette(side, "different").tolist() == sum(rows, [])
@@ -75,7 +75,7 @@ def test_palette_is_a_permutation(side, order):
     assert sorted(palette(side, order).tolist()) == list(range(side * side))
 
 
-# ------------------------------------------------------------------------------------------------------------ encodings
+# ------------------------------------------------------------------------------------------------------------
 
 
 def every_cell(codec):
@@ -95,13 +95,14 @@ def test_round_trip(bits, encoding, order):
     assert x0.shape[1] == codec.channels == (bits if encoding == "bits" else 2**bits)
     assert (x0.movedim(1, -1)[cells == -1] == 0).all()
     assert torch.equal(codec.decode(x0, cells >= 0), cells)
-    assert torch.equal(codec.decode(0.01 * x0)[cells >= 0], cells[cells >= 0])     # only the sign, or the order, counts
+    # only the sign, or the order, counts
+    assert torch.equal(codec.decode(0.01 * x0)[cells >= 0], cells[cells >= 0])
 
 
 @pytest.mark.parametrize("order", ["similar", "random", "different", "range"])
 def test_bits_encode_least_significant_first(order):
     cells = torch.tensor([[[0, 5, 63, -1]]])
-    x0 = Codec("bits", 6, order, seed=4).encode(cells)[0, :, 0].T                  # (4, 6)
+    x0 = Codec("bits", 6, order, seed=4).encode(cells)[0, :, 0].T  # (4, 6)
     for cell, bits in zip((0, 5, 63), x0.tolist()):
         code = int(palette(8, order, 4)[cell])
         assert bits == [1.0 if code & 2**b else -1.0 for b in range(6)]
@@ -124,14 +125,15 @@ def test_rgb_colours():
     free, located = Codec("rgb", palette="none"), Codec("rgb")
     assert (free.classes, located.classes, located.palette) == (125, 121, "random")
     for codec, code in ((free, range(125)), (located, np.random.default_rng(0).permutation(121))):
-        colours = [[min(64 * d, 255) / 127.5 - 1 for d in (i // 25, i % 25 // 5, i % 5)] for i in map(int, code)]
+        colours = [[min(64 * d, 255) / 127.5 - 1 for d in (i // 25, i % 25 // 5, i % 5)] for i in map(int,
+                                                                                                      code)]
         x0 = codec.encode(torch.arange(codec.classes)[None, None])[0, :, 0].T
         assert np.allclose(x0, colours, atol=1e-6)
 
 
 def test_rgb_round_trip_up_to_names():
     codec = Codec("rgb")
-    labels = torch.arange(5).repeat_interleave(32 * 6)[:900].view(1, 30, 30)       # 5 bands of at least 132 pixels
+    labels = torch.arange(5).repeat_interleave(32 * 6)[:900].view(1, 30, 30)  # 5 bands of at least 132 pixels
     labels[:, :, 29] = -1
     cells = codec.cells(labels)
     found = codec.decode(codec.encode(cells), labels >= 0)
@@ -141,14 +143,14 @@ def test_rgb_round_trip_up_to_names():
 
 def test_dichotomy_stops_at_small_or_tight_clusters():
     rgb = torch.zeros(3, 8, 8)
-    rgb[:, :2] = 200.0                                                             # 16 pixels of white, 48 of black
+    rgb[:, :2] = 200.0  # 16 pixels of white, 48 of black
     everywhere = torch.ones(8, 8, dtype=torch.bool)
     assert dichotomy(rgb, everywhere).unique(return_counts=True)[1].sort().values.tolist() == [16, 48]
-    assert (dichotomy(rgb / 25, everywhere) == 0).all()                            # all within 10 of their mean
+    assert (dichotomy(rgb / 25, everywhere) == 0).all()  # all within 10 of their mean
     few = torch.zeros(8, 8, dtype=torch.bool)
-    few[1:3, :8] = True                                                            # half white, but only 16 < 20 pixels
+    few[1:3, :8] = True  # half white, but only 16 < 20 pixels
     assert (dichotomy(rgb, few) == 0).all()
-    assert (dichotomy(rgb, ~everywhere) == 0).all()                                # nothing valid: no crash
+    assert (dichotomy(rgb, ~everywhere) == 0).all()  # nothing valid: no crash
 
 
 @pytest.mark.parametrize("activation,expected", [
@@ -156,23 +158,26 @@ def test_dichotomy_stops_at_small_or_tight_clusters():
     ("softmax", lambda v: np.exp(v) / np.exp(v).sum(1, keepdims=True))])
 def test_activations(activation, expected):
     out = torch.randn(2, 16, 3, 3, generator=torch.Generator().manual_seed(0))
-    assert np.allclose(Codec("onehot", 4, activation=activation).activate(out), expected(out.numpy()), atol=1e-6)
+    assert np.allclose(Codec("onehot", 4, activation=activation).activate(out), expected(out.numpy()),
+                       atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [dict(bits=5), dict(bits=0), dict(bits=12), dict(encoding="hex"), dict(palette="nice"),
+@pytest.mark.parametrize("wrong",
+                         [dict(bits=5), dict(bits=0), dict(bits=12), dict(encoding="hex"),
+                          dict(palette="nice"),
                                    dict(activation="relu"), dict(encoding="rgb", palette="different")])
 def test_wrong_codec(wrong):
     with pytest.raises(ValueError, match=str(list(wrong.values())[-1])):
         Codec(**wrong)
 
 
-# ----------------------------------------------------------------------------------------------------- soft bits, Eq. 3
+# ----------------------------------------------------------------------------------------------------- soft b
 
 
 @pytest.mark.parametrize("k", [2, 6])
 def test_eq3_by_enumeration_of_all_codes(k):
     x = torch.randn(2, k, 3, 5, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-    x[0, 0, 0, 0], x[1, :, 0, 1] = 1.0, -1.0                                       # certain bits: 0 log 0
+    x[0, 0, 0, 0], x[1, :, 0, 1] = 1.0, -1.0  # certain bits: 0 log 0
     clamped = np.clip(x.numpy(), -1, 1)
     p = np.ones((2**k, 2, 3, 5))
     for code, b in itertools.product(range(2**k), range(k)):
@@ -183,9 +188,11 @@ def test_eq3_by_enumeration_of_all_codes(k):
     assert np.allclose(confidence(x), p.max(0), atol=1e-6)
     assert np.allclose(entropy(x), -(p * np.log2(np.where(p > 0, p, 1))).sum(0), atol=1e-5)
     codes = torch.randint(0, 2**k, (2, 3, 5), generator=torch.Generator().manual_seed(0))
-    assert np.allclose(code_probability(x, codes), np.take_along_axis(p, codes.numpy()[None], 0)[0], atol=1e-6)
+    assert np.allclose(code_probability(x, codes), np.take_along_axis(p, codes.numpy()[None], 0)[0],
+                       atol=1e-6)
 
 
 def test_confidence_is_that_of_the_decoded_code():
-    x, codec = torch.randn(1, 6, 8, 8, generator=torch.Generator().manual_seed(0)), Codec(bits=6, palette="range")
+    x, codec = torch.randn(1, 6, 8, 8, generator=torch.Generator().manual_seed(0)), Codec(bits=6,
+                                                                                          palette="range")
     assert torch.allclose(confidence(x), code_probability(x, codec.decode(x)))

@@ -68,7 +68,8 @@ def test_any_altered_byte_and_any_cut_is_found(tmp_path):
         cases.append(whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :])
     for case in cases:
         path.write_bytes(case)
-        if case[-71:] == whole[-71:] and case[:-73] == whole[:-73]:                # the comment's length: outside the checksum
+        # the comment's length: outside the checksum
+        if case[-71:] == whole[-71:] and case[:-73] == whole[:-73]:
             continue
         with pytest.raises(Damaged, match="ckpt.pt: not a readable checkpoint"):
             read(path)
@@ -104,7 +105,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
     save(path, dict(step=1, net=Evil(sign)))
     with pytest.raises(ValueError, match=r"ckpt.pt: refused: it holds (posix|nt).system"):
         read(path)
-    torch.save(dict(net=Evil(sign)), path)                                         # and without our checksum
+    torch.save(dict(net=Evil(sign)), path)  # and without our checksum
     with pytest.raises(ValueError, match="no checksum"):
         read(path)
     assert not sign.exists()

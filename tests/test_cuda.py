@@ -1,6 +1,8 @@
-"""What only a CUDA device can show: train.py with its graph, without waits, on a device that is not the first.
+"""What only a CUDA device can show: train.py with its graph, without waits, on a device that is not the
+first.
 
-Skipped without one. With test_kernels*.py and test_fused.py, which run on the GPU where there is one, this is the first
+Skipped without one. With test_kernels*.py and test_fused.py, which run on the GPU where there is one, this
+is the first
 part of `python bench.py gpu`.
 """
 
@@ -29,7 +31,8 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
                                                    reason="needs a CUDA device")]
 two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 SMALL = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=4, patch=2)
-QUICK = ("--image_size 16 --batch_size 4 --max_steps 6 --eval_images 2 --steps 2 --log_every 2 --save_every 2 "
+QUICK = ("--image_size 16 --batch_size 4 --max_steps 6 --eval_images 2 --steps 2 --log_every 2 --save_every "
+         "2 "
          "--eval_every 6").split()
 
 

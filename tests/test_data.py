@@ -1,4 +1,5 @@
-"""The data sets of data.py: synthetic scenes, and folders and COCO panoptic made here. Files: test_images.py."""
+"""The data sets of data.py: synthetic scenes, and folders and COCO panoptic made here. Files:
+test_images.py."""
 
 import json
 import os
@@ -14,8 +15,8 @@ from sources import packing
 from sources.formats import find_folder, read_image, read_label
 from sources.scenes import draw_scene, paint
 
-PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)                      # 8 wide, 6 high
-LABEL = np.repeat(np.arange(8, dtype=np.uint8)[None] // 3 * 50, 6, 0)              # three bands: 0, 50, 100
+PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)  # 8 wide, 6 high
+LABEL = np.repeat(np.arange(8, dtype=np.uint8)[None] // 3 * 50, 6, 0)  # three bands: 0, 50, 100
 
 
 def write(path, array, **options):
@@ -28,15 +29,16 @@ def get_all(dataset, draw=0.0):
     return dataset.get(range(len(dataset)), np.full(len(dataset), draw))
 
 
-# ----------------------------------------------------------------------------------------------------- synthetic scenes
+# ----------------------------------------------------------------------------------------------------- synthe
 
 
 def test_scenes_are_reproducible_and_differ():
-    train, val, other = load("shapes", "train", 32), load("shapes", "val", 32), load("shapes", "train", 32, seed=1)
+    train, val, other = load("shapes", "train", 32), load("shapes", "val", 32), load("shapes", "train", 32,
+                                                                                     seed=1)
     images, labels, sizes = train.get([0, 5, 2**31 - 1])
     assert images.shape == (3, 32, 32, 3) and images.dtype == torch.uint8 and labels.dtype == torch.int64
     assert sizes.tolist() == [[32, 32]] * 3
-    again = load("shapes", "train", 32).get([2**31 - 1, 5])                        # in another order, another batch
+    again = load("shapes", "train", 32).get([2**31 - 1, 5])  # in another order, another batch
     assert torch.equal(again[0], images[[2, 1]]) and torch.equal(again[1], labels[[2, 1]])
     scenes = [d.get([i])[0] for d in (train, val, other) for i in range(20)]
     assert len({s.numpy().tobytes() for s in scenes}) == 60
@@ -53,11 +55,12 @@ def test_no_split_and_seed_share_a_scene():
 def test_two_to_nine_segments():
     _, labels, _ = load("shapes", "val", 32).get(range(400))
     counts = {len(m.unique()) for m in labels}
-    assert counts == set(range(2, 10))                                             # all of them occur
+    assert counts == set(range(2, 10))  # all of them occur
 
 
 def test_label_maps_are_exact():
-    """Every pixel is painted with its own segment's parameters: change those of one, and only its pixels change."""
+    """Every pixel is painted with its own segment's parameters: change those of one, and only its pixels
+    change."""
     labels, params, noise = draw_scene(np.random.default_rng(3), 48)
     assert labels.max() < len(params)
     labels, noise = labels[None], noise[None]
@@ -69,7 +72,7 @@ def test_label_maps_are_exact():
         assert not (changed & (labels != segment)).any() and (changed & (labels == segment)).any()
 
 
-# -------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------------------------
 
 
 def folder(root, stems, split="", annotators=0):
@@ -86,42 +89,47 @@ def test_folder_with_splits(tmp_path):
     train, val = (load(str(tmp_path / "d"), split, 8, cache=tmp_path / "cache") for split in ("train", "val"))
     images, labels, sizes = get_all(train)
     assert (train.names, val.names, len(train)) == (["x", "y"], ["z"], 2) and sizes.tolist() == [[6, 8]] * 2
-    assert (images[1, :6].numpy() == PIXEL + 1).all() and (labels[0, :6].numpy() == np.minimum(LABEL, 50) // 50).all()
+    assert (images[1, :6].numpy() == PIXEL + 1).all() and (labels[0, :6].numpy() == np.minimum(LABEL,
+                                                                                               50) // 50).all()
     assert (labels[:, 6:] == -1).all() and (images[:, 6:] == 0).all()
-    assert torch.equal(train.get([3])[0], images[[1]])                             # positions go round
+    assert torch.equal(train.get([3])[0], images[[1]])  # positions go round
 
 
 def test_folder_without_splits_keeps_every_tenth_for_val(tmp_path):
     root = folder(tmp_path / "d", [f"i{n:02}" for n in range(21)])
     train, val = (load(str(root), split, 8, cache=tmp_path).names for split in ("train", "val"))
     assert val == ["i09", "i19"] and sorted(train + val) == [f"i{n:02}" for n in range(21)]
-    few = folder(tmp_path / "few", ["a", "b", "c"])                                # fewer than ten: the last
-    assert [load(str(few), split, 8, cache=tmp_path).names for split in ("train", "val")] == [["a", "b"], ["c"]]
+    few = folder(tmp_path / "few", ["a", "b", "c"])  # fewer than ten: the last
+    assert [load(str(few), split, 8, cache=tmp_path).names for split in ("train", "val")] == [["a", "b"],
+                                                                                              ["c"]]
 
 
 def test_annotators_are_drawn(tmp_path):
-    dataset = load(str(folder(tmp_path / "d", ["x", "cat_a", "y_b"], "val", annotators=2)), "val", 8, cache=tmp_path)
+    dataset = load(str(folder(tmp_path / "d", ["x", "cat_a", "y_b"], "val", annotators=2)), "val", 8,
+                   cache=tmp_path)
     assert dataset.names == ["cat_a", "x", "y_b"] and [len(dataset.maps(i)) for i in range(3)] == [2, 2, 2]
-    for draw, ids in ((0.0, 2), (0.49, 2), (0.5, 3), (0.999999, 3)):               # two segments, then three
+    for draw, ids in ((0.0, 2), (0.49, 2), (0.5, 3), (0.999999, 3)):  # two segments, then three
         assert all(len(m[:6].unique()) == ids for m in get_all(dataset, draw)[1])
     assert all((m == 0).sum() == 3 * 6 for i in range(3) for m in dataset.maps(i))
 
 
 def test_a_stem_that_looks_like_an_annotator(tmp_path):
     items = find_folder(folder(tmp_path / "d", ["img_a1", "img_a2"], "val"), "val")[1]()
-    assert [[os.path.basename(p) for p in (i.image, *i.labels)] for i in items] == [["img_a1.png"] * 2, ["img_a2.png"] * 2]
+    assert [[os.path.basename(p) for p in (i.image, *i.labels)] for i in items] == [["img_a1.png"] * 2,
+                                                                                    ["img_a2.png"] * 2]
 
 
 def test_unlabelled_zero(tmp_path):
     root = folder(tmp_path / "d", ["x"], "val")
-    segment, ignore = (get_all(load(str(root), "val", 8, cache=tmp_path, unlabelled=u))[1] for u in ("segment", "ignore"))
+    segment, ignore = (get_all(load(str(root), "val", 8, cache=tmp_path,
+                                    unlabelled=u))[1] for u in ("segment", "ignore"))
     assert (segment[0, :6].numpy() != -1).all() and ((ignore[0, :6].numpy() == -1) == (LABEL == 0)).all()
 
 
 def test_the_cache_is_used_and_notices_changes(tmp_path, monkeypatch):
     root, cache = folder(tmp_path / "d", ["x"], "val"), tmp_path / "cache"
     first = get_all(load(str(root), "val", 8, cache=cache))[1]
-    monkeypatch.setattr(packing, "convert", None)                                  # reading again would fail
+    monkeypatch.setattr(packing, "convert", None)  # reading again would fail
     assert torch.equal(get_all(load(str(root), "val", 8, cache=cache))[1], first)
     monkeypatch.undo()
     os.utime(write(root / "labels/val/x.png", 0 * LABEL), ns=(1, 1))
@@ -136,17 +144,20 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 @pytest.mark.parametrize("index", sorted(SHARED.glob("*/index.json")), ids=lambda p: p.parent.name)
 def test_real_folders_as_their_index_says(index):
     entries = {(e["split"], e["id"]): e for e in json.loads(index.read_text())["items"]}
-    found = {(split.name, Path(item.image).stem): (item.image, item.labels) for split in (index.parent / "images").iterdir()
+    found = {(split.name, Path(item.image).stem): (item.image,
+                                                   item.labels)
+                                                   for split in (index.parent / "images").iterdir()
              for item in find_folder(index.parent, split.name)[1]()}
     assert found.keys() == entries.keys()
-    for key in sorted(found)[::100]:                                               # reading all would take a minute
+    for key in sorted(found)[::100]:  # reading all would take a minute
         (image, maps), entry = found[key], entries[key]
         labels = [read_label(p) for p in maps]
-        assert list(read_image(image).size) == entry["size"] and {m.shape for m in labels} == {tuple(entry["size"][::-1])}
+        assert list(read_image(image).size) == entry["size"] and {m.shape
+                                                                  for m in labels} == {tuple(entry["size"][::-1])}
         assert [len(set(m.ravel().tolist()) - {0}) for m in labels] == entry["n_segments"]
 
 
-# ----------------------------------------------------------------------------------------------------------------- COCO
+# ------------------------------------------------------------------------------------------------------------
 
 
 def coco(root):
@@ -157,8 +168,10 @@ def coco(root):
     rgb = np.dstack([ids % 256, ids // 256 % 256, ids // 65536]).astype(np.uint8)
     write(root / "annotations/panoptic_val2017/000000000007.png", rgb)
     image = {"id": 7, "file_name": "000000000007.jpg"}
-    annotation = {"image_id": 7, "file_name": "000000000007.png", "segments_info": [{"id": 70_000}, {"id": 5}]}
-    (root / "annotations/panoptic_val2017.json").write_text(json.dumps({"images": [image], "annotations": [annotation]}))
+    annotation = {"image_id": 7, "file_name": "000000000007.png",
+                  "segments_info": [{"id": 70_000}, {"id": 5}]}
+    (root / "annotations/panoptic_val2017.json").write_text(json.dumps({"images": [image],
+                                                                        "annotations": [annotation]}))
     return ids
 
 
@@ -171,7 +184,7 @@ def test_coco_panoptic(tmp_path):
     assert ((ignore[0, :6].numpy() == -1) == (ids == 0)).all()
 
 
-# ------------------------------------------------------------------------------------------------------ wrong use, order
+# ------------------------------------------------------------------------------------------------------ wrong
 
 
 def test_wrong_use_names_the_thing(tmp_path):
@@ -199,17 +212,18 @@ def test_wrong_use_names_the_thing(tmp_path):
     fails("images/train/y.png: not a readable image")
     (root / "images/train/y.png").unlink()
     fails("y.png has no image")
-    assert not list((tmp_path / "cache").glob("*/index.json"))                     # nothing half-made passes for whole
+    assert not list((tmp_path / "cache").glob("*/index.json"))  # nothing half-made passes for whole
 
 
 def test_order_is_a_permutation_in_every_epoch_and_resumes():
     whole = order(0, 70, 10, seed=3)
     epochs = whole.reshape(7, 10)
-    assert all(sorted(e) == list(range(10)) for e in epochs.tolist()) and len({tuple(e) for e in epochs.tolist()}) > 1
-    pieces = [order(start, 7, 10, seed=3) for start in range(0, 70, 7)]            # 7: batches straddle epochs
+    assert all(sorted(e) == list(range(10))
+               for e in epochs.tolist()) and len({tuple(e) for e in epochs.tolist()}) > 1
+    pieces = [order(start, 7, 10, seed=3) for start in range(0, 70, 7)]  # 7: batches straddle epochs
     assert (np.concatenate(pieces) == whole).all()
     assert (order(0, 70, 10, seed=4) != whole).any() and order(5, 3, 2**31, 0).tolist() == [5, 6, 7]
-    assert sorted(order(0, 9, 3, 0).tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]       # a batch of several epochs
+    assert sorted(order(0, 9, 3, 0).tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # a batch of several epochs
 
 
 def test_uniforms_belong_to_the_sample():

@@ -1,4 +1,5 @@
-"""Packed copies (killed, cut off, shared, full disk), batches, crops, the download of COCO and data.py's command line."""
+"""Packed copies (killed, cut off, shared, full disk), batches, crops, the download of COCO and data.py's
+command line."""
 
 import errno
 import json
@@ -39,7 +40,8 @@ def folder(root, n=40):
     for i in range(n):
         Image.fromarray(np.full((6, 8, 3), i + 1, np.uint8)).save(root / f"images/train/{i:03}.png")
         for a in range(1 + i % 2):
-            Image.fromarray(np.full((6, 8), i, np.uint8) + np.arange(8, dtype=np.uint8) // (4 - a)).save(root / f"labels/train/{i:03}_a{a}.png")
+            Image.fromarray(np.full((6, 8), i, np.uint8) + np.arange(8,
+                                                                     dtype=np.uint8) // (4 - a)).save(root / f"labels/train/{i:03}_a{a}.png")
     return root
 
 
@@ -65,13 +67,14 @@ def counted(monkeypatch, stop_at=None):
     return seen
 
 
-# -------------------------------------------------------------------------------------------------------- packed copies
+# -------------------------------------------------------------------------------------------------------- pac
 
 
 def test_workers_do_not_change_the_copy(tmp_path):
     folder(tmp_path / "d", 100)
     one, three = (content(opened(tmp_path, cache=tmp_path / str(w), workers=w)) for w in (1, 3))
-    assert one == three and len(one[4]) == 100 and one[2][-1] == 150 and opened(tmp_path, cache=tmp_path / "1").labels_below == 3
+    assert one == three and len(one[4]) == 100 and one[2][-1] == 150 and opened(tmp_path,
+                                                                                cache=tmp_path / "1").labels_below == 3
     assert np.frombuffer(one[0], np.uint8).reshape(100, 8, 8, 3)[:, 0, 0, 0].tolist() == list(range(1, 101))
 
 
@@ -84,22 +87,24 @@ def test_stopped_packing_goes_on(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("cache/*/index.json"))
     monkeypatch.undo()
     (part,) = tmp_path.glob("cache/*.part")
-    with open(part / "images.u8", "ab") as f:                                      # a row that was written, but not entered
+    with open(part / "images.u8", "ab") as f:  # a row that was written, but not entered
         f.write(b"x" * 100)
     second = counted(monkeypatch)
     assert content(opened(tmp_path)) == whole
     assert len(first) == 25 and len(second) == 16 and not set(first[:24]) & set(second)
     opened(tmp_path)
-    assert len(second) == 16 and not list(tmp_path.glob("cache/*.part"))           # nor anything again
+    assert len(second) == 16 and not list(tmp_path.glob("cache/*.part"))  # nor anything again
 
 
 def test_killed_packing_goes_on(tmp_path):
     """SIGKILL, in a process of its own, at a moment nobody chose."""
     folder(tmp_path / "d")
     whole = content(opened(tmp_path, cache=tmp_path / "other"))
-    slow = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import data; from sources import packing; packing.SAVE_EVERY, convert = 0, packing.convert\n"
+    slow = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import data; from sources import "
+            f"packing; packing.SAVE_EVERY, convert = 0, packing.convert\n"
             f"def slowly(item, **o): time.sleep(0.02); return convert(item, **o)\n"
-            f"packing.convert = slowly; data.load({str(tmp_path / 'd')!r}, 'train', 8, cache={str(tmp_path / 'cache')!r}, workers=1)")
+            f"packing.convert = slowly; data.load({str(tmp_path / 'd')!r}, 'train', 8, "
+            f"cache={str(tmp_path / 'cache')!r}, workers=1)")
     process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.DEVNULL)
     while not (state := list(tmp_path.glob("cache/*.part/rows.npy"))) or len(np.load(state[0])) < 5:
         assert process.poll() is None
@@ -129,16 +134,21 @@ def test_a_copy_belongs_to_its_options_and_sources(tmp_path, monkeypatch):
     same = opened(tmp_path)
     index = json.loads((same.folder / "index.json").read_text())
     assert index["version"] == packing.VERSION and index["options"]["size"] == 8 and re.fullmatch("[0-9a-f]{16}", index["fingerprint"])
-    others = [opened(tmp_path, **o) for o in (dict(unlabelled="ignore"), dict(components=True))] + [load(str(tmp_path / "d"), "train", 9, cache=tmp_path / "cache", workers=1)]
+    others = [opened(tmp_path, **o) for o in (dict(unlabelled="ignore"),
+                                              dict(components=True))] + [load(str(tmp_path / "d"), "train", 9,
+                                                                              cache=tmp_path / "cache",
+                                                                              workers=1)]
     assert len({d.folder for d in (same, *others)}) == 4 and len(seen) == 160
-    monkeypatch.setattr(formats, "read_label", None)                                  # reading again would fail
+    monkeypatch.setattr(formats, "read_label", None)  # reading again would fail
     assert content(opened(tmp_path)) == content(same)
     monkeypatch.setattr(packing, "VERSION", packing.VERSION + 1)
     with pytest.raises(ValueError, match="TypeError"):
         opened(tmp_path)
     monkeypatch.undo()
-    for change in (lambda: os.utime(tmp_path / "d/labels/train/003_a1.png", (1, 1)), lambda: (tmp_path / "d/labels/train/003_a1.png").unlink(),
-                   lambda: shutil.copy(tmp_path / "d/images/train/000.png", tmp_path / "d/images/train/001.png")):
+    for change in (lambda: os.utime(tmp_path / "d/labels/train/003_a1.png", (1, 1)),
+                   lambda: (tmp_path / "d/labels/train/003_a1.png").unlink(),
+                   lambda: shutil.copy(tmp_path / "d/images/train/000.png",
+                                       tmp_path / "d/images/train/001.png")):
         before = opened(tmp_path).folder
         change()
         assert opened(tmp_path).folder != before
@@ -166,7 +176,8 @@ def test_full_disk(tmp_path, monkeypatch):
     whole = content(opened(tmp_path, cache=tmp_path / "other"))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 999, 999))
-    with pytest.raises(OSError, match=r"d-train needs 0\.00 GB in .*cache .*disk is full; what was written is kept"):
+    with pytest.raises(OSError, match=r"d-train needs 0\.00 GB in .*cache .*disk is full; what was written "
+                                      r"is kept"):
         opened(tmp_path)
     monkeypatch.undo()
     appended, append = [], packing.append
@@ -180,7 +191,7 @@ def test_full_disk(tmp_path, monkeypatch):
 
     fsync, full = os.fsync, [True, True]
 
-    def fsync_when_there_is_room(number):                                          # the list of what is done needs room too
+    def fsync_when_there_is_room(number):  # the list of what is done needs room too
         if appended and len(appended) >= 22 and full:
             full.pop()
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -192,7 +203,7 @@ def test_full_disk(tmp_path, monkeypatch):
         opened(tmp_path)
     monkeypatch.undo()
     seen = counted(monkeypatch)
-    assert content(opened(tmp_path)) == whole and len(seen) == 30 + 2              # 2 of 10 made room
+    assert content(opened(tmp_path)) == whole and len(seen) == 30 + 2  # 2 of 10 made room
 
 
 def test_a_copy_in_the_making_that_is_cut_off_starts_anew(tmp_path, monkeypatch):
@@ -212,7 +223,8 @@ def test_a_copy_in_the_making_that_is_cut_off_starts_anew(tmp_path, monkeypatch)
 def test_a_killed_worker_is_told(tmp_path, monkeypatch):
     folder(tmp_path / "d", 64)
     monkeypatch.setattr(packing, "convert", die)
-    with pytest.raises(OSError, match="was killed, perhaps for lack of memory: run again with fewer --workers"):
+    with pytest.raises(OSError, match="was killed, perhaps for lack of memory: run again with fewer "
+                                      "--workers"):
         opened(tmp_path, workers=2)
 
 
@@ -233,7 +245,8 @@ def test_resident_memory_does_not_grow(tmp_path, monkeypatch):
             f.truncate(size)
 
     def grown():
-        dataset = Packed("x", np.memmap(tmp_path / "i", np.uint8, "r", shape=(N, S, S, 3)), np.memmap(tmp_path / "l", np.uint16, "r", shape=(N, S, S)),
+        dataset = Packed("x", np.memmap(tmp_path / "i", np.uint8, "r", shape=(N, S, S, 3)),
+                         np.memmap(tmp_path / "l", np.uint16, "r", shape=(N, S, S)),
                          np.arange(N + 1), np.full((N, 2), S), [], np.arange(N), tmp_path, 1)
         before, most = resident(), 0
         for start in range(0, N, 8):
@@ -247,7 +260,7 @@ def test_resident_memory_does_not_grow(tmp_path, monkeypatch):
     assert grown() > 150
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------------------------
 
 
 def take(source, n):
@@ -263,17 +276,18 @@ def equal(a, b):
 def test_batches_are_the_same_for_any_workers_and_after_a_resume(tmp_path):
     folder(tmp_path / "d")
     dataset = opened(tmp_path)
-    plain = take(batches(dataset, 0, 6, 3, workers=0), 20)                         # three epochs of 40
+    plain = take(batches(dataset, 0, 6, 3, workers=0), 20)  # three epochs of 40
     assert [tuple(p.shape) for p in plain[0]] == [(6, 8, 8, 3), (6, 8, 8), (6, 2), (6, 20)]
     for workers in (1, 4):
         assert equal(take(batches(dataset, 0, 6, 3, workers), 20), plain)
-    assert equal(take(batches(dataset, 7 * 6, 6, 3, workers=4), 13), plain[7:])    # in the middle of an epoch
+    assert equal(take(batches(dataset, 7 * 6, 6, 3, workers=4), 13), plain[7:])  # in the middle of an epoch
     assert not equal(take(batches(dataset, 0, 6, 4, workers=0), 20), plain)
-    colours = torch.cat([p[0][:, 0, 0, 0] for p in plain])                         # one an image
+    colours = torch.cat([p[0][:, 0, 0, 0] for p in plain])  # one an image
     for epoch in colours.split(40):
-        assert len(epoch.unique()) == len(epoch)                                   # without replacement
-    pairs = {(int(i[0, 0, 0]), int(l[0].unique(return_counts=True)[1][0])) for p in plain for i, l in zip(p[0], p[1])}
-    assert len(pairs) > 50                                                         # and annotators vary
+        assert len(epoch.unique()) == len(epoch)  # without replacement
+    pairs = {(int(i[0, 0, 0]), int(l[0].unique(return_counts=True)[1][0])) for p in plain for i,
+             l in zip(p[0], p[1])}
+    assert len(pairs) > 50  # and annotators vary
 
 
 def test_ranks_share_a_batch(tmp_path):
@@ -290,11 +304,12 @@ def test_ranks_share_a_batch(tmp_path):
         next(batches(dataset, 0, 6, 3, 0, 0, 4))
 
 
-# ------------------------------------------------------------------------------------------------------ crops and margin
+# ------------------------------------------------------------------------------------------------------ crops
 
 
 def places(T, h, w):
-    """An image whose red and green are the row and column of each pixel, times 2, and labels that number the pixels."""
+    """An image whose red and green are the row and column of each pixel, times 2, and labels that number the
+    pixels."""
     rows, cols = torch.meshgrid(torch.arange(T), torch.arange(T), indexing="ij")
     images = torch.stack([2 * rows, 2 * cols, 0 * rows], -1).byte()[None]
     inside = (rows < h) & (cols < w)
@@ -304,7 +319,7 @@ def places(T, h, w):
 def still(**changes):
     """Uniform numbers that switch every augmentation off, but for changes by number."""
     u = torch.full((1, 20), 0.99)
-    u[0, 19] = 0.5                                                                 # not stretched
+    u[0, 19] = 0.5  # not stretched
     for i, value in changes.items():
         u[0, int(i[1:])] = value
     return u
@@ -317,15 +332,20 @@ def source(x, channel):
 
 
 @pytest.mark.parametrize("T,h,w,S,crop,zoom,y,x,flip,stretch", [
-    (40, 40, 40, 40, 0.5, 0.0, 0.5, 0.5, False, 0.5), (40, 40, 30, 40, 0.5, 0.4, 0.0, 1.0, False, 0.9), (40, 20, 40, 40, 0.3, 0.9, 0.7, 0.2, True, 0.0),
-    (48, 48, 36, 32, 0.5, 0.0, 0.3, 0.6, False, 1.0), (48, 48, 36, 32, 1.0, 0.0, 0.5, 0.5, True, 0.0), (48, 36, 48, 32, 0.5, 1.0, 0.5, 0.5, False, 0.1)])
+    (40, 40, 40, 40, 0.5, 0.0, 0.5, 0.5, False, 0.5), (40, 40, 30, 40, 0.5, 0.4, 0.0, 1.0, False, 0.9),
+    (40, 20, 40, 40, 0.3, 0.9, 0.7, 0.2, True, 0.0),
+    (48, 48, 36, 32, 0.5, 0.0, 0.3, 0.6, False, 1.0), (48, 48, 36, 32, 1.0, 0.0, 0.5, 0.5, True, 0.0),
+    (48, 36, 48, 32, 0.5, 1.0, 0.5, 0.5, False, 0.1)])
 def test_crop_shows_the_part_it_should(T, h, w, S, crop, zoom, y, x, flip, stretch):
-    """Every new pixel's centre, mapped by hand: as a linear ramp is sampled exactly, its colour tells where it came from."""
-    got, inside, labels = augment(*places(T, h, w), still(i0=0.1 if flip else 0.9, i16=zoom, i17=y, i18=x, i19=stretch), S, crop)
+    """Every new pixel's centre, mapped by hand: as a linear ramp is sampled exactly, its colour tells where
+    it came from."""
+    got, inside, labels = augment(*places(T, h, w), still(i0=0.1 if flip
+                                                          else 0.9, i16=zoom, i17=y, i18=x, i19=stretch), S,
+                                                          crop)
     H, W = round(h * S / T), round(w * S / T)
     assert got.shape == (1, 3, S, S) and inside[0, :H, :W].all() and inside.sum() == H * W
     both = (1 - (1 - crop) * zoom) * 2 ** (stretch / 2 - 0.25), (1 - (1 - crop) * zoom) / 2 ** (stretch / 2 - 0.25)
-    tall, wide = (min(1, max(crop, share)) for share in both)                      # as shares of the sides
+    tall, wide = (min(1, max(crop, share)) for share in both)  # as shares of the sides
     top, left = y * (1 - tall) * h, x * (1 - wide) * w
     for i in range(0, H, 5):
         for j in range(0, W, 3):
@@ -339,7 +359,8 @@ def test_crop_shows_the_part_it_should(T, h, w, S, crop, zoom, y, x, flip, stret
 
 @pytest.mark.parametrize("h, want", [(160, 80), (90, 46), (92, 46), (94, 48), (108, 54), (2, 2)])
 def test_crops_have_the_shape_that_evaluation_has(h, want):
-    """Of a photo packed at twice the side, 160 x h: rounded up to even, as `fitted` does with the photo itself."""
+    """Of a photo packed at twice the side, 160 x h: rounded up to even, as `fitted` does with the photo
+    itself."""
     inside = augment(*places(160, h, 160), still(), 80, 0.5)[1][0]
     assert inside[:want].all() and not inside[want:].any() and fitted(160, h, 80) == (80, want)
 
@@ -347,18 +368,22 @@ def test_crops_have_the_shape_that_evaluation_has(h, want):
 def test_augmentation_is_one_sample_at_a_time():
     """A batch of 21 (in pieces on a CPU) equals 21 batches of one; crops alone need the last four numbers."""
     g = torch.Generator().manual_seed(0)
-    images, labels = torch.randint(0, 256, (21, 16, 16, 3), dtype=torch.uint8, generator=g), torch.randint(0, 5, (21, 16, 16), generator=g)
+    images, labels = torch.randint(0, 256, (21, 16, 16, 3), dtype=torch.uint8, generator=g), torch.randint(0,
+                                                                                                           5,
+                                                                                                           (21, 16, 16), generator=g)
     sizes, u = torch.randint(4, 17, (21, 2), generator=g), torch.rand(21, 20, generator=g)
     whole = augment(images, labels, sizes, u, crop=0.5)
     for i in range(21):
-        assert equal([augment(images[i : i + 1], labels[i : i + 1], sizes[i : i + 1], u[i : i + 1], crop=0.5)], [tuple(v[i : i + 1] for v in whole)])
+        assert equal([augment(images[i : i + 1], labels[i : i + 1], sizes[i : i + 1], u[i : i + 1],
+                              crop=0.5)], [tuple(v[i : i + 1] for v in whole)])
     assert equal([augment(images, labels, sizes, u[:, :16])], [augment(images, labels, sizes, u, 16, 1.0)])
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_augmentation_never_waits_for_the_host():
-    batch = [v.cuda() for v in (torch.zeros(9, 16, 16, 3, dtype=torch.uint8), torch.zeros(9, 16, 16, dtype=torch.long), torch.full((9, 2), 12))]
+    batch = [v.cuda() for v in (torch.zeros(9, 16, 16, 3, dtype=torch.uint8),
+                                torch.zeros(9, 16, 16, dtype=torch.long), torch.full((9, 2), 12))]
     u = torch.rand(9, 20)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -367,19 +392,21 @@ def test_augmentation_never_waits_for_the_host():
         torch.cuda.set_sync_debug_mode("default")
 
 
-# ------------------------------------------------------------------------------------------------------------- download
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A loopback server: files {path: bytes}; cut {path: [bytes after which the next connections break]}; log of ranges."""
+    """A loopback server: files {path: bytes}; cut {path: [bytes after which the next connections break]};
+    log of ranges."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             body = self.server.files.get(self.path)
             if body is None:
                 return self.send_error(404)
-            start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1]) if self.server.ranges else 0
+            start = int(re.match(r"bytes=(\d+)-",
+                                 self.headers.get("Range", "bytes=0-"))[1]) if self.server.ranges else 0
             self.server.log.append((self.path, start))
             if start >= len(body):
                 self.send_response(416)
@@ -422,7 +449,8 @@ def coco_files():
     pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
     ids = np.zeros((60, 80, 3), np.uint8)
     ids[:, 40:] = (7, 1, 0)
-    note = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": [{"id": 263}]}]}
+    note = {"images": [{"id": 1, "file_name": "a.jpg"}],
+            "annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": [{"id": 263}]}]}
     inner = zipped({"panoptic_val2017/a.png": png(ids), "__MACOSX/panoptic_val2017/._a.png": b"junk"})
     return {"/zips/val2017.zip": zipped({"val2017/a.jpg": png(pixels)}),
             "/annotations/panoptic_annotations_trainval2017.zip": zipped({"annotations/panoptic_val2017.json": json.dumps(note), "annotations/panoptic_val2017.zip": inner})}
@@ -441,7 +469,7 @@ def test_download_goes_on_where_it_broke(tmp_path, server, capsys):
     assert len(dataset) == 1 and dataset.maps(0)[0, 0].tolist() == [0] * 8 + [1] * 8
     assert not list(tmp_path.rglob("*.zip")) and not list(tmp_path.rglob("__MACOSX")) and "train.py --dataset coco --root" in capsys.readouterr().out
     server.log.clear()
-    assert fetch_coco(tmp_path, server) == 0 and not server.log                    # complete: nothing is fetched again
+    assert fetch_coco(tmp_path, server) == 0 and not server.log  # complete: nothing is fetched again
 
 
 def test_download_goes_on_in_another_call(tmp_path, server, capsys):
@@ -467,7 +495,9 @@ def test_download_of_another_file_and_of_a_complete_part(tmp_path, server):
     (tmp_path / "coco/val2017.zip.part").write_bytes(body + b"longer than it should be")
     (tmp_path / "coco/panoptic_annotations_trainval2017.zip.part").write_bytes(server.files["/annotations/panoptic_annotations_trainval2017.zip"])
     assert fetch_coco(tmp_path, server) == 0
-    assert [s for _, s in server.log] == [len(body) + 24, 0, len(server.files["/annotations/panoptic_annotations_trainval2017.zip"])]
+    assert [s
+            for _, s in server.log] == [len(body) + 24, 0,
+                                        len(server.files["/annotations/panoptic_annotations_trainval2017.zip"])]
 
 
 def test_download_faults_get_one_sentence(tmp_path, server, capsys, monkeypatch):
@@ -485,26 +515,35 @@ def test_download_faults_get_one_sentence(tmp_path, server, capsys, monkeypatch)
     assert "GB are needed to fetch and unpack it, 0.0 GB are free" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- co
 
 
 def test_command_line(tmp_path, capsys):
     folder(tmp_path / "d")
-    shutil.copytree(tmp_path / "d/images/train", tmp_path / "d/images/val"), shutil.copytree(tmp_path / "d/labels/train", tmp_path / "d/labels/val")
-    assert main([str(tmp_path / "d"), "--size", "16", "--crop", "0.5", "--workers", "1", "--cache", str(tmp_path / "cache")]) == 0
+    shutil.copytree(tmp_path / "d/images/train",
+                    tmp_path / "d/images/val"), shutil.copytree(tmp_path / "d/labels/train",
+                                                                tmp_path / "d/labels/val")
+    assert main([str(tmp_path / "d"), "--size", "16", "--crop", "0.5", "--workers", "1", "--cache",
+                 str(tmp_path / "cache")]) == 0
     out = capsys.readouterr().out
     assert "train: 40 images, 60 label maps of 23 x 23 pixels" in out and "val: 40 images, 60 label maps of 16 x 16 pixels" in out
-    assert main([f"{tmp_path / 'd'}:2,shapes", "--size", "16", "--crop", "0.5", "--detail", "2", "--workers", "1", "--cache", str(tmp_path / "cache")]) == 0
-    mine = sorted(p.name for p in (tmp_path / "cache").iterdir())                  # just what train.py with `photo` looks for
+    assert main([f"{tmp_path / 'd'}:2,shapes", "--size", "16", "--crop", "0.5", "--detail", "2", "--workers",
+                 "1", "--cache", str(tmp_path / "cache")]) == 0
+    mine = sorted(p.name for p in (tmp_path / "cache").iterdir())  # just what train.py with `photo` looks for
     load(str(tmp_path / "d"), "train", data.packed_side(16, 0.5, 2), cache=tmp_path / "cache")
     load(str(tmp_path / "d"), "val", 32, cache=tmp_path / "cache", detail=2)
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == mine and capsys.readouterr().out.count(" 32 x 32 pixels") == 2
+    assert sorted(p.name
+                  for p in (tmp_path / "cache").iterdir()) == mine and capsys.readouterr().out.count(" 32 x 32 pixels") == 2
     (tmp_path / "empty").mkdir()
-    for arguments, words in ((["coco", "--root", str(tmp_path / "r")], f"python data.py coco --download --root {tmp_path / 'r'}\n"),
-                             (["coco", "--root", str(tmp_path / "empty")], f"python data.py coco --download --root {tmp_path / 'empty'}\n"),
-                             (["entity", "--download"], "--download fetches coco only"), (["shapes"], "nothing to prepare"), (["shapes:2"], "nothing to prepare"),
+    for arguments, words in ((["coco", "--root", str(tmp_path / "r")], f"python data.py coco --download "
+                                                                       f"--root {tmp_path / 'r'}\n"),
+                             (["coco", "--root", str(tmp_path / "empty")], f"python data.py coco --download "
+                                                                           f"--root {tmp_path / 'empty'}\n"),
+                             (["entity", "--download"], "--download fetches coco only"),
+                             (["shapes"], "nothing to prepare"), (["shapes:2"], "nothing to prepare"),
                              ([str(tmp_path / "d"), "--crop", "0"], "--crop is from 0.01 to 1"),
-                             ([str(tmp_path / "gone")], "neither shapes, nor coco"), ([str(tmp_path / "d"), "--unlabelled", "drop"], "'segment' or 'ignore'")):
+                             ([str(tmp_path / "gone")], "neither shapes, nor coco"),
+                             ([str(tmp_path / "d"), "--unlabelled", "drop"], "'segment' or 'ignore'")):
         assert main(arguments) == 2
         err = capsys.readouterr().err
         assert err.startswith("data.py: ") and words in err and err.count("\n") == 1

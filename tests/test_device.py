@@ -56,7 +56,8 @@ def steps(monkeypatch):
 
 
 def assert_same(here, there):
-    """The last batch; losses and weights, too, where the noise is the kernels'. Plain noise is each device's own,
+    """The last batch; losses and weights, too, where the noise is the kernels'. Plain noise is each device's
+    own,
     and on the CPU of the same generator as what is drawn after it."""
     (values, weights, batch), (others, others_weights, other) = here, there
     for name in batch.keys() - ({"eps", "keep", "chosen"} if "eps" in batch else set()):
@@ -101,14 +102,16 @@ def test_without_float64_the_palette_is_made_on_the_host(steps, monkeypatch):
 @pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs a Mac with MPS")
 def test_a_mac_trains_and_samples(tmp_path, monkeypatch):
     monkeypatch.setitem(train.SIZES, "tiny", SMALL)
-    options = ("--device mps --image_size 16 --batch_size 2 --max_steps 4 --eval_images 2 --eval_every 4 --steps 2 "
+    options = ("--device mps --image_size 16 --batch_size 2 --max_steps 4 --eval_images 2 --eval_every 4 "
+               "--steps 2 "
                "--smooth 0.2")
     assert train.main([*options.split(), "--out", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.parametrize("waits", [
     lambda x: x.sum().item(), lambda x: int(x.max()), lambda x: bool((x > 0).all()), lambda x: x.tolist(),
-    lambda x: x.cpu(), lambda x: torch.ones(3).to(x.device), lambda x: x + torch.tensor(range(3), device=x.device),
+    lambda x: x.cpu(), lambda x: torch.ones(3).to(x.device),
+    lambda x: x + torch.tensor(range(3), device=x.device),
     lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.copy_(torch.ones(3))])
 def test_what_waits_is_seen(waits):
     """The device itself: each of these stops a CUDA program until the GPU is done."""

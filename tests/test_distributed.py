@@ -14,8 +14,10 @@ import torch
 import train
 from engine import read
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not torch.distributed.is_available(), reason="needs fork and gloo")
-OPTIONS = ("--device cpu --image_size 16 --batch_size 4 --max_steps 6 --save_every 2 --eval_every 6 --eval_images 10 --steps 2 --log_every 1 "
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not torch.distributed.is_available(),
+                                reason="needs fork and gloo")
+OPTIONS = ("--device cpu --image_size 16 --batch_size 4 --max_steps 6 --save_every 2 --eval_every 6 "
+           "--eval_images 10 --steps 2 --log_every 1 "
            "--lr 1e-3 --precision fp32").split()
 SMALL = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=4, patch=2)
 
@@ -33,8 +35,10 @@ def processes(world, out, *more, before=lambda rank: None):
             status = 1
             try:
                 sys.stdout = sys.stderr = open(f"{out}.{rank}.txt", "w")
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                                  MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo" if sys.platform == "linux" else "lo0")
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                                  MASTER_ADDR="127.0.0.1",
+                                  MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo" if sys.platform == "linux"
+                                  else "lo0")
                 train.SIZES["tiny"] = SMALL
                 before(rank)
                 status = train.main([*OPTIONS, "--out", str(out), *more])
@@ -71,19 +75,24 @@ def losses(out):
 
 def assert_same_run(a, b):
     assert [line["step"] for line in losses(a)] == [line["step"] for line in losses(b)] == [1, 2, 3, 4, 5, 6]
-    torch.testing.assert_close(torch.tensor([line["loss"] for line in losses(a)]), torch.tensor([line["loss"] for line in losses(b)]),
+    torch.testing.assert_close(torch.tensor([line["loss"] for line in losses(a)]),
+                               torch.tensor([line["loss"] for line in losses(b)]),
                                rtol=1e-4, atol=0)
     one, two = read(a / "ckpt.pt"), read(b / "ckpt.pt")
     for part in ("net", "ema"):
         for k, v in one[part].items():
-            torch.testing.assert_close(v, two[part][k], rtol=1e-4, atol=2e-5, msg=lambda m: f"{part} {k}: {m}")
-    assert one["best"] == pytest.approx(two["best"], abs=0.02)                     # validation: every image once
+            torch.testing.assert_close(v, two[part][k], rtol=1e-4, atol=2e-5,
+                                       msg=lambda m: f"{part} {k}: {m}")
+    assert one["best"] == pytest.approx(two["best"], abs=0.02)  # validation: every image once
 
 
-# Adam divides by the root of tiny second moments: rounding grows to a share of lr = 1e-3 where a gradient is all rounding.
-@pytest.mark.parametrize("more", [["--palette", "none", "--self_condition", "0.5"], ["--accumulate", "2"], ["--hints", "0.8"]])
+# Adam divides by the root of tiny second moments: rounding grows to a share of lr = 1e-3 where a gradient
+# is all rounding.
+@pytest.mark.parametrize("more",
+                         [["--palette", "none", "--self_condition", "0.5"], ["--accumulate", "2"],
+                          ["--hints", "0.8"]])
 def test_two_processes_are_one(tmp_path, more):
-    alone = [] if more[0] == "--accumulate" else more                              # in one go, all four images at once
+    alone = [] if more[0] == "--accumulate" else more  # in one go, all four images at once
     assert ends(processes(1, tmp_path / "one", *alone)) == [0]
     assert ends(processes(2, tmp_path / "two", *more)) == [0, 0], (tmp_path / "two.1.txt").read_text()
     assert_same_run(tmp_path / "one", tmp_path / "two")
@@ -96,14 +105,14 @@ def test_a_dead_process_ends_the_others_and_the_run_goes_on(tmp_path):
 
         def dies(*args):
             real(*args)
-            if rank == 1 and args[2] == 3:                                         # the fourth step
+            if rank == 1 and args[2] == 3:  # the fourth step
                 os.kill(os.getpid(), signal.SIGKILL)
 
         train.update_ema = dies
 
     first, second = ends(processes(2, tmp_path / "two", before=die))
     assert second == -signal.SIGKILL and first not in (0, None)
-    assert "Traceback" in (tmp_path / "two.0.txt").read_text()                     # the error is shown
+    assert "Traceback" in (tmp_path / "two.0.txt").read_text()  # the error is shown
     assert ends(processes(2, tmp_path / "two")) == [0, 0]
     assert "going on from step 2" in (tmp_path / "two.0.txt").read_text()
     assert ends(processes(1, tmp_path / "one")) == [0]

@@ -27,7 +27,8 @@ def setting(**options):
     net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2))
     batch = dict(x=torch.randn(8, 5), y=torch.randn(8, 2))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1.0, fused=True)
-    return net, batch, Step(net, lambda net, b: F.mse_loss(net(b["x"]), b["y"]), optimizer, **options), optimizer
+    return net, batch, Step(net, lambda net, b: F.mse_loss(net(b["x"]), b["y"]), optimizer,
+                            **options), optimizer
 
 
 def weights(net):
@@ -50,7 +51,9 @@ def test_a_step_is_the_plain_loop(accumulate):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-5) and float(norm) == pytest.approx(float(length), rel=1e-5)
+        assert float(loss) == pytest.approx(float(expected.detach()),
+                                            rel=1e-5) and float(norm) == pytest.approx(float(length),
+                                                                                       rel=1e-5)
     torch.testing.assert_close(weights(net), weights(plain), rtol=1e-5, atol=1e-6)
 
 
@@ -72,7 +75,8 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(bad, dtype):
 @pytest.mark.parametrize("before, after", [(torch.contiguous_format, torch.channels_last),
                                            (torch.channels_last, torch.contiguous_format)])
 def test_moments_follow_their_weights_into_the_other_layout(before, after):
-    """Fused AdamW pairs numbers by place in memory: with equal gradients, both layouts end with equal weights."""
+    """Fused AdamW pairs numbers by place in memory: with equal gradients, both layouts end with equal
+    weights."""
     torch.manual_seed(0)
     old = torch.nn.Conv2d(3, 5, 3).to(memory_format=before)
     new, gradients = copy.deepcopy(old).to(memory_format=after), torch.randn(5, *old.weight.shape)
@@ -147,10 +151,11 @@ def test_the_device_picked_is_the_current_one(monkeypatch):
 
 def test_watch_counts_rows_and_names_spikes():
     watch, nan = Watch(spike=5), float("nan")
-    assert watch([1.0, 1.2, nan, 0.8], [1, 1, nan, 1], first=0) == dict(loss=pytest.approx(1.0), skipped=1, spikes=[])
+    assert watch([1.0, 1.2, nan, 0.8], [1, 1, nan, 1], first=0) == dict(loss=pytest.approx(1.0), skipped=1,
+                                                                        spikes=[])
     report = watch([1.0, 5.5, 1.0], [1, 1, float("inf")], first=4)
     assert report["spikes"] == [(5, 5.5)] and report["skipped"] == 1 and watch.worst == 1
-    for first in (7, 8):                                                           # a row goes on from one report to the next
+    for first in (7, 8):  # a row goes on from one report to the next
         assert watch([nan], [nan], first)["loss"] is None
     assert watch.worst == 3
 
@@ -167,7 +172,8 @@ def test_the_batch_that_fits_is_found_by_halving():
 
     step.loss = loss
     assert step.fits(batch) == 2 and tried == [4, 2]
-    step.loss = lambda net, b: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    step.loss = lambda net, b: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate "
+                                                                  "memory"))
     assert step.fits(batch) == 0
     step.loss = lambda net, b: (_ for _ in ()).throw(RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):

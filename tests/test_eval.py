@@ -46,7 +46,8 @@ def folder(path, maps, split="val"):
 def run(capsys, tmp_path, *arguments):
     """main's exit status and its last line."""
     given = [str(v) for v in arguments]
-    status = evaluation.main([*given, "--device", "cpu", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")])
+    status = evaluation.main([*given, "--device", "cpu", "--cache", str(tmp_path / "cache"), "--out",
+                              str(tmp_path / "out")])
     return status, json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
@@ -59,14 +60,17 @@ def halves(h, w):
 
 
 def test_a_baseline_on_known_maps(tmp_path, capsys):
-    """The 3 x 3 grid on its own picture, and on two halves: middle column split, so 6 of 9 cells are whole."""
+    """The 3 x 3 grid on its own picture, and on two halves: middle column split, so 6 of 9 cells are
+    whole."""
     d = folder(tmp_path / "d", {"a": [thirds(48, 48)], "b": [halves(48, 48)]})
     status, report = run(capsys, tmp_path, "--baseline", "grid", "--dataset", d, "--size", 24)
     assert status == 0 and report["images"] == 2
     for where in ("network", "own"):
-        got = {key: report[where]["grid"][key][0] for key in ("iou", "hiou", "covering", "pq", "pred", "true")}
-        cell, half = 1 / 9, 1 / 2                                                  # the best cell has IoU 2/9 with its half
-        assert got == pytest.approx({"iou": (1 + cell / half) / 2, "hiou": (1 + 2 * cell / half / 9) / 2, "covering": (1 + 2 / 9) / 2,
+        got = {key: report[where]["grid"][key][0] for key in ("iou", "hiou", "covering", "pq", "pred",
+                                                              "true")}
+        cell, half = 1 / 9, 1 / 2  # the best cell has IoU 2/9 with its half
+        assert got == pytest.approx({"iou": (1 + cell / half) / 2, "hiou": (1 + 2 * cell / half / 9) / 2,
+                                     "covering": (1 + 2 / 9) / 2,
                                      "pq": 9 / ((9 + 9) / 2 + (9 + 2) / 2), "pred": 9, "true": 5.5}, abs=1e-9)
     assert report["iou"] == report["network"]["grid"]["iou"][0] and (tmp_path / "out/examples.png").exists()
     rows = list(csv.DictReader(open(tmp_path / "out/images.csv")))
@@ -80,7 +84,7 @@ def test_humans_against_each_other(tmp_path, capsys):
     status, report = run(capsys, tmp_path, "--baseline", "human", "--dataset", d, "--size", 40)
     human = {key: v[0] for key, v in report["own"]["human"].items()}
     n = 20 * 40
-    same = 2 * math.comb(n // 2, 2) / math.comb(n, 2)                              # pairs of pixels in one half
+    same = 2 * math.comb(n // 2, 2) / math.comb(n, 2)  # pairs of pixels in one half
     assert status == 0 and report["annotators"] == 3 and human["voi"] == pytest.approx(4 / 6 * 1)
     assert human["pri"] == pytest.approx(2 / 6 + 4 / 6 * same) and human["ari"] == pytest.approx(2 / 6)
     assert human["covering"] == pytest.approx(2 / 6 + 2 / 6 * 0.5 + 2 / 6 * 0.5)
@@ -88,41 +92,51 @@ def test_humans_against_each_other(tmp_path, capsys):
 
 def test_a_checkpoint_with_several_annotators_and_a_sweep(ckpt, tmp_path, capsys):
     rng = np.random.default_rng(0)
-    d = folder(tmp_path / "bsds-like", {f"i{k}": [rng.integers(1, 4, (4, 5)).repeat(8, 0).repeat(8, 1) for _ in range(k + 1)]
+    d = folder(tmp_path / "bsds-like", {f"i{k}": [rng.integers(1, 4, (4, 5)).repeat(8, 0).repeat(8, 1)
+                                                  for _ in range(k + 1)]
                                         for k in range(3)})
-    status, report = run(capsys, tmp_path, "--ckpt", ckpt, "--dataset", d, "--n", "1,3", "--steps", "1,2", "--guidance", "0,1",
+    status, report = run(capsys, tmp_path, "--ckpt", ckpt, "--dataset", d, "--n", "1,3", "--steps", "1,2",
+                         "--guidance", "0,1",
                          "--sampler", "ddpm,ddim", "--batch", 2, "--size", 48)
     assert report["48"].keys() == {"sample", "coarse", "answer", "fine", "human"}
     assert status == 0 and (report["images"], report["annotators"], report["steps"]) == (3, 2, 2)
     settings = [(s["sampler"], s["steps"], s["guidance"], s["n"]) for s in report["sweep"]]
-    expected = [(sampler, steps, guidance, n) for sampler in ("ddpm", "ddim") for steps in (1, 2) for guidance in (0, 1)
+    expected = [(sampler, steps, guidance, n) for sampler in ("ddpm", "ddim") for steps in (1,
+                                                                                            2)
+                                                                                            for guidance in (0, 1)
                 for n in ((1, 3) if (sampler, steps) == ("ddpm", 2) else (1,))]
     assert sorted(settings) == sorted(expected)
     for s in report["sweep"]:
         assert s["oracle"][0] >= s["one"][0] and (s["n"] > 1 or s["one"] == s["oracle"])
-    home = next(s for s in report["sweep"] if (s["sampler"], s["steps"], s["guidance"], s["n"]) == ("ddpm", 2, 0, 3))
+    home = next(s for s in report["sweep"] if (s["sampler"], s["steps"], s["guidance"], s["n"]) == ("ddpm", 2,
+                                                                                                    0, 3))
     for k, key in enumerate(("ari", "iou")):
         assert report["network"]["answer"][key][0] == report[key] == pytest.approx(home["answer"][k])
-    for where, answer in itertools.product(("network", "own"), ("sample", "coarse", "answer", "fine", "human")):
+    for where, answer in itertools.product(("network", "own"),
+                                           ("sample", "coarse", "answer", "fine", "human")):
         for key, (mean, low, high) in report[where][answer].items():
-            assert low <= mean <= high if mean is not None else key == "sq", (where, answer, key)   # sq: no match at all
+            # sq: no match at all
+            assert low <= mean <= high if mean is not None else key == "sq", (where, answer, key)
     eces = [report[f"{key}_ece"] for key in ("bits", "joined", "segments", "borders")]
-    alone = report["network"]["answer"]["pred"][0] == 1                            # one segment everywhere has no borders
+    alone = report["network"]["answer"]["pred"][0] == 1  # one segment everywhere has no borders
     assert all(v is None and alone or 0 <= v <= 1 for v in eces[3:]) and all(0 <= v <= 1 for v in eces[:3])
     assert len(report["spread_ARI"]) == 3
     rows = list(csv.DictReader(open(tmp_path / "out/images.csv")))
     values = [float(row["network_answer_ari"]) for row in rows]
-    assert np.mean(values) == pytest.approx(report["ari"]) and rows[0]["own_human_ari"] == ""    # a single annotator
+    # a single annotator
+    assert np.mean(values) == pytest.approx(report["ari"]) and rows[0]["own_human_ari"] == ""
     assert (tmp_path / "out/examples.png").exists()
     alone = run(capsys, tmp_path, "--baseline", "human", "--dataset", d, "--size", 48)[1]["network"]["human"]
-    assert alone.keys() == report["48"]["human"].keys() and all(alone[k] == pytest.approx(v) for k, v in report["48"]["human"].items())
+    assert alone.keys() == report["48"]["human"].keys() and all(alone[k] == pytest.approx(v) for k,
+                                                                v in report["48"]["human"].items())
 
 
 def test_the_same_answers_in_every_batch(ckpt, tmp_path, capsys):
-    reports = [run(capsys, tmp_path, "--ckpt", ckpt, "--limit", 3, "--n", 2, "--batch", batch)[1] for batch in (1, 5)]
+    reports = [run(capsys, tmp_path, "--ckpt", ckpt, "--limit", 3, "--n", 2, "--batch",
+                   batch)[1] for batch in (1, 5)]
     for key in ("ari", "iou", "hiou"):
         assert reports[0][key] == pytest.approx(reports[1][key], abs=1e-6)
-    assert "own" not in reports[0]                                                 # shapes has no files
+    assert "own" not in reports[0]  # shapes has no files
 
 
 @pytest.fixture
@@ -137,7 +151,8 @@ def lively(ckpt):
 
 @pytest.mark.parametrize("merge", [0.0, 1.0])
 def test_rows_are_scores_of_plain_samples_and_of_their_tree(lively, merge):
-    """Sample j of image i is what `sample` gives alone for its seed; "answer" of n is the tree of the first n."""
+    """Sample j of image i is what `sample` gives alone for its seed; "answer" of n is the tree of the first
+    n."""
     lively.tidy = dict(least=0, merge=merge)
     images, _, sizes = (shapes := data.load("shapes", "val", 16)).get([0, 1])
     setting = {**lively.sampling, "steps": 2}
@@ -146,12 +161,14 @@ def test_rows_are_scores_of_plain_samples_and_of_their_tree(lively, merge):
     x, inside = frame.normalise(images, sizes)
     for i, row in enumerate(rows):
         (h, w), photo = sizes[i].tolist(), images[i].numpy()
-        alone = [sample(lively.net, x[i : i + 1], inside[i : i + 1], 4, [(3 * 10**6 + i) * 1000 + j], lively.diffusion,
+        alone = [sample(lively.net, x[i : i + 1], inside[i : i + 1], 4, [(3 * 10**6 + i) * 1000 + j],
+                        lively.diffusion,
                         torch.tanh, **setting)[0, :, :h, :w] for j in range(3)]
         evidence = evidence_of(torch.stack(alone), photo[:h, :w], lively.codec)
         grown, joint = joined(evidence, lively)
         each = [lively.codec.decode(v[None])[0] for v in alone] if not merge else [
-            torch.from_numpy(joined(evidence_of(v[None], photo[:h, :w], lively.codec), lively)[1]) for v in alone]
+            torch.from_numpy(joined(evidence_of(v[None], photo[:h, :w], lively.codec),
+                                    lively)[1]) for v in alone]
         true = shapes.maps(i)[:, :h, :w]
 
         def score(labels):
@@ -173,18 +190,19 @@ def test_bit_table():
     codec, g = Codec(bits=4), torch.Generator().manual_seed(0)
     maps = torch.randint(0, 5, (2, 8, 8), generator=g)
     maps[:, :2] = -1
-    truth = codec.encode(codec.cells(maps))                                        # (2, 4, 8, 8)
+    truth = codec.encode(codec.cells(maps))  # (2, 4, 8, 8)
     sure = scoring.bit_table(truth[0], maps[:1], codec)
     assert calibration_error(sure) == 0 and sure[9].tolist() == [6 * 8 * 4] * 3
-    table = scoring.bit_table(0.6 * truth[0], maps, codec)                         # against both
+    table = scoring.bit_table(0.6 * truth[0], maps, codec)  # against both
     right = int((truth[0] == truth[1])[:, 2:].sum()) + 6 * 8 * 4
     assert table.sum(0).tolist() == pytest.approx([2 * 6 * 8 * 4, 0.8 * 2 * 6 * 8 * 4, right], rel=1e-6)
-    assert (table[:, 0] > 0).sum() == 1 and table[5:7, 0].sum() == 2 * 6 * 8 * 4   # 0.8 is an edge
+    assert (table[:, 0] > 0).sum() == 1 and table[5:7, 0].sum() == 2 * 6 * 8 * 4  # 0.8 is an edge
 
 
 @pytest.fixture
 def cut():
-    """A map of 4 segments that a tree was cut into, its evidence, and what three people drew; pixels without a label."""
+    """A map of 4 segments that a tree was cut into, its evidence, and what three people drew; pixels without
+    a label."""
     rng = np.random.default_rng(0)
     cells = rng.integers(0, 4, (2, 3, 4)).repeat(4, 1).repeat(4, 2)
     soft = (cells[..., None] >> np.arange(2) & 1) * 2.0 - 1
@@ -192,7 +210,7 @@ def cut():
     grown = tree.grow(evidence)
     labels = grown.cut(4)
     maps = torch.from_numpy(rng.integers(0, 3, (3, 3, 4)).repeat(4, 1).repeat(4, 2))
-    maps[0] = torch.from_numpy(np.where(labels == 2, 7, 5))                        # has one of the segments
+    maps[0] = torch.from_numpy(np.where(labels == 2, 7, 5))  # has one of the segments
     maps[1, :, :3], maps[2] = -1, torch.where(torch.from_numpy(labels == 1), -1, maps[2])
     return evidence, grown, labels, maps
 
@@ -206,7 +224,8 @@ def test_segments_are_right_where_people_have_one_like_them(cut):
         hits = []
         for truth in maps.numpy():
             mask = (labels == k) & (truth >= 0)
-            best = max((mask & (truth == one)).sum() / (mask | (truth == one)).sum() for one in np.unique(truth[truth >= 0]))
+            best = max((mask & (truth == one)).sum() / (mask | (truth == one)).sum()
+                       for one in np.unique(truth[truth >= 0]))
             hits.append(best > 0.5)
         want[int(p * 10)] += [1, p, np.mean(hits)]
     assert np.allclose(table, want) and want[:, 2].sum() > 0
@@ -250,20 +269,22 @@ def test_maps_at_their_own_size(tmp_path):
     folder(tmp_path, {"a": several, "b": several[:1]})
     files = data.originals(str(tmp_path), "val", "data")
     a, b = (files[i] for i in data.load(str(tmp_path), "val", 16, cache=tmp_path / "cache").items)
-    assert len(files) == 2 and a.image.endswith("a.png") and np.array_equal(scoring.own_maps(a, "segment"), several)
+    assert len(files) == 2 and a.image.endswith("a.png") and np.array_equal(scoring.own_maps(a, "segment"),
+                                                                            several)
     assert np.array_equal(scoring.own_maps(b, "ignore")[0], np.where(several[0] == 0, -1, several[0]))
 
 
 def test_clicks_are_tables_of_every_method(ckpt, tmp_path, capsys):
     d = folder(tmp_path / "d", {f"i{k}": [thirds(24, 32), halves(24, 32)][: k + 1] for k in range(2)})
-    words = ["--ckpt", str(ckpt), "--dataset", str(d), "--n", "2", "--device", "cpu", "--cache", str(tmp_path / "cache")]
+    words = ["--ckpt", str(ckpt), "--dataset", str(d), "--n", "2", "--device", "cpu", "--cache",
+             str(tmp_path / "cache")]
     assert evaluation.main([*words, "--clicks", "0,2,all"]) == 0
     out = capsys.readouterr().out.splitlines()
     report = json.loads(out[-1])
     assert (report["images"], report["n"]) == (2, 2) and report["clicks"]["open"].keys() == {"0", "2", "all"}
     for name in ("closed", "nearest click", "watershed, Lab", "watershed, samples", "random walker"):
         by = report["clicks"][name]
-        assert by.keys() == {"2", "all"} and by["2"]["pred"] == [2, 2, 2]          # two clicks, two segments
+        assert by.keys() == {"2", "all"} and by["2"]["pred"] == [2, 2, 2]  # two clicks, two segments
         mean, low, high = by["all"]["ari"]
         assert low <= mean <= high and any(line.startswith(name) for line in out)
     assert report["clicks"]["closed"]["all"]["pred"][0] == pytest.approx((9 + 5.5) / 2)
@@ -278,12 +299,15 @@ def test_clicks_are_tables_of_every_method(ckpt, tmp_path, capsys):
 
 def test_files_of_others_stay(ckpt, tmp_path, capsys):
     (tmp_path / "images.csv").write_text("mine")
-    assert evaluation.main(["--ckpt", str(ckpt), "--limit", "1", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert evaluation.main(["--ckpt", str(ckpt), "--limit", "1", "--device", "cpu", "--out",
+                            str(tmp_path)]) == 2
     assert "images.csv was not written by eval.py" in capsys.readouterr().err and (tmp_path / "images.csv").read_text() == "mine"
     (tmp_path / "images.csv").rename(tmp_path / "examples.png")
-    assert evaluation.main(["--ckpt", str(ckpt), "--limit", "1", "--device", "cpu", "--out", str(tmp_path)]) == 2
-    (tmp_path / "examples.png").unlink(), (tmp_path / "images.csv").touch()        # ours, of a full disk
-    assert evaluation.main(["--ckpt", str(ckpt), "--limit", "1", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert evaluation.main(["--ckpt", str(ckpt), "--limit", "1", "--device", "cpu", "--out",
+                            str(tmp_path)]) == 2
+    (tmp_path / "examples.png").unlink(), (tmp_path / "images.csv").touch()  # ours, of a full disk
+    assert evaluation.main(["--ckpt", str(ckpt), "--limit", "1", "--device", "cpu", "--out",
+                            str(tmp_path)]) == 0
 
 
 def test_pooled_quality_and_missing_humans():
@@ -299,7 +323,8 @@ def test_pooled_quality_and_missing_humans():
 
 
 def test_the_name_of_a_data_set_carries_its_options(tmp_path, capsys):
-    """Classes in four places, and background: only as connected parts, without id 0, is it the grid's picture."""
+    """Classes in four places, and background: only as connected parts, without id 0, is it the grid's
+    picture."""
     classes = np.kron([[1, 0, 1], [0, 2, 0], [2, 0, 1]], np.ones((16, 16), int))
     d = folder(tmp_path / "d", {"a": [classes]})
     scores = []
@@ -315,29 +340,36 @@ def test_shared_rows_without_torchrun():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("--ckpt nowhere.pt", "nowhere.pt"), ("--baseline grid --dataset nowhere", "nowhere"), ("--baseline grid --limit 0", "--limit"),
+    ("--ckpt nowhere.pt", "nowhere.pt"), ("--baseline grid --dataset nowhere", "nowhere"),
+    ("--baseline grid --limit 0", "--limit"),
     ("--baseline grid --dataset a:2,shapes", "names 2 data sets"),
-    ("--n 0", "'0' is not a number from 1 up"), ("--steps 4,x", "'4,x'"), ("--guidance -1", "-1"), ("--sampler euler", "'euler'"),
-    ("--guidance 1,nan", "nan"), ("--seed 1000000", "--seed"), ("--clicks 0,1 --baseline grid", "leave out --baseline"), ("--clicks few", "'few'"),
-    ("--clicks_to 0.85 --out o", "leave out"), ("--clicks_to 1.5", "--clicks_to must be above 0"), ("--merge nan", "--merge"),
-    ("--variance tiny", "'tiny'"), ("--baseline human --limit 2 --out o", "several annotators"), ("--baseline grid --dataset shapes --device cuda:99", "cuda:99")])
+    ("--n 0", "'0' is not a number from 1 up"), ("--steps 4,x", "'4,x'"), ("--guidance -1", "-1"),
+    ("--sampler euler", "'euler'"),
+    ("--guidance 1,nan", "nan"), ("--seed 1000000", "--seed"),
+    ("--clicks 0,1 --baseline grid", "leave out --baseline"), ("--clicks few", "'few'"),
+    ("--clicks_to 0.85 --out o", "leave out"), ("--clicks_to 1.5", "--clicks_to must be above 0"),
+    ("--merge nan", "--merge"),
+    ("--variance tiny", "'tiny'"), ("--baseline human --limit 2 --out o", "several annotators"),
+    ("--baseline grid --dataset shapes --device cuda:99", "cuda:99")])
 def test_wrong_use(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
         status = evaluation.main(arguments.split())
-    except SystemExit as e:                                                        # argparse's own
+    except SystemExit as e:  # argparse's own
         status = e.code
     error = capsys.readouterr().err
     assert status == 2 and words in error and "Traceback" not in error
-    assert not (tmp_path / "out").exists()                                         # nothing is left behind
+    assert not (tmp_path / "out").exists()  # nothing is left behind
 
 
 def test_raw_weights(ckpt, tmp_path, capsys):
     """--raw takes the last weights; a file made by --export has only the averaged ones."""
     assert train.main(["--export", str(tmp_path / "model.pt"), "--out", str(ckpt.parent)]) == 0
     few = ("--limit", 2, "--steps", 1)
-    averaged, exported, raw = (run(capsys, tmp_path, "--ckpt", path, *few, *more)[1]["sweep"] for path, more in (
+    averaged, exported, raw = (run(capsys, tmp_path, "--ckpt", path, *few, *more)[1]["sweep"] for path,
+                               more in (
         (ckpt, ()), (tmp_path / "model.pt", ()), (ckpt, ("--raw",))))
     assert averaged == exported and raw != averaged
-    assert evaluation.main(["--ckpt", str(tmp_path / "model.pt"), "--raw", "--device", "cpu", "--out", str(tmp_path / "o")]) == 2
+    assert evaluation.main(["--ckpt", str(tmp_path / "model.pt"), "--raw", "--device", "cpu", "--out",
+                            str(tmp_path / "o")]) == 2
     assert "averaged weights only" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""experiments.py: its table against train.py's options; missing runs are made, finished ones kept, killed ones resumed."""
+"""experiments.py: its table against train.py's options; missing runs are made, finished ones kept, killed
+ones resumed."""
 
 import json
 import statistics
@@ -25,11 +26,12 @@ def test_every_run_is_one_that_train_understands(preset):
             folder, full = experiments.run_of(flags, {}, a, 1)
             c = train.parse(experiments.train_arguments(folder, full, a))
             Codec(c.encoding, c.bits, c.palette, c.seed, c.activation)
-            Diffusion(prediction=c.prediction, weighting=c.weighting, input_scale=c.input_scale, bias=c.bias, schedule=c.schedule)
+            Diffusion(prediction=c.prediction, weighting=c.weighting, input_scale=c.input_scale, bias=c.bias,
+                      schedule=c.schedule)
             assert (c.weighting == "sigmoid") == c.logsnr_space and c.seed == 1 and c.preset == preset
             assert set(train.PRESETS[preset]) - {"log_every"} <= set(full)
             seen.add(str(folder))
-        assert len(seen) == len(rows), name                                        # no two rows are the same run
+        assert len(seen) == len(rows), name  # no two rows are the same run
 
 
 def test_equal_runs_are_one_folder():
@@ -43,16 +45,20 @@ def test_equal_runs_are_one_folder():
 
 def test_the_papers_figures():
     """Tables 1 and 3: what SPEC.md, section 10, says."""
-    table = {label: (ari, iou) for name in ("palette", "encoding") for label, _, ari, iou in experiments.EXPERIMENTS[name]}
+    table = {label: (ari, iou) for name in ("palette", "encoding") for label, _, ari,
+             iou in experiments.EXPERIMENTS[name]}
     assert [table[k] for k in ("none", "different", "random", "similar (2D Gray)")] == [
         (0.517, 0.367), (0.640, 0.422), (0.644, 0.421), (0.670, 0.434)]
-    assert [table[f"{k}, no palette"] for k in ("onehot", "rgb", "bits")] == [(0.168, 0.186), (0.460, 0.283), (0.515, 0.368)]
-    assert [table[f"{k}, palette"] for k in ("onehot", "rgb", "bits")] == [(0.528, 0.323), (0.524, 0.312), (0.670, 0.432)]
+    assert [table[f"{k}, no palette"] for k in ("onehot", "rgb", "bits")] == [(0.168, 0.186), (0.460, 0.283),
+                                                                              (0.515, 0.368)]
+    assert [table[f"{k}, palette"] for k in ("onehot", "rgb", "bits")] == [(0.528, 0.323), (0.524, 0.312),
+                                                                           (0.670, 0.432)]
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """train.py and eval.py that only note what they are asked; a seed's ARI is seed / 10. fake.stop: exit status, once."""
+    """train.py and eval.py that only note what they are asked; a seed's ARI is seed / 10. fake.stop: exit
+    status, once."""
     class Fake:
         trained, stop = [], 0
 
@@ -79,13 +85,13 @@ def fake(monkeypatch):
 
 
 def test_missing_runs_only_and_going_on_after_a_kill(fake, tmp_path, capsys):
-    fake.stop = 130                                                                # Ctrl-C in the first run
+    fake.stop = 130  # Ctrl-C in the first run
     assert experiments.main(arguments("palette", out=tmp_path)) == 130
     assert len(fake.trained) == 1 and "the same command goes on" in capsys.readouterr().err
     assert experiments.main(arguments("palette", out=tmp_path)) == 0
     assert len(fake.trained) == 5 and fake.trained[0] == fake.trained[1]
     assert experiments.main(arguments("palette", "encoding", "--seeds", "2", out=tmp_path)) == 0
-    assert len(fake.trained) == 5 + 4 + 4 * 2                                      # seed 1 of palette; encoding has 4 more rows
+    assert len(fake.trained) == 5 + 4 + 4 * 2  # seed 1 of palette; encoding has 4 more rows
     assert len(set(fake.trained)) == len(fake.trained) - 1
     capsys.readouterr()
     assert experiments.main(arguments("encoding", "--list", "--seeds", "3", out=tmp_path)) == 0
@@ -93,14 +99,18 @@ def test_missing_runs_only_and_going_on_after_a_kill(fake, tmp_path, capsys):
     assert len(fake.trained) == 17 and "18 runs, 6 of them missing" in text and text.count("python train.py") == 6
     line = next(t for t in text.splitlines() if t.startswith("  bits, palette"))
     mean, std = statistics.mean([0, 0.1]), statistics.stdev([0, 0.1])
-    assert f"{mean:.3f} +- {std:.3f}" in line and "0.500 +- 0.000" in line and line.split()[-2:] == ["0.670", "0.432"]
+    assert f"{mean:.3f} +- {std:.3f}" in line and "0.500 +- 0.000" in line and line.split()[-2:] == ["0.670",
+                                                                                                     "0.432"]
     last = json.loads(text.splitlines()[-1])
-    assert last["experiments"]["encoding"]["bits, palette"] == {"ari": [0.0, 0.1], "iou": [0.5, 0.5], "paper": [0.67, 0.432]}
+    assert last["experiments"]["encoding"]["bits, palette"] == {"ari": [0.0, 0.1], "iou": [0.5, 0.5],
+                                                                "paper": [0.67, 0.432]}
 
 
 def test_two_parts_share_the_runs(fake, tmp_path):
-    assert experiments.main(arguments("input_scale", "--list", "--part", "1/2", out=tmp_path)) == 0 and not fake.trained
-    runs = [experiments.run_of(flags, {}, type("A", (), dict(preset="tiny", dataset="shapes", out=tmp_path)), 0)[0].name
+    assert experiments.main(arguments("input_scale", "--list", "--part", "1/2",
+                                      out=tmp_path)) == 0 and not fake.trained
+    runs = [experiments.run_of(flags, {}, type("A", (), dict(preset="tiny", dataset="shapes", out=tmp_path)),
+                               0)[0].name
             for _, flags, _, _ in experiments.EXPERIMENTS["input_scale"]]
     experiments.main(arguments("input_scale", "--part", "2/2", out=tmp_path))
     assert fake.trained == runs[1::2]
@@ -120,8 +130,10 @@ def test_a_finished_run_with_other_options_is_not_taken_for_this_one(fake, tmp_p
 
 
 @pytest.mark.parametrize("words, message", [
-    (("palette", "--palet", "none"), "did you mean --palette"), (("palette", "--lr"), "with a value each"), (("palette", "--part", "3/2"), "--part"),
-    (("palette", "--seeds", "0"), "--seeds"), (("palette", "--part", "x"), "--part"), (("nothing",), "invalid choice"),
+    (("palette", "--palet", "none"), "did you mean --palette"), (("palette", "--lr"), "with a value each"),
+    (("palette", "--part", "3/2"), "--part"),
+    (("palette", "--seeds", "0"), "--seeds"), (("palette", "--part", "x"), "--part"),
+    (("nothing",), "invalid choice"),
     (("palette", "tanh", "--rows", "similar"), "no row of tanh")])
 def test_wrong_use(words, message, tmp_path, capsys):
     try:
@@ -132,22 +144,27 @@ def test_wrong_use(words, message, tmp_path, capsys):
 
 
 def test_one_real_run(tmp_path, capsys):
-    given = arguments("tanh", "--limit", "2", "--cache", str(tmp_path / "cache"), "--max_steps", "1", "--image_size", "16", "--batch_size", "2",
+    given = arguments("tanh", "--limit", "2", "--cache", str(tmp_path / "cache"), "--max_steps", "1",
+                      "--image_size", "16", "--batch_size", "2",
                       "--eval_images", "1", "--steps", "1", out=tmp_path)
     assert experiments.main(given) == 0
     first = capsys.readouterr().out
     reports = sorted(tmp_path.glob("tiny/*/report.json"))
     assert len(reports) == 2 and all((r.parent / "eval.txt").read_text().count("ARI") >= 2 for r in reports)
     assert experiments.main(given) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == first.splitlines()[-1]      # the same table without training
+    # the same table without training
+    assert capsys.readouterr().out.splitlines()[-1] == first.splitlines()[-1]
 
 
 def test_the_evaluation_sees_the_labels_as_the_training_does(fake, tmp_path, capsys):
-    assert experiments.main([*arguments("palette", out=tmp_path), "--components", "true", "--unlabelled", "ignore"]) == 0
-    assert len(fake.evaluated) == 4 and all(argv[-3:] == ["--unlabelled", "ignore", "--components"] for argv in fake.evaluated)
+    assert experiments.main([*arguments("palette", out=tmp_path), "--components", "true", "--unlabelled",
+                             "ignore"]) == 0
+    assert len(fake.evaluated) == 4 and all(argv[-3:] == ["--unlabelled", "ignore",
+                                                          "--components"] for argv in fake.evaluated)
     report = next(tmp_path.glob("**/report.json"))
     report.write_text("{}")
-    assert experiments.main([*arguments("palette", out=tmp_path), "--components", "true", "--unlabelled", "ignore"]) == 2
+    assert experiments.main([*arguments("palette", out=tmp_path), "--components", "true", "--unlabelled",
+                             "ignore"]) == 2
     assert f"{report} was not written by experiments.py" in capsys.readouterr().err
     assert experiments.main(arguments("palette", "--dataset", "shapes:2,shapes", out=tmp_path)) == 2
     assert "a mixture cannot be evaluated" in capsys.readouterr().err

@@ -26,17 +26,19 @@ def scene():
 
 def network(d, channels):
     net = UNet(channels * (2 if d.self_condition else 1) + 3, channels, **SIZE)
-    torch.nn.init.normal_(net.head.weight, std=0.05)                               # it starts at zero
+    torch.nn.init.normal_(net.head.weight, std=0.05)  # it starts at zero
     return net
 
 
 @pytest.mark.parametrize("prediction, again, palette, activation, loss", [
-    ("x", 0.0, "similar", "tanh", "mse"), ("x", 1.0, "random", "none", "mse"), ("x", 0.5, "range", "tanh", "bce"),
+    ("x", 0.0, "similar", "tanh", "mse"), ("x", 1.0, "random", "none", "mse"),
+    ("x", 0.5, "range", "tanh", "bce"),
     ("eps", 0.0, "none", "", "mse"), ("v", 0.5, "different", "", "mse")])
 def test_fused_training_loss_is_training_loss(scene, prediction, again, palette, activation, loss):
     labels, image, seeds = scene
     codec = Codec(bits=4, palette=palette, activation=activation)
-    d = Diffusion(prediction=prediction, loss=loss, self_condition=again, image_drop=0.3, logsnr_min=-8)   # eps / alpha(1) is noise
+    # eps / alpha(1) is noise
+    d = Diffusion(prediction=prediction, loss=loss, self_condition=again, image_drop=0.3, logsnr_min=-8)
     net, cells = network(d, 4), codec.cells(labels)
     drawn = draw((3, 4, 16, 16), d, torch.Generator().manual_seed(1))
     drawn["eps"] = kernels.normal(seeds, 4, 16, 16)
@@ -49,7 +51,8 @@ def test_fused_training_loss_is_training_loss(scene, prediction, again, palette,
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * want[-1].abs().max())
 
 
-@pytest.mark.parametrize("sampler, variance, guidance", [("ddpm", "large", 1.0), ("ddpm", "small", 0.0), ("ddim", "large", 1.0)])
+@pytest.mark.parametrize("sampler, variance, guidance",
+                         [("ddpm", "large", 1.0), ("ddpm", "small", 0.0), ("ddim", "large", 1.0)])
 def test_fused_steps_are_plain_steps(scene, monkeypatch, sampler, variance, guidance):
     """The plain loop with the kernels' noise in place of torch.randn."""
     _, image, seeds = scene
@@ -58,8 +61,10 @@ def test_fused_steps_are_plain_steps(scene, monkeypatch, sampler, variance, guid
     options = dict(steps=4, sampler=sampler, variance=variance, guidance=guidance)
     given = dict(activation="tanh", codes=None)
     result = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, fused=given, **options)
-    monkeypatch.setattr(kernels, "step", None)  # smoothing takes the plain path; so little of it changes nothing
-    plain = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, fused=given, smooth=1e-9, **options)
+    # smoothing takes the plain path; so little of it changes nothing
+    monkeypatch.setattr(kernels, "step", None)
+    plain = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, fused=given, smooth=1e-9,
+                   **options)
     assert torch.allclose(result, plain, atol=1e-5)
 
 

@@ -1,4 +1,5 @@
-"""Files that somebody or something changed: mutated 300 times each, they are used, or named in one sentence."""
+"""Files that somebody or something changed: mutated 300 times each, they are used, or named in one
+sentence."""
 
 import hashlib
 import io
@@ -51,7 +52,8 @@ def fresh(value):
 
 
 def change(draw, content, times=3):
-    """A copy of nested lists and dictionaries in which up to so many parts are replaced, left out or doubled."""
+    """A copy of nested lists and dictionaries in which up to so many parts are replaced, left out or
+    doubled."""
     content = fresh(content)
     for _ in range(draw(st.integers(1, times))):
         if not (ways := list(places(content))):

@@ -1,4 +1,5 @@
-"""Hints while the network learns: what is drawn, who chooses first, and that steps, resumed runs and sampling see them."""
+"""Hints while the network learns: what is drawn, who chooses first, and that steps, resumed runs and
+sampling see them."""
 
 import itertools
 import json
@@ -17,7 +18,8 @@ from engine import read, save
 from model import SIZES, UNet
 from sources.hints import NUMBERS, draw_hints
 
-QUICK = ("--device cpu --batch_size 4 --image_size 16 --eval_images 2 --steps 1 --log_every 1 --save_every 2 --eval_every 4 "
+QUICK = ("--device cpu --batch_size 4 --image_size 16 --eval_images 2 --steps 1 --log_every 1 --save_every "
+         "2 --eval_every 4 "
          "--precision fp32 --hints 0.7").split()
 
 
@@ -56,7 +58,8 @@ def located(labels, hints, s):
     return out
 
 
-@pytest.mark.parametrize("side,n,share", [(4, 6, 0.02), (4, 14, 0.02), (4, 40, 0.01), (8, 30, 0.05), (2, 12, 0.2)])
+@pytest.mark.parametrize("side,n,share",
+                         [(4, 6, 0.02), (4, 14, 0.02), (4, 40, 0.01), (8, 30, 0.05), (2, 12, 0.2)])
 def test_hinted_segments_choose_first(side, n, share):
     labels = scene(6, 18, n, seed=n)
     hints = torch.rand(labels.shape, generator=torch.Generator().manual_seed(1)) < share
@@ -92,23 +95,24 @@ def grid(B, size=64, across=8):
 def test_shares_and_numbers_of_drawn_hints():
     B = 800
     labels, u = grid(B), numbers(B)
-    u[:, 1] = 0.5                                                                  # clicks alone
+    u[:, 1] = 0.5  # clicks alone
     mask = draw_hints(labels, u, 0.5)
-    pixels = mask.view(B, 8, 8, 8, 8).sum((2, 4)).view(B, 64)                      # of each square
+    pixels = mask.view(B, 8, 8, 8, 8).sum((2, 4)).view(B, 64)  # of each square
     segments = (pixels > 0).sum(1)
     assert (segments > 0).float().mean() == pytest.approx(0.5, abs=0.05)
     counts = torch.bincount(segments[segments > 0], minlength=21) / (segments > 0).sum()
-    assert len(counts) == 21 and counts[1:] == pytest.approx([np.log1p(1 / k) / np.log(21) for k in range(1, 21)], abs=0.05)
-    touched = (pixels > 0).float().sum(0) / (pixels > 0).sum()                     # equal segments: none is preferred
+    assert len(counts) == 21 and counts[1:] == pytest.approx([np.log1p(1 / k) / np.log(21) for k in range(1,
+                                                                                                          21)], abs=0.05)
+    touched = (pixels > 0).float().sum(0) / (pixels > 0).sum()  # equal segments: none is preferred
     assert touched == pytest.approx(torch.full((64,), 1 / 64), rel=0.5)
-    assert 1 <= pixels[pixels > 0].min() and pixels.max() <= 3 * 21                # 3 discs of 21 pixels at most
+    assert 1 <= pixels[pixels > 0].min() and pixels.max() <= 3 * 21  # 3 discs of 21 pixels at most
 
 
 def test_larger_segments_are_chosen_by_the_root_of_their_area():
     labels = torch.zeros(1000, 20, 20, dtype=torch.int64)
-    labels[:, :, 16:] = 1                                                          # 320 and 80 pixels: 2 to 1
+    labels[:, :, 16:] = 1  # 320 and 80 pixels: 2 to 1
     u = numbers(1000)
-    u[:, 1], u[:, 2] = 0.5, 0.0                                                    # clicks, into one segment
+    u[:, 1], u[:, 2] = 0.5, 0.0  # clicks, into one segment
     mask = draw_hints(labels, u, 1.0)
     assert (mask & (labels == 0)).any((1, 2)).float().mean() == pytest.approx(2 / 3, abs=0.04)
     assert ((mask & (labels == 0)).any((1, 2)) ^ (mask & (labels == 1)).any((1, 2))).all()
@@ -116,25 +120,26 @@ def test_larger_segments_are_chosen_by_the_root_of_their_area():
 
 def test_clicks_are_discs_that_prefer_the_middle():
     labels, u = torch.zeros(500, 40, 40, dtype=torch.int64), numbers(500)
-    labels[:, :, 20:], labels[:, :, 25:] = 1, 2                                    # a strip of 5 between two halves
-    u[:, 1], u[:, 3 + 512 : 3 + 512 + 20] = 0.5, 0.0                               # one click each
+    labels[:, :, 20:], labels[:, :, 25:] = 1, 2  # a strip of 5 between two halves
+    u[:, 1], u[:, 3 + 512 : 3 + 512 + 20] = 0.5, 0.0  # one click each
     for mask in draw_hints(labels, u, 1.0):
         for i in range(3):
             y, x = (mask & (labels[0] == i)).nonzero(as_tuple=True)
             if len(y):
-                middle = torch.tensor([y.float().mean(), x.float().mean()])        # none is wider than a disc
+                middle = torch.tensor([y.float().mean(), x.float().mean()])  # none is wider than a disc
                 assert len(y) <= 21 and (torch.stack([y, x]) - middle[:, None]).norm(dim=0).max() <= 3
-    columns = (draw_hints(labels, u, 1.0) & (labels == 1)).sum((0, 1))[20:25]      # the strip's middle column most often
+    # the strip's middle column most often
+    columns = (draw_hints(labels, u, 1.0) & (labels == 1)).sum((0, 1))[20:25]
     assert columns.argmax() == 2 and columns[2] > 1.2 * columns[[0, 4]].max()
 
 
 def test_strokes_and_ellipses():
     labels, u = scene(60, 48, 5, seed=3), numbers(60)
-    u[:, 2], u[:, 1] = 0.3, 0.1                                                    # two segments; strokes
+    u[:, 2], u[:, 1] = 0.3, 0.1  # two segments; strokes
     clicks = u.clone()
     clicks[:, 1] = 0.5
     assert draw_hints(labels, u, 1.0).sum() > 1.5 * draw_hints(labels, clicks, 1.0).sum()
-    u[:, 1], u[:, 2] = 0.95, 0.999                                                 # ellipses, in every segment
+    u[:, 1], u[:, 2] = 0.95, 0.999  # ellipses, in every segment
     mask = draw_hints(labels, u, 1.0)
     for got, label in zip(mask.numpy(), labels.numpy()):
         want = np.zeros_like(got)
@@ -164,7 +169,8 @@ def test_both_losses_see_hints_before_the_first_guess():
     drawn["eps"] = kernels.normal(seeds, 4, 16, 16)
     bits = hint_bits(x0, mask)
     plain = training_loss(seen, x0, image, cells >= 0, d, codec.activate, drawn=drawn, hints=bits)
-    fast = fused_training_loss(seen, cells, image, 4, seeds, d, drawn, codec.activate, codec.activation, hints=bits)
+    fast = fused_training_loss(seen, cells, image, 4, seeds, d, drawn, codec.activate, codec.activation,
+                               hints=bits)
     assert torch.allclose(plain, fast, rtol=1e-5) and len(inputs) == 4
     assert all(torch.equal(x[:, 7:11], bits) for x in inputs)
     none = training_loss(seen, x0, image, cells >= 0, d, codec.activate, drawn=drawn)
@@ -176,7 +182,8 @@ def test_both_losses_see_hints_before_the_first_guess():
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
 def test_sampling_sees_hints_at_every_step_in_both_halves(guidance):
     torch.manual_seed(0)
-    image, valid, inputs, d = torch.randn(2, 3, 16, 16), torch.ones(2, 16, 16, dtype=torch.bool), [], Diffusion(hints=0.5)
+    image, valid, inputs, d = torch.randn(2, 3, 16, 16), torch.ones(2, 16, 16,
+                                                                    dtype=torch.bool), [], Diffusion(hints=0.5)
     net = UNet(4 + 3 + 4, 4, **SIZES["tiny"]).eval()
     torch.nn.init.normal_(net.head.weight, std=0.05)
     seen = lambda x, t: inputs.append(x) or net(x, t)
@@ -184,11 +191,12 @@ def test_sampling_sees_hints_at_every_step_in_both_halves(guidance):
     x = sample(seen, image, valid, 4, [0, 1], d, torch.tanh, 3, guidance, hints=hints)
     assert len(inputs) == 3 and all(torch.equal(v[:, 7:], hints.repeat(len(v) // 2, 1, 1, 1)) for v in inputs)
     again = lambda hints, d=d: sample(net, image, valid, 4, [0, 1], d, torch.tanh, 3, guidance, hints=hints)
-    assert torch.allclose(again(hints), x, atol=1e-4)                              # by image_part
+    assert torch.allclose(again(hints), x, atol=1e-4)  # by image_part
     nothing = again(None)
     assert torch.equal(nothing, again(torch.zeros_like(hints)))
     assert not torch.allclose(nothing, x, atol=1e-3)
-    for bad, options, words in ((hints, Diffusion(), "no input for hints"), (hints[:1], d, r"shape \(2, 4, 16, 16\)")):
+    for bad, options, words in ((hints, Diffusion(), "no input for hints"),
+                                (hints[:1], d, r"shape \(2, 4, 16, 16\)")):
         with pytest.raises(ValueError, match=words):
             again(bad, options)
 
@@ -199,30 +207,35 @@ def test_a_widened_network_without_hints_is_the_one_it_came_from(size):
     d = SIZES[size].get("detail", 1)
     old, new = (UNet(n * 6 + 3 * d**2, 6, **SIZES[size]).eval() for n in (1, 2))
     for p in old.parameters():
-        torch.nn.init.normal_(p, std=0.05)                                         # what starts at zero would hide the rest
+        torch.nn.init.normal_(p, std=0.05)  # what starts at zero would hide the rest
     new.load_state_dict(train.widened(old.state_dict(), new.state_dict()))
     x, t = torch.randn(2, 6 + 3 * d**2, 32, 32), torch.rand(2)
     with torch.no_grad():
         true = old(x, t)
-        assert true.abs().max() > 0.01 and torch.equal(new(torch.cat([x, torch.zeros(2, 6, 32, 32)], 1), t), true)
+        assert true.abs().max() > 0.01 and torch.equal(new(torch.cat([x, torch.zeros(2, 6, 32, 32)], 1), t),
+                                                       true)
 
 
 # ---- train.py
 
 
 def run(tmp_path, out, steps, *more):
-    return train.main([*QUICK, "--max_steps", str(steps), "--out", str(tmp_path / out), "--cache", str(tmp_path), *more])
+    return train.main([*QUICK, "--max_steps", str(steps), "--out", str(tmp_path / out), "--cache",
+                       str(tmp_path), *more])
 
 
 def test_a_run_with_hints_resumes_exactly(tmp_path):
-    steady = ("--decay_steps", "1")                                                # the same learning rates whatever max_steps
-    assert [run(tmp_path, out, steps, *steady) for out, steps in (("one", 5), ("two", 3), ("two", 5))] == [0, 0, 0]
+    steady = ("--decay_steps", "1")  # the same learning rates whatever max_steps
+    assert [run(tmp_path, out, steps, *steady) for out, steps in (("one", 5), ("two", 3), ("two", 5))] == [0,
+                                                                                                           0,
+                                                                                                           0]
     one, two = (read(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
     assert one["network"]["in_channels"] == 4 + 3 + 4 and one["diffusion"]["hints"] == 0.7
-    lines = [map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()) for name in ("one", "two")]
+    lines = [map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()) for name in ("one",
+                                                                                                    "two")]
     a, b = ({line["step"]: line["loss"] for line in part if "loss" in line} for part in lines)
     assert a == b and len(a) == 5
-    columns = one["net"]["stem.weight"][:, 7 * 4 :]                                # patch 2: 4 of each channel
+    columns = one["net"]["stem.weight"][:, 7 * 4 :]  # patch 2: 4 of each channel
     assert columns.shape[1] == 16 and columns.abs().max() > 0
 
 
@@ -233,7 +246,7 @@ def test_init_widens_and_refuses_other_meanings(tmp_path, capsys):
     assert "4 more input channels at zero" in capsys.readouterr().out
     new = read(tmp_path / "new/ckpt.pt")["net"]["stem.weight"]
     assert torch.equal(new[:, :28], old["ema"]["stem.weight"]) and not new[:, 28:].any()
-    del old["diffusion"]["hints"]                                                  # a checkpoint from before there were hints
+    del old["diffusion"]["hints"]  # a checkpoint from before there were hints
     old["diffusion"]["self_condition"] = 0.5
     old["network"]["in_channels"] = 11
     save(tmp_path / "self.pt", old)

@@ -1,6 +1,7 @@
 """The house: which rooms there are, which enters which, and that nobody walks in a circle.
 
-A room is a top-level file, or one of the folders sources/, answers/ and kernels/ as a whole. An arrow leads from a room to one that
+A room is a top-level file, or one of the folders sources/, answers/ and kernels/ as a whole. An arrow leads
+from a room to one that
 it imports, imports inside functions included. A room's floor is one above the highest room that it enters.
 """
 
@@ -10,7 +11,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = [*ROOT.glob("*.py"), *(p for folder in ("sources", "answers", "kernels") for p in ROOT.glob(f"{folder}/*.py"))]
+FILES = [*ROOT.glob("*.py"), *(p for folder in ("sources", "answers", "kernels")
+                               for p in ROOT.glob(f"{folder}/*.py"))]
 
 
 def room(path):
@@ -81,8 +83,10 @@ def test_who_may_enter_which_room():
 
 def test_segmenting_loads_no_downloader_and_no_painter():
     code = "import sys; import answers.segment; print(*(getattr(m, '__file__', '') for m in sys.modules.values()), sep='\\n')"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                         check=True).stdout
     loaded = [path for path in FILES if str(path) in out.splitlines()]
     assert ROOT / "answers" / "segment.py" in loaded
     assert not {room(path) for path in loaded} & {"sources", "data", "train", "eval", "sample"}
-    assert not any(name.split(".")[0] == "urllib" for path in loaded for name in imports(path))  # torch itself has it
+    # torch itself has it
+    assert not any(name.split(".")[0] == "urllib" for path in loaded for name in imports(path))

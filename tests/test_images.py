@@ -8,8 +8,8 @@ from PIL import Image
 from frame import fitted, normalise, resize_image, resize_label
 from sources.formats import read_image, read_label
 
-PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)                      # 8 wide, 6 high
-LABEL = np.repeat(np.arange(8, dtype=np.uint8)[None] // 3 * 50, 6, 0)              # three bands: 0, 50, 100
+PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)  # 8 wide, 6 high
+LABEL = np.repeat(np.arange(8, dtype=np.uint8)[None] // 3 * 50, 6, 0)  # three bands: 0, 50, 100
 
 
 def write(path, array, **options):
@@ -20,8 +20,9 @@ def write(path, array, **options):
 def test_read_image_of_every_mode(tmp_path):
     grey, wide = np.full((6, 8), 100, np.uint8), np.full((6, 8), 100 * 257, np.uint16)
     clear = np.dstack([PIXEL, np.full((6, 8), 255, np.uint8)])
-    clear[0, 0, 3] = 0                                                             # a transparent pixel shows white
-    cases = {"rgb.png": (PIXEL, PIXEL), "grey.png": (grey, 100), "sixteen.png": (wide, 100), "sixteen.tif": (wide, 100),
+    clear[0, 0, 3] = 0  # a transparent pixel shows white
+    cases = {"rgb.png": (PIXEL, PIXEL), "grey.png": (grey, 100), "sixteen.png": (wide, 100),
+             "sixteen.tif": (wide, 100),
              "int.tif": (wide.astype(np.int32), 100), "bit.png": (grey > 1, 255),
              "alpha.png": (clear, np.where(clear[..., 3:] == 0, 255, PIXEL)),
              "float.tif": (np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8), None)}
@@ -30,7 +31,7 @@ def test_read_image_of_every_mode(tmp_path):
         assert image.shape == (6, 8, 3) and image.dtype == np.uint8
         if expected is not None:
             assert (image == expected).all(), name
-    assert (image[0, 0], image[-1, -1]) == pytest.approx((0, 255))                 # float: stretched to its maximum
+    assert (image[0, 0], image[-1, -1]) == pytest.approx((0, 255))  # float: stretched to its maximum
 
 
 def test_pixels_that_are_no_numbers_and_integers_of_32_bits(tmp_path):
@@ -39,36 +40,44 @@ def test_pixels_that_are_no_numbers_and_integers_of_32_bits(tmp_path):
         array[2, 3] = bad
         with pytest.raises(ValueError, match="x.tif: not a readable image.*infinite or no numbers"):
             read_image(write(tmp_path / "x.tif", array))
-    image = np.asarray(read_image(write(tmp_path / "y.tif", (np.arange(48, dtype=np.int32) * 100_000).reshape(6, 8))))
+    image = np.asarray(read_image(write(tmp_path / "y.tif",
+                                        (np.arange(48, dtype=np.int32) * 100_000).reshape(6, 8))))
     assert (image[0, 0] == 0).all() and (image[-1, -1] == 255).all() and len(np.unique(image)) == 48
 
 
 def test_read_image_converted_modes(tmp_path):
     image = Image.fromarray(np.full((6, 8, 3), (200, 60, 20), np.uint8))
-    for mode, name in (("CMYK", "c.jpg"), ("CMYK", "c.tif"), ("P", "p.png"), ("P", "p.gif"), ("LA", "a.png"), ("YCbCr", "y.jpg")):
+    for mode, name in (("CMYK", "c.jpg"), ("CMYK", "c.tif"), ("P", "p.png"), ("P", "p.gif"), ("LA", "a.png"),
+                       ("YCbCr", "y.jpg")):
         image.convert(mode).save(tmp_path / name)
         colour = np.asarray(read_image(tmp_path / name)).reshape(-1, 3).mean(0)
         assert colour == pytest.approx([99] * 3 if mode == "LA" else [200, 60, 20], abs=4), name
-    flat = image.quantize(1)                                                       # one colour, number 0
+    flat = image.quantize(1)  # one colour, number 0
     flat.save(tmp_path / "t.png", transparency=0)
-    assert (np.asarray(read_image(tmp_path / "t.png")) == 255).all()               # all transparent
+    assert (np.asarray(read_image(tmp_path / "t.png")) == 255).all()  # all transparent
 
 
 def test_read_image_turns_by_exif(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6                                                               # to be shown turned by 90 degrees
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
     write(tmp_path / "turned.png", PIXEL, exif=exif)
     assert (np.asarray(read_image(tmp_path / "turned.png")) == np.rot90(PIXEL, -1)).all()
 
 
 def test_sides_are_rounded_up_to_even_numbers():
-    """As in training, after a crop. A network whose last stage sees 2 x 2 pixels does worse at 80 x 53 (3:2) and 80 x 45 (16:9)."""
-    for width, height, size, want in ((256, 171, 80, (80, 54)), (171, 256, 80, (54, 80)), (300, 200, 128, (128, 86)), (640, 480, 80, (80, 60)),
-                                      (1920, 1080, 80, (80, 46)), (900, 1, 80, (80, 2)), (21, 20, 15, (15, 15)), (5, 5, 1, (1, 1))):
-        assert fitted(width, height, size) == want and fitted(width, height, 2 * size, 2) == (2 * want[0], 2 * want[1])
+    """As in training, after a crop. A network whose last stage sees 2 x 2 pixels does worse at 80 x 53 (3:2)
+    and 80 x 45 (16:9)."""
+    for width, height, size, want in ((256, 171, 80, (80, 54)), (171, 256, 80, (54, 80)),
+                                      (300, 200, 128, (128, 86)), (640, 480, 80, (80, 60)),
+                                      (1920, 1080, 80, (80, 46)), (900, 1, 80, (80, 2)),
+                                      (21, 20, 15, (15, 15)), (5, 5, 1, (1, 1))):
+        assert fitted(width, height, size) == want and fitted(width, height, 2 * size, 2) == (2 * want[0],
+                                                                                              2 * want[1])
 
 
-@pytest.mark.parametrize("H,W,h,w", [(1, 1, 16, 16), (1, 10_000, 2, 16), (300, 7, 16, 2), (6, 8, 12, 16), (32, 64, 8, 16)])
+@pytest.mark.parametrize("H,W,h,w",
+                         [(1, 1, 16, 16), (1, 10_000, 2, 16), (300, 7, 16, 2), (6, 8, 12, 16),
+                          (32, 64, 8, 16)])
 def test_resize_keeps_the_shape_at_the_top_left(H, W, h, w):
     rng = np.random.default_rng(0)
     out, size = resize_image(Image.fromarray(rng.integers(1, 256, (H, W, 3), dtype=np.uint8)), 16)
@@ -80,18 +89,20 @@ def test_resize_keeps_the_shape_at_the_top_left(H, W, h, w):
 
 def test_resize_is_area_for_images_and_nearest_for_labels():
     rng = np.random.default_rng(0)
-    image, label = rng.integers(0, 256, (24, 48, 3), dtype=np.uint8), rng.choice([-1, -9, 3, 10**12], (24, 24))
+    image, label = rng.integers(0, 256, (24, 48, 3), dtype=np.uint8), rng.choice([-1, -9, 3, 10**12],
+                                                                                 (24, 24))
     means = image.reshape(8, 3, 16, 3, 3).mean((1, 3))
-    assert np.abs(resize_image(Image.fromarray(image), 16)[0][:8] - means).max() <= 1          # Pillow rounds rows, then columns
-    middle = label[1::3, 1::3]                                                     # of each 3 x 3 pixels
+    # Pillow rounds rows, then columns
+    assert np.abs(resize_image(Image.fromarray(image), 16)[0][:8] - means).max() <= 1
+    middle = label[1::3, 1::3]  # of each 3 x 3 pixels
     expected = np.where(middle == -1, 65535, np.searchsorted([-9, -1, 3, 10**12], middle))
-    assert (resize_label(label, 8) == expected).all()                              # ids renumbered in their order
+    assert (resize_label(label, 8) == expected).all()  # ids renumbered in their order
 
 
 def test_labels_as_they_are(tmp_path):
     wide = LABEL.astype(np.uint16) * 600
     palette = Image.fromarray(LABEL).convert("P")
-    palette.putpalette([i // 6 for i in range(768)])                               # colours that are not the indices
+    palette.putpalette([i // 6 for i in range(768)])  # colours that are not the indices
     palette.putdata(LABEL.ravel().tolist())
     palette.save(tmp_path / "palette.png")
     assert (read_label(write(tmp_path / "eight.png", LABEL)) == LABEL).all()
@@ -99,10 +110,11 @@ def test_labels_as_they_are(tmp_path):
     assert (read_label(tmp_path / "palette.png") == LABEL).all()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")                                 # Pillow's own about damaged TIFF
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own about damaged TIFF
 @pytest.mark.parametrize("name", ["rgb.png", "p.gif", "c.jpg", "t.tif", "w.webp", "b.bmp", "g.ppm"])
 def test_broken_files_are_a_ValueError_with_their_name(tmp_path, name):
-    whole = write(tmp_path / name, np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).read_bytes()
+    whole = write(tmp_path / name,
+                  np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).read_bytes()
     rng, cut = np.random.default_rng(1), tmp_path / name
     for n in [0, 1, 5, *rng.integers(6, len(whole), 20)]:
         damaged = bytearray(whole[:n] if n % 2 else whole)
@@ -110,7 +122,7 @@ def test_broken_files_are_a_ValueError_with_their_name(tmp_path, name):
             damaged[i] = rng.integers(256)
         cut.write_bytes(bytes(damaged))
         try:
-            assert read_image(cut).mode == "RGB"                                   # some damage goes unnoticed
+            assert read_image(cut).mode == "RGB"  # some damage goes unnoticed
         except ValueError as e:
             assert name in str(e)
     with pytest.raises(ValueError, match="nothing.png: no such file"):
@@ -118,7 +130,8 @@ def test_broken_files_are_a_ValueError_with_their_name(tmp_path, name):
 
 
 def test_normalise():
-    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
     x, inside = normalise(images, torch.tensor([[8, 5], [1, 8]]))
     assert inside.sum((1, 2)).tolist() == [40, 8] and inside[0, :, :5].all() and inside[1, 0].all()
     for c, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))):

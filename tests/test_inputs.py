@@ -1,4 +1,5 @@
-"""Images, label maps and data sets as people have them: read, or named in a sentence, but never silently wrong."""
+"""Images, label maps and data sets as people have them: read, or named in a sentence, but never silently
+wrong."""
 
 import base64
 import io
@@ -75,7 +76,7 @@ def fails(root, words, **options):
                                                 for word in ("NoneType", "Traceback", "object at 0x"))
 
 
-# -------------------------------------------------------------------------------------------------------- kinds of images
+# -------------------------------------------------------------------------------------------------------- kin
 
 
 def png(array, colour):
@@ -186,7 +187,8 @@ def test_exif_of_a_wrong_kind_turns_nothing(tmp_path, block):
 
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_a_label_is_turned_with_its_photo_where_the_sizes_say_so(tmp_path, turn, capsys):
-    """Against cameras' own rule: orientation t is stored such that the t-th of these operations on the stored pixels is upright."""
+    """Against cameras' own rule: orientation t is stored such that the t-th of these operations on the
+    stored pixels is upright."""
     upright = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
                5: lambda a: np.swapaxes(a, 0, 1), 6: lambda a: np.rot90(a, 3),
                7: lambda a: np.swapaxes(np.rot90(a, 2), 0, 1), 8: np.rot90}[turn]
@@ -206,13 +208,14 @@ def test_a_label_is_turned_with_its_photo_where_the_sizes_say_so(tmp_path, turn,
     assert same_segments(maps[0], want)
 
 
-# --------------------------------------------------------------------------------------------------- what lies in folders
+# --------------------------------------------------------------------------------------------------- what lie
 
 
 def test_what_systems_and_editors_leave_behind_is_no_data(tmp_path):
     root = folder(tmp_path / "d")
     for part, kind in (("images", "jpg"), ("labels", "png")):
-        for name in (f"._im0.{kind}", ".DS_Store", "Thumbs.db", "desktop.ini", f".ipynb_checkpoints/im0-checkpoint.{kind}", f"@eaDir/im0.{kind}", f"~im0.{kind}"):
+        for name in (f"._im0.{kind}", ".DS_Store", "Thumbs.db", "desktop.ini",
+                     f".ipynb_checkpoints/im0-checkpoint.{kind}", f"@eaDir/im0.{kind}", f"~im0.{kind}"):
             for at in (root / part, root / part / "train"):
                 (at / name).parent.mkdir(exist_ok=True)
                 (at / name).write_bytes((root / part / f"train/im0.{kind}").read_bytes())
@@ -260,7 +263,7 @@ def test_one_image_without_splits(tmp_path):
     fails(root, "holds one image: two are needed, as one is kept for validation", split="val")
 
 
-# -------------------------------------------------------------------------------------------------------------- label maps
+# ------------------------------------------------------------------------------------------------------------
 
 
 COLOURS = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]], np.uint8)
@@ -371,7 +374,7 @@ def test_sets_with_nothing_to_tell_apart_are_warned_of(tmp_path, capsys):
     assert "NOTE: of 772 segments, only 192 have a pixel left at 8 pixels" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------------------- COCO
+# ------------------------------------------------------------------------------------------------------------
 
 
 def coco(root, edit=lambda content: None, n=3, file="annotations/instances_{}2017.json", images="{}2017",
@@ -447,7 +450,8 @@ def test_coco_in_utf_16(tmp_path):
     ("annotation 0, .*: a polygon is a list of numbers",
      first(segmentation=[[{"x": 1}, {"x": 2}, {"x": 3}]])), ("annotation 0, .*: a polygon is a list of "
                                                              "numbers", first(segmentation=[[[1, 2], [3]]])),
-    ("annotation 0, .*: a polygon is a list of numbers", first(segmentation=[[1e999, 1, 2, 3, 4, 5]])), ("annotation 0, .*: a polygon is a list of numbers", first(segmentation=[[float("nan"), 1, 2, 3, 4, 5]])),
+    ("annotation 0, .*: a polygon is a list of numbers", first(segmentation=[[1e999, 1, 2, 3, 4, 5]])),
+    ("annotation 0, .*: a polygon is a list of numbers", first(segmentation=[[float("nan"), 1, 2, 3, 4, 5]])),
     ("annotation 0, .*: a polygon of 0.5 points", first(segmentation=7)), ("annotation 0, .*: a segmentation "
                                                                            "is a list of polygons",
                                                                            first(segmentation=[7, "x"])),
@@ -467,7 +471,9 @@ def test_coco_in_utf_16(tmp_path):
     ("entry 0: 'file_name' is null, a text", lambda c: c["images"][0].update(file_name=None)),
     ("entry 0: it is no object in braces", lambda c: c["annotations"].insert(0, 3)),
     ("entry 0: it is no object in braces", lambda c: c["images"].insert(0, None)), ("the polygons of "
-                                                                                    ".*im0.jpg are shares of its size", every(lambda a: dict(segmentation=[[v / W for v in a["segmentation"][0]]]))),
+                                                                                    ".*im0.jpg are shares "
+                                                                                    "of its size",
+                                                                                    every(lambda a: dict(segmentation=[[v / W for v in a["segmentation"][0]]]))),
     ("its 6 annotations are boxes only: export polygons or masks", every(lambda a: dict(segmentation=[]))),
     ("its 6 annotations are boxes only",
      lambda c: [a.pop("segmentation") for a in c["annotations"]] and None),
@@ -511,7 +517,7 @@ def test_an_RLE_of_negative_counts(tmp_path):
           "annotation 0, .*RLE", name="coco")
 
 
-# ------------------------------------------------------------------------------------------------------ formats of others
+# ------------------------------------------------------------------------------------------------------ forma
 
 
 def labelme(root, edit=lambda content, k: None, n=4, at="", **changes):
@@ -542,7 +548,8 @@ def test_labelme(tmp_path, capsys):
 
 
 def test_labelme_shapes(tmp_path):
-    """Against pixels painted by hand: a circle, a mask, two parts of one object; lines and points are none."""
+    """Against pixels painted by hand: a circle, a mask, two parts of one object; lines and points are
+    none."""
     want, disc = SQUARES.copy(), np.hypot(np.arange(H)[:, None] - 17.5, np.arange(W) - 5.5) < 4.5
     want[disc], want[2:5, 26:31], want[0:2, 20:24] = 3, 4, 1
     png = io.BytesIO()
@@ -635,7 +642,9 @@ def test_cityscapes(tmp_path):
     for split in ("train", "val"):
         for k, city in enumerate(("aachen", "bonn")):
             stem = f"{split}/{city}/{city}_{k:06}_000019"
-            write(tmp_path / f"d/leftImg8bit/{stem}_leftImg8bit.png", scene(k)[0]), write(tmp_path / f"d/gtFine/{stem}_gtFine_instanceIds.png", ids.astype(np.uint16))
+            write(tmp_path / f"d/leftImg8bit/{stem}_leftImg8bit.png",
+                  scene(k)[0]), write(tmp_path / f"d/gtFine/{stem}_gtFine_instanceIds.png",
+                                      ids.astype(np.uint16))
             write(tmp_path / f"d/gtFine/{stem}_gtFine_color.png", scene(k)[0])
     dataset = opened(tmp_path / "d")
     want = np.where((ids == 3) | (ids == 26), -1, ids)
@@ -676,7 +685,7 @@ def test_formats_are_known_by_their_files_and_named_where_none_is(tmp_path):
     fails(tmp_path / "gone", "is neither shapes, nor coco, nor a folder .*LabelMe")
 
 
-# --------------------------------------------------------------------------------------------------- an item's own faults
+# --------------------------------------------------------------------------------------------------- an item'
 
 
 def test_any_exception_of_an_item_is_its_own(tmp_path, monkeypatch):
@@ -696,7 +705,7 @@ def test_any_exception_of_an_item_is_its_own(tmp_path, monkeypatch):
         assert f"im2.jpg with {root}/labels/train/im2.png: cannot be used ({type(error).__name__}" in (dataset.folder / "skipped.txt").read_text()
 
 
-# ----------------------------------------------------------------------------------------------- options, and runs resumed
+# ----------------------------------------------------------------------------------------------- options, and
 
 
 def run(root, *more):
@@ -751,7 +760,8 @@ def test_a_checkpoint_of_before_these_options_goes_on(tmp_path, small):
 
 
 def test_a_label_map_with_a_few_single_pixels_is_one(tmp_path):
-    """People's outlines leave ids of single pixels; only where these are a good part of the image is it no label map."""
+    """People's outlines leave ids of single pixels; only where these are a good part of the image is it no
+    label map."""
     ids = np.arange(120 * 100).reshape(120, 100) // 3000
     ids[10:30, 5] = np.arange(20, 40)  # 20 ids of one pixel each, of 12,000
     Image.fromarray(ids.astype(np.uint8)).save(tmp_path / "a.png")

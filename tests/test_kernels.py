@@ -1,4 +1,5 @@
-"""loss, decode and step in Triton (on the GPU, or in the interpreter) against bits.py, diffusion.py and float64."""
+"""loss, decode and step in Triton (on the GPU, or in the interpreter) against bits.py, diffusion.py and
+float64."""
 
 import math
 
@@ -14,10 +15,12 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too slow in the interpreter")
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-# B, k, H, W and layout: one pixel; two primes, in every layout; around a power of two; the largest code; big ones
+# B, k, H, W and layout: one pixel; two primes, in every layout; around a power of two; the largest code;
+# big ones
 CASES = [((1, 6, 1, 1), "nchw"), *[((2, 6, 7, 13), name) for name in ("nchw", "channels_last", "strided")],
          ((1, 2, 127, 129), "channels_last"), ((1, 10, 8, 8), "channels_last"), ((1, 4, 5, 3), "nchw"),
-         *[pytest.param(shape, layout, marks=gpu) for shape in ((257, 8, 16, 16), (8, 6, 128, 128), (2, 6, 512, 512))
+         *[pytest.param(shape, layout, marks=gpu) for shape in ((257, 8, 16, 16), (8, 6, 128, 128),
+                                                                (2, 6, 512, 512))
            for layout in LAYOUTS]]
 
 
@@ -54,7 +57,8 @@ def float64_loss(out, cells, weight, k, prediction, activation, xt, alpha, sigma
              "v": alpha * xt.double() - sigma * out}[prediction]
     valid = (cells >= 0)[:, None]
     pixels = valid.sum((1, 2, 3)).clamp(min=1)
-    error = F.binary_cross_entropy_with_logits(2 * out, (x0 > 0).double(), reduction="none") if bce else (x_hat - x0) ** 2
+    error = F.binary_cross_entropy_with_logits(2 * out, (x0 > 0).double(),
+                                               reduction="none") if bce else (x_hat - x0) ** 2
     return weight.double() * (error * valid).sum((1, 2, 3)) / pixels
 
 
@@ -64,14 +68,17 @@ def test_loss_and_gradient(shape, layout):
 
 
 @pytest.mark.parametrize("dtype, layout", [(torch.float16, "nchw"), (torch.bfloat16, "channels_last")])
-@pytest.mark.parametrize("prediction, activation", [("x", "tanh"), ("x", "none"), ("eps", "none"), ("v", "none")])
+@pytest.mark.parametrize("prediction, activation",
+                         [("x", "tanh"), ("x", "none"), ("eps", "none"), ("v", "none")])
 def test_loss_in_every_form(dtype, layout, prediction, activation):
     check_loss((2, 6, 7, 13), layout, dtype, prediction, activation)
 
 
-@pytest.mark.parametrize("dtype, layout", [(torch.float32, "nchw"), (torch.float16, "strided"), (torch.bfloat16, "channels_last")])
+@pytest.mark.parametrize("dtype, layout",
+                         [(torch.float32, "nchw"), (torch.float16, "strided"),
+                          (torch.bfloat16, "channels_last")])
 @pytest.mark.filterwarnings("ignore:overflow")
-@pytest.mark.parametrize("scale", [1, 100])                                        # e^100 overflows float32
+@pytest.mark.parametrize("scale", [1, 100])  # e^100 overflows float32
 def test_loss_as_cross_entropy(dtype, layout, scale):
     check_loss((2, 6, 7, 13), layout, dtype, "x", "tanh", scale, bce=True)
 
@@ -84,12 +91,13 @@ def check_loss(shape, layout, dtype, prediction, activation, scale=1, bce=False)
     true = float64_loss(out, cells, weight, k, prediction, activation, xt, alpha, sigma, bce)
     loss = kernels.loss(out, cells, weight, prediction, activation, xt, alpha, sigma, bce=bce)
     torch.testing.assert_close(loss.double(), true, rtol=2e-5, atol=1e-6)
-    g = rand(B, seed=5)                                                            # not all ones: every sample its own
+    g = rand(B, seed=5)  # not all ones: every sample its own
     grad_true, = torch.autograd.grad((true * g.double()).sum(), out, retain_graph=True)
     grad, = torch.autograd.grad((loss * g).sum(), out)
     assert grad.dtype == dtype and grad.shape == out.shape
     eps = {torch.float32: 2e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
-    torch.testing.assert_close(grad.double(), grad_true.double(), rtol=eps, atol=eps * float(grad_true.abs().max()))
+    torch.testing.assert_close(grad.double(), grad_true.double(), rtol=eps,
+                               atol=eps * float(grad_true.abs().max()))
 
 
 @gpu
@@ -174,8 +182,10 @@ def test_decode_undoes_every_code_and_zero_is_no_bit():
 
 
 @pytest.mark.parametrize("t, s, sampler, variance, prediction, guidance", [
-    (8 / 8, 7 / 8, "ddpm", "large", "x", 1.0), (2 / 8, 1 / 8, "ddpm", "small", "x", 0.0), (5 / 8, 4 / 8, "ddim", "", "v", 2.5),
-    (4 / 8, 3 / 8, "ddpm", "large", "eps", 0.0), (8 / 8, 7 / 8, "ddim", "", "x", 0.0), (3 / 8, 2 / 8, "ddpm", "large", "v", 1.0)])
+    (8 / 8, 7 / 8, "ddpm", "large", "x", 1.0), (2 / 8, 1 / 8, "ddpm", "small", "x", 0.0),
+    (5 / 8, 4 / 8, "ddim", "", "v", 2.5),
+    (4 / 8, 3 / 8, "ddpm", "large", "eps", 0.0), (8 / 8, 7 / 8, "ddim", "", "x", 0.0),
+    (3 / 8, 2 / 8, "ddpm", "large", "v", 1.0)])
 def test_step_is_the_samplers(t, s, sampler, variance, prediction, guidance):
     """SPEC section 8, written out in float64, with the noise that kernels.normal gives for the same seeds."""
     d, shape = diffusion.Diffusion(), (2, 6, 7, 13)
@@ -185,7 +195,8 @@ def test_step_is_the_samplers(t, s, sampler, variance, prediction, guidance):
     (at, st), (as_, ss) = ([float(v) for v in diffusion.alpha_sigma(u, d)] for u in (t, s))
     r = math.exp(lt - ls)
 
-    halves = [diffusion.to_x0(o, xt.double(), at, st, prediction, torch.tanh).double() for o in out.double().split(2)]
+    halves = [diffusion.to_x0(o, xt.double(), at, st, prediction,
+                              torch.tanh).double() for o in out.double().split(2)]
     x_hat = (1 + guidance) * halves[0] - guidance * halves[1] if guidance else halves[0]
     x_hat = x_hat.clamp(-1, 1) * valid[:, None]
     if sampler == "ddim":
@@ -197,10 +208,13 @@ def test_step_is_the_samplers(t, s, sampler, variance, prediction, guidance):
         true = true + noise * kernels.normal(seeds, 6, 7, 13, stream=4)
         a, b, c = r * as_ / at, (1 - r) * as_, noise
     for layout in LAYOUTS:
-        after, seen = kernels.step(in_layout(out, layout), in_layout(xt, layout), at, st, a, b, c, valid, guidance, seeds, 4,
+        after, seen = kernels.step(in_layout(out, layout), in_layout(xt, layout), at, st, a, b, c, valid,
+                                   guidance, seeds, 4,
                                    prediction, with_x_hat=True)
-        torch.testing.assert_close(seen.double(), x_hat, rtol=1e-4, atol=1e-4 if prediction == "eps" else 1e-5)
-        torch.testing.assert_close(after.double(), true.double(), rtol=1e-4, atol=1e-4 if prediction == "eps" else 1e-5)
+        torch.testing.assert_close(seen.double(), x_hat, rtol=1e-4,
+                                   atol=1e-4 if prediction == "eps" else 1e-5)
+        torch.testing.assert_close(after.double(), true.double(), rtol=1e-4,
+                                   atol=1e-4 if prediction == "eps" else 1e-5)
 
 
 def test_step_with_two_dtypes_two_layouts_and_one_pixel():
@@ -209,14 +223,15 @@ def test_step_with_two_dtypes_two_layouts_and_one_pixel():
     torch.testing.assert_close(after, 0.5 * xt + 0.25 * out.float().tanh())
     assert after.dtype == torch.float32
     out, xt = rand(1, 2, 1, 1), rand(1, 2, 1, 1, seed=1).half()
-    torch.testing.assert_close(kernels.step(out, xt, 0.6, 0.8, 0.5, 0.25), (0.5 * xt.float() + 0.25 * out.tanh()).half())
+    torch.testing.assert_close(kernels.step(out, xt, 0.6, 0.8, 0.5, 0.25),
+                               (0.5 * xt.float() + 0.25 * out.tanh()).half())
 
 
 @gpu
 def test_offsets_beyond_2_to_the_31():
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of free GPU memory")
-    B = 2**31 // (6 * 512 * 512) + 2                                               # the last sample lies beyond 2^31
+    B = 2**31 // (6 * 512 * 512) + 2  # the last sample lies beyond 2^31
     x = torch.randn(B, 6, 512, 512, dtype=torch.bfloat16, device=DEVICE)
     cells = torch.randint(-1, 64, (B, 512, 512), dtype=torch.int8, device=DEVICE)
     one, seeds = torch.ones(B, device=DEVICE), torch.arange(B, device=DEVICE)
@@ -230,4 +245,5 @@ def test_offsets_beyond_2_to_the_31():
     x = x.detach()
     assert torch.equal(kernels.decode(x, dtype=torch.int8)[-1:], kernels.decode(x[-1:], dtype=torch.int8))
     xt = kernels.noise(cells, one, one, seeds, 6, dtype=torch.bfloat16)
-    assert torch.equal(xt[-1:], kernels.noise(cells[-1:], one[-1:], one[-1:], seeds[-1:], 6, dtype=torch.bfloat16))
+    assert torch.equal(xt[-1:],
+                       kernels.noise(cells[-1:], one[-1:], one[-1:], seeds[-1:], 6, dtype=torch.bfloat16))

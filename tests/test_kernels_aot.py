@@ -1,4 +1,5 @@
-"""The kernels compile for GPUs that are not here, without spills, and read and write their main arrays 16 bytes at a time."""
+"""The kernels compile for GPUs that are not here, without spills, and read and write their main arrays 16
+bytes at a time."""
 
 import json
 import os
@@ -22,9 +23,10 @@ def bytes_a_thread(channels, item, pixels=PIXELS):
 
 
 def expected(case, kernel, K):
-    """Bytes (load, store) that a thread must move in accesses of at least 16, of the main arrays; None: not looked at."""
+    """Bytes (load, store) that a thread must move in accesses of at least 16, of the main arrays; None: not
+    looked at."""
     item = 2 if case.startswith("bfloat16") else 4
-    rows = 128 * 16 // item                      # pixels of a program that holds whole pixels in registers
+    rows = 128 * 16 // item  # pixels of a program that holds whole pixels in registers
     wide = 16 if K > 6 and item == 2 else 0  # cells in int16
     if kernel == "noise_kernel":
         image = 12 if "detail 2" in case else 3 if "input" in case else 0
@@ -39,7 +41,9 @@ def expected(case, kernel, K):
         x_hat = ("ddpm" in case) * bytes_a_thread(K, 4)
         return bytes_a_thread(2 * K, item) + bytes_a_thread(K, 4), bytes_a_thread(K, 4) + x_hat
     if kernel == "decode_kernel":
-        return bytes_a_thread(K, item, rows), bytes_a_thread(1, 8, rows) + ("soft" in case) * bytes_a_thread(2, 4, rows)
+        return bytes_a_thread(K, item, rows), bytes_a_thread(1, 8,
+                                                             rows) + ("soft" in case) * bytes_a_thread(2, 4,
+                                                                                                       rows)
     if "eps" in case:  # of two arrays, one in float32, a thread has 4 pixels
         return bytes_a_thread(K, 4, 512), None
     load = bytes_a_thread(K, item, rows) + wide

@@ -1,4 +1,5 @@
-"""kernels/__init__.py: which path runs, what it refuses, and that the folder stands alone, compiles and can be captured."""
+"""kernels/__init__.py: which path runs, what it refuses, and that the folder stands alone, compiles and can
+be captured."""
 
 import os
 import shutil
@@ -36,7 +37,8 @@ def fresh(code, cwd, **env):
 def test_the_folder_alone_works_and_says_once_what_is_live(tmp_path):
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     code = "import torch, kernels; print([kernels.decode(torch.ones(1, 6, 1, 1)).item() for _ in range(2)])"
-    assert fresh(code, tmp_path) == ["kernels: PyTorch (the tensors are on cpu)", "[45, 45]"]      # row 5, column 5
+    # row 5, column 5
+    assert fresh(code, tmp_path) == ["kernels: PyTorch (the tensors are on cpu)", "[45, 45]"]
 
 
 def test_without_triton_it_runs_pytorch_or_says_why_not(tmp_path):
@@ -52,7 +54,8 @@ for mode in ("triton", "auto"):
     kernels.use("auto")
 """
     assert fresh(code, tmp_path, BITSEG_KERNELS="triton") == [
-        "Triton kernels were asked for, but triton cannot be imported (no triton here): use 'auto' or 'torch'",
+        "Triton kernels were asked for, but triton cannot be imported (no triton here): use 'auto' or "
+        "'torch'",
         "kernels: PyTorch (triton cannot be imported (no triton here))", "45"]
 
 
@@ -67,13 +70,13 @@ def test_forced_on_a_cpu_raises_with_the_reason(monkeypatch):
 def test_modes_have_names(monkeypatch):
     with pytest.raises(ValueError, match="kernels 'cuda' is not one of auto, triton, torch"):
         kernels.use("cuda")
-    monkeypatch.setattr(kernels, "mode", "fast")                       # as read from the environment
+    monkeypatch.setattr(kernels, "mode", "fast")  # as read from the environment
     with pytest.raises(ValueError, match="BITSEG_KERNELS 'fast' is not one of auto, triton, torch"):
         kernels.decode(torch.ones(1, 6, 1, 1))
 
 
 def test_auto_takes_triton_on_cuda_alone():
-    assert kernels.live("cpu")[0] == "torch"                           # although the interpreter could
+    assert kernels.live("cpu")[0] == "torch"  # although the interpreter could
     if DEVICE == "cuda":
         assert kernels.live("cuda")[0] == "triton"
 
@@ -100,7 +103,8 @@ def test_a_gpu_without_a_compiler_gets_a_sentence_with_the_remedy(monkeypatch, t
         kernels.use(mode)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         with pytest.raises(RuntimeError,
-                           match=f"{lacks}.*apt install gcc python3-dev.*dnf install.*conda install.*--kernels torch"):
+                           match=f"{lacks}.*apt install gcc python3-dev.*dnf install.*conda "
+                                 f"install.*--kernels torch"):
             kernels.live("cuda")
     kernels.use("torch")
     assert kernels.live("cuda") == ("torch", "asked for")
@@ -123,34 +127,43 @@ def test_a_failed_launch_is_not_hidden(monkeypatch):
         kernels.decode(torch.ones(1, 6, 1, 1, device=DEVICE))
 
 
-X, CELLS, ONE, SEEDS = torch.zeros(2, 6, 4, 5), torch.zeros(2, 4, 5, dtype=torch.int64), torch.ones(2), torch.arange(2)
+X, CELLS, ONE, SEEDS = torch.zeros(2, 6, 4, 5), torch.zeros(2, 4, 5,
+                                                            dtype=torch.int64), torch.ones(2), torch.arange(2)
 META = torch.zeros(2, 6, 4, 5, device="meta")
 
 
 @pytest.mark.parametrize("call, message", [
     (lambda: kernels.loss(X, CELLS[:1], ONE), r"cells must have shape \(2, 4, 5\), not \(1, 4, 5\)"),
-    (lambda: kernels.loss(X, CELLS.float(), ONE), "cells must be int8 or int16 or int32 or int64, not float32"),
+    (lambda: kernels.loss(X, CELLS.float(), ONE), "cells must be int8 or int16 or int32 or int64, not "
+                                                  "float32"),
     (lambda: kernels.loss(X, CELLS, ONE[:1]), r"weight must have shape \(2,\), not \(1,\)"),
     (lambda: kernels.loss(META, CELLS, ONE), "cells must be on meta, not on cpu"),
     (lambda: kernels.loss(X, CELLS, ONE, "y"), "prediction 'y' is not one of x, eps, v"),
     (lambda: kernels.loss(X, CELLS, ONE, "x", "relu"), "activation 'relu' is not one of tanh, none"),
     (lambda: kernels.loss(X, CELLS, ONE, "eps"), r"prediction 'eps' needs xt \(2, 6, 4, 5\)"),
-    (lambda: kernels.loss(X, CELLS, ONE, "v", "tanh", X[:, :5], ONE, ONE), r"xt must have shape \(2, 6, 4, 5\), not \(2, 5, 4, 5\)"),
-    (lambda: kernels.loss(X, CELLS, ONE, "x", "none", bce=True), "bce needs prediction 'x' and activation 'tanh'"),
+    (lambda: kernels.loss(X, CELLS, ONE, "v", "tanh", X[:, :5], ONE, ONE), r"xt must have shape \(2, 6, 4, "
+                                                                           r"5\), not \(2, 5, 4, 5\)"),
+    (lambda: kernels.loss(X, CELLS, ONE, "x", "none", bce=True), "bce needs prediction 'x' and activation "
+                                                                 "'tanh'"),
     (lambda: kernels.loss(X, CELLS, ONE, codes=SEEDS), r"codes must have shape \(64,\), not \(2,\)"),
     (lambda: kernels.decode(X.double()), r"x must be \(B, k, H, W\).*in float64"),
     (lambda: kernels.decode(X[:, :1]), r"k from 2 to 10.*not \(2, 1, 4, 5\)"),
     (lambda: kernels.decode(X[:0]), "not empty"),
     (lambda: kernels.decode(X, ONE), r"valid must have shape \(2, 4, 5\), not \(2,\)"),
-    (lambda: kernels.decode(torch.zeros(1, 8, 2, 2), dtype=torch.int8), "cells up to 255 do not fit into int8"),
-    (lambda: kernels.step(X, X, 1, 1, 1, 1, guidance=1.0), r"out must have shape \(4, 6, 4, 5\), not \(2, 6, 4, 5\)"),
+    (lambda: kernels.decode(torch.zeros(1, 8, 2, 2), dtype=torch.int8), "cells up to 255 do not fit into "
+                                                                        "int8"),
+    (lambda: kernels.step(X, X, 1, 1, 1, 1, guidance=1.0), r"out must have shape \(4, 6, 4, 5\), not \(2, "
+                                                           r"6, 4, 5\)"),
     (lambda: kernels.step(X, X, 1, 1, 1, 1, c=0.5), r"c = 0.5 needs seeds \(2,\)"),
     (lambda: kernels.noise(CELLS, ONE, ONE[:1], SEEDS, 6), r"sigma must have shape \(2,\), not \(1,\)"),
     (lambda: kernels.noise(CELLS, ONE, ONE, SEEDS.int(), 6), "seeds must be int64, not int32"),
     (lambda: kernels.noise(CELLS, ONE, ONE, SEEDS, 6, stream=-1), "stream must be from 0"),
-    (lambda: kernels.noise(CELLS.byte(), ONE, ONE, SEEDS, 6), "cells must be int8 or int16 or int32 or int64, not uint8"),
-    (lambda: kernels.network_input(CELLS, ONE, ONE, SEEDS, 6, X), r"image must have shape \(2, 3, 4, 5\), not \(2, 6, 4, 5\)"),
-    (lambda: kernels.network_input(CELLS, ONE, ONE, SEEDS, 6, torch.zeros(2, 3, 4, 5).byte()), "image must be float32.*not uint8"),
+    (lambda: kernels.noise(CELLS.byte(), ONE, ONE, SEEDS, 6), "cells must be int8 or int16 or int32 or "
+                                                              "int64, not uint8"),
+    (lambda: kernels.network_input(CELLS, ONE, ONE, SEEDS, 6, X), r"image must have shape \(2, 3, 4, 5\), "
+                                                                  r"not \(2, 6, 4, 5\)"),
+    (lambda: kernels.network_input(CELLS, ONE, ONE, SEEDS, 6, torch.zeros(2, 3, 4, 5).byte()),
+     "image must be float32.*not uint8"),
     (lambda: kernels.locate(X, 8), r"labels must be integers of shape \(B, H, W\)"),
     (lambda: kernels.locate(CELLS, 33), "side must be from 1 to 32, not 33"),
     (lambda: kernels.locate(CELLS, 16, dtype=torch.int8), "cells up to 255 do not fit into int8"),
@@ -161,7 +174,7 @@ def test_mistakes_are_named_before_anything_runs(call, message):
         call()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # As parts of larger things
 
 
@@ -171,8 +184,12 @@ def training_loss(out, cells, image, alpha, sigma, seeds, weight):
 
 
 def training_arguments():
-    cells, out, image = torch.randint(-1, 64, (2, 4, 5)), torch.rand(2, 6, 4, 5).requires_grad_(), torch.rand(2, 3, 4, 5)
-    return [v.detach().to(DEVICE).requires_grad_(v.requires_grad) for v in (out, cells, image, *torch.rand(2, 2), SEEDS, torch.rand(2))]
+    cells, out, image = torch.randint(-1, 64, (2, 4, 5)), torch.rand(2, 6, 4,
+                                                                     5).requires_grad_(), torch.rand(2, 3, 4,
+                                                                                                     5)
+    return [v.detach().to(DEVICE).requires_grad_(v.requires_grad) for v in (out, cells, image,
+                                                                            *torch.rand(2, 2), SEEDS,
+                                                                            torch.rand(2))]
 
 
 @needs_triton
@@ -180,7 +197,8 @@ def training_arguments():
 def test_torch_compile_sees_one_graph_and_the_same_result(backend):
     kernels.use(backend)
     args = training_arguments()
-    loss = torch.compile(training_loss, backend="aot_eager" if DEVICE == "cpu" else "inductor", fullgraph=True)(*args)
+    loss = torch.compile(training_loss, backend="aot_eager" if DEVICE == "cpu" else "inductor",
+                         fullgraph=True)(*args)
     true = training_loss(*args)
     torch.testing.assert_close(loss, true)
     torch.testing.assert_close(torch.autograd.grad(loss, args[0]), torch.autograd.grad(true, args[0]))
@@ -192,7 +210,8 @@ def test_operators_are_registered_properly():
     x, cells, one, seeds = (v.to(DEVICE) for v in (X, CELLS, ONE, SEEDS))
     check = lambda op, *args: torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
     check(kernels._loss.loss_forward, x, cells, one, "x", True, False, False, None, None, None, None)
-    check(kernels._loss.loss_backward, one, one, one, x, cells, "x", True, False, False, None, None, None, None)
+    check(kernels._loss.loss_backward, one, one, one, x, cells, "x", True, False, False, None, None, None,
+          None)
     check(kernels._decode.decode, x, False, None, None, torch.int64, True)
     check(kernels._step.step, x, x, False, 0.5, 0.5, 0.5, 0.5, 0.5, None, 0.0, seeds, 1, "x", True, True)
     check(kernels._noise.noise, seeds, 0, 4, 5, 6, torch.float32, True, cells, one, one)
@@ -230,7 +249,8 @@ def test_a_training_step_through_the_kernels_is_eq_2():
     if kernels.triton is not None:
         kernels.use("triton")
     labels = torch.randint(-1, 9, (2, 4, 4), device=DEVICE).repeat_interleave(3, 1).repeat_interleave(3, 2)
-    image, seeds, d = torch.rand(2, 3, 12, 12, device=DEVICE), torch.tensor([7, 8], device=DEVICE), diffusion.Diffusion()
+    image, seeds, d = torch.rand(2, 3, 12, 12, device=DEVICE), torch.tensor([7, 8],
+                                                                            device=DEVICE), diffusion.Diffusion()
     t = torch.tensor([0.2, 0.7], dtype=torch.float64, device=DEVICE)
     net = torch.nn.Conv2d(9, 6, 3, padding=1).to(DEVICE)
     alpha, sigma = (v.float() for v in diffusion.alpha_sigma(t, d))
@@ -244,6 +264,7 @@ def test_a_training_step_through_the_kernels_is_eq_2():
     codec = bits.Codec()
     x0, valid = codec.encode(codec.cells(labels)), labels >= 0
     xt = alpha.view(-1, 1, 1, 1) * x0 + sigma.view(-1, 1, 1, 1) * kernels.reference.normal(seeds, 6, 12, 12)
-    true = (weight * diffusion.per_sample_error(net(diffusion.network_input(xt, image)).tanh(), x0, valid)).mean()
+    true = (weight * diffusion.per_sample_error(net(diffusion.network_input(xt, image)).tanh(), x0,
+                                                valid)).mean()
     torch.testing.assert_close(loss, true, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(grad, torch.autograd.grad(true, net.weight)[0], rtol=1e-3, atol=1e-5)

@@ -29,16 +29,17 @@ LABELS = {
     "patches":          (maps(3, 24, 40, 12, 6), 8),
     "one pixel":        (maps(2, 1, 1, 3), 8),
     "odd sizes":        (maps(1, 7, 13, 30), 8),
-    "collisions":       (maps(2, 16, 16, 60), 8),                      # noise: all centroids near the middle
-    "too many":         (maps(2, 16, 16, 100, seed=1), 4),             # for 16 cells
+    "collisions":       (maps(2, 16, 16, 60), 8),  # noise: all centroids near the middle
+    "too many":         (maps(2, 16, 16, 100, seed=1), 4),  # for 16 cells
     "two cells a side": (maps(2, 9, 9, 9), 2),
     "11 a side":        (maps(1, 20, 20, 40, 2), 11),
     "32 a side":        (maps(1, 24, 24, 50), 32),
     "all ignored":      (torch.full((2, 5, 5), -1, device=DEVICE), 8),
     "some ignored":     (torch.cat([maps(1, 5, 5, 4), torch.full((1, 5, 5), -1, device=DEVICE)]), 8),
     "large ids":        (maps(2, 16, 16, 9, 4) * 10**12 + 7, 8),
-    "negative ids":     (maps(2, 16, 16, 9, 4) - 5, 8),                # -1 among them
-    "ties":             (torch.arange(4, device=DEVICE).view(1, 2, 2).repeat_interleave(4, 1).repeat_interleave(4, 2), 3),
+    "negative ids":     (maps(2, 16, 16, 9, 4) - 5, 8),  # -1 among them
+    "ties":             (torch.arange(4, device=DEVICE).view(1, 2, 2).repeat_interleave(4,
+                                                                                        1).repeat_interleave(4, 2), 3),
 }
 
 
@@ -62,9 +63,11 @@ def test_locate_takes_every_integer_type_and_strides(kind):
 def test_locate_with_a_bound_ignores_what_is_beyond_it():
     labels = maps(2, 16, 16, 12, 4)
     assert torch.equal(kernels.locate(labels, 8, labels_below=12), bits.locate(labels, 8))
-    assert torch.equal(kernels.locate(labels, 8, labels_below=6), bits.locate(labels.masked_fill(labels >= 6, -1), 8))
-    huge = labels.masked_fill(labels == 3, 2**32 + 3)                  # not to be taken for 3
-    assert torch.equal(kernels.locate(huge, 8, labels_below=12), bits.locate(labels.masked_fill(labels == 3, -1), 8))
+    assert torch.equal(kernels.locate(labels, 8, labels_below=6),
+                       bits.locate(labels.masked_fill(labels >= 6, -1), 8))
+    huge = labels.masked_fill(labels == 3, 2**32 + 3)  # not to be taken for 3
+    assert torch.equal(kernels.locate(huge, 8, labels_below=12),
+                       bits.locate(labels.masked_fill(labels == 3, -1), 8))
 
 
 def test_locate_more_distinct_ids_than_the_kernel_holds():
@@ -74,7 +77,8 @@ def test_locate_more_distinct_ids_than_the_kernel_holds():
 
 
 @gpu
-@pytest.mark.parametrize("B, H, W, segments, patch", [(257, 16, 16, 20, 4), (8, 128, 128, 64, 16), (2, 512, 512, 900, 3)])
+@pytest.mark.parametrize("B, H, W, segments, patch",
+                         [(257, 16, 16, 20, 4), (8, 128, 128, 64, 16), (2, 512, 512, 900, 3)])
 def test_locate_large(B, H, W, segments, patch):
     labels = maps(B, H, W, segments, patch)
     assert torch.equal(kernels.locate(labels, 8), bits.locate(labels, 8))

@@ -1,4 +1,5 @@
-"""The noise: Philox against its published answers, the numbers' statistics, and the Triton kernel against plain Python."""
+"""The noise: Philox against its published answers, the numbers' statistics, and the Triton kernel against
+plain Python."""
 
 import math
 
@@ -13,7 +14,8 @@ import kernels
 from kernels import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(kernels.triton is None, reason="needs Triton"))]
+BACKENDS = ["torch",
+            pytest.param("triton", marks=pytest.mark.skipif(kernels.triton is None, reason="needs Triton"))]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -38,7 +40,8 @@ def philox(counter, key):
 
 
 def test_philox_known_answers():
-    """The answers that the authors' library (Random123) publishes; they hold our plain Python to the standard."""
+    """The answers that the authors' library (Random123) publishes; they hold our plain Python to the
+    standard."""
     ones, pi = 2**32 - 1, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
     assert philox((0, 0, 0, 0), (0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     assert philox((ones,) * 4, (ones, ones)) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
@@ -76,7 +79,8 @@ def test_same_seed_same_noise_in_every_batch(either):
 
 
 def test_statistics():
-    """Of the twin, to which the other tests hold the kernel; 3.1 million numbers, bounds at 5 standard errors."""
+    """Of the twin, to which the other tests hold the kernel; 3.1 million numbers, bounds at 5 standard
+    errors."""
     kernels.use("torch" if DEVICE == "cpu" else "triton")
     x = kernels.normal(torch.arange(32, device=DEVICE), 6, 128, 128).double().cpu()
     kernels.use("auto")
@@ -86,30 +90,36 @@ def test_statistics():
     assert abs((x**3).mean()) < 5 * (15 / n) ** 0.5
     assert abs((x**4).mean() - 3) < 5 * (96 / n) ** 0.5
     assert stats.kstest(x.flatten()[:200_000].numpy(), "norm").pvalue > 1e-4
-    assert 4.6 < x.abs().max() < 6.7                                   # tails are there; 2^-32 ends them at 6.66
+    assert 4.6 < x.abs().max() < 6.7  # tails are there; 2^-32 ends them at 6.66
 
     def uncorrelated(a, b):
         assert abs((a * b).mean()) < 5 / a.numel() ** 0.5
         assert abs(((a**2 - 1) * (b**2 - 1)).mean()) < 5 * 2 / a.numel() ** 0.5
 
     for c in range(1, 6):
-        uncorrelated(x[:, 0], x[:, c])                                 # channels
-    uncorrelated(x[..., :-1], x[..., 1:])                              # pixels
+        uncorrelated(x[:, 0], x[:, c])  # channels
+    uncorrelated(x[..., :-1], x[..., 1:])  # pixels
     uncorrelated(x[..., :-1, :], x[..., 1:, :])
-    uncorrelated(x[:-1], x[1:])                                        # samples, of neighbouring seeds
-    uncorrelated(x, kernels.normal(torch.arange(32, device=DEVICE), 6, 128, 128, stream=1).double().cpu())       # streams
+    uncorrelated(x[:-1], x[1:])  # samples, of neighbouring seeds
+    # streams
+    uncorrelated(x, kernels.normal(torch.arange(32, device=DEVICE), 6, 128, 128, stream=1).double().cpu())
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("bits_, dtype", [(6, torch.float32), (6, torch.bfloat16), (2, torch.float16), (10, torch.float32)])
+@pytest.mark.parametrize("bits_, dtype",
+                         [(6, torch.float32), (6, torch.bfloat16), (2, torch.float16), (10, torch.float32)])
 def test_noise_is_alpha_x0_plus_sigma_eps(either, channels_last, bits_, dtype):
     cells = torch.randint(-1, 2**bits_, (2, 7, 13), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    alpha, sigma, s = torch.tensor([0.8, 0.1], device=DEVICE), torch.tensor([0.6, 0.99], device=DEVICE), seeds(3, 4)
+    alpha, sigma, s = torch.tensor([0.8, 0.1], device=DEVICE), torch.tensor([0.6, 0.99],
+                                                                            device=DEVICE), seeds(3, 4)
     xt = kernels.noise(cells, alpha, sigma, s, bits_, 1, dtype=dtype, channels_last=channels_last)
     eps = reference.normal(s, bits_, 7, 13, 1).double()
     true = alpha.view(-1, 1, 1, 1) * bits.Codec(bits=bits_).encode(cells) + sigma.view(-1, 1, 1, 1) * eps
-    assert xt.dtype == dtype and xt.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    torch.testing.assert_close(xt.double(), true, **{torch.float32: dict(rtol=1e-5, atol=2e-6), torch.float16: dict(rtol=1e-3, atol=1e-3),
+    assert xt.dtype == dtype and xt.is_contiguous(memory_format=torch.channels_last if channels_last
+                                                  else torch.contiguous_format)
+    torch.testing.assert_close(xt.double(), true,
+                               **{torch.float32: dict(rtol=1e-5, atol=2e-6),
+                                  torch.float16: dict(rtol=1e-3, atol=1e-3),
                                                      torch.bfloat16: dict(rtol=8e-3, atol=1e-3)}[dtype])
 
 
@@ -118,17 +128,21 @@ def test_noise_is_alpha_x0_plus_sigma_eps(either, channels_last, bits_, dtype):
     (False, torch.float32, "given", 1), (False, torch.float32, "", 1), (True, torch.bfloat16, "", 2),
     (False, torch.float32, "given", 2)])
 def test_network_input(either, channels_last, dtype, x_self, detail):
-    """Against frame.normalise and diffusion.network_input; one image is dropped, one is padded, some are folded."""
+    """Against frame.normalise and diffusion.network_input; one image is dropped, one is padded, some are
+    folded."""
     g = torch.Generator().manual_seed(0)
     cells = torch.randint(-1, 64, (2, 9, 9), generator=g).to(DEVICE)
-    image, sizes = torch.randint(0, 256, (2, 9 * detail, 9 * detail, 3), generator=g).byte().to(DEVICE), torch.tensor([[9, 6], [4, 9]], device=DEVICE)
-    alpha, sigma, keep, s = (torch.tensor(v, device=DEVICE) for v in ([0.8, 0.1], [0.6, 0.99], [True, False], [3, 4]))
+    image, sizes = torch.randint(0, 256, (2, 9 * detail, 9 * detail, 3),
+                                 generator=g).byte().to(DEVICE), torch.tensor([[9, 6], [4, 9]], device=DEVICE)
+    alpha, sigma, keep, s = (torch.tensor(v, device=DEVICE) for v in ([0.8, 0.1], [0.6, 0.99], [True, False],
+                                                                      [3, 4]))
     previous = torch.rand(2, 6, 9, 9, generator=g).to(DEVICE)
     normalised, _ = frame.normalise(image, sizes, detail)
     xt = kernels.noise(cells, alpha, sigma, s, 6)
     last = {"": None, "zeros": 0 * previous, "given": previous}[x_self]
     true = diffusion.network_input(xt, normalised * keep.view(-1, 1, 1, 1), last)
     out = kernels.network_input(cells, alpha, sigma, s, 6, normalised, keep,
-                                last if x_self == "given" else None, bool(x_self), dtype=dtype, channels_last=channels_last)
+                                last if x_self == "given" else None, bool(x_self), dtype=dtype,
+                                channels_last=channels_last)
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), true, rtol=8e-3 if dtype == torch.bfloat16 else 1e-5, atol=2e-6)

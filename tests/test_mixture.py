@@ -17,7 +17,8 @@ def folder(path, value, ids, count=4):
             (path / kind / split).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             Image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(path / f"images/{split}/{i}.png")
-            Image.fromarray(np.repeat(np.array(ids, np.uint8), 32 // len(ids))[None].repeat(32, 0)).save(path / f"labels/{split}/{i}.png")
+            Image.fromarray(np.repeat(np.array(ids, np.uint8), 32 // len(ids))[None].repeat(32,
+                                                                                            0)).save(path / f"labels/{split}/{i}.png")
     return path
 
 
@@ -27,9 +28,13 @@ def options(tmp_path):
 
 def test_parts():
     assert data.parse_part("photos") == ("photos", 1.0, dict(components=False, unlabelled=None, void=()))
-    assert data.parse_part("a/b:2.5:components:ignore:void=255:void=0") == ("a/b", 2.5, dict(components=True, unlabelled="ignore", void=(0, 255)))
-    assert data.parse_part(r"C:\photos:ignore:3") == (r"C:\photos", 3.0, dict(components=False, unlabelled="ignore", void=()))
-    assert data.parse_part("photos:0")[0] == "photos:0"                            # no weight: no such folder, says load
+    assert data.parse_part("a/b:2.5:components:ignore:void=255:void=0") == ("a/b", 2.5,
+                                                                            dict(components=True,
+                                                                                 unlabelled="ignore",
+                                                                                 void=(0, 255)))
+    assert data.parse_part(r"C:\photos:ignore:3") == (r"C:\photos", 3.0,
+                                                      dict(components=False, unlabelled="ignore", void=()))
+    assert data.parse_part("photos:0")[0] == "photos:0"  # no weight: no such folder, says load
     with pytest.raises(ValueError, match="not a data set"):
         data.parse_part(":3")
 
@@ -45,9 +50,10 @@ def test_shares_follow_the_weights(tmp_path):
     mixed = data.load(f"{a}:3,{b}", "train", 32, **options(tmp_path))
     images, labels, sizes = mixed.get(range(2000))
     dark = (images.flatten(1).float().mean(1) < 100).float().mean()
-    assert abs(dark - 0.75) < 0.04                                                 # 4 standard deviations
+    assert abs(dark - 0.75) < 0.04  # 4 standard deviations
     assert images.shape == (2000, 32, 32, 3) and images.dtype == torch.uint8 and labels.dtype == torch.int64
-    assert len({tuple(label.unique().tolist()) for label in labels}) == 2 and sizes.tolist() == [[32, 32]] * 2000
+    assert len({tuple(label.unique().tolist()) for label in labels}) == 2 and sizes.tolist() == [[32,
+                                                                                                  32]] * 2000
 
 
 def test_a_sample_depends_on_its_number_alone(tmp_path):
@@ -62,7 +68,8 @@ def test_a_sample_depends_on_its_number_alone(tmp_path):
 
 def test_ignore_and_components_hold_for_one_part(tmp_path):
     a, b = folder(tmp_path / "a", 10, [0, 1]), folder(tmp_path / "b", 200, [0, 5, 0, 5])
-    images, labels, _ = data.load(f"{a},{b}:components:ignore", "train", 32, **options(tmp_path)).get(range(60))
+    images, labels, _ = data.load(f"{a},{b}:components:ignore", "train", 32,
+                                  **options(tmp_path)).get(range(60))
     for image, label in zip(images, labels):
         ids = set(label.unique().tolist())
         assert ids == {0, 1} if image.float().mean() < 100 else len(ids) == 3 and -1 in ids
@@ -85,7 +92,8 @@ def test_wrong_use(tmp_path):
 
 
 def test_a_composition_is_a_picture_of_its_labels():
-    """Photos of flat colours: in a composition, pixels of one segment have one colour, and the top piece hides the rest."""
+    """Photos of flat colours: in a composition, pixels of one segment have one colour, and the top piece
+    hides the rest."""
     colours = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200], [90, 90, 90]], np.uint8)
     halves = np.repeat([1, 2], 16)[None].repeat(32, 0)
     seen = 0
@@ -99,11 +107,11 @@ def test_a_composition_is_a_picture_of_its_labels():
         image, labels, size = scenes.compose(rng, photo)
         assert image.shape == (32, 32, 3) and image.dtype == np.uint8 and size.tolist() == [32, 32]
         ids = np.unique(labels)
-        assert ids.tolist() == list(range(len(ids)))                               # dense, so that a bound is known
+        assert ids.tolist() == list(range(len(ids)))  # dense, so that a bound is known
         for i in ids:
             assert len(np.unique(image[labels == i], axis=0)) == 1, number
         seen += len(ids)
-    assert seen > 150                                                              # 3 segments and more, on average
+    assert seen > 150  # 3 segments and more, on average
 
 
 def test_texture_stays_inside_its_segment():
@@ -123,5 +131,5 @@ def test_texture_stays_inside_its_segment():
 
 def test_cut_out_keeps_pixels_and_moves_maps_alike():
     array = np.arange(48).reshape(6, 8)
-    assert (scenes.cut_out(array, 1, 2, 3, 4, 3, 4) == array[1:4, 2:6]).all()        # no change of size: the pixels
+    assert (scenes.cut_out(array, 1, 2, 3, 4, 3, 4) == array[1:4, 2:6]).all()  # no change of size: the pixels
     assert (scenes.cut_out(array, 0, 0, 6, 8, 12, 16) == array.repeat(2, 0).repeat(2, 1)).all()

@@ -1,4 +1,5 @@
-"""model.py: the paper's layout as golden lists, its layers against plain formulas, and what every network must do."""
+"""model.py: the paper's layout as golden lists, its layers against plain formulas, and what every network
+must do."""
 
 import math
 
@@ -47,7 +48,8 @@ def test_paper_has_38496262_parameters(paper):
 
 
 def test_paper_layout(paper):
-    """Channels of every residual block, width of every attention and where they run, in the order of the forward pass."""
+    """Channels of every residual block, width of every attention and where they run, in the order of the
+    forward pass."""
     blocks, attention = [], []
 
     def note(m, inputs, out):
@@ -58,12 +60,13 @@ def test_paper_layout(paper):
 
     handles = [m.register_forward_hook(note) for m in paper.modules() if isinstance(m, (ResBlock, Attention))]
     with torch.no_grad():
-        out = paper(torch.randn(1, 9, 32, 32), torch.rand(1))                      # 32: a quarter of the paper's side
+        out = paper(torch.randn(1, 9, 32, 32), torch.rand(1))  # 32: a quarter of the paper's side
     for h in handles:
         h.remove()
     encoder = [(64, 64, 32)] * 3 + [(64, 128, 16)] + [(128, 128, 16)] * 2 + [(128, 128, 8)] * 3
     encoder += [(128, 256, 4)] + [(256, 256, 4)] * 2 + [(256, 256, 2)] * 3
-    decoder = [(512, 256, 2)] * 4 + [(512, 256, 4)] * 3 + [(384, 256, 4)] + [(384, 128, 8)] + [(256, 128, 8)] * 3
+    decoder = [(512, 256, 2)] * 4 + [(512, 256, 4)] * 3 + [(384, 256, 4)] + [(384, 128, 8)] + [(256, 128,
+                                                                                                8)] * 3
     decoder += [(256, 128, 16)] * 3 + [(192, 128, 16)] + [(192, 64, 32)] + [(128, 64, 32)] * 3
     assert blocks == encoder + [(256, 256, 2)] * 2 + decoder
     assert attention == [(4, 256, 4)] * 3 + [(4, 256, 2)] * (3 + 1 + 4) + [(4, 256, 4)] * 4
@@ -71,7 +74,8 @@ def test_paper_layout(paper):
 
 
 def test_paper_multipliers_for_other_sizes():
-    assert SIZES["paper"]["mult"] == PAPER_MULT[128] == (1, 2, 2, 4, 4) and PAPER_MULT[256] == (1, 1, 2, 2, 4, 4)
+    assert SIZES["paper"]["mult"] == PAPER_MULT[128] == (1, 2, 2, 4, 4) and PAPER_MULT[256] == (1, 1, 2, 2, 4,
+                                                                                                4)
     assert (PAPER_MULT[64], PAPER_MULT[32], PAPER_MULT[16]) == ((1, 2, 3, 4), (1, 2, 2, 2), (1, 2, 2))
 
 
@@ -83,31 +87,32 @@ def test_time_features():
 
 def test_attention_by_hand():
     layer = randomised(Attention(64, 4))
-    x = torch.randn(2, 64, 3, 5)                                                   # not square: rows and columns differ
+    x = torch.randn(2, 64, 3, 5)  # not square: rows and columns differ
     p = dict(layer.named_parameters())
-    tokens = F.group_norm(x, 32, p["norm.weight"], p["norm.bias"]).flatten(2)       # (B, C, N)
+    tokens = F.group_norm(x, 32, p["norm.weight"], p["norm.bias"]).flatten(2)  # (B, C, N)
     qkv = p["qkv.weight"][:, :, 0, 0] @ tokens + p["qkv.bias"][:, None]
     q, k, v = qkv.split(64, dim=1)
     heads = []
     for h in range(4):
-        a, b, c = (part[:, 16 * h : 16 * h + 16] for part in (q, k, v))            # (B, 16, N)
+        a, b, c = (part[:, 16 * h : 16 * h + 16] for part in (q, k, v))  # (B, 16, N)
         heads.append(c @ (a.transpose(1, 2) @ b / 16**0.5).softmax(-1).transpose(1, 2))
     out = p["out.weight"][:, :, 0, 0] @ torch.cat(heads, 1) + p["out.bias"][:, None]
     assert torch.allclose(layer(x), x + out.view_as(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("c_out", [32, 64])                                        # same width: no 1x1 on the skip
+@pytest.mark.parametrize("c_out", [32, 64])  # same width: no 1x1 on the skip
 def test_residual_block_by_hand(c_out):
     layer = randomised(ResBlock(32, c_out, 8))
     x, emb, p = torch.randn(2, 32, 4, 6), torch.randn(2, 8), dict(layer.named_parameters())
     h = F.silu(F.group_norm(x, 32, p["norm1.weight"], p["norm1.bias"]))
-    h = F.conv2d(h, p["conv1.weight"], p.get("conv1.bias", torch.randn(32)), padding=1)        # 32: any bias, any time
+    # 32: any bias, any time
+    h = F.conv2d(h, p["conv1.weight"], p.get("conv1.bias", torch.randn(32)), padding=1)
     time = F.linear(F.silu(emb), p["emb.weight"], p["emb.bias"]) if c_out == 64 else torch.randn(2, 32)
     h = h + time[:, :, None, None]
     h = F.silu(F.group_norm(h, 32, p["norm2.weight"], p["norm2.bias"]))
     h = F.conv2d(h, p["conv2.weight"], p["conv2.bias"], padding=1)
     skip = F.conv2d(x, p["skip.weight"], p["skip.bias"]) if c_out != 32 else x
-    assert torch.allclose(layer(x, F.silu(emb)), skip + h, atol=1e-4)              # the caller applies emb's SiLU
+    assert torch.allclose(layer(x, F.silu(emb)), skip + h, atol=1e-4)  # the caller applies emb's SiLU
     assert c_out == 64 or not {"skip.weight", "conv1.bias", "emb.weight"} & p.keys()
 
 
@@ -116,7 +121,7 @@ def plain_forward(net, x, t):
     emb = F.silu(net.time[2](F.silu(net.time[0](time_features(t)))))
     a = net.stem(x)
     b = net.down[0].res(a, emb)
-    c = net.down[1](b)                                                             # stride 2
+    c = net.down[1](b)  # stride 2
     d = net.down[2].attn(net.down[2].res(c, emb))
     h = net.middle[1].res(net.middle[0].attn(net.middle[0].res(d, emb)), emb)
     h = net.up[0].attn(net.up[0].res(torch.cat([h, d], 1), emb))
@@ -130,7 +135,7 @@ def plain_forward(net, x, t):
 def test_forward_layer_by_layer():
     net, x, t = randomised(UNet(9, 6, **MINI)), torch.randn(2, 9, 8, 12), torch.rand(2)
     assert torch.allclose(net(x, t), plain_forward(net, x, t), atol=1e-4)
-    with_patch = randomised(UNet(9, 6, **MINI, patch=2))                           # folded outside, the same inside
+    with_patch = randomised(UNet(9, 6, **MINI, patch=2))  # folded outside, the same inside
     folded = F.pixel_shuffle(plain_forward(with_patch, F.pixel_unshuffle(x, 2), t), 2)
     assert torch.allclose(with_patch(x, t), folded, atol=1e-4)
 
@@ -138,7 +143,8 @@ def test_forward_layer_by_layer():
 @pytest.mark.parametrize("size", [s for s in SIZES if s != "paper"])
 def test_every_size_starts_at_zero_and_learns(size):
     net = UNet(6 + seen(size), 6, **SIZES[size])
-    out = net(torch.randn(2, 6 + seen(size), net.multiple, 2 * net.multiple), torch.rand(2))     # the smallest image, not square
+    # the smallest image, not square
+    out = net(torch.randn(2, 6 + seen(size), net.multiple, 2 * net.multiple), torch.rand(2))
     assert out.shape == (2, 6, net.multiple, 2 * net.multiple) and (out == 0).all()
     ((out - 1) ** 2).sum().backward()
     assert net.head.weight.grad.abs().sum() > 0
@@ -159,8 +165,9 @@ def test_every_parameter_gets_a_gradient():
 
 def test_samples_of_a_batch_do_not_mix():
     net, x, t = randomised(UNet(9, 6, **MINI)), torch.randn(3, 9, 8, 8), torch.rand(3)
-    assert torch.allclose(net(x, t), torch.cat([net(x[i : i + 1], t[i : i + 1]) for i in range(3)]), atol=1e-4)
-    assert not torch.allclose(net(x, t), net(x, 1 - t), atol=1e-2)                 # t matters
+    assert torch.allclose(net(x, t), torch.cat([net(x[i : i + 1], t[i : i + 1]) for i in range(3)]),
+                          atol=1e-4)
+    assert not torch.allclose(net(x, t), net(x, 1 - t), atol=1e-2)  # t matters
 
 
 def test_channels_last_in_and_out_is_the_same():
@@ -191,23 +198,28 @@ def test_position_features_are_the_formula():
     assert features.shape == (1, 8, 3, 4)
     for i, (octave, kind) in enumerate(((0, math.cos), (1, math.cos), (0, math.sin), (1, math.sin))):
         for r, c in ((0, 0), (2, 3), (1, 2)):
-            assert float(features[0, i, r, c]) == pytest.approx(kind(math.pi * 2**octave * (r + 0.5) / 3), abs=1e-6)
-            assert float(features[0, 4 + i, r, c]) == pytest.approx(kind(math.pi * 2**octave * (c + 0.5) / 4), abs=1e-6)
+            assert float(features[0, i, r, c]) == pytest.approx(kind(math.pi * 2**octave * (r + 0.5) / 3),
+                                                                abs=1e-6)
+            assert float(features[0, 4 + i, r, c]) == pytest.approx(kind(math.pi * 2**octave * (c + 0.5) / 4),
+                                                                    abs=1e-6)
 
 
 def test_a_network_with_position_knows_where_it_is():
-    """On a constant input, away from the border, outputs of a network of convolutions are constant; with position they are not."""
+    """On a constant input, away from the border, outputs of a network of convolutions are constant; with
+    position they are not."""
     for name, knows in (("tiny", False), ("photo", True)):
         torch.manual_seed(0)
         net = UNet(6 + seen(name), 6, **{**SIZES[name], "attn": 0, "mult": (1,), "patch": 2})
         torch.nn.init.normal_(net.head.weight, std=0.1)
-        out = net(torch.ones(1, 6 + seen(name), 64, 64), torch.full((1,), 0.5))[0, :, 28:36:2, 28:36:2]    # every second: the same place in a patch
+        # every second: the same place in a patch
+        out = net(torch.ones(1, 6 + seen(name), 64, 64), torch.full((1,), 0.5))[0, :, 28:36:2, 28:36:2]
         assert bool(out.amax((1, 2)).sub(out.amin((1, 2))).max() > 1e-3) == knows
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_time_has_an_effect_wherever_it_has_weights(name):
-    """What a normalisation takes away has gradients of rounding errors alone, some 1e-6 of its neighbours'."""
+    """What a normalisation takes away has gradients of rounding errors alone, some 1e-6 of its
+    neighbours'."""
     torch.manual_seed(0)
     net = UNet(6 + seen(name), 6, **SIZES[name])
     for module in net.modules():

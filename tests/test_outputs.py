@@ -1,4 +1,5 @@
-"""What sample.py computes from samples and writes: against loops, pycocotools, the panoptic format's rules, colour vision."""
+"""What sample.py computes from samples and writes: against loops, pycocotools, the panoptic format's rules,
+colour vision."""
 
 import json
 
@@ -25,8 +26,9 @@ def model():
     torch.manual_seed(0)
     net = UNet(7, 4, **SIZES["tiny"]).eval().requires_grad_(False)
     for p in net.parameters():
-        p.copy_(p + 0.05 * torch.randn_like(p))                                    # the head is zero in a new network
-    return Model(net, Codec(bits=4), Diffusion(), 16, dict(steps=2, guidance=1.0, sampler="ddpm", variance="large"), "mine", 0)
+        p.copy_(p + 0.05 * torch.randn_like(p))  # the head is zero in a new network
+    return Model(net, Codec(bits=4), Diffusion(), 16,
+                 dict(steps=2, guidance=1.0, sampler="ddpm", variance="large"), "mine", 0)
 
 
 @pytest.fixture
@@ -61,7 +63,8 @@ def job_of(x, image=None):
 def samples(n=4, h=12, w=16, codec=Codec(bits=4)):
     """A Job with n soft samples of a few segments that differ from one another, and their cells."""
     generator = torch.Generator().manual_seed(0)
-    cells = torch.randint(0, 5, (n, 3, 4), generator=generator).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :h, :w]
+    cells = torch.randint(0, 5, (n, 3, 4), generator=generator).repeat_interleave(4, 1).repeat_interleave(4,
+                                                                                                          2)[:, :h, :w]
     return job_of(codec.encode(cells) * (0.4 + 0.6 * torch.rand(n, 4, h, w, generator=generator))), cells
 
 
@@ -69,7 +72,8 @@ def samples(n=4, h=12, w=16, codec=Codec(bits=4)):
 
 
 def slow_votes(labels, image):
-    """Labels (h, w) -> {label: weight} at every pixel of an image: what its 3 x 3 nearest pixels of the map say."""
+    """Labels (h, w) -> {label: weight} at every pixel of an image: what its 3 x 3 nearest pixels of the map
+    say."""
     (h, w), (width, height) = labels.shape, image.size
     small = np.asarray(image.resize((w, h), Image.Resampling.BOX)) / 255
     big = np.asarray(image.filter(ImageFilter.GaussianBlur(0.2 * max(width, height) / max(w, h)))) / 255
@@ -79,21 +83,24 @@ def slow_votes(labels, image):
         for i, j in np.ndindex(3, 3):
             i, j = round(y) + i - 1, round(z) + j - 1
             k, m = min(max(i, 0), h - 1), min(max(j, 0), w - 1)
-            far = ((y - i) ** 2 + (z - j) ** 2) / (2 * 0.5**2) + ((big[r, c] - small[k, m]) ** 2).sum() / (2 * 0.1**2)
+            far = ((y - i) ** 2 + (z - j) ** 2) / (2 * 0.5**2) + ((big[r, c] - small[k,
+                                                                                     m]) ** 2).sum() / (2 * 0.1**2)
             here[labels[k, m]] = here.get(labels[k, m], 0) + max(np.exp(-far), 1e-12)
     return votes
 
 
 @pytest.mark.parametrize("width,height", [(31, 22), (5, 3), (1, 1), (6, 40), (70, 2), (9, 7)])
 def test_enlarging_pixel_by_pixel(width, height, monkeypatch):
-    """The label with most votes, in strips of one row, too; of several maps at once; with few labels and with many."""
+    """The label with most votes, in strips of one row, too; of several maps at once; with few labels and
+    with many."""
     rng = np.random.default_rng(width)
     maps = np.full((2, 7, 9), 3)
     maps[:, :3, :4], maps[1, 4:, 6:] = rng.integers(0, 16, (2, 3, 4)), 300
     image = picture(width, height)
     whole = enlarge(maps, image)
     monkeypatch.setattr("frame.STRIP", 1)
-    assert torch.equal(enlarge(maps, image), whole) and whole.shape == (2, height, width) and whole.dtype == torch.int32
+    assert torch.equal(enlarge(maps, image), whole) and whole.shape == (2, height,
+                                                                        width) and whole.dtype == torch.int32
     few = enlarge(maps % 16, image)
     assert few.dtype == torch.uint8
     for got, labels in zip([*whole, *few], [*maps, *maps % 16]):
@@ -106,11 +113,12 @@ def test_enlarged_borders_follow_the_photo():
     """The photo's edge lies between two pixels of the map."""
     array = np.full((24, 40, 3), (200, 60, 60), np.uint8)
     array[:, 22:] = (40, 90, 220)
-    labels = np.where(np.arange(5) > 2, 5, 1) + np.zeros((3, 1), int)              # 8 x 8 pixels each: the border at 24
+    labels = np.where(np.arange(5) > 2, 5, 1) + np.zeros((3, 1), int)  # 8 x 8 pixels each: the border at 24
     for image, border in ((Image.fromarray(array), 22), (Image.new("RGB", (40, 24)), 24)):
         columns = enlarge(labels[None], image)[0].numpy()
         assert (columns == columns[0]).all() and set(columns[0]) == {1, 5}
-        assert abs(np.count_nonzero(columns[0] == 1) - border) <= (border == 22)   # the photo is blurred a little
+        # the photo is blurred a little
+        assert abs(np.count_nonzero(columns[0] == 1) - border) <= (border == 22)
 
 
 @pytest.mark.parametrize("merge", [0.0, 1.0])
@@ -120,8 +128,11 @@ def test_all_encodings_and_shapes_are_summarised(encoding, width, height, merge)
     codec = Codec(encoding, 4)
     x = codec.encode(torch.randint(0, 9, (2, 12, 16), generator=torch.Generator().manual_seed(0)))
     result = summarise(job_of(x), picture(width, height), plain(codec, merge))
-    assert result.labels.shape == (2, height, width) and result.answer.labels.shape == result.boundary.shape == (height, width)
-    assert (result.entropy is None) == (encoding != "bits") and sum(s["area"] for s in result.answer.segments) == width * height
+    assert result.labels.shape == (2, height,
+                                   width) and result.answer.labels.shape == result.boundary.shape == (height,
+                                                                                                      width)
+    assert (result.entropy is None) == (encoding != "bits") and sum(s["area"]
+                                                                    for s in result.answer.segments) == width * height
     assert sample.panel(picture(width, height), result, codec).ndim == 3
 
 
@@ -135,39 +146,48 @@ def test_agreement_is_the_mean_ari_to_the_others():
 
 def test_the_answer_is_the_vote_of_equally_sure_samples():
     codec, cells = Codec(bits=4), torch.full((5, 12, 16), 5)
-    cells[:3, :6] = 0                                                              # 3 of 5 part the halves
+    cells[:3, :6] = 0  # 3 of 5 part the halves
     result = summarise(job_of(codec.encode(cells) * 0.9), Image.new("RGB", (16, 12)), plain(codec))
     assert len(result.answer.segments) == 2 and result.answer.borders[0][2] == pytest.approx(3 / 5)
-    assert (result.answer.labels[:6] == result.answer.labels[0, 0]).all() and result.answer.labels[0, 0] != result.answer.labels[6, 0]
-    assert len(summarise(job_of(codec.encode(cells[2:])), Image.new("RGB", (16, 12)), plain(codec)).answer.segments) == 1
-    p = 0.5 + 0.9 * (3 - 2) / 5 / 2                                                # of each of the two bits that differ
+    assert (result.answer.labels[:6] == result.answer.labels[0, 0]).all() and result.answer.labels[0,
+                                                                                                   0] != result.answer.labels[6, 0]
+    assert len(summarise(job_of(codec.encode(cells[2:])), Image.new("RGB", (16, 12)),
+                         plain(codec)).answer.segments) == 1
+    p = 0.5 + 0.9 * (3 - 2) / 5 / 2  # of each of the two bits that differ
     sure = -(0.95 * np.log2(0.95) + 0.05 * np.log2(0.05))
-    assert float(result.entropy[0, 0]) == pytest.approx(2 * sure - 2 * (p * np.log2(p) + (1 - p) * np.log2(1 - p)), abs=1e-4)
+    assert float(result.entropy[0,
+                                0]) == pytest.approx(2 * sure - 2 * (p * np.log2(p) + (1 - p) * np.log2(1 - p)), abs=1e-4)
 
 
 def test_boundary_is_the_share_of_samples():
     codec, cells = Codec(bits=4), torch.zeros(4, 12, 16, dtype=torch.int64)
-    cells[:, :, 8:], cells[:3, 6:] = 3, 9                                          # all see the upper vertical, three the horizontal
+    cells[:, :, 8:], cells[:3, 6:] = 3, 9  # all see the upper vertical, three the horizontal
     result = summarise(job_of(codec.encode(cells)), Image.new("RGB", (160, 120)), plain(codec))
     at = lambda y, x: float(result.boundary[y, x])
     assert at(20, 80) == 1 and at(100, 80) == 0.25 and at(60, 20) == 0.75 and at(20, 20) == at(100, 140) == 0
-    assert 8 <= int((result.boundary[20] > 0.5).sum()) <= 12                       # a network pixel wide: 10
+    assert 8 <= int((result.boundary[20] > 0.5).sum()) <= 12  # a network pixel wide: 10
     again = summarise(job_of(codec.encode((cells + 2) % 16)), Image.new("RGB", (160, 120)), plain(codec))
-    assert (again.boundary != result.boundary).float().mean() < 0.01               # whatever the numbers, but for corners
+    assert (again.boundary != result.boundary).float().mean() < 0.01  # whatever the numbers, but for corners
 
 
 def test_the_same_place_has_the_same_number_in_all_trees():
-    """Places of a 4 x 4 palette, by the learnt odds: halves left and right, at their centroids, in every sample."""
-    codec, cells = Codec(bits=4), torch.tensor([[0, 5], [9, 3]])[:, None].repeat_interleave(8, 2).expand(2, 12, 16)
-    image = np.where(np.arange(16)[:, None] < 8, (200, 60, 40), (40, 90, 200)).astype(np.uint8)[None].repeat(12, 0)
-    result = summarise(job_of(codec.encode(cells), image), Image.fromarray(image), plain(codec, merge=1.0), "coarse")
+    """Places of a 4 x 4 palette, by the learnt odds: halves left and right, at their centroids, in every
+    sample."""
+    codec, cells = Codec(bits=4), torch.tensor([[0, 5], [9, 3]])[:, None].repeat_interleave(8, 2).expand(2,
+                                                                                                         12,
+                                                                                                         16)
+    image = np.where(np.arange(16)[:, None] < 8, (200, 60, 40),
+                     (40, 90, 200)).astype(np.uint8)[None].repeat(12, 0)
+    result = summarise(job_of(codec.encode(cells), image), Image.fromarray(image), plain(codec, merge=1.0),
+                       "coarse")
     assert result.side == result.answer.side == 4
     for labels in (*result.labels, result.answer.labels):
-        assert (labels[:, :8] == 8).all() and (labels[:, 8:] == 10).all()          # rows 1.5, columns 0.5 and 2.5: half to even
+        # rows 1.5, columns 0.5 and 2.5: half to even
+        assert (labels[:, :8] == 8).all() and (labels[:, 8:] == 10).all()
 
 
 def test_more_segments_than_the_palette_has_places_get_a_larger_one():
-    maps = np.arange(12 * 16).reshape(1, 12, 16) // 4                              # 48
+    maps = np.arange(12 * 16).reshape(1, 12, 16) // 4  # 48
     cells, side = placed(maps, 4)
     assert side == 8 and len(cells.unique()) == 48 and placed(maps % 16, 4)[1] == 4
 
@@ -186,12 +206,14 @@ def test_a_seed_gives_the_same_x_hat_whatever_the_order_and_number_of_images(mod
     assert [job.size for job in jobs] == [(12, 16), (16, 10), (16, 16)]
     for job, other in zip(jobs, back):
         assert all(torch.equal(a, b) for a, b in zip(job.x_hat[1:], other.x_hat))
-    mixed = list(denoise(jobs_of(images, model, 5), model, 3, batch=4))                            # batches hold several images
-    assert all(torch.allclose(a, b, atol=1e-4) for job, other in zip(jobs, mixed) for a, b in zip(job.x_hat, other.x_hat))
+    mixed = list(denoise(jobs_of(images, model, 5), model, 3, batch=4))  # batches hold several images
+    assert all(torch.allclose(a, b, atol=1e-4) for job, other in zip(jobs, mixed) for a,
+               b in zip(job.x_hat, other.x_hat))
 
 
 def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
-    whole, sizes, real = list(denoise([prepare(picture(), model)], model, 7, batch=8))[0], [], diffusion.sample
+    whole, sizes, real = list(denoise([prepare(picture(), model)], model, 7,
+                                      batch=8))[0], [], diffusion.sample
 
     def small(net, x, *rest, **options):
         sizes.append(len(x))
@@ -203,7 +225,8 @@ def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
     job = next(denoise([prepare(picture(), model)], model, 7, batch=8))
     assert sizes == [7, 3, 1, 2, 4, 2, 2] and len(job.x_hat) == 7
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(job.x_hat, whole.x_hat))
-    monkeypatch.setattr("answers.segment.sample", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr("answers.segment.sample", lambda *_, **__: (_
+                                                                    for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(ValueError, match="memory does not hold one sample"):
         next(denoise([prepare(picture(), model)], model, 2))
 
@@ -213,14 +236,18 @@ def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
 
 def seen(rgb, matrix):
     """sRGB (N, 3) in 0..255 as a colour-blind person sees it, in CIE Lab."""
-    linear = np.where(rgb / 255 > 0.04045, ((rgb / 255 + 0.055) / 1.055) ** 2.4, rgb / 255 / 12.92) @ np.array(matrix).T
-    xyz = linear.clip(0, 1) @ np.array([[0.4339, 0.2126, 0.0178], [0.3762, 0.7152, 0.1095], [0.1899, 0.0722, 0.8727]])
+    linear = np.where(rgb / 255 > 0.04045, ((rgb / 255 + 0.055) / 1.055) ** 2.4,
+                      rgb / 255 / 12.92) @ np.array(matrix).T
+    xyz = linear.clip(0,
+                      1) @ np.array([[0.4339, 0.2126, 0.0178], [0.3762, 0.7152, 0.1095],
+                                     [0.1899, 0.0722, 0.8727]])
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
 
 
-@pytest.mark.parametrize("matrix", [                                               # Machado et al. 2009, severity 1
-    np.eye(3), [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+@pytest.mark.parametrize("matrix", [  # Machado et al. 2009, severity 1
+    np.eye(3),
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
     [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]],
     ids=["normal", "protan", "deutan", "tritan"])
@@ -228,7 +255,7 @@ def test_neighbouring_cells_have_colours_that_all_tell_apart(matrix):
     table = seen(colours(8).astype(float), matrix).reshape(8, 8, 3)
     far = [np.linalg.norm(table[r, c] - table[r + dr, c + dc]) for dr, dc in ((0, 1), (1, 0), (1, 1), (1, -1))
            for r in range(8 - dr) for c in range(max(0, -dc), 8 - max(0, dc))]
-    assert min(far) > 15 and np.mean(far) > 30                                     # 2.3 is just noticeable
+    assert min(far) > 15 and np.mean(far) > 30  # 2.3 is just noticeable
 
 
 def test_an_overlay_has_thin_outlines_and_leaves_the_rest(model):
@@ -248,7 +275,9 @@ def test_subsample_and_grid():
     assert subsample(torch.arange(9)[None], 1, 3).tolist() == [[1, 4, 7]]
     tiles = [np.full((5, 7, 3), v, np.uint8) for v in (10, 20, 30)]
     sheet = grid(tiles, 2, gap=1)
-    assert sheet.shape == (11, 15, 3) and (sheet[:5, 8:] == 20).all() and (sheet[6:, :7] == 30).all() and (sheet[6:, 8:] == 255).all()
+    assert sheet.shape == (11, 15,
+                           3) and (sheet[:5, 8:] == 20).all() and (sheet[6:, :7] == 30).all() and (sheet[6:,
+                                                                                                         8:] == 255).all()
 
 
 # ---- files
@@ -267,7 +296,8 @@ def test_coco_reads_segments_json(run, tmp_path):
 
 
 def test_panoptic_files_obey_the_formats_rules(run):
-    picture(40, 30, 1).save("a.png"), picture(30, 30, 2).save("b.png"), picture(25, 20, 3).save("panoptic.png")
+    picture(40, 30, 1).save("a.png"), picture(30, 30, 2).save("b.png"), picture(25, 20,
+                                                                                3).save("panoptic.png")
     assert run("a.png", "b.png", "panoptic.png", "--n", 2, "--format", "coco_panoptic", "--out", "o") == 0
     with open("o/panoptic.json") as f:
         content = json.load(f)
@@ -278,7 +308,7 @@ def test_panoptic_files_obey_the_formats_rules(run):
         rgb = np.array(Image.open(f"o/panoptic/{a['file_name']}")).astype(int)
         ids, image = rgb @ [1, 256, 65536], images[a["image_id"]]
         assert ids.shape == (image["height"], image["width"]) and a["file_name"].endswith(".png")
-        assert sorted(s["id"] for s in a["segments_info"]) == np.unique(ids).tolist()          # no void, none missing
+        assert sorted(s["id"] for s in a["segments_info"]) == np.unique(ids).tolist()  # no void, none missing
         for s in a["segments_info"]:
             assert s["area"] == (ids == s["id"]).sum() and s["category_id"] in categories and s["iscrowd"] == 0
 
@@ -289,10 +319,12 @@ def test_images_of_the_same_name_do_not_clash(run, tmp_path):
         picture().save(name)
     assert run("a.png", "./a.png", "a.jpg", "x", "B.png", "--n", 1) == 0
     assert len(list((tmp_path / "samples").glob("*/segments.json"))) == 5
-    names = folder_names([tmp_path / n for n in ("a.png", "a.jpg", "x/a.png", "A.png", "b.c.png", "panoptic.png")])
+    names = folder_names([tmp_path / n for n in ("a.png", "a.jpg", "x/a.png", "A.png", "b.c.png",
+                                                 "panoptic.png")])
     assert len({n.casefold() for n in names.values()}) == len(names) == 6
     assert names[tmp_path / "a.jpg"] == "a_jpg" and names[tmp_path / "x/a.png"] == "x_a_png"
-    assert folder_names([tmp_path / "...png", tmp_path / "..png"]) == {tmp_path / "...png": "___png", tmp_path / "..png": "__png"}
+    assert folder_names([tmp_path / "...png", tmp_path / "..png"]) == {tmp_path / "...png": "___png",
+                                                                       tmp_path / "..png": "__png"}
     assert names[tmp_path / "b.c.png"] == "b.c" and names[tmp_path / "panoptic.png"] == "panoptic_png"
 
 
@@ -300,9 +332,11 @@ def test_results_of_another_image_and_a_strangers_file_stay(run, tmp_path, capsy
     picture().save("a.png"), picture().save("a.jpg")
     assert run("a.png", "--n", 3) == 0 and run("a.jpg", "--n", 1) == 2
     assert "holds the results of a.png" in capsys.readouterr().err
-    assert run("a.png", "--n", 2) == 0 and not (tmp_path / "samples/a/labels_02.png").exists()               # none left over
-    picture().save("samples/a/labels_00.png")                                      # edited by hand: no longer ours
-    assert run("a.png", "--n", 2) == 2 and "labels_00.png was not written by sample.py" in capsys.readouterr().err
+    # none left over
+    assert run("a.png", "--n", 2) == 0 and not (tmp_path / "samples/a/labels_02.png").exists()
+    picture().save("samples/a/labels_00.png")  # edited by hand: no longer ours
+    assert run("a.png", "--n",
+               2) == 2 and "labels_00.png was not written by sample.py" in capsys.readouterr().err
     (tmp_path / "o").mkdir()
     (tmp_path / "o/panoptic.json").write_text("{}")
     assert run("a.png", "--n", 1, "--out", "o", "--format", "coco_panoptic") == 2
@@ -327,12 +361,14 @@ def test_resume_does_again_what_was_made_of_other_files(run, capsys):
     assert again("--init", "map.png") == (0, True) and again() == (0, True)
     picture(40, 30, 5).save("a.png")
     assert again() == (0, True) and again() == (0, False)
-    assert again("--format", "coco_panoptic") == (0, True) and again() == (0, False)           # which has all of coco's
+    # which has all of coco's
+    assert again("--format", "coco_panoptic") == (0, True) and again() == (0, False)
 
 
 def test_no_panoptic_png_of_an_earlier_answer_stays(run, tmp_path):
     picture().save("a.png"), picture(20, 20, 1).save("b.png")
-    assert run("a.png", "--n", 1, "--format", "coco_panoptic") == 0 and (tmp_path / "samples/panoptic/a.png").exists()
+    assert run("a.png", "--n", 1, "--format",
+               "coco_panoptic") == 0 and (tmp_path / "samples/panoptic/a.png").exists()
     assert run("a.png", "--n", 1, "--seed", 5) == 0 and not (tmp_path / "samples/panoptic/a.png").exists()
     assert json.loads((tmp_path / "samples/panoptic.json").read_text())["images"] == []
     assert run("b.png", "--n", 1, "--format", "coco_panoptic") == 0
@@ -370,15 +406,21 @@ def test_what_is_written_is_what_segment_returns(run, model):
     for j in range(3):
         assert (np.array(Image.open(f"samples/a/labels_{j:02d}.png")) == result.labels[j].numpy() + 1).all()
     assert (np.array(Image.open("samples/a/answer.png")) == result.answer.labels.numpy() + 1).all()
-    assert Image.open("samples/a/labels_00.png").convert("RGB").getpixel((0, 0)) == tuple(colours(4)[result.labels[0, 0, 0]])
+    assert Image.open("samples/a/labels_00.png").convert("RGB").getpixel((0,
+                                                                          0)) == tuple(colours(4)[result.labels[0, 0, 0]])
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--format", "voc"], "format"), (["--hint", "small.png"], "4 x 4 pixels, but the image 40 x 30"), (["--hint", "a.png"], "one id a pixel"),
-    (["--hint", "none.png"], "none.png"), (["--closed"], "--closed gives every pixel to a hint"), (["--grain", "x"], "not 'x'"), (["--init", "small.png"], "4 x 4"), (["--init", "zero.png"], "empty"),
-    (["--init", "small.png", "--strength", "0"], "--strength"), (["--points", "1,1;1,1"], "contradictory"), (["--box", "9,9,5,5"], "box 9,9,5,5"),
-    (["b.png", "--points", "1,1"], "for one image, not for 2"), (["--nonsense"], "nonsense"), (["--n", "x"], "--n"),
-    (["--guidance", "nan"], "--guidance"), (["--smooth", "inf"], "--smooth"), (["--merge", "nan"], "--merge"), (["--seed", "-1"], "--seed"),
+    (["--format", "voc"], "format"), (["--hint", "small.png"], "4 x 4 pixels, but the image 40 x 30"),
+    (["--hint", "a.png"], "one id a pixel"),
+    (["--hint", "none.png"], "none.png"), (["--closed"], "--closed gives every pixel to a hint"),
+    (["--grain", "x"], "not 'x'"), (["--init", "small.png"], "4 x 4"), (["--init", "zero.png"], "empty"),
+    (["--init", "small.png", "--strength", "0"], "--strength"), (["--points", "1,1;1,1"], "contradictory"),
+    (["--box", "9,9,5,5"], "box 9,9,5,5"),
+    (["b.png", "--points", "1,1"], "for one image, not for 2"), (["--nonsense"], "nonsense"),
+    (["--n", "x"], "--n"),
+    (["--guidance", "nan"], "--guidance"), (["--smooth", "inf"], "--smooth"), (["--merge", "nan"], "--merge"),
+    (["--seed", "-1"], "--seed"),
     (["--seed", "9" * 20], "--seed")])
 def test_wrong_use_gets_one_sentence(run, capsys, arguments, words):
     picture().save("a.png"), picture().save("b.png")

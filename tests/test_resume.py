@@ -1,6 +1,7 @@
 """A run that is killed with SIGKILL at random moments ends with the same bits as one that is not.
 
-    python tests/test_resume.py 50                           # 50 kills; says how many runs ended as the uninterrupted one
+    python tests/test_resume.py 50                           # 50 kills; says how many runs ended as the
+    uninterrupted one
 """
 
 import json
@@ -24,7 +25,8 @@ import train
 from engine import read
 
 # Checkpoints at log lines: a line after a resume is the mean since the resume.
-OPTIONS = ("--device cpu --image_size 16 --batch_size 2 --max_steps 12 --save_every 2 --eval_every 6 --eval_images 2 --steps 1 --log_every 2 "
+OPTIONS = ("--device cpu --image_size 16 --batch_size 2 --max_steps 12 --save_every 2 --eval_every 6 "
+           "--eval_images 2 --steps 1 --log_every 2 "
            "--self_condition 0.5 --dropout 0.1 --accumulate 2 --keep_every 5").split()
 
 
@@ -54,9 +56,11 @@ def whole_run(out):
 
 
 def killed_run(out, seconds, rng, kills):
-    """Start, kill, start again, ... at random moments until `kills` kills are done; then let it end. -> number of kills.
+    """Start, kill, start again, ... at random moments until `kills` kills are done; then let it end. ->
+    number of kills.
 
-    A moment is drawn from what a whole run takes, and less each time one came too late: the machine may have got faster.
+    A moment is drawn from what a whole run takes, and less each time one came too late: the machine may have
+    got faster.
     """
     done = 0
     while True:
@@ -67,7 +71,7 @@ def killed_run(out, seconds, rng, kills):
                 assert status == 0, Path(f"{out}.txt").read_text()
                 if done:
                     return done
-                shutil.rmtree(out)                                                 # ended before its first kill: again
+                shutil.rmtree(out)  # ended before its first kill: again
                 seconds /= 2
                 break
             if time.time() > until:
@@ -89,7 +93,8 @@ def same(a, b):
 
 
 def results(out):
-    """All that must not depend on the kills: the checkpoints, without the name of the folder, and the last validation."""
+    """All that must not depend on the kills: the checkpoints, without the name of the folder, and the last
+    validation."""
     files = {name: read(out / name) for name in ("ckpt.pt", "best.pt")}
     for content in files.values():
         del content["config"]["out"]

@@ -1,4 +1,5 @@
-"""sample.py as a user runs it: files of every kind, what is written, the same seed in every batch, prompts, wrong use."""
+"""sample.py as a user runs it: files of every kind, what is written, the same seed in every batch, prompts,
+wrong use."""
 
 import json
 
@@ -28,7 +29,8 @@ def photo(size=(40, 30), mode="RGB"):
 
 def run(ckpt, tmp_path, *arguments):
     try:
-        return sample.main([*map(str, arguments), "--ckpt", str(ckpt), "--out", str(tmp_path / "out"), "--device", "cpu"])
+        return sample.main([*map(str, arguments), "--ckpt", str(ckpt), "--out", str(tmp_path / "out"),
+                            "--device", "cpu"])
     except SystemExit as e:
         return e.code
 
@@ -38,8 +40,10 @@ def test_one_image_gives_everything_at_its_own_size(ckpt, tmp_path, capsys):
     assert run(ckpt, tmp_path, tmp_path / "a.png", "--n", 3) == 0
     out = tmp_path / "out" / "a"
     maps = [f"{kind}_{j:02d}.png" for kind in ("labels", "overlay") for j in range(3)]
-    assert {p.name for p in out.iterdir()} == {*maps, "answer.png", "answer_overlay.png", "uncertainty.png", "panel.png", "segments.json"}
-    assert all(Image.open(out / name).size == (40, 30) for name in (*maps, "answer.png", "answer_overlay.png"))
+    assert {p.name for p in out.iterdir()} == {*maps, "answer.png", "answer_overlay.png", "uncertainty.png",
+                                               "panel.png", "segments.json"}
+    assert all(Image.open(out / name).size == (40, 30) for name in (*maps, "answer.png",
+                                                                    "answer_overlay.png"))
     label = np.array(Image.open(out / "labels_00.png"))
     assert label.ndim == 2 and label.min() >= 1 and label.max() <= 16
     text = capsys.readouterr().out
@@ -54,15 +58,17 @@ def test_segments_json_is_the_answer_in_coco_format(ckpt, tmp_path):
     segments = content["annotations"]
     assert [s["id"] for s in segments] == np.unique(answer).tolist()
     masks = [coco_mask.decode(s["segmentation"]).astype(bool) for s in segments]
-    assert (sum(m.astype(int) for m in masks) == 1).all()                          # they tile the image
+    assert (sum(m.astype(int) for m in masks) == 1).all()  # they tile the image
     for s, m in zip(segments, masks):
         assert s["area"] == m.sum() and (answer[m] == s["id"]).all() and 0 <= s["confidence"] <= 1
     assert all(i != j and {i, j} <= set(answer.flat) and 0 <= p <= 1 for i, j, p in content["borders"])
 
 
 @pytest.mark.parametrize("name, mode, size", [
-    ("grey.png", "L", (40, 30)), ("alpha.png", "RGBA", (40, 30)), ("cmyk.jpg", "CMYK", (40, 30)), ("p.gif", "P", (40, 30)),
-    ("two.png", "1", (40, 30)), ("dot.png", "RGB", (1, 1)), ("wide.png", "RGB", (10000, 3)), ("tall.png", "RGB", (2, 900))])
+    ("grey.png", "L", (40, 30)), ("alpha.png", "RGBA", (40, 30)), ("cmyk.jpg", "CMYK", (40, 30)),
+    ("p.gif", "P", (40, 30)),
+    ("two.png", "1", (40, 30)), ("dot.png", "RGB", (1, 1)), ("wide.png", "RGB", (10000, 3)),
+    ("tall.png", "RGB", (2, 900))])
 def test_images_of_every_kind(ckpt, tmp_path, name, mode, size):
     photo(size, mode).save(tmp_path / name)
     assert run(ckpt, tmp_path, tmp_path / name, "--n", 1) == 0
@@ -71,7 +77,7 @@ def test_images_of_every_kind(ckpt, tmp_path, name, mode, size):
 
 def test_rotated_by_exif_comes_out_upright(ckpt, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6                                                               # turn by 90 degrees to see it upright
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
     photo((40, 30)).save(tmp_path / "r.jpg", exif=exif)
     assert run(ckpt, tmp_path, tmp_path / "r.jpg", "--n", 1) == 0
     assert Image.open(tmp_path / "out" / "r" / "labels_00.png").size == (30, 40)
@@ -80,7 +86,8 @@ def test_rotated_by_exif_comes_out_upright(ckpt, tmp_path):
 def test_a_bad_file_is_named_and_the_others_are_done(ckpt, tmp_path, capsys):
     photo().save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("not an image")
-    assert run(ckpt, tmp_path, tmp_path / "bad.png", tmp_path / "missing.png", tmp_path / "good.png", "--n", 1) == 2
+    assert run(ckpt, tmp_path, tmp_path / "bad.png", tmp_path / "missing.png", tmp_path / "good.png", "--n",
+               1) == 2
     err = capsys.readouterr().err
     assert "bad.png: not a readable image" in err and "missing.png: no such file" in err and "Traceback" not in err
     assert (tmp_path / "out" / "good" / "labels_00.png").exists()
@@ -105,7 +112,7 @@ def test_a_seed_gives_the_same_map_beside_other_images(ckpt):
     several, one = segment(image, model, n=4, seed=5), segment(image, model, n=1, seed=7)
     assert torch.equal(several.labels[2], one.labels[0])
     batched = segment(image, model, n=4, seed=5, batch=4)
-    assert (batched.labels == several.labels).float().mean() > 0.99                # other kernels round otherwise
+    assert (batched.labels == several.labels).float().mean() > 0.99  # other kernels round otherwise
     assert not torch.equal(several.labels[0], several.labels[1])
 
 
@@ -122,7 +129,8 @@ def test_grain_cuts_coarser_and_finer(ckpt, tmp_path):
     assert counts[0] == 1 < counts[1] <= 4 and counts[1] <= counts[2]
     info = json.loads((tmp_path / "out/a/segments.json").read_text())["info"]
     assert info["grain"] == 12
-    assert run(ckpt, tmp_path, tmp_path / "a.png", "--n", 2, "--grain", "coarse", "--merge", 1, "--least", 2) == 0
+    assert run(ckpt, tmp_path, tmp_path / "a.png", "--n", 2, "--grain", "coarse", "--merge", 1, "--least",
+               2) == 0
     info = json.loads((tmp_path / "out/a/segments.json").read_text())["info"]
     assert (info["grain"], info["merge"], info["least"]) == ("coarse", 1.0, 2)
 
@@ -132,7 +140,8 @@ def test_clicks_are_held_and_closed_leaves_nothing_else(ckpt, tmp_path, capsys):
     hint = np.zeros((32, 32), np.uint8)
     hint[:6, 20:] = 9
     Image.fromarray(hint).save(tmp_path / "hint.png")
-    words = (tmp_path / "a.png", "--n", 2, "--points", "4,4 8,20;26,16", "--hint", tmp_path / "hint.png", "--box", "2,24,20,30")
+    words = (tmp_path / "a.png", "--n", 2, "--points", "4,4 8,20;26,16", "--hint", tmp_path / "hint.png",
+             "--box", "2,24,20,30")
     for more in ((), ("--closed",)):
         assert run(ckpt, tmp_path, *words, *more) == 0
         label = numbers_in(tmp_path / "out/a")
@@ -144,11 +153,14 @@ def test_clicks_are_held_and_closed_leaves_nothing_else(ckpt, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--least", "-1"], "--least and --merge must be 0"), (["--merge", "-0.5"], "--least and --merge must be 0"),
+    (["--least", "-1"], "--least and --merge must be 0"), (["--merge", "-0.5"], "--least and --merge must "
+                                                                                "be 0"),
     (["--grain", "huge"], "--grain is coarse, normal, fine, or a number"), (["--grain", "0"], "--grain is"),
-    (["--grain", "-3"], "--grain is"), (["--n", "0"], "--n must be at least 1"), (["--steps", "0"], "--steps must be at least 1"),
+    (["--grain", "-3"], "--grain is"), (["--n", "0"], "--n must be at least 1"),
+    (["--steps", "0"], "--steps must be at least 1"),
     (["--device", "cuda:99"], "try --device cpu"), (["--ckpt", "nowhere.pt"], "no such file"),
-    (["--ckpt", "README.md"], "README.md"), (["--box", "1,2"], "x0,y0,x1,y1"), (["--points", "900,900"], "900")])
+    (["--ckpt", "README.md"], "README.md"), (["--box", "1,2"], "x0,y0,x1,y1"),
+    (["--points", "900,900"], "900")])
 def test_wrong_use_gets_one_sentence(ckpt, tmp_path, capsys, arguments, words):
     photo().save(tmp_path / "a.png")
     with pytest.raises(SystemExit) as stopped:
@@ -157,7 +169,8 @@ def test_wrong_use_gets_one_sentence(ckpt, tmp_path, capsys, arguments, words):
     assert stopped.value.code == 2 and words in err and err.count("\n") == 1
 
 
-def test_the_newest_checkpoint_is_taken_and_without_one_the_weights_in_the_box(ckpt, tmp_path, monkeypatch, capsys):
+def test_the_newest_checkpoint_is_taken_and_without_one_the_weights_in_the_box(ckpt, tmp_path, monkeypatch,
+                                                                               capsys):
     monkeypatch.chdir(tmp_path)
     photo().save("a.png")
     assert sample.main(["a.png", "--n", "1", "--out", "s"]) == 0

@@ -37,8 +37,10 @@ def oracle(x0, d):
 @pytest.mark.parametrize("sampler,variance", [("ddpm", "large"), ("ddpm", "small"), ("ddim", "large")])
 @pytest.mark.parametrize("prediction", ["x", "eps", "v"])
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
-@pytest.mark.parametrize("self_condition,steps,schedule", [(0.0, 1, "cosine"), (0.0, 8, "linear"), (0.5, 3, "cosine")])
-def test_an_oracle_recovers_the_labels(sampler, variance, prediction, guidance, self_condition, steps, schedule):
+@pytest.mark.parametrize("self_condition,steps,schedule",
+                         [(0.0, 1, "cosine"), (0.0, 8, "linear"), (0.5, 3, "cosine")])
+def test_an_oracle_recovers_the_labels(sampler, variance, prediction, guidance, self_condition, steps,
+                                       schedule):
     cells, x0, image, valid = scene()
     d = Diffusion(schedule, prediction=prediction, self_condition=self_condition)
     x = sample(oracle(x0, d), image, valid, 6, [0, 1], d, identity, steps, guidance, sampler, variance)
@@ -48,11 +50,13 @@ def test_an_oracle_recovers_the_labels(sampler, variance, prediction, guidance, 
 @pytest.mark.parametrize("encoding,k", [("bits", 2), ("bits", 10), ("onehot", 4), ("rgb", 6)])
 def test_an_oracle_in_other_encodings(encoding, k):
     codec = Codec(encoding, k)
-    cells = torch.arange(4).view(2, 2).repeat_interleave(6, 0).repeat_interleave(6, 1)[None]   # 36 pixels a segment
+    # 36 pixels a segment
+    cells = torch.arange(4).view(2, 2).repeat_interleave(6, 0).repeat_interleave(6, 1)[None]
     x0, valid = codec.encode(cells), torch.ones(1, 12, 12, dtype=torch.bool)
-    x = sample(lambda x, t: x0, torch.zeros(1, 3, 12, 12), valid, codec.channels, [3], Diffusion(), identity, 4, 0.0)
+    x = sample(lambda x, t: x0, torch.zeros(1, 3, 12, 12), valid, codec.channels, [3], Diffusion(), identity,
+               4, 0.0)
     pairs = set(zip(codec.decode(x, valid).flatten().tolist(), cells.flatten().tolist()))
-    assert len(pairs) == 4 if encoding == "rgb" else pairs == {(i, i) for i in range(4)}       # rgb: up to names
+    assert len(pairs) == 4 if encoding == "rgb" else pairs == {(i, i) for i in range(4)}  # rgb: up to names
 
 
 def trace(model, image, valid, channels=6, seeds=(0,), d=Diffusion(), **options):
@@ -64,9 +68,10 @@ def trace(model, image, valid, channels=6, seeds=(0,), d=Diffusion(), **options)
 
 
 def posterior(xt, x0, t, s):
-    """q(xs | xt, x0) from q(xs | x0) and q(xt | xs) by Bayes' rule (Ho et al. 2020, Eq. 7): mean, variance; and beta."""
+    """q(xs | xt, x0) from q(xs | x0) and q(xt | xs) by Bayes' rule (Ho et al. 2020, Eq. 7): mean, variance;
+    and beta."""
     (a_t, s_t), (a_s, s_s) = ([v.item() for v in alpha_sigma(u, Diffusion())] for u in (t, s))
-    beta = 1 - a_t**2 / a_s**2                                                     # the variance of one noising step
+    beta = 1 - a_t**2 / a_s**2  # the variance of one noising step
     mean = a_s * beta / s_t**2 * x0 + math.sqrt(1 - beta) * s_s**2 / s_t**2 * xt
     return mean, s_s**2 / s_t**2 * beta, beta
 
@@ -77,13 +82,14 @@ def test_ddpm_steps_are_the_textbook_posterior(variance):
     model = lambda x, t: torch.tanh(3 * x[:, :6])
     steps, last = trace(model, image, valid, guidance=0.0, variance=variance)
     assert [t for t, _, _ in steps] == pytest.approx([1 - i / 8 for i in range(8)])
-    assert abs(steps[0][1].mean()) < 0.02 and abs(steps[0][1].std() - 1) < 0.02    # unit Gaussian, 24,576 values
+    # unit Gaussian, 24,576 values
+    assert abs(steps[0][1].mean()) < 0.02 and abs(steps[0][1].std() - 1) < 0.02
     assert torch.equal(last, steps[-1][2])
     for (t, xt, x_hat), (s, xs, _) in zip(steps, steps[1:]):
         mean, small, beta = posterior(xt, x_hat, t, s)
         z = (xs - mean) / math.sqrt(beta if variance == "large" else small)
-        assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.02                    # the standard error is 0.006
-        assert abs((z * xt).mean()) < 0.04 and abs((z * x_hat).mean()) < 0.04      # fresh noise
+        assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.02  # the standard error is 0.006
+        assert abs((z * xt).mean()) < 0.04 and abs((z * x_hat).mean()) < 0.04  # fresh noise
 
 
 def test_ddim_steps_keep_the_noise():
@@ -95,14 +101,15 @@ def test_ddim_steps_keep_the_noise():
         assert torch.allclose(xs, a_s * x_hat + s_s * (xt - a_t * x_hat) / s_t, atol=1e-5)
 
 
-@pytest.mark.parametrize("guidance,expected", [(0.0, 0.3), (1.0, 0.5), (2.5, 0.8), (10.0, 1.0)])   # 2.3 is clamped to 1
+# 2.3 is clamped to 1
+@pytest.mark.parametrize("guidance,expected", [(0.0, 0.3), (1.0, 0.5), (2.5, 0.8), (10.0, 1.0)])
 def test_guidance(guidance, expected):
     image, valid = torch.full((1, 3, 4, 4), 5.0), torch.ones(1, 4, 4, dtype=torch.bool)
     sizes = []
 
     def model(x, t):
         sizes.append(len(x))
-        return (0.1 + 0.04 * x[:, 6:7]).expand(-1, 6, -1, -1)                      # 0.3 with the image, 0.1 with zeros
+        return (0.1 + 0.04 * x[:, 6:7]).expand(-1, 6, -1, -1)  # 0.3 with the image, 0.1 with zeros
 
     x = sample(model, image, valid, 6, [0], Diffusion(), identity, 3, guidance)
     assert torch.allclose(x, torch.full_like(x, expected)) and set(sizes) == {2 if guidance else 1}
@@ -117,7 +124,8 @@ def test_self_conditioning_sees_the_last_x_hat(guidance):
         inputs.append(x[:, 9:])
         return torch.tanh(x[:, :6] + x[:, 6:7])
 
-    steps, _ = trace(model, image, valid, seeds=(0, 1), d=Diffusion(self_condition=0.5), steps=4, guidance=guidance)
+    steps, _ = trace(model, image, valid, seeds=(0, 1), d=Diffusion(self_condition=0.5), steps=4,
+                     guidance=guidance)
     assert (inputs[0] == 0).all()
     for x_self, (_, _, x_hat) in zip(inputs[1:], steps):
         assert all(torch.equal(half, x_hat) for half in x_self.split(2))
@@ -126,7 +134,7 @@ def test_self_conditioning_sees_the_last_x_hat(guidance):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_a_seed_gives_the_same_sample_in_every_batch(sampler):
     cells, x0, image, valid = scene(B=8)
-    model = lambda x, t: torch.tanh(2 * x[:, :6] + x[:, 6:7]) * t.view(-1, 1, 1, 1)                # no sum over anything
+    model = lambda x, t: torch.tanh(2 * x[:, :6] + x[:, 6:7]) * t.view(-1, 1, 1, 1)  # no sum over anything
     seeds = list(range(10, 18))
     together = sample(model, image, valid, 6, seeds, Diffusion(), identity, 5, 1.0, sampler)
     for i in range(8):
@@ -154,7 +162,8 @@ def test_only_an_x_prediction_is_activated():
     half = lambda x, t: torch.full_like(x[:, :6], 0.5)
     x = sample(half, image, valid, 6, [0], Diffusion(), torch.tanh, 1, 0.0)
     assert torch.allclose(x, torch.full_like(x, math.tanh(0.5)))
-    sample(half, image, valid, 6, [0], Diffusion(prediction="v"), None, 2, 0.0)    # None would raise if it were called
+    # None would raise if it were called
+    sample(half, image, valid, 6, [0], Diffusion(prediction="v"), None, 2, 0.0)
 
 
 @pytest.mark.parametrize("wrong,name", [(dict(sampler="euler"), "euler"), (dict(variance="tiny"), "tiny"),
@@ -171,7 +180,8 @@ def slow_filter(image, valid, reach, colour):
     for i in range(W):
         for j in range(W):
             low, high = min(i, j), max(i, j)
-            steps = [float((image[:, k + 1] - image[:, k]).norm()) / colour + 1 / reach for k in range(low, high)]
+            steps = [float((image[:, k + 1] - image[:, k]).norm()) / colour + 1 / reach for k in range(low,
+                                                                                                       high)]
             weights[i, j] = math.exp(-sum(steps)) * bool(valid[j])
     return weights / weights.sum(1, keepdim=True).clamp(min=1e-300)
 
@@ -207,7 +217,8 @@ def test_averages_stay_within_edges():
     smooth = average(edge_aware(image, torch.ones(1, 32, 32, dtype=torch.bool), 0.3), noisy)
     assert (smooth - truth).abs().max() < 0.4 and (noisy - truth).abs().max() > 2
     constant = torch.full((1, 2, 32, 32), 0.7)
-    torch.testing.assert_close(average(edge_aware(image, torch.ones(1, 32, 32, dtype=torch.bool), 0.3), constant), constant)
+    torch.testing.assert_close(average(edge_aware(image, torch.ones(1, 32, 32, dtype=torch.bool), 0.3),
+                                       constant), constant)
 
 
 def test_smooth_sampling_is_the_same_in_every_batch_and_keeps_the_border():
@@ -230,16 +241,19 @@ def test_smooth_sampling_is_the_same_in_every_batch_and_keeps_the_border():
 
 
 def test_a_sampler_is_one_row_of_a_table(monkeypatch, capsys):
-    """A row added to SAMPLERS is a choice of train.py, sample.py and eval.py, and takes the steps; the last gives x_hat."""
+    """A row added to SAMPLERS is a choice of train.py, sample.py and eval.py, and takes the steps; the last
+    gives x_hat."""
     asked = []
 
     def jump(alpha, sigma, lam, i, variance):
-        asked.append((i, variance, len(alpha), alpha[i + 1] > alpha[i], sigma[i + 1] < sigma[i], lam[i + 1] > lam[i]))
+        asked.append((i, variance, len(alpha), alpha[i + 1] > alpha[i], sigma[i + 1] < sigma[i],
+                      lam[i + 1] > lam[i]))
         return 0.5, 0.25, 0.0
 
     monkeypatch.setitem(SAMPLERS, "jump", jump)
     _, x0, image, valid = scene()
-    steps, x = trace(lambda x, t: x0, image, valid, seeds=(0, 1), steps=3, guidance=0.0, sampler="jump", variance="small")
+    steps, x = trace(lambda x, t: x0, image, valid, seeds=(0, 1), steps=3, guidance=0.0, sampler="jump",
+                     variance="small")
     assert asked == [(0, "small", 4, True, True, True), (1, "small", 4, True, True, True)]
     assert torch.allclose(steps[1][1], 0.5 * steps[0][1] + 0.25 * steps[0][2]) and torch.equal(x, x0)
     assert evaluation.arguments(["--sampler", "jump"]).sampler == ["jump"]

@@ -198,7 +198,8 @@ def test_processes_that_were_forked_meanwhile_end_at_once():
 
 @pytest.mark.parametrize("script, arguments", [
     (evaluation, ["--limit", "x"]), (data, ["mine", "--size", "x"]), (evaluation, ["--max_bad", "nan"]),
-    (evaluation, ["--size", "99999999"]), (data, ["mine", "--max_bad", "-1"]), (evaluation, ["--n", "9" * 9])])
+    (evaluation, ["--size", "99999999"]), (data, ["mine", "--max_bad", "-1"]),
+    (evaluation, ["--n", "9" * 9])])
 def test_wrong_options_end_in_one_sentence(capsys, script, arguments):
     try:
         status = script.main(arguments)

@@ -27,7 +27,8 @@ def make_folder(root, n=12, size=(24, 20)):
     for part in ("images", "labels"):
         (root / part).mkdir(parents=True)
     for i in range(n):
-        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(root / "images" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3),
+                                     np.uint8)).save(root / "images" / f"{i}.png")
         Image.fromarray(rng.integers(0, 4, (size[1], size[0]), np.uint8)).save(root / "labels" / f"{i}.png")
     return root
 
@@ -52,7 +53,7 @@ def test_a_run_leaves_checkpoint_log_and_picture(tmp_path, capsys):
     assert -1 <= lines[-1]["ari"] <= 1 and 0 <= lines[-1]["iou"] <= 1
     assert Image.open(tmp_path / "run" / "samples_000004.png").size[0] > 100
     moved = [v for k, v in weights(tmp_path, "run").items() if k == "net.head.weight"][0]
-    assert moved.abs().max() > 0                                                   # it starts at zero
+    assert moved.abs().max() > 0  # it starts at zero
     out = capsys.readouterr().out
     assert "4/4" in out and "min" in out and "images/s" in out
 
@@ -62,7 +63,7 @@ def test_resuming_equals_not_stopping(tmp_path, monkeypatch, more):
     assert run(tmp_path, *more, out="whole") == 0
     update_ema, calls = train.update_ema, []
 
-    def interrupted(*args):                                                        # Ctrl-C in the middle of the third step
+    def interrupted(*args):  # Ctrl-C in the middle of the third step
         update_ema(*args)
         calls.append(1)
         if len(calls) == 3:
@@ -92,9 +93,11 @@ def test_a_folder_trains(tmp_path):
     assert run(tmp_path, "--dataset", str(folder), "--preset", "tiny") == 0
 
 
-@pytest.mark.parametrize("encoding, palette, prediction", [("bits", "none", "v"), ("onehot", "random", "eps"), ("rgb", "random", "x")])
+@pytest.mark.parametrize("encoding, palette, prediction",
+                         [("bits", "none", "v"), ("onehot", "random", "eps"), ("rgb", "random", "x")])
 def test_the_baselines_train_and_sample(tmp_path, encoding, palette, prediction):
-    assert run(tmp_path, "--encoding", encoding, "--palette", palette, "--prediction", prediction, "--guidance", "1") == 0
+    assert run(tmp_path, "--encoding", encoding, "--palette", palette, "--prediction", prediction,
+               "--guidance", "1") == 0
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -107,14 +110,20 @@ def test_the_baselines_train_and_sample(tmp_path, encoding, palette, prediction)
     (["--augment", "maybe"], "--augment is true or false"),
     (["--bits", "5"], "bits must be 2, 4, 6, 8 or 10"),
     (["--image_size", "20"], "needs a multiple of 8"),
-    (["--least", "-1"], "--least must be at least 0"), (["--merge", "1", "--encoding", "rgb"], "0 with --encoding rgb"),
-    (["--jitter", "-1"], "--jitter must be at least 0"), (["--batch_size", "0"], "--batch_size must be at least 1"),
+    (["--least", "-1"], "--least must be at least 0"),
+    (["--merge", "1", "--encoding", "rgb"], "0 with --encoding rgb"),
+    (["--jitter", "-1"], "--jitter must be at least 0"), (["--batch_size", "0"], "--batch_size must be at "
+                                                                                 "least 1"),
     (["--batch_size", "3", "--accumulate", "2"], "cannot be split"),
     (["--keep_every", "-1"], "--keep_every must be at least 0"),
-    (["--lr", "nan"], "--lr must be at least 0, not nan"), (["--weight_decay", "-1"], "--weight_decay must be at least 0"),
-    (["--guidance", "inf"], "--guidance must be at least 0, not inf"), (["--ema", "2"], "--ema must be from 0 to 0.999999"),
-    (["--seed", "-1"], "--seed must be from 0 to 4194303"), (["--image_drop", "2"], "--image_drop must be from 0 to 1"),
-    (["--sampler", "dpm"], "--sampler is ddpm or ddim, not 'dpm'"), (["--variance", "big"], "--variance is large or small"),
+    (["--lr", "nan"], "--lr must be at least 0, not nan"),
+    (["--weight_decay", "-1"], "--weight_decay must be at least 0"),
+    (["--guidance", "inf"], "--guidance must be at least 0, not inf"),
+    (["--ema", "2"], "--ema must be from 0 to 0.999999"),
+    (["--seed", "-1"], "--seed must be from 0 to 4194303"), (["--image_drop", "2"], "--image_drop must be "
+                                                                                    "from 0 to 1"),
+    (["--sampler", "dpm"], "--sampler is ddpm or ddim, not 'dpm'"),
+    (["--variance", "big"], "--variance is large or small"),
     (["--device", "meta"], "none of cpu, cuda and mps"),
     (["--network", "large"], "network 'large' is not one of"),
     (["--compile", "yes"], "compile is auto, on or off"),
@@ -212,7 +221,7 @@ def test_export_sampling_and_fine_tuning(tmp_path, capsys):
     model = load_checkpoint(exported)
     assert all(torch.equal(v, ema[k]) for k, v in model.net.state_dict().items())
 
-    folder = make_folder(tmp_path / "mine")                                        # other data, learning rate and length
+    folder = make_folder(tmp_path / "mine")  # other data, learning rate and length
     tuned = ["--dataset", str(folder), "--preset", "tiny", "--init", str(exported)]
     assert run(tmp_path, *tuned, "--lr", "0", "--max_steps", "1", out="tuned") == 0
     assert "from the weights of" in capsys.readouterr().out
@@ -220,7 +229,8 @@ def test_export_sampling_and_fine_tuning(tmp_path, capsys):
     assert all(torch.equal(v, tuned_weights[f"net.{k}"]) for k, v in ema.items())
 
     capsys.readouterr()
-    for more, words in ((["--bits", "6"], "in_channels 7 -> 9; out_channels 4 -> 6"), (["--network", "small"], "width 32 -> 64")):
+    for more, words in ((["--bits", "6"], "in_channels 7 -> 9; out_channels 4 -> 6"),
+                        (["--network", "small"], "width 32 -> 64")):
         assert run(tmp_path, *tuned, *more, out="other") == 2
         err = capsys.readouterr().err
         assert words in err and "is another network" in err and err.count("\n") == 1
@@ -291,11 +301,11 @@ def test_out_of_memory_says_what_fits_and_that_works(tmp_path, monkeypatch, caps
         return real(net, first, *args, **more)
 
     monkeypatch.setattr(train, function, loss)
-    monkeypatch.setattr(train.kernels, "mode", train.kernels.mode)                 # --kernels sets it
+    monkeypatch.setattr(train.kernels, "mode", train.kernels.mode)  # --kernels sets it
     assert run(tmp_path, "--batch_size", "4", "--kernels", path) == 2
     err = capsys.readouterr().err
     assert "out of memory on cpu with 4 images at once; 1 would fit: add --accumulate 4" in err and "Traceback" not in err
-    if path == "torch":                                                            # the interpreter is slow
+    if path == "torch":  # the interpreter is slow
         assert run(tmp_path, "--batch_size", "4", "--accumulate", "4", "--kernels", path) == 0
 
 
@@ -317,7 +327,8 @@ def test_a_failed_capture_ends_with_one_sentence_and_what_was_saved(tmp_path, mo
     monkeypatch.setattr("engine.as_cuda_graph", no)
     assert run(tmp_path) == 2
     err = capsys.readouterr().err
-    assert err == ("train.py: no CUDA graph of a step (operation not permitted): use --graph off and run the same "
+    assert err == ("train.py: no CUDA graph of a step (operation not permitted): use --graph off and run "
+                   "the same "
                    "command again\n")
     assert read(tmp_path / "run" / "ckpt.pt")["step"] == 2
     monkeypatch.undo()
@@ -386,12 +397,12 @@ def test_a_full_disk_warns_and_leaves_the_last_good_checkpoint(tmp_path, monkeyp
 
     def full(fd):
         calls.append(1)
-        if len(calls) > 2:                                                         # the first checkpoint: file and folder
+        if len(calls) > 2:  # the first checkpoint: file and folder
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(fd)
 
     monkeypatch.setattr(os, "fsync", full)
-    assert run(tmp_path) == 1                                                      # it is not saved, and says so
+    assert run(tmp_path) == 1  # it is not saved, and says so
     assert "ckpt.pt is not written (No space left on device)" in capsys.readouterr().err
     assert read(tmp_path / "run" / "ckpt.pt")["step"] == 2
     monkeypatch.undo()
@@ -419,7 +430,7 @@ def test_a_signal_during_validation_stops_it_and_it_is_made_up_for(tmp_path, mon
 
 def test_validation_scores_answers_as_sample_and_eval_make_them(tmp_path, monkeypatch):
     monkeypatch.setattr("answers.tree.log_odds", lambda features, net, claimed: np.zeros(len(features)))
-    assert run(tmp_path, "--least", "3", "--merge", "99") == 0                     # everything joins: one segment, ARI 0
+    assert run(tmp_path, "--least", "3", "--merge", "99") == 0  # everything joins: one segment, ARI 0
     assert log(tmp_path)[-1]["ari"] == 0
     assert load_checkpoint(tmp_path / "run" / "ckpt.pt").tidy == dict(least=3, merge=99.0)
     assert run(tmp_path, out="rough") == 0 and log(tmp_path, "rough")[-1]["ari"] != 0
@@ -447,6 +458,8 @@ def test_presets_name_real_options_and_networks():
 
 def test_help_shows_every_option_and_the_shell_sees_the_status():
     done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and all(f"    {name}: " in done.stdout for name in train.Config.__dataclass_fields__)
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--nonsense", "1"], capture_output=True, text=True)
+    assert done.returncode == 0 and all(f"    {name}: " in done.stdout
+                                        for name in train.Config.__dataclass_fields__)
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--nonsense", "1"], capture_output=True,
+                          text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr

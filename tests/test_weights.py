@@ -49,6 +49,6 @@ def test_they_tell_a_few_flat_regions_apart():
 
 def test_the_command_says_that_it_uses_them(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (64, 48), "white").save(tmp_path / "a.png")
-    monkeypatch.chdir(tmp_path)                                                    # no out/ here
+    monkeypatch.chdir(tmp_path)  # no out/ here
     assert sample.main(["--n", "2", "a.png"]) == 0
     assert "come with this repository" in capsys.readouterr().out and Path("samples/a/answer.png").exists()
