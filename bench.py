@@ -119,7 +119,8 @@ def copy_gb_s(device):
 def kernel_cases(B, dtype, device):
     """name -> (fused, plain PyTorch, whether to compile it, bytes that the fused pass must move)."""
     g = torch.Generator(device).manual_seed(0)
-    codec, d, k, n, item = bits.Codec(bits=BITS), diffusion.Diffusion(), BITS, B * SIZE * SIZE, torch.finfo(dtype).bits // 8
+    codec, d, k, n = bits.Codec(bits=BITS), diffusion.Diffusion(), BITS, B * SIZE * SIZE
+    item = torch.finfo(dtype).bits // 8
     codec.table, codec.cell_of_code = codec.table.to(device), codec.cell_of_code.to(device)
 
     def rand(*shape, kind=dtype):
@@ -135,8 +136,8 @@ def kernel_cases(B, dtype, device):
     alpha, sigma = (v.float() for v in diffusion.alpha_sigma(t, d))
     a4, s4 = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
     weight, keep = diffusion.loss_weight(t, d).float(), torch.ones(B, device=device)
-    out, two, xt = rand(B, k, SIZE, SIZE), rand(2 * B, k, SIZE, SIZE), rand(B, k, SIZE, SIZE,
-                                                                            kind=torch.float32)
+    out, two = rand(B, k, SIZE, SIZE), rand(2 * B, k, SIZE, SIZE)
+    xt = rand(B, k, SIZE, SIZE, kind=torch.float32)
     leaf = out.clone().requires_grad_()
 
     def plain_noise():
@@ -146,8 +147,8 @@ def kernel_cases(B, dtype, device):
     def plain_input():
         x = image * keep.view(-1, 1, 1, 1)
         x0 = codec.encode(cells)
-        return diffusion.network_input(a4 * x0 + s4 * torch.randn_like(x0), x).to(dtype,
-                                                                                  memory_format=torch.channels_last)
+        x = diffusion.network_input(a4 * x0 + s4 * torch.randn_like(x0), x)
+        return x.to(dtype, memory_format=torch.channels_last)
 
     def plain_loss(o):
         return weight * diffusion.per_sample_error(o.float().tanh(), codec.encode(cells), valid)
@@ -202,7 +203,8 @@ def bench_kernels(args):
           f"MiB: peak beyond the inputs")
     print(f"\n| {'kernel':<27}| dtype    | batch | fused ms                     | eager ms | compile ms | "
           f"GB/s | of copy | MiB fused / eager |")
-    print(f"|{'-' * 28}|----------|-------|------------------------------|----------|------------|------|---------|-------------------|")
+    print(f"|{'-' * 28}|----------|-------|------------------------------|----------|------------|"
+          f"------|---------|-------------------|")
     for dtype in dtypes:
         for B in batches:
             for name, (kernel, plain, compiles, moved) in kernel_cases(B, dtype, device).items():
@@ -277,8 +279,9 @@ def bench_data(args):
         there = [part.to(device) for part in batch]
 
         def palette(labels):
-            return kernels.locate(labels, codec.side,
-                                  labels_below=packed.labels_below) if device.type == "cuda" else codec.cells(labels)
+            if device.type != "cuda":
+                return codec.cells(labels)
+            return kernels.locate(labels, codec.side, labels_below=packed.labels_below)
 
         source = data.batches(packed, 0, B, 0, args.workers, pin=device.type == "cuda")
 
@@ -356,7 +359,9 @@ def matrix_rate(device, dtype, kind):
 
 
 def where(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def peak_memory(device):
@@ -552,7 +557,8 @@ def bench_sample(args):
                           clock=args.clock,
                           steps=args.steps, guidance=c.guidance, variants=rows,
                           peak_memory_gb=peak_memory(device),
-                          samples_per_second=rows[f"{args.images} images x {n} samples"]["samples_per_second"],
+                          samples_per_second=
+                              rows[f"{args.images} images x {n} samples"]["samples_per_second"],
                           latency_s=rows["one image, one sample"]["seconds"])))
 
 

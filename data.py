@@ -108,7 +108,8 @@ def parse_void(text):
     try:
         return tuple(sorted({int(word) for word in str(text).split(",")})) if str(text).strip() else ()
     except ValueError:
-        raise ValueError(f"--void '{text}' is no id, nor several with commas between them, e.g. 255") from None
+        raise ValueError(f"--void '{text}' is no id, "
+                         f"nor several with commas between them, e.g. 255") from None
 
 
 def contents(data):
@@ -293,8 +294,8 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     # colours: a power, then brightness, contrast, hue, saturation, value and shift as one affine map. A
     # turn of the hue is
     # a rotation about the grey axis, whose matrix is circulant: rows (a, b, c), (c, a, b), (b, c, a)
-    gamma, contrast, brightness = when(1, 2 ** (0.5 * r[0]), 1.0), when(2, 1 + 0.2 * r[1], 1.0), when(2,
-                                                                                                      0.2 * r[2])
+    gamma, contrast = when(1, 2 ** (0.5 * r[0]), 1.0), when(2, 1 + 0.2 * r[1], 1.0)
+    brightness = when(2, 0.2 * r[2])
     turn, chroma, value = when(3, 0.35 * r[3]), when(3, 1 + 0.3 * r[4], 1.0), when(3, 1 + 0.15 * r[5], 1.0)
     near, across = chroma * turn.cos() / 3, chroma * turn.sin() / 3**0.5
     a, b, c = (contrast * value * v for v in (1 / 3 + 2 * near, 1 / 3 - near - across, 1 / 3 - near + across))
@@ -392,9 +393,9 @@ def main(argv=None):
         if names(a.name) == ["shapes"]:
             raise ValueError("shapes are drawn while training: there is nothing to prepare")
         for split in a.split:
-            copies = {(packed_side(a.size, a.crop, a.detail), 1)} if split == "train" else {(a.size, 1),
-                                                                                            (a.size * a.detail, a.detail)}
-            # as `load` takes them
+            copies = {(a.size, 1), (a.size * a.detail, a.detail)}  # as `load` takes them
+            if split == "train":
+                copies = {(packed_side(a.size, a.crop, a.detail), 1)}
             mine = [part for part in (parts if split == "train" else parts[:1]) if part[0] != "shapes"]
             for (name, _, own), (side, detail) in itertools.product(mine, sorted(copies)):
                 data = load(name, split, side, a.root, a.cache, 0, own["unlabelled"] or a.unlabelled,

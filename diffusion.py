@@ -175,7 +175,9 @@ def fused(codec, device):
     RuntimeError if
     Triton was forced and cannot run there.
     """
-    if kernels is None or kernels.live(device)[0] == "torch" or not codec.has_bits or codec.activation not in ("tanh", "none"):
+    if kernels is None or kernels.live(device)[0] == "torch" or not codec.has_bits:
+        return None
+    if codec.activation not in ("tanh", "none"):
         return None
     return dict(activation=codec.activation, codes=None if codec.palette == "similar"
                 else codec.cell_of_code.argsort().to(device))

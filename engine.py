@@ -573,10 +573,11 @@ def read(path, device="cpu"):
     except Exception as e:  # torch raises many kinds here
         raise Damaged(f"{path}: not a readable checkpoint ({str(e).splitlines()[0][:100]})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        other = content.get("format", "none") if isinstance(content,
-                                                            dict) else f"none, a {type(content).__name__}"
-        raise ValueError(f"{path}: its format is {other}, this version reads format {FORMAT}: use the "
-                         f"version that wrote it")
+        other = f"none, a {type(content).__name__}"
+        if isinstance(content, dict):
+            other = content.get("format", "none")
+        raise ValueError(f"{path}: its format is {other}, this version reads format {FORMAT}: "
+                         f"use the version that wrote it")
     return content
 
 
@@ -617,7 +618,8 @@ def lock(folder):
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise ValueError(f"{folder} is in use by {holder}: stop that one first, or use another --out") from None
+        raise ValueError(f"{folder} is in use by {holder}: "
+                         f"stop that one first, or use another --out") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -124,9 +124,8 @@ def sweep_table(sweep):
 def print_clicks(curve, ks):
     """Tables of `clicks_curve`: ARI / IoU after so many clicks, with intervals of ARI; -> {method: {k:
     {metric: (mean, low, high)}}}."""
-    table = {name: {str(k): {key: metrics.bootstrap([one[key] for one in rows]) for key in ("ari", "iou",
-                                                                                            "covering", "voi",
-                                                                                            "pred")}
+    keys = ("ari", "iou", "covering", "voi", "pred")
+    table = {name: {str(k): {key: metrics.bootstrap([one[key] for one in rows]) for key in keys}
                     for k, rows in by.items()} for name, by in curve.items()}
     print(f"{'ARI [95 %] / IoU':<20}" + "".join(f"k = {k:<26}" for k in ks))
     for name, by in table.items():
@@ -201,9 +200,10 @@ def reliability_tables(rows, n):
 
 def flat_rows(rows, places):
     """Rows of images.csv: an image each, with its scores at each of the places that it has."""
-    return [{"name": row["name"], "annotators": row["annotators"]} | {f"{where}_{who}_{key}": v
-                                                                      for where in places
-            for who, scores in row.get(where, {}).items() for key, v in scores.items()} for row in rows]
+    return [{"name": row["name"], "annotators": row["annotators"]}
+            | {f"{where}_{who}_{key}": v for where in places
+               for who, scores in row.get(where, {}).items() for key, v in scores.items()}
+            for row in rows]
 
 
 def number_list(text, kind, minimum):
@@ -447,8 +447,8 @@ def main(argv=None):
                              fine=fine)
         titles = [f"{kind}: {row['name']}, ARI {row['network'][answer]['ari']:.3f}, IoU "
                   f"{row['network'][answer]['iou']:.3f}; image, "
-                  + ", ".join(["annotator"] * min(2, row["annotators"]) + [s for s in row["network"]
-                                                                           if s != "human"])
+                  + ", ".join(["annotator"] * min(2, row["annotators"])
+                              + [s for s in row["network"] if s != "human"])
                   for kind, row in chosen]
         pictures["examples.png"] = lambda path: example_sheet(path, again, titles)
     line = json.dumps(json.loads(json.dumps(result), parse_constant=lambda nan: None))

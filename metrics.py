@@ -171,9 +171,8 @@ def dilate(mask, square):
     for dy in range(-min(r, H - 1), min(r, H - 1) + 1):
         half = int((square - dy * dy) ** 0.5)
         rows = count[:, max(0, dy) : H + min(0, dy)]
-        near[:, max(0, -dy) : H - max(0, dy)] |= rows[:, :, r + half + 1 :][:, :, :W] > rows[:, :,
-                                                                                             r - half :][:, :,
-                                                                                                         :W]
+        right, left = rows[:, :, r + half + 1 :][:, :, :W], rows[:, :, r - half :][:, :, :W]
+        near[:, max(0, -dy) : H - max(0, dy)] |= right > left
     return near
 
 

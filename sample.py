@@ -369,7 +369,8 @@ def main(argv=None):
             if Path(given).resolve().parent == (out / names[files[0]]).resolve():
                 raise ValueError(f"{given} lies where this image's results go, and would be overwritten: "
                                  f"copy it elsewhere, or choose another --out")
-        listed = a.format == "coco_panoptic" or (out / "panoptic").is_dir() and (out / "panoptic.json").exists()
+        listed = (a.format == "coco_panoptic"
+                  or (out / "panoptic").is_dir() and (out / "panoptic.json").exists())
         if listed:
             info_of(out / "panoptic.json")
         out.mkdir(parents=True, exist_ok=True)

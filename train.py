@@ -199,11 +199,9 @@ FREE = {"out", "root", "cache", "device", "kernels", "compile", "graph", "worker
         "max_bad"}
 
 RANGES = dict.fromkeys(("batch_size", "accumulate", "max_steps", "image_size", "eval_every", "eval_images",
-                        "steps", "log_every",
-                        "save_every"), (1, math.inf))
+                        "steps", "log_every", "save_every"), (1, math.inf))
 RANGES |= dict.fromkeys(("keep_every", "workers", "warmup_steps", "decay_steps", "lr", "weight_decay",
-                         "grad_clip", "jitter", "guidance",
-                         "smooth", "least", "merge"), (0, math.inf))
+                         "grad_clip", "jitter", "guidance", "smooth", "least", "merge"), (0, math.inf))
 RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition", "hints", "max_bad"), (0, 1))
 RANGES |= {"seed": (0, 2**22 - 1), "crop": (0.01, 1), "ema": (0, 0.999999), "input_scale": (1e-6, math.inf),
            "bias": (-100, 100)}
@@ -604,9 +602,8 @@ def prepare_run(c):
         if new[: len(old)] != old or differences(source["network"], network, {"dropout", "in_channels"}):
             # as many channels, of another meaning
             differ = differ or [f"inputs {', '.join(old)} -> {', '.join(new)}"]
-            raise ValueError(f"--init {c.init} is another network ({'; '.join(differ)}): choose --network, "
-                             f"--bits and "
-                             f"--encoding as it has them")
+            raise ValueError(f"--init {c.init} is another network ({'; '.join(differ)}): "
+                             f"choose --network, --bits and --encoding as it has them")
         net.load_state_dict(widened(source["ema"], net.state_dict()))
         added = network["in_channels"] - source["network"]["in_channels"]
         origin = f"from the weights of {c.init}" + f", {added} more input channels at zero" * (added > 0)
@@ -733,8 +730,8 @@ def train(c, run):
         say(f"{out}/ckpt.pt is complete at step {step}: raise --max_steps to go on, or start anew with "
             f"another --out")
         return 0
-    put("log.jsonl", lambda path: forget(path, lambda line: line["step"] <= (validated if "ari" in line
-                                                                             else step)))
+    known = lambda line: line["step"] <= (validated if "ari" in line else step)
+    put("log.jsonl", lambda path: forget(path, known))
 
     stop, first, started, beside = [], step, time.time(), Beside()  # stop: signals; looked at between steps
 
@@ -762,7 +759,8 @@ def train(c, run):
                 ari, iou, picture = result
                 validated = step
                 drawn = put(f"samples_{step:06d}.png", lambda path: save_picture(picture, path))
-                say(f"step {step:>6}  validation ARI {ari:.3f}  IoU {iou:.3f}" + f"  -> {out}/samples_{step:06d}.png" * drawn,
+                say(f"step {step:>6}  validation ARI {ari:.3f}  IoU {iou:.3f}"
+                    + f"  -> {out}/samples_{step:06d}.png" * drawn,
                     step=step, ari=ari, iou=iou, seconds=time.time() - started)
                 if ari > best:
                     best = ari
@@ -793,7 +791,9 @@ def train(c, run):
                     raise
             if full:  # here the failed step's memory is free again
                 fits, tried = update.fits(batch), len(batch["image"]) // c.accumulate
-                remedy = f"add --accumulate {c.batch_size // world // fits}" if fits else "choose a smaller --network"
+                remedy = "choose a smaller --network"
+                if fits:
+                    remedy = f"add --accumulate {c.batch_size // world // fits}"
                 print(f"train.py: out of memory on {device} with {tried} images at once; "
                       f"{fits or 'not even one'} would fit: "
                       f"{remedy} and run the same command again", file=sys.stderr)

@@ -62,16 +62,16 @@ def random_walker(photo, hints, beta=0.02):
     |dLab|^2) likely."""
     h, w = hints.shape
     at, jump = np.arange(h * w).reshape(h, w), gradient(photo)
-    i, j = np.concatenate([at[:-1].ravel(), at[:, :-1].ravel()]), np.concatenate([at[1:].ravel(),
-                                                                                  at[:, 1:].ravel()])
+    i = np.concatenate([at[:-1].ravel(), at[:, :-1].ravel()])
+    j = np.concatenate([at[1:].ravel(), at[:, 1:].ravel()])
     weight = np.exp(-beta * np.concatenate([v.ravel() for v in jump]) ** 2) + 1e-6
     links = coo_matrix((np.r_[weight, weight], (np.r_[i, j], np.r_[j, i])), shape=(h * w, h * w)).tocsr()
     laplacian = diags(np.asarray(links.sum(1)).ravel()) - links
     seed, free = np.flatnonzero(hints), np.flatnonzero(hints.ravel() == 0)
     numbers = np.unique(hints[hints > 0])
     sides = (hints.ravel()[seed][:, None] == numbers).astype(float)
-    chance = spsolve(laplacian[free][:, free].tocsc(), -laplacian[free][:, seed] @ sides).reshape(len(free),
-                                                                                                  -1)
+    chance = spsolve(laplacian[free][:, free].tocsc(), -laplacian[free][:, seed] @ sides)
+    chance = chance.reshape(len(free), -1)
     out = hints.ravel().copy()
     out[free] = numbers[chance.argmax(1)]
     return out.reshape(h, w)
@@ -84,8 +84,8 @@ def by_baseline(photo, hints, evidence=None):
     maps = {"nearest click": nearest_click(hints), "watershed, Lab": watershed(jump, hints),
             "random walker": random_walker(photo, hints)}
     if evidence is not None:
-        soft = [np.minimum(np.abs(np.diff(evidence.soft, axis=axis + 1)).sum(-1), 2).mean(0) for axis in (0,
-                                                                                                          1)]
+        soft = [np.minimum(np.abs(np.diff(evidence.soft, axis=axis + 1)).sum(-1), 2).mean(0)
+                for axis in (0, 1)]
         maps["watershed, samples"] = watershed([s + 0.3 * g / 20 for s, g in zip(soft, jump)], hints)
     return maps
 
@@ -158,8 +158,8 @@ def clicks_needed(model, data, fine, files, target=0.85, most=20, objects=100, n
         jump = gradient(photo)
         methods = {"tree": lambda hints: joined(evidence, model, hints=hints)[1],
                    "watershed, Lab": lambda hints: watershed(jump, hints),
-                   "watershed, samples": lambda hints: by_baseline(photo, hints,
-                                                                   evidence)["watershed, samples"],
+                   "watershed, samples":
+                       lambda hints: by_baseline(photo, hints, evidence)["watershed, samples"],
                    "nearest click": nearest_click}
         for one in wanted[i]:
             truth = labels == one

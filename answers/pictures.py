@@ -118,8 +118,8 @@ def panel(image, result, codec, hints=None, most=16):
     for j, labels in zip(range(most), result.enlarged(small)):
         add(f"sample {j}", labels, result.side)
     for name, value, top, words in uncertainty(result, codec):
-        tiles.append(shade(F.interpolate(value[None, None], (h, w), mode="bilinear", antialias=True)[0,
-                                                                                                     0] / top))
+        shown = F.interpolate(value[None, None], (h, w), mode="bilinear", antialias=True)[0, 0]
+        tiles.append(shade(shown / top))
         captions.append((name, *words))
     fits = max(1, round((len(tiles) * 1.6 * h / w) ** 0.5))  # a sheet about 1.6 times as wide as high
     rows = -(-len(tiles) // fits)

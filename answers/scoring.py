@@ -103,16 +103,16 @@ def border_table(evidence, grown, labels, maps, net):
             a, b = truth[(labels == i) & (truth >= 0)], truth[(labels == j) & (truth >= 0)]
             if len(a) and len(b):
                 most = int(max(a.max(), b.max())) + 1
-                parted.append(1 - np.bincount(a, minlength=most) @ np.bincount(b,
-                                                                               minlength=most) / (len(a) * len(b)))
+                together = np.bincount(a, minlength=most) @ np.bincount(b, minlength=most)
+                parted.append(1 - together / (len(a) * len(b)))
         if parted:
             rows.append((chance, float(np.mean(parted)), length))
     if not rows:
         return torch.zeros(10, 3, dtype=torch.float64)
     chance, truth, length = torch.tensor(rows, dtype=torch.float64).T
     where = (chance * 10).long().clamp(0, 9)
-    return torch.stack([torch.bincount(where, length * v, 10) for v in (torch.ones_like(chance), chance,
-                                                                        truth)], dim=1)
+    return torch.stack([torch.bincount(where, length * v, 10)
+                        for v in (torch.ones_like(chance), chance, truth)], dim=1)
 
 
 def segment_table(sure, labels, maps):
@@ -201,10 +201,8 @@ def score_images(data, positions, model, a, setting, ns, files, larger=None, ful
                 row["joined"] = joined_table(every, maps)
             evidence, (tree_of_all, labels) = evidence_of(x_hat, photo, model.codec), grown[n]
             sure, _ = tree.confidence(evidence, tree_of_all, labels, net)
-            row["segments"], row["borders"] = segment_table(sure, labels, maps), border_table(evidence,
-                                                                                              tree_of_all,
-                                                                                              labels, maps,
-                                                                                              net)
+            row["segments"] = segment_table(sure, labels, maps)
+            row["borders"] = border_table(evidence, tree_of_all, labels, maps, net)
             if model.codec.has_bits and model.codec.palette != "none":
                 row["bits"] = bit_table(x_hat[0], maps, model.codec)
         if keep:

@@ -434,8 +434,8 @@ def answer(grown, labels, result, hints=None):
         ids = np.array(list(most))
         values = np.array(list(most.values()))
         here = hints > 0
-        full[torch.from_numpy(here)] = torch.from_numpy(values[np.searchsorted(ids,
-                                                                               hints[here])]).to(full.dtype)
+        numbers = values[np.searchsorted(ids, hints[here])]
+        full[torch.from_numpy(here)] = torch.from_numpy(numbers).to(full.dtype)
     confidence = {int(number[k]): float(sure[k]) for k in range(len(number))}
     segments = coco_segments(full.numpy(), confidence)
     left = {s["id"] for s in segments}  # in a photo smaller than the map, segments may lose all their pixels

@@ -188,13 +188,14 @@ class Graph:
 
     def __init__(self, evidence, region):
         samples, h, w, bits = evidence.soft.shape
-        self.n, self.samples, self.codes, self.looks = int(region.max()) + 1, samples, evidence.codes, evidence.looks.shape[2]
+        self.n, self.samples = int(region.max()) + 1, samples
+        self.codes, self.looks = evidence.codes, evidence.looks.shape[2]
         flat = region.ravel()
         pixels = np.concatenate([np.ones((h * w, 1)), evidence.looks.reshape(h * w, -1),
                                  evidence.soft.transpose(1, 2, 0, 3).reshape(h * w, -1)], axis=1)
         self.total = sums(pixels, flat, self.n)  # (n, 1 + 28 + samples * bits): area and sums
-        place = ((flat * samples)[None] + np.arange(samples)[:,
-                                                             None]) * evidence.codes + evidence.cells.reshape(samples, -1)
+        place = (flat * samples)[None] + np.arange(samples)[:, None]
+        place = place * evidence.codes + evidence.cells.reshape(samples, -1)
         size = self.n * samples * evidence.codes
         # of each code
         self.count = np.bincount(place.ravel(), minlength=size).reshape(self.n, -1).astype(float)
@@ -255,7 +256,8 @@ def learnt(path=LEARNT):
         with np.load(path, allow_pickle=False) as f:
             return {name: f[name].astype(np.float64) for name in f.files}
     except (OSError, KeyError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read ({e}): restore it from the repository, or use --merge 0") from None
+        raise ValueError(f"{path} cannot be read ({e}): "
+                         f"restore it from the repository, or use --merge 0") from None
 
 
 def log_odds(features, net, claimed):

@@ -83,7 +83,8 @@ def live(device):
     reason = why_not
     if not reason and device.type != "cuda" and not triton.knobs.runtime.interpret:
         reason = f"the tensors are on {device.type}"
-    if not reason and device.type == "cuda" and mode == "auto" and torch.cuda.get_device_capability(device) < (8, 0):
+    if (not reason and device.type == "cuda" and mode == "auto"
+            and torch.cuda.get_device_capability(device) < (8, 0)):
         reason = f"{torch.cuda.get_device_name(device)} is older than Ampere, for which they were written"
     if not reason and device.type == "cuda" and not triton.knobs.runtime.interpret:
         _can_launch()

@@ -167,7 +167,8 @@ def sin_cos_turns(word):
     rest = (word - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-9
     z = rest * rest
     s = rest + rest * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
-    c = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    c = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2
+                                 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
     odd = (quarter & 1) != 0
     a, b = tl.where(odd, c, s), tl.where(odd, s, c)
     return tl.where(quarter >= 2, -a, a), tl.where((quarter == 1) | (quarter == 2), -b, b)

@@ -158,8 +158,9 @@ def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=No
     free = torch.ones(B, K + 1, dtype=torch.bool, device=device)  # column K: absent segments
     for who in turn.split(1, dim=1):  # (B, 1): all images at once
         # squared distance to every cell, less |p|^2, times some H W: (B, K)
-        distance = some.gather(1, who) * H * W * (r**2 + c**2) - W * a_row.gather(1,
-                                                                                  who) * r - H * a_col.gather(1, who) * c
+        distance = (some.gather(1, who) * H * W * (r**2 + c**2)
+                    - W * a_row.gather(1, who) * r
+                    - H * a_col.gather(1, who) * c)
         nearest = distance.masked_fill(~free[:, :K], 2**63 - 1).argmin(1, keepdim=True)
         want, present = wanted.gather(1, who), counts.gather(1, who) > 0
         cell = torch.where(free.gather(1, want), want, nearest)
@@ -201,5 +202,5 @@ def table_of(index, n, weight=None):
     """Sum of the weights (1) at each index of each row: (B, N) in [-1, n) -> (B, n) float64."""
     key = torch.where(index < 0, n, index) + (n + 1) * torch.arange(len(index), device=index.device)[:, None]
     weight = None if weight is None else weight.reshape(-1).double()
-    return torch.bincount(key.view(-1), weight, minlength=len(index) * (n + 1)).view(len(index), n + 1)[:,
-                                                                                                        :n].double()
+    total = torch.bincount(key.view(-1), weight, minlength=len(index) * (n + 1))
+    return total.view(len(index), n + 1)[:, :n].double()

@@ -64,7 +64,8 @@ def fetch(url, file, tries=5):
             why = e
         except (OSError, HTTPException) as e:
             if isinstance(e, OSError) and e.errno == errno.ENOSPC:
-                raise OSError(f"{url}: {e.strerror}; what came is kept, run the same command again to go on") from None
+                raise OSError(f"{url}: {e.strerror}; what came is kept, "
+                              f"run the same command again to go on") from None
             why = e
         if part.exists() and part.stat().st_size == total:
             os.replace(part, file)

@@ -95,8 +95,8 @@ def scan(*paths, keep=lambda name: not junk(name)):
             if info and stat.S_ISDIR(info.st_mode):
                 found += scan(e, keep=keep)
             else:
-                found.append((os.fspath(e), info.st_size, info.st_mtime_ns) if info else (os.fspath(e), -1,
-                                                                                          0))
+                found.append((os.fspath(e), info.st_size, info.st_mtime_ns) if info
+                             else (os.fspath(e), -1, 0))
     return found
 
 
@@ -878,7 +878,8 @@ def pillow(path, what="image"):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS} pixels; scale it down first") from None
+        raise ValueError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS} pixels; "
+                         f"scale it down first") from None
     except UnidentifiedImageError:
         why = "the file is empty" if os.path.getsize(path) == 0 else "no image format that Pillow knows"
         if Path(path).suffix.lower() in HEIC:

@@ -175,8 +175,8 @@ def pack_items(target, items, name, options, fingerprint, workers, max_bad):
            for file, length in zip(("images.u8", "labels.u16"), lengths(rows, S))):
         rows = []  # cut off from outside
     todo = sorted(set(range(len(items))) - {row[0] for row in rows})
-    need, there = 3 * S * S * len(items) + 2 * S * S * sum(len(item.labels) for item in items), lengths(rows,
-                                                                                                        S)
+    need = 3 * S * S * len(items) + 2 * S * S * sum(len(item.labels) for item in items)
+    there = lengths(rows, S)
     full = OSError(f"{name} needs {need / 1e9:.2f} GB in {target.parent} when packed, and the disk is full; "
                    f"what was "
                    f"written is kept: free some space, or give another --cache, and run the same command "

@@ -60,8 +60,8 @@ def draw_scene(rng, size, shapes=8):
         angle = np.linspace(0, 2 * np.pi, sides, endpoint=False)
         radius = np.ones(sides)
         if sides < 48:  # a star-shaped polygon
-            angle, radius = angle + rng.uniform(-0.3, 0.3, sides) * 2 * np.pi / sides, rng.uniform(0.6, 1.2,
-                                                                                                   sides)
+            angle = angle + rng.uniform(-0.3, 0.3, sides) * 2 * np.pi / sides
+            radius = rng.uniform(0.6, 1.2, sides)
         stretch, turn = rng.uniform(0.5, 1.0), rng.uniform(0, np.pi)
         extent = size * 0.09 * (0.40 / 0.09) ** rng.random()  # log-uniform
         x, y = extent * radius * np.cos(angle), extent * stretch * radius * np.sin(angle)
@@ -77,8 +77,8 @@ def paint(labels, params, noise):
     """Textures: each segment has two colours and a pattern between them. (B, S, S) ids -> (B, S, S, 3)
     uint8."""
     S = labels.shape[1]
-    p = np.take_along_axis(params, labels.reshape(len(labels), -1, 1).astype(int), 1).reshape(*labels.shape,
-                                                                                              -1)
+    p = np.take_along_axis(params, labels.reshape(len(labels), -1, 1).astype(int), 1)
+    p = p.reshape(*labels.shape, -1)
     axis = (np.arange(S, dtype=np.float32) + 0.5) / S
     y, x = axis[:, None], axis[None, :]
     angle, freq = p[..., 6] * np.pi, (3 + p[..., 7] * S / 8) * 2 * np.pi  # 3 and more cycles over the image
@@ -121,7 +121,8 @@ class Mixture:
 
     def get(self, positions, draws=None):
         images, labels, sizes = zip(*map(self.one, positions))
-        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels).astype(np.int64)), torch.tensor(np.array(sizes))
+        labels = np.stack(labels).astype(np.int64)
+        return torch.from_numpy(np.stack(images)), torch.from_numpy(labels), torch.tensor(np.array(sizes))
 
     def one(self, i):
         """Sample number i: image (S, S, 3) uint8, labels (S, S), (h, w). The same on every machine."""

@@ -112,7 +112,8 @@ def gpu(out, minutes=9.0, small=True):
 
 def test_gpu_keeps_what_it_has_whatever_a_part_does(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    look = "import json, pathlib, sys; print(json.dumps(list(json.loads(pathlib.Path(sys.argv[1]).read_text())['parts'])))"
+    look = ("import json, pathlib, sys; "
+            "print(json.dumps(list(json.loads(pathlib.Path(sys.argv[1]).read_text())['parts'])))")
     code = dict(first="print('| a table |'); print('{\"x\": 1}')",
                 breaks="print('| half a table |'); raise SystemExit(3)",
                 hangs="import time; print('| a row |'); time.sleep(60)", last=look)

@@ -89,8 +89,8 @@ def test_folder_with_splits(tmp_path):
     train, val = (load(str(tmp_path / "d"), split, 8, cache=tmp_path / "cache") for split in ("train", "val"))
     images, labels, sizes = get_all(train)
     assert (train.names, val.names, len(train)) == (["x", "y"], ["z"], 2) and sizes.tolist() == [[6, 8]] * 2
-    assert (images[1, :6].numpy() == PIXEL + 1).all() and (labels[0, :6].numpy() == np.minimum(LABEL,
-                                                                                               50) // 50).all()
+    assert (images[1, :6].numpy() == PIXEL + 1).all()
+    assert (labels[0, :6].numpy() == np.minimum(LABEL, 50) // 50).all()
     assert (labels[:, 6:] == -1).all() and (images[:, 6:] == 0).all()
     assert torch.equal(train.get([3])[0], images[[1]])  # positions go round
 
@@ -152,8 +152,8 @@ def test_real_folders_as_their_index_says(index):
     for key in sorted(found)[::100]:  # reading all would take a minute
         (image, maps), entry = found[key], entries[key]
         labels = [read_label(p) for p in maps]
-        assert list(read_image(image).size) == entry["size"] and {m.shape
-                                                                  for m in labels} == {tuple(entry["size"][::-1])}
+        assert list(read_image(image).size) == entry["size"]
+        assert {m.shape for m in labels} == {tuple(entry["size"][::-1])}
         assert [len(set(m.ravel().tolist()) - {0}) for m in labels] == entry["n_segments"]
 
 
@@ -229,5 +229,6 @@ def test_order_is_a_permutation_in_every_epoch_and_resumes():
 def test_uniforms_belong_to_the_sample():
     whole = uniforms(0, 100, seed=1)
     assert whole.shape == (100, 16) and (uniforms(40, 7, seed=1) == whole[40:47]).all()
-    assert ((whole >= 0) & (whole < 1)).all() and abs(whole.mean() - 0.5) < 0.03 and len(np.unique(whole)) > 1590
+    assert ((whole >= 0) & (whole < 1)).all() and abs(whole.mean() - 0.5) < 0.03
+    assert len(np.unique(whole)) > 1590
     assert (uniforms(0, 100, seed=2) != whole).mean() > 0.99

@@ -40,8 +40,8 @@ def folder(root, n=40):
     for i in range(n):
         Image.fromarray(np.full((6, 8, 3), i + 1, np.uint8)).save(root / f"images/train/{i:03}.png")
         for a in range(1 + i % 2):
-            Image.fromarray(np.full((6, 8), i, np.uint8) + np.arange(8,
-                                                                     dtype=np.uint8) // (4 - a)).save(root / f"labels/train/{i:03}_a{a}.png")
+            label = np.full((6, 8), i, np.uint8) + np.arange(8, dtype=np.uint8) // (4 - a)
+            Image.fromarray(label).save(root / f"labels/train/{i:03}_a{a}.png")
     return root
 
 
@@ -50,7 +50,8 @@ def opened(tmp_path, **options):
 
 
 def content(dataset):
-    return dataset.images.tobytes(), dataset.labels.tobytes(), dataset.first.tolist(), dataset.sizes.tolist(), dataset.names
+    return (dataset.images.tobytes(), dataset.labels.tobytes(), dataset.first.tolist(),
+            dataset.sizes.tolist(), dataset.names)
 
 
 def counted(monkeypatch, stop_at=None):
@@ -73,8 +74,8 @@ def counted(monkeypatch, stop_at=None):
 def test_workers_do_not_change_the_copy(tmp_path):
     folder(tmp_path / "d", 100)
     one, three = (content(opened(tmp_path, cache=tmp_path / str(w), workers=w)) for w in (1, 3))
-    assert one == three and len(one[4]) == 100 and one[2][-1] == 150 and opened(tmp_path,
-                                                                                cache=tmp_path / "1").labels_below == 3
+    assert one == three and len(one[4]) == 100 and one[2][-1] == 150
+    assert opened(tmp_path, cache=tmp_path / "1").labels_below == 3
     assert np.frombuffer(one[0], np.uint8).reshape(100, 8, 8, 3)[:, 0, 0, 0].tolist() == list(range(1, 101))
 
 
@@ -133,11 +134,10 @@ def test_a_copy_belongs_to_its_options_and_sources(tmp_path, monkeypatch):
     seen = counted(monkeypatch)
     same = opened(tmp_path)
     index = json.loads((same.folder / "index.json").read_text())
-    assert index["version"] == packing.VERSION and index["options"]["size"] == 8 and re.fullmatch("[0-9a-f]{16}", index["fingerprint"])
-    others = [opened(tmp_path, **o) for o in (dict(unlabelled="ignore"),
-                                              dict(components=True))] + [load(str(tmp_path / "d"), "train", 9,
-                                                                              cache=tmp_path / "cache",
-                                                                              workers=1)]
+    assert index["version"] == packing.VERSION and index["options"]["size"] == 8
+    assert re.fullmatch("[0-9a-f]{16}", index["fingerprint"])
+    others = [opened(tmp_path, unlabelled="ignore"), opened(tmp_path, components=True),
+              load(str(tmp_path / "d"), "train", 9, cache=tmp_path / "cache", workers=1)]
     assert len({d.folder for d in (same, *others)}) == 4 and len(seen) == 160
     monkeypatch.setattr(formats, "read_label", None)  # reading again would fail
     assert content(opened(tmp_path)) == content(same)
@@ -168,7 +168,8 @@ def test_processes_that_want_the_same_copy_make_it_once(tmp_path, monkeypatch):
     with multiprocessing.get_context("fork").Pool(3) as pool:
         results = [pool.apply_async(opened, (tmp_path,)) for _ in range(3)]
         assert [len(r.get(30)) for r in results] == [40] * 3
-    assert len(set((tmp_path / "notes").read_text().split())) == 1 and len((tmp_path / "notes").read_text().split()) == 40
+    notes = (tmp_path / "notes").read_text().split()
+    assert len(set(notes)) == 1 and len(notes) == 40
 
 
 def test_full_disk(tmp_path, monkeypatch):
@@ -344,7 +345,8 @@ def test_crop_shows_the_part_it_should(T, h, w, S, crop, zoom, y, x, flip, stret
                                                           crop)
     H, W = round(h * S / T), round(w * S / T)
     assert got.shape == (1, 3, S, S) and inside[0, :H, :W].all() and inside.sum() == H * W
-    both = (1 - (1 - crop) * zoom) * 2 ** (stretch / 2 - 0.25), (1 - (1 - crop) * zoom) / 2 ** (stretch / 2 - 0.25)
+    area = 1 - (1 - crop) * zoom
+    both = area * 2 ** (stretch / 2 - 0.25), area / 2 ** (stretch / 2 - 0.25)
     tall, wide = (min(1, max(crop, share)) for share in both)  # as shares of the sides
     top, left = y * (1 - tall) * h, x * (1 - wide) * w
     for i in range(0, H, 5):
@@ -368,9 +370,8 @@ def test_crops_have_the_shape_that_evaluation_has(h, want):
 def test_augmentation_is_one_sample_at_a_time():
     """A batch of 21 (in pieces on a CPU) equals 21 batches of one; crops alone need the last four numbers."""
     g = torch.Generator().manual_seed(0)
-    images, labels = torch.randint(0, 256, (21, 16, 16, 3), dtype=torch.uint8, generator=g), torch.randint(0,
-                                                                                                           5,
-                                                                                                           (21, 16, 16), generator=g)
+    images = torch.randint(0, 256, (21, 16, 16, 3), dtype=torch.uint8, generator=g)
+    labels = torch.randint(0, 5, (21, 16, 16), generator=g)
     sizes, u = torch.randint(4, 17, (21, 2), generator=g), torch.rand(21, 20, generator=g)
     whole = augment(images, labels, sizes, u, crop=0.5)
     for i in range(21):
@@ -452,8 +453,10 @@ def coco_files():
     note = {"images": [{"id": 1, "file_name": "a.jpg"}],
             "annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": [{"id": 263}]}]}
     inner = zipped({"panoptic_val2017/a.png": png(ids), "__MACOSX/panoptic_val2017/._a.png": b"junk"})
+    annotations = zipped({"annotations/panoptic_val2017.json": json.dumps(note),
+                          "annotations/panoptic_val2017.zip": inner})
     return {"/zips/val2017.zip": zipped({"val2017/a.jpg": png(pixels)}),
-            "/annotations/panoptic_annotations_trainval2017.zip": zipped({"annotations/panoptic_val2017.json": json.dumps(note), "annotations/panoptic_val2017.zip": inner})}
+            "/annotations/panoptic_annotations_trainval2017.zip": annotations}
 
 
 def fetch_coco(tmp_path, server):
@@ -467,7 +470,8 @@ def test_download_goes_on_where_it_broke(tmp_path, server, capsys):
     assert [start for path, start in server.log if path == image_zip] == [0, 5000, 5000, 8000]
     dataset = load("coco", "val", 16, root=tmp_path, cache=tmp_path / "cache")
     assert len(dataset) == 1 and dataset.maps(0)[0, 0].tolist() == [0] * 8 + [1] * 8
-    assert not list(tmp_path.rglob("*.zip")) and not list(tmp_path.rglob("__MACOSX")) and "train.py --dataset coco --root" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.zip")) and not list(tmp_path.rglob("__MACOSX"))
+    assert "train.py --dataset coco --root" in capsys.readouterr().out
     server.log.clear()
     assert fetch_coco(tmp_path, server) == 0 and not server.log  # complete: nothing is fetched again
 
@@ -476,7 +480,9 @@ def test_download_goes_on_in_another_call(tmp_path, server, capsys):
     server.files, image_zip = coco_files(), "/zips/val2017.zip"
     server.cut[image_zip] = [4000] + [0] * 4
     assert fetch_coco(tmp_path, server) == 2
-    assert "could not be fetched" in (err := capsys.readouterr().err) and f"4000 of {len(server.files[image_zip])} bytes came" in err and err.count("\n") == 1
+    err = capsys.readouterr().err
+    assert "could not be fetched" in err and err.count("\n") == 1
+    assert f"4000 of {len(server.files[image_zip])} bytes came" in err
     server.log.clear()
     assert fetch_coco(tmp_path, server) == 0 and server.log[0] == (image_zip, 4000)
 
@@ -491,13 +497,12 @@ def test_download_from_a_server_that_cannot_go_on(tmp_path, server):
 def test_download_of_another_file_and_of_a_complete_part(tmp_path, server):
     server.files = coco_files()
     body = server.files["/zips/val2017.zip"]
+    annotations = server.files["/annotations/panoptic_annotations_trainval2017.zip"]
     (tmp_path / "coco").mkdir()
     (tmp_path / "coco/val2017.zip.part").write_bytes(body + b"longer than it should be")
-    (tmp_path / "coco/panoptic_annotations_trainval2017.zip.part").write_bytes(server.files["/annotations/panoptic_annotations_trainval2017.zip"])
+    (tmp_path / "coco/panoptic_annotations_trainval2017.zip.part").write_bytes(annotations)
     assert fetch_coco(tmp_path, server) == 0
-    assert [s
-            for _, s in server.log] == [len(body) + 24, 0,
-                                        len(server.files["/annotations/panoptic_annotations_trainval2017.zip"])]
+    assert [start for _, start in server.log] == [len(body) + 24, 0, len(annotations)]
 
 
 def test_download_faults_get_one_sentence(tmp_path, server, capsys, monkeypatch):
@@ -508,7 +513,8 @@ def test_download_faults_get_one_sentence(tmp_path, server, capsys, monkeypatch)
     damaged[200] ^= 1
     server.files["/zips/val2017.zip"] = bytes(damaged)
     assert fetch_coco(tmp_path, server) == 2
-    assert "val2017.zip was damaged and is deleted" in capsys.readouterr().err and not (tmp_path / "coco/val2017.zip").exists()
+    assert "val2017.zip was damaged and is deleted" in capsys.readouterr().err
+    assert not (tmp_path / "coco/val2017.zip").exists()
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 999, 999))
     assert fetch_coco(tmp_path, server) == 2
@@ -526,19 +532,20 @@ def test_command_line(tmp_path, capsys):
     assert main([str(tmp_path / "d"), "--size", "16", "--crop", "0.5", "--workers", "1", "--cache",
                  str(tmp_path / "cache")]) == 0
     out = capsys.readouterr().out
-    assert "train: 40 images, 60 label maps of 23 x 23 pixels" in out and "val: 40 images, 60 label maps of 16 x 16 pixels" in out
+    assert "train: 40 images, 60 label maps of 23 x 23 pixels" in out
+    assert "val: 40 images, 60 label maps of 16 x 16 pixels" in out
     assert main([f"{tmp_path / 'd'}:2,shapes", "--size", "16", "--crop", "0.5", "--detail", "2", "--workers",
                  "1", "--cache", str(tmp_path / "cache")]) == 0
     mine = sorted(p.name for p in (tmp_path / "cache").iterdir())  # just what train.py with `photo` looks for
     load(str(tmp_path / "d"), "train", data.packed_side(16, 0.5, 2), cache=tmp_path / "cache")
     load(str(tmp_path / "d"), "val", 32, cache=tmp_path / "cache", detail=2)
-    assert sorted(p.name
-                  for p in (tmp_path / "cache").iterdir()) == mine and capsys.readouterr().out.count(" 32 x 32 pixels") == 2
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == mine
+    assert capsys.readouterr().out.count(" 32 x 32 pixels") == 2
     (tmp_path / "empty").mkdir()
-    for arguments, words in ((["coco", "--root", str(tmp_path / "r")], f"python data.py coco --download "
-                                                                       f"--root {tmp_path / 'r'}\n"),
-                             (["coco", "--root", str(tmp_path / "empty")], f"python data.py coco --download "
-                                                                           f"--root {tmp_path / 'empty'}\n"),
+    command = "python data.py coco --download --root"
+    for arguments, words in ((["coco", "--root", str(tmp_path / "r")], f"{command} {tmp_path / 'r'}\n"),
+                             (["coco", "--root", str(tmp_path / "empty")],
+                              f"{command} {tmp_path / 'empty'}\n"),
                              (["entity", "--download"], "--download fetches coco only"),
                              (["shapes"], "nothing to prepare"), (["shapes:2"], "nothing to prepare"),
                              ([str(tmp_path / "d"), "--crop", "0"], "--crop is from 0.01 to 1"),

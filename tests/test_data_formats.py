@@ -288,8 +288,8 @@ def flood(label):
             stack = [start]
             while stack:
                 i, j = stack.pop()
-                if 0 <= i < label.shape[0] and 0 <= j < label.shape[1] and label[i,
-                                                                                 j] == label[start] and not out[i, j]:
+                inside = 0 <= i < label.shape[0] and 0 <= j < label.shape[1]
+                if inside and label[i, j] == label[start] and not out[i, j]:
                     out[i, j] = number
                     stack += [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
     return out
@@ -326,8 +326,8 @@ def bomb(path):
     import struct
     import zlib
     head = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I",
-                                                                                       zlib.crc32(head)) + b"\0\0\0\0IDAT")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head
+                     + struct.pack(">I", zlib.crc32(head)) + b"\0\0\0\0IDAT")
 
 
 SICK = {
@@ -458,7 +458,8 @@ def test_bad_items_are_skipped_counted_and_listed(tmp_path, capsys):
     (root / "images/train/007.png").write_bytes(b"")
     (root / "labels/train/100.png").unlink()
     dataset = opened(tmp_path, root, "train", 8)
-    assert len(dataset) == 198 and "007" not in dataset.names and "2 skipped as bad" in capsys.readouterr().out
+    assert len(dataset) == 198 and "007" not in dataset.names
+    assert "2 skipped as bad" in capsys.readouterr().out
     skipped = (dataset.folder / "skipped.txt").read_text().splitlines()
     assert len(skipped) == 2 and any("007.png: not a readable image" in s
                                      for s in skipped) and any("100.png has no label" in s for s in skipped)

@@ -130,8 +130,8 @@ def test_finer_by_hand():
         out, f = net(x, t), net.finer
         emb = F.silu(net.time(time_features(t)))
         image = F.silu(net.look[2](F.silu(net.look[0](F.pixel_shuffle(x[:, 4:], 2)))))  # (1, 16, 8, 8)
-        y = f.bits(F.pixel_unshuffle(x[:, :4], 2)) + f.image(image) + f.below(h[0].repeat_interleave(2,
-                                                                                                     2).repeat_interleave(2, 3))
+        below = h[0].repeat_interleave(2, 2).repeat_interleave(2, 3)
+        y = f.bits(F.pixel_unshuffle(x[:, :4], 2)) + f.image(image) + f.below(below)
         y = F.silu(f.norm(f.res(y, emb)))
         want = F.pixel_shuffle(net.head(h[1]), 4) + F.pixel_shuffle(f.head(y), 2)
     assert h[0].shape == (1, 32, 4, 4) and image.shape == (1, 16, 8, 8) and torch.allclose(out, want,
@@ -192,9 +192,10 @@ def test_from_training_to_pictures(tmp_path, monkeypatch, capsys):
         for name in "abc":
             Image.fromarray(rng.integers(0, 256, (40, 54, 3),
                                          np.uint8)).save(root / "images" / split / f"{name}.png")
-            Image.fromarray(np.arange(40 * 54).reshape(40,
-                                                       54).astype(np.uint8) // 64 + 1).save(root / "labels" / split / f"{name}.png")
-    common = "--preset tiny --device cpu --max_steps 2 --batch_size 2 --image_size 16 --eval_images 2 --steps 2 --cache".split() + [str(tmp_path / "cache")]
+            label = np.arange(40 * 54).reshape(40, 54).astype(np.uint8) // 64 + 1
+            Image.fromarray(label).save(root / "labels" / split / f"{name}.png")
+    common = ("--preset tiny --device cpu --max_steps 2 --batch_size 2 --image_size 16 --eval_images 2 "
+              "--steps 2 --cache").split() + [str(tmp_path / "cache")]
     for dataset, out in (("shapes", "a"), (f"{root},shapes", "b")):
         assert train.main([*common, "--dataset", dataset, "--crop", "0.5" if out == "b" else "1", "--out",
                            str(tmp_path / out)]) == 0

@@ -26,7 +26,8 @@ from metrics import calibration_error
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    options = "--preset tiny --device cpu --max_steps 2 --batch_size 2 --image_size 16 --bits 4 --eval_images 1 --steps 2 --guidance 0"
+    options = ("--preset tiny --device cpu --max_steps 2 --batch_size 2 --image_size 16 --bits 4 "
+               "--eval_images 1 --steps 2 --guidance 0")
     assert train.main([*options.split(), "--out", str(out)]) == 0
     return out / "ckpt.pt"
 
@@ -101,9 +102,8 @@ def test_a_checkpoint_with_several_annotators_and_a_sweep(ckpt, tmp_path, capsys
     assert report["48"].keys() == {"sample", "coarse", "answer", "fine", "human"}
     assert status == 0 and (report["images"], report["annotators"], report["steps"]) == (3, 2, 2)
     settings = [(s["sampler"], s["steps"], s["guidance"], s["n"]) for s in report["sweep"]]
-    expected = [(sampler, steps, guidance, n) for sampler in ("ddpm", "ddim") for steps in (1,
-                                                                                            2)
-                                                                                            for guidance in (0, 1)
+    expected = [(sampler, steps, guidance, n)
+                for sampler in ("ddpm", "ddim") for steps in (1, 2) for guidance in (0, 1)
                 for n in ((1, 3) if (sampler, steps) == ("ddpm", 2) else (1,))]
     assert sorted(settings) == sorted(expected)
     for s in report["sweep"]:
@@ -301,7 +301,8 @@ def test_files_of_others_stay(ckpt, tmp_path, capsys):
     (tmp_path / "images.csv").write_text("mine")
     assert evaluation.main(["--ckpt", str(ckpt), "--limit", "1", "--device", "cpu", "--out",
                             str(tmp_path)]) == 2
-    assert "images.csv was not written by eval.py" in capsys.readouterr().err and (tmp_path / "images.csv").read_text() == "mine"
+    assert "images.csv was not written by eval.py" in capsys.readouterr().err
+    assert (tmp_path / "images.csv").read_text() == "mine"
     (tmp_path / "images.csv").rename(tmp_path / "examples.png")
     assert evaluation.main(["--ckpt", str(ckpt), "--limit", "1", "--device", "cpu", "--out",
                             str(tmp_path)]) == 2
@@ -318,7 +319,8 @@ def test_pooled_quality_and_missing_humans():
         for s in row["network"].values():
             s.update({key: 0.0 for key in evaluation.ROWS if key not in s and key not in ("pq", "sq", "rq")})
     s = evaluation.summary(rows, "network")
-    assert s["sample"]["pq"][0] == pytest.approx(1.5 / (3 + 2)) and s["sample"]["sq"][0] == 0.75 and s["sample"]["ari"][0] == 0.75
+    assert s["sample"]["pq"][0] == pytest.approx(1.5 / (3 + 2))
+    assert s["sample"]["sq"][0] == 0.75 and s["sample"]["ari"][0] == 0.75
     assert s["human"]["ari"] == (0.25, 0.25, 0.25) and list(s["sample"]) == list(evaluation.ROWS)
 
 

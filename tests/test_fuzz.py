@@ -31,16 +31,16 @@ INTERNAL = ("NoneType", "object at 0x", "Traceback", "unhashable", "subscriptabl
 
 
 def sentence(text, *names):
-    assert text and "\n" not in text and len(text) < 900 and any(str(name) in text
-                                                                 for name in names) and not any(word in text
-                                                                                                for word in INTERNAL), text
+    assert text and "\n" not in text and len(text) < 900, text
+    assert any(str(name) in text for name in names), text
+    assert not any(word in text for word in INTERNAL), text
 
 
 def places(value, at=()):
     """Every way into nested lists and dictionaries."""
     yield from [at] if at else []
-    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value,
-                                                                                                  list) else ():
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
         yield from places(part, (*at, key))
 
 

@@ -101,8 +101,8 @@ def test_shares_and_numbers_of_drawn_hints():
     segments = (pixels > 0).sum(1)
     assert (segments > 0).float().mean() == pytest.approx(0.5, abs=0.05)
     counts = torch.bincount(segments[segments > 0], minlength=21) / (segments > 0).sum()
-    assert len(counts) == 21 and counts[1:] == pytest.approx([np.log1p(1 / k) / np.log(21) for k in range(1,
-                                                                                                          21)], abs=0.05)
+    expected = [np.log1p(1 / k) / np.log(21) for k in range(1, 21)]
+    assert len(counts) == 21 and counts[1:] == pytest.approx(expected, abs=0.05)
     touched = (pixels > 0).float().sum(0) / (pixels > 0).sum()  # equal segments: none is preferred
     assert touched == pytest.approx(torch.full((64,), 1 / 64), rel=0.5)
     assert 1 <= pixels[pixels > 0].min() and pixels.max() <= 3 * 21  # 3 discs of 21 pixels at most
@@ -182,8 +182,8 @@ def test_both_losses_see_hints_before_the_first_guess():
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
 def test_sampling_sees_hints_at_every_step_in_both_halves(guidance):
     torch.manual_seed(0)
-    image, valid, inputs, d = torch.randn(2, 3, 16, 16), torch.ones(2, 16, 16,
-                                                                    dtype=torch.bool), [], Diffusion(hints=0.5)
+    image, valid = torch.randn(2, 3, 16, 16), torch.ones(2, 16, 16, dtype=torch.bool)
+    inputs, d = [], Diffusion(hints=0.5)
     net = UNet(4 + 3 + 4, 4, **SIZES["tiny"]).eval()
     torch.nn.init.normal_(net.head.weight, std=0.05)
     seen = lambda x, t: inputs.append(x) or net(x, t)

@@ -82,7 +82,8 @@ def test_who_may_enter_which_room():
 
 
 def test_segmenting_loads_no_downloader_and_no_painter():
-    code = "import sys; import answers.segment; print(*(getattr(m, '__file__', '') for m in sys.modules.values()), sep='\\n')"
+    code = ("import sys; import answers.segment; "
+            "print(*(getattr(m, '__file__', '') for m in sys.modules.values()), sep='\\n')")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                          check=True).stdout
     loaded = [path for path in FILES if str(path) in out.splitlines()]

@@ -249,8 +249,8 @@ def test_a_training_step_through_the_kernels_is_eq_2():
     if kernels.triton is not None:
         kernels.use("triton")
     labels = torch.randint(-1, 9, (2, 4, 4), device=DEVICE).repeat_interleave(3, 1).repeat_interleave(3, 2)
-    image, seeds, d = torch.rand(2, 3, 12, 12, device=DEVICE), torch.tensor([7, 8],
-                                                                            device=DEVICE), diffusion.Diffusion()
+    image, seeds = torch.rand(2, 3, 12, 12, device=DEVICE), torch.tensor([7, 8], device=DEVICE)
+    d = diffusion.Diffusion()
     t = torch.tensor([0.2, 0.7], dtype=torch.float64, device=DEVICE)
     net = torch.nn.Conv2d(9, 6, 3, padding=1).to(DEVICE)
     alpha, sigma = (v.float() for v in diffusion.alpha_sigma(t, d))

@@ -38,8 +38,8 @@ LABELS = {
     "some ignored":     (torch.cat([maps(1, 5, 5, 4), torch.full((1, 5, 5), -1, device=DEVICE)]), 8),
     "large ids":        (maps(2, 16, 16, 9, 4) * 10**12 + 7, 8),
     "negative ids":     (maps(2, 16, 16, 9, 4) - 5, 8),  # -1 among them
-    "ties":             (torch.arange(4, device=DEVICE).view(1, 2, 2).repeat_interleave(4,
-                                                                                        1).repeat_interleave(4, 2), 3),
+    "ties":             (torch.arange(4, device=DEVICE).view(1, 2, 2)
+                         .repeat_interleave(4, 1).repeat_interleave(4, 2), 3),
 }
 
 

@@ -209,7 +209,9 @@ def boundary_by_distance(pred, true, valid, tolerance=0.0075):
 
     a, b = edge(pred), edge(true)
     precision, recall = share(a, b), share(b, a)
-    return 1.0 if not a and not b else 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    if not a and not b:
+        return 1.0
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def blobs(rng, n, H, W, k):
@@ -260,7 +262,8 @@ def boundary_by_transform(pred, true):
         return out
 
     a, b, limit = edge(pred), edge(true), 0.0075 * np.hypot(*true.shape)
-    precision, recall = (distance_transform_edt(~b)[a] <= limit).mean(), (distance_transform_edt(~a)[b] <= limit).mean()
+    precision = (distance_transform_edt(~b)[a] <= limit).mean()
+    recall = (distance_transform_edt(~a)[b] <= limit).mean()
     return 2 * precision * recall / (precision + recall)
 
 

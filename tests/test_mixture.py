@@ -17,8 +17,8 @@ def folder(path, value, ids, count=4):
             (path / kind / split).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             Image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(path / f"images/{split}/{i}.png")
-            Image.fromarray(np.repeat(np.array(ids, np.uint8), 32 // len(ids))[None].repeat(32,
-                                                                                            0)).save(path / f"labels/{split}/{i}.png")
+            label = np.repeat(np.array(ids, np.uint8), 32 // len(ids))[None].repeat(32, 0)
+            Image.fromarray(label).save(path / f"labels/{split}/{i}.png")
     return path
 
 

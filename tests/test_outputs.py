@@ -63,8 +63,8 @@ def job_of(x, image=None):
 def samples(n=4, h=12, w=16, codec=Codec(bits=4)):
     """A Job with n soft samples of a few segments that differ from one another, and their cells."""
     generator = torch.Generator().manual_seed(0)
-    cells = torch.randint(0, 5, (n, 3, 4), generator=generator).repeat_interleave(4, 1).repeat_interleave(4,
-                                                                                                          2)[:, :h, :w]
+    cells = torch.randint(0, 5, (n, 3, 4), generator=generator)
+    cells = cells.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :h, :w]
     return job_of(codec.encode(cells) * (0.4 + 0.6 * torch.rand(n, 4, h, w, generator=generator))), cells
 
 
@@ -83,8 +83,8 @@ def slow_votes(labels, image):
         for i, j in np.ndindex(3, 3):
             i, j = round(y) + i - 1, round(z) + j - 1
             k, m = min(max(i, 0), h - 1), min(max(j, 0), w - 1)
-            far = ((y - i) ** 2 + (z - j) ** 2) / (2 * 0.5**2) + ((big[r, c] - small[k,
-                                                                                     m]) ** 2).sum() / (2 * 0.1**2)
+            near = ((big[r, c] - small[k, m]) ** 2).sum()
+            far = ((y - i) ** 2 + (z - j) ** 2) / (2 * 0.5**2) + near / (2 * 0.1**2)
             here[labels[k, m]] = here.get(labels[k, m], 0) + max(np.exp(-far), 1e-12)
     return votes
 
@@ -128,11 +128,10 @@ def test_all_encodings_and_shapes_are_summarised(encoding, width, height, merge)
     codec = Codec(encoding, 4)
     x = codec.encode(torch.randint(0, 9, (2, 12, 16), generator=torch.Generator().manual_seed(0)))
     result = summarise(job_of(x), picture(width, height), plain(codec, merge))
-    assert result.labels.shape == (2, height,
-                                   width) and result.answer.labels.shape == result.boundary.shape == (height,
-                                                                                                      width)
-    assert (result.entropy is None) == (encoding != "bits") and sum(s["area"]
-                                                                    for s in result.answer.segments) == width * height
+    assert result.labels.shape == (2, height, width)
+    assert result.answer.labels.shape == result.boundary.shape == (height, width)
+    assert (result.entropy is None) == (encoding != "bits")
+    assert sum(s["area"] for s in result.answer.segments) == width * height
     assert sample.panel(picture(width, height), result, codec).ndim == 3
 
 
@@ -149,14 +148,14 @@ def test_the_answer_is_the_vote_of_equally_sure_samples():
     cells[:3, :6] = 0  # 3 of 5 part the halves
     result = summarise(job_of(codec.encode(cells) * 0.9), Image.new("RGB", (16, 12)), plain(codec))
     assert len(result.answer.segments) == 2 and result.answer.borders[0][2] == pytest.approx(3 / 5)
-    assert (result.answer.labels[:6] == result.answer.labels[0, 0]).all() and result.answer.labels[0,
-                                                                                                   0] != result.answer.labels[6, 0]
+    assert (result.answer.labels[:6] == result.answer.labels[0, 0]).all()
+    assert result.answer.labels[0, 0] != result.answer.labels[6, 0]
     assert len(summarise(job_of(codec.encode(cells[2:])), Image.new("RGB", (16, 12)),
                          plain(codec)).answer.segments) == 1
     p = 0.5 + 0.9 * (3 - 2) / 5 / 2  # of each of the two bits that differ
     sure = -(0.95 * np.log2(0.95) + 0.05 * np.log2(0.05))
-    assert float(result.entropy[0,
-                                0]) == pytest.approx(2 * sure - 2 * (p * np.log2(p) + (1 - p) * np.log2(1 - p)), abs=1e-4)
+    both = 2 * sure - 2 * (p * np.log2(p) + (1 - p) * np.log2(1 - p))
+    assert float(result.entropy[0, 0]) == pytest.approx(both, abs=1e-4)
 
 
 def test_boundary_is_the_share_of_samples():
@@ -225,8 +224,11 @@ def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
     job = next(denoise([prepare(picture(), model)], model, 7, batch=8))
     assert sizes == [7, 3, 1, 2, 4, 2, 2] and len(job.x_hat) == 7
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(job.x_hat, whole.x_hat))
-    monkeypatch.setattr("answers.segment.sample", lambda *_, **__: (_
-                                                                    for _ in ()).throw(torch.OutOfMemoryError("no")))
+
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr("answers.segment.sample", no_memory)
     with pytest.raises(ValueError, match="memory does not hold one sample"):
         next(denoise([prepare(picture(), model)], model, 2))
 
@@ -275,9 +277,8 @@ def test_subsample_and_grid():
     assert subsample(torch.arange(9)[None], 1, 3).tolist() == [[1, 4, 7]]
     tiles = [np.full((5, 7, 3), v, np.uint8) for v in (10, 20, 30)]
     sheet = grid(tiles, 2, gap=1)
-    assert sheet.shape == (11, 15,
-                           3) and (sheet[:5, 8:] == 20).all() and (sheet[6:, :7] == 30).all() and (sheet[6:,
-                                                                                                         8:] == 255).all()
+    assert sheet.shape == (11, 15, 3) and (sheet[:5, 8:] == 20).all()
+    assert (sheet[6:, :7] == 30).all() and (sheet[6:, 8:] == 255).all()
 
 
 # ---- files
@@ -310,7 +311,8 @@ def test_panoptic_files_obey_the_formats_rules(run):
         assert ids.shape == (image["height"], image["width"]) and a["file_name"].endswith(".png")
         assert sorted(s["id"] for s in a["segments_info"]) == np.unique(ids).tolist()  # no void, none missing
         for s in a["segments_info"]:
-            assert s["area"] == (ids == s["id"]).sum() and s["category_id"] in categories and s["iscrowd"] == 0
+            assert s["area"] == (ids == s["id"]).sum()
+            assert s["category_id"] in categories and s["iscrowd"] == 0
 
 
 def test_images_of_the_same_name_do_not_clash(run, tmp_path):
@@ -381,7 +383,8 @@ def test_a_map_corrected_in_place_is_not_overwritten(run, tmp_path, capsys):
     assert run("a.png", "--n", 1) == 0
     before = (tmp_path / "samples/a/answer.png").read_bytes()
     assert run("a.png", "--n", 1, "--init", "samples/a/answer.png") == 2
-    assert "lies where this image's results go" in capsys.readouterr().err and (tmp_path / "samples/a/answer.png").read_bytes() == before
+    assert "lies where this image's results go" in capsys.readouterr().err
+    assert (tmp_path / "samples/a/answer.png").read_bytes() == before
     assert run("a.png", "--n", 1, "--init", "samples/a/answer.png", "--out", "o") == 0
 
 
@@ -406,8 +409,8 @@ def test_what_is_written_is_what_segment_returns(run, model):
     for j in range(3):
         assert (np.array(Image.open(f"samples/a/labels_{j:02d}.png")) == result.labels[j].numpy() + 1).all()
     assert (np.array(Image.open("samples/a/answer.png")) == result.answer.labels.numpy() + 1).all()
-    assert Image.open("samples/a/labels_00.png").convert("RGB").getpixel((0,
-                                                                          0)) == tuple(colours(4)[result.labels[0, 0, 0]])
+    first = Image.open("samples/a/labels_00.png").convert("RGB").getpixel((0, 0))
+    assert first == tuple(colours(4)[result.labels[0, 0, 0]])
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -149,8 +149,8 @@ def test_hints_get_the_cells_of_their_centroids(model):
     cells, small = codec.decode(job.known[None])[0], torch.from_numpy(shrink(hints, 16, 16))
     # corners of the 4 x 4 palette
     assert [int(cells[1, 1]), int(cells[1, 14]), int(cells[14, 2])] == [0, 3, 12]
-    assert (job.known[:, small == 0] == 0).all() and (job.known[:,
-                                                                small > 0].abs() == 1).all() and job.init is None
+    assert (job.known[:, small == 0] == 0).all() and (job.known[:, small > 0].abs() == 1).all()
+    assert job.init is None
     plain = prepare(picture(32, 32), model, hints)
     assert plain.known is None and plain.init is None and (plain.hints == hints).all()
     init = np.full((32, 32), 3)
