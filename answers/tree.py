@@ -125,14 +125,17 @@ def histogram(v, low, high, bins):
 def regions(evidence, hints=None):
     """Watershed: every minimum of the jumps, and every hint, becomes a region: (h, w) from 0.
 
-    hints (h, w): numbers from 1, 0 = none. Pixels of one hint are one region, which may be in several pieces.
+    hints (h, w): numbers from 1, 0 = none. Each connected part of a hint is a region.
     """
     h, w = evidence.low.shape
-    low, most = evidence.low, 0
+    low, pieces = evidence.low, np.zeros((h, w), int)
     if hints is not None and hints.any():
-        low, most = low & (scipy.ndimage.distance_transform_edt(hints == 0) >= CLEAR), int(hints.max())
+        low = low & (scipy.ndimage.distance_transform_edt(hints == 0) >= CLEAR)
+        for number in np.unique(hints[hints > 0]):
+            parts, _ = scipy.ndimage.label(hints == number, np.ones((3, 3)))
+            pieces = np.where(parts > 0, parts + pieces.max(), pieces)
     marker, _ = scipy.ndimage.label(low, np.ones((3, 3)))
-    marker = np.where(marker > 0, marker + most, 0 if hints is None else hints)
+    marker = np.where(marker > 0, marker + pieces.max(), pieces)
     return forest(evidence.jump, marker)
 
 
@@ -289,6 +292,7 @@ class Tree:
     odds: np.ndarray  # (m,): log odds of each merge
     height: np.ndarray  # (m,): the lowest odds of a merge and of all below it: cuts at one height nest
     closed: bool  # nothing is left unclaimed: every merge counts
+    claim: np.ndarray  # (leaves,): the hint that a leaf holds, 0 = none; leaves of one hint are one segment
 
     def cut(self, grain="normal", offset=0.0):
         """A label map (h, w), from 0. grain: a name of GRAINS, or the number of segments (int; hints may
@@ -309,6 +313,9 @@ class Tree:
         home = np.arange(leaves + merges)
         for k in np.sort(used)[::-1]:  # from the root down: a node hands its name on to what it joins
             home[self.children[k]] = home[leaves + k]
+        for number in np.unique(self.claim[self.claim > 0]):
+            held = home[:leaves][self.claim == number]
+            home[np.isin(home, held)] = held[0]
         return np.unique(home[self.region], return_inverse=True)[1].reshape(self.region.shape)
 
 
@@ -343,6 +350,7 @@ def grow(evidence, net=None, hints=None, closed=False, least=0, watch=None):
     high = np.full(2 * graph.n, np.inf)  # of every node
     if hints is not None:
         claim[region[hints > 0]] = hints[hints > 0]
+    held = claim.copy()
     closed = bool(closed and claim.any())
     score, leaves, home = None, graph.n, np.arange(graph.n)
     for level in (*LEVELS, -np.inf):
@@ -378,7 +386,8 @@ def grow(evidence, net=None, hints=None, closed=False, least=0, watch=None):
             kept, to = np.unique(to, return_inverse=True)
             node, claim, home, score = node[kept], claim[kept], to[home], None
             graph.merge(to, len(kept))
-    return Tree(region, np.array(children, int).reshape(-1, 2), np.array(odds), np.array(height), closed)
+    children = np.array(children, int).reshape(-1, 2)
+    return Tree(region, children, np.array(odds), np.array(height), closed, held)
 
 
 def sureness(evidence, tree, labels, net=None, graph=None):
