@@ -119,17 +119,20 @@ def subsample(maps, height, width):
 def shrink(ids, height, width):
     """(H, W) ids -> (height, width): the most frequent id above 0 of the pixels that fall there, 0 where
     there is none."""
-    rows, cols = (np.arange(max(a, b)) for a, b in zip(ids.shape, (height, width)))
     # at least height x width
-    ids = ids[rows * ids.shape[0] // len(rows)][:, cols * ids.shape[1] // len(cols)]
-    y, x = np.nonzero(ids > 0)
-    place, K = y * height // len(rows) * width + x * width // len(cols), height * width
-    names, rank = np.unique(ids[y, x], return_inverse=True)
-    votes, count = np.unique(rank * K + place, return_counts=True)
-    votes = votes[np.argsort(count, kind="stable")]
-    out = np.zeros(K, np.int64)
-    out[votes % K] = names[votes // K]  # the last one stays
-    return out.reshape(height, width)
+    rows, cols = (np.arange(max(a, b)) for a, b in zip(ids.shape, (height, width)))
+    place = cols * width // len(cols)
+    ends = np.searchsorted(rows * height // len(rows), np.arange(height + 1))
+    out = np.zeros((height, width), np.int64)
+    for y in range(height):  # one row after the other, as they may have millions of pixels
+        some = ids[rows[ends[y] : ends[y + 1]] * ids.shape[0] // len(rows)]
+        some = some[:, cols * ids.shape[1] // len(cols)]
+        names, rank = np.unique(some[some > 0], return_inverse=True)
+        at = np.broadcast_to(place, some.shape)[some > 0]
+        votes, count = np.unique(rank * width + at, return_counts=True)
+        votes = votes[np.argsort(count, kind="stable")]
+        out[y, votes % width] = names[votes // width]  # the last one stays
+    return out
 
 
 def blurred(image, h, w):

@@ -143,7 +143,7 @@ def newest_checkpoint(root="out", shipped=SHIPPED):
 
 
 def hint_map(width, height, points="", boxes=(), drawn=None):
-    """Points, boxes and drawn hints as one hint map (height, width) int64. Raises ValueError.
+    """Points, boxes and drawn hints as one hint map (height, width) int32, or int64 with drawn. Raises ValueError.
 
     points: "x,y x,y;x,y", groups of clicks: each is a disc of CLICK of the longer side, smaller if another
     group is near.
@@ -151,19 +151,20 @@ def hint_map(width, height, points="", boxes=(), drawn=None):
     over large ones,
     points and drawn (height, width) over all.
     """
-    out, y, x = np.zeros((height, width), np.int64), np.arange(height)[:, None], np.arange(width)
-    drawn = out if drawn is None else drawn
-    if drawn.shape != out.shape:
+    out = np.zeros((height, width), np.int32 if drawn is None else np.int64)
+    y, x = np.arange(height)[:, None], np.arange(width)
+    if drawn is not None and drawn.shape != out.shape:
         raise ValueError(f"the hint has {drawn.shape[1]} x {drawn.shape[0]} pixels, but the image {width} x "
                          f"{height}")
-    first = max(0, int(drawn.max())) + 1  # the first id not taken
+    first = 1 if drawn is None else max(0, int(drawn.max())) + 1  # the first id not taken
     for i, (x0, y0, x1, y1) in enumerate(sorted(boxes, key=lambda b: (b[0] - b[2]) * (b[3] - b[1]))):
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise ValueError(f"box {x0:g},{y0:g},{x1:g},{y1:g} does not lie in the image of {width} x "
                              f"{height} pixels")
-        core = ((2 * y + 1 - y0 - y1) / (y1 - y0)) ** 2 + ((2 * x + 1 - x0 - x1) / (x1 - x0)) ** 2 <= 0.25
-        core[int((y0 + y1) / 2), int((x0 + x1) / 2)] = True  # at least one pixel
-        out = np.where(core, first + i, out)
+        at = slice(int(y0), int(y1) + 1), slice(int(x0), int(x1) + 1)
+        down, across = (2 * y[at[0]] + 1 - y0 - y1) / (y1 - y0), (2 * x[at[1]] + 1 - x0 - x1) / (x1 - x0)
+        out[at][down**2 + across**2 <= 0.25] = first + i
+        out[int((y0 + y1) / 2), int((x0 + x1) / 2)] = first + i  # at least one pixel
     try:
         clicks = [(g, *map(float, p.split(","))) for g, group in enumerate(points.split(";"))
                   for p in group.split()]
@@ -174,10 +175,12 @@ def hint_map(width, height, points="", boxes=(), drawn=None):
         if not (0 <= px < width and 0 <= py < height):
             raise ValueError(f"point {px},{py} lies outside the image of {width} x {height} pixels")
         apart = min([np.hypot(px - qx, py - qy) for other, qx, qy in clicks if other != g], default=np.inf)
-        if apart == 0 or drawn[py, px] > 0:
+        if apart == 0 or drawn is not None and drawn[py, px] > 0:
             raise ValueError(f"contradictory hints: point {px},{py} belongs to something else already")
-        out = np.where(np.hypot(y - py, x - px) <= min(CLICK * max(width, height), apart / 2.1), g, out)
-    return np.where(drawn > 0, drawn, out)
+        radius = min(CLICK * max(width, height), apart / 2.1)
+        at = tuple(slice(max(0, int(p - radius)), int(p + radius) + 1) for p in (py, px))
+        out[at][np.hypot(y[at[0]] - py, x[at[1]] - px) <= radius] = g
+    return out if drawn is None else np.where(drawn > 0, drawn, out)
 
 
 @dataclass
@@ -209,11 +212,13 @@ def network_hints(hints, height, width):
 
 
 def checked(name, ids, image):
-    """A map of ids given for a PIL image, as int64; None stays None. Raises ValueError where the sizes
+    """A map of ids for a PIL image, as integers from 0; None stays None. Raises ValueError where the sizes
     differ."""
     if ids is None:
         return None
-    ids = np.asarray(ids, np.int64).clip(min=0)
+    ids = np.asarray(ids)
+    ids = ids if ids.dtype in (np.int32, np.int64) else ids.astype(np.int64)
+    ids = ids.clip(min=0) if (ids < 0).any() else ids
     if ids.shape != image.size[::-1]:
         raise ValueError(f"the {name} has {' x '.join(map(str, ids.shape[::-1]))} pixels, but the image "
                          f"{image.width} x {image.height}")
