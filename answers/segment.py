@@ -143,7 +143,7 @@ def newest_checkpoint(root="out", shipped=SHIPPED):
 
 
 def hint_map(width, height, points="", boxes=(), drawn=None):
-    """Points, boxes and drawn hints as one hint map (height, width) int32, or int64 with drawn. Raises ValueError.
+    """Points, boxes and drawn hints as one hint map (height, width), of integers. Raises ValueError.
 
     points: "x,y x,y;x,y", groups of clicks: each is a disc of CLICK of the longer side, smaller if another
     group is near.
