@@ -15,7 +15,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -584,6 +587,31 @@ def test_fifty_quick_clicks(browser, server, tmp_path):
 
 
 @in_browser
+def test_an_answer_that_comes_too_late_is_not_shown_on_the_next_photo(browser, server, tmp_path):
+    tab = opened(browser, server, tmp_path)
+    tab.js("""
+        const real = fetch, free = [];
+        fetch = async (path, options) => {
+          const reply = await real(path, options);
+          if (path === "/cut") await new Promise(done => free.push(done));
+          return reply;
+        };""")
+    tab.click(0.5, 0.5)
+    tab.wait("free.length === 1")
+    photo((60, 90), 1).save(tmp_path / "b.png")
+    tab.choose_file(tmp_path / "b.png")
+    tab.wait("state.name === 'b.png' && state.samples === 8")
+    tab.js("free[0]()")
+    tab.wait("free.length === 2")
+    assert tab.js("!state.maps.a")
+    tab.js("free[1]()")
+    tab.settle()
+    last = server.ask("/cut", **tab.js("asked()"))
+    assert whole(last["runs"], 533, 800).ravel().tolist() == tab.js("[...state.maps.a.labels]")
+    assert tab.js("state.strokes.length") == 0
+
+
+@in_browser
 def test_two_tabs(browser, server, tmp_path):
     one = opened(browser, server, tmp_path)
     two = opened(browser, server, tmp_path, photo((60, 90), 1))
@@ -616,18 +644,20 @@ def test_a_text_named_jpg_and_a_dropped_photo(browser, server, tmp_path):
 
 
 @in_browser
-def test_another_sites_page_gets_nothing(browser, server):
-    tab = browser.tab("data:text/html,<p>elsewhere</p>")
+def test_another_sites_page_gets_nothing(browser, server, tmp_path):
+    (tmp_path / "index.html").write_text("<p>elsewhere")
+    elsewhere = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+    tab = browser.tab(f"http://127.0.0.1:{elsewhere.server_port}/")
     sent = f"{{ method: 'POST', headers: {{ 'X-Token': '{server.config['token']}' }}, body: '{{}}' }}"
     for action, options in (("", "{}"), ("open", "{ method: 'POST', body: 'x' }"), ("wait", sent)):
         said = tab.js(f"fetch('{server.url}{action}', {options}).then(reply => reply.text(), e => e.message)")
         assert said == "Failed to fetch"
     tab.js(f"document.body.innerHTML = '<iframe src={server.url}></iframe>'")
     tab.wait("performance.getEntriesByType('resource').some(one => one.initiatorType === 'iframe')")
-    targets = browser.call("Target.getTargets")["targetInfos"]
-    frame = browser.attach(next(one["targetId"] for one in targets if one["type"] == "iframe"))
-    assert frame.js("typeof config") == "undefined"
-    assert browser.tab(server.url).js("typeof config") == "object"
+    frame, = tab.call("Page.getFrameTree")["frameTree"]["childFrames"]
+    assert frame["frame"]["unreachableUrl"] == server.url  # what is shown there is the browser's own words
+    elsewhere.shutdown()
 
 
 @in_browser
