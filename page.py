@@ -70,14 +70,14 @@ class Desk:
 
     def tell(self, photo, **news):
         with self.news:
-            vars(photo).update(news, version=photo.version + 1)
+            vars(photo).update({"version": photo.version + 1, **news})
             self.news.notify_all()
 
     def work(self):
         while True:
             with self.news:
-                self.news.wait_for(lambda: any(p.asked is not p.done for p in self.photos.values()))
-                photo = next(p for p in self.photos.values() if p.asked is not p.done)
+                photo = self.news.wait_for(lambda: [p for p in self.photos.values() if p.done != p.asked])[0]
+                self.news.wait_for(lambda: False, 0.5 if photo.job else 0)  # seconds: more clicks may follow
             strokes = photo.asked
             try:
                 self.sample(photo, strokes)
@@ -126,7 +126,7 @@ class Desk:
         with self.news:
             self.news.wait_for(lambda: p.version != version, timeout=20)  # seconds
             samples = len(p.job.x_hat) if p.job else 0
-            return dict(version=p.version, samples=samples, busy=p.asked is not p.done, error=p.error)
+            return dict(version=p.version, samples=samples, busy=p.asked != p.done, error=p.error)
 
     def cut(self, photo, strokes, grain, closed):
         """The joint answer at once; where the network sees hints, samples that have seen them follow."""
@@ -136,8 +136,8 @@ class Desk:
             tree, labels = segment.joined(p.result.evidence, self.model, grain, hints, closed)
             one = segment.answer(tree, labels, p.result, hints)
             if self.model.diffusion.hints and p.asked != strokes:
-                self.tell(p, asked=strokes)
-        return dict(runs=runs(one.labels), colours=colours(one.side).tolist(),
+                self.tell(p, asked=strokes, version=p.version)
+        return dict(runs=runs(one.labels), colours=colours(one.side).tolist(), busy=p.asked != p.done,
                     confidence={s["id"]: s["confidence"] for s in one.segments})
 
     def samples(self, photo, grain, **_):

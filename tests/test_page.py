@@ -535,7 +535,10 @@ def test_keyboard_alone(browser, server, tmp_path):
 
 
 @in_browser
-def test_what_is_saved_is_repeated_by_the_command_shown(browser, server, tmp_path, monkeypatch):
+@pytest.mark.parametrize("share", ["0", "0.5"])  # of the network's samples that saw hints
+def test_what_is_saved_is_repeated_by_the_command_shown(browser, tmp_path, monkeypatch, share):
+    server = Server("--ckpt", trained(tmp_path / "run", "--hints", share))
+    shutil.rmtree(browser.folder / "saved", ignore_errors=True)
     tab = opened(browser, server, tmp_path)
     tab.click(0.2, 0.2)
     tab.drag((0.6, 0.2), (0.7, 0.5), (0.8, 0.8))
@@ -557,6 +560,7 @@ def test_what_is_saved_is_repeated_by_the_command_shown(browser, server, tmp_pat
     answer = np.asarray(Image.open("samples/a/answer.png"))
     assert np.array_equal(np.asarray(Image.open(saved["labels"])), answer) and len(np.unique(answer)) == 2
     assert json.loads(saved["coco"].read_text())["images"][0]["file_name"] == "a.png"
+    server.stop()
 
 
 @in_browser
