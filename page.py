@@ -77,8 +77,9 @@ class Desk:
         while True:
             with self.news:
                 photo = self.news.wait_for(lambda: [p for p in self.photos.values() if p.done != p.asked])[0]
-                self.news.wait_for(lambda: False, 0.5 if photo.job else 0)  # seconds: more clicks may follow
-            strokes = photo.asked
+                strokes = photo.asked
+                while photo.job and self.news.wait_for(lambda: photo.asked is not strokes, 0.5):  # seconds
+                    strokes = photo.asked  # more clicks may follow
             try:
                 self.sample(photo, strokes)
             except Exception as e:  # the next photo is sampled all the same
@@ -147,7 +148,7 @@ class Desk:
             result = segment.summarise(p.job, p.view, self.model, grain_of(grain))
         boundary = Image.fromarray((result.boundary.numpy() * N).round().astype(np.uint8)).resize(p.view.size)
         return dict(samples=[runs(one) for one in result.enlarged()], colours=colours(result.side).tolist(),
-                    boundary=runs(boundary))
+                    boundary=runs(boundary), shades=shade(np.linspace(0, 1, N + 1)).tolist())
 
     def download(self, photo, kind, n, strokes, grain, closed, name):
         """labels, overlay, coco or hints at the photo's size, of n samples: (bytes, type)."""
@@ -234,8 +235,7 @@ def main(argv=None):
         except (ValueError, RuntimeError, OverflowError) as e:
             p.error(e)
         server.desk, server.config = desk, dict(
-            token=secrets.token_hex(16), first=first, ckpt=a.ckpt, seed=SEED, upload=UPLOAD,
-            shades=shade(np.linspace(0, 1, N + 1)).tolist())
+            token=secrets.token_hex(16), first=first, ckpt=a.ckpt, seed=SEED, upload=UPLOAD)
         threading.Thread(target=desk.work, daemon=True).start()
         print(url := f"http://127.0.0.1:{server.server_port}/", f"on {device}; Ctrl-C ends it", flush=True)
         try:
