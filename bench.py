@@ -1,21 +1,18 @@
 """How fast is it here? A table, and one JSON line last.
 
-    python bench.py kernels                      # every fused kernel against PyTorch and torch.compile of
-    the same PyTorch
-    python bench.py data                         # from the files to the network's input, stage by stage
-    python bench.py train --preset tiny          # images a second, and where a step's time goes
+    python bench.py kernels               # every fused kernel against PyTorch, eager and compiled
+    python bench.py data                  # from the files to the network's input, stage by stage
+    python bench.py train --preset tiny   # images a second, and where a step's time goes
     python bench.py train --preset paper --batch 2
-    python bench.py sample --preset tiny         # images x samples a second, latency of one image
-    python bench.py photos  # what sample.py does with photos and the weights in the box
-    python bench.py gpu --out DIR  # all of it, and the CUDA tests, in nine minutes, into files
+    python bench.py sample --preset tiny  # images x samples a second, latency of one image
+    python bench.py photos                # what sample.py does with photos and the weights in the box
+    python bench.py gpu --out DIR         # all of it, and the CUDA tests, in nine minutes, into files
 
 kernels: without CUDA it says so and measures the kernels' PyTorch twins on a small batch: a check that
-everything runs, no
-figure of merit. train, sample: weights are random, for speed does not depend on them; all variants are timed
-in turn, round
-after round, so that whatever else the machine does meets all of them; figures are medians over the rounds.
-On a busy machine:
---clock cpu counts this process' own processor time (OMP_NUM_THREADS=1 makes that comparable).
+everything runs, no figure of merit. train, sample: weights are random, for speed does not depend on them; all
+variants are timed in turn, round after round, so that whatever else the machine does meets all of them;
+figures are medians over the rounds. On a busy machine: --clock cpu counts this process' own processor time
+(OMP_NUM_THREADS=1 makes that comparable).
 """
 
 import argparse
@@ -105,8 +102,8 @@ def peak_mib(f, device):
 
 
 def copy_gb_s(device):
-    """Bandwidth of a plain copy of 1 GiB (64 MiB on a CPU), read and written: the ceiling of a pass that
-    only moves memory."""
+    """Bandwidth of a plain copy of 1 GiB (64 MiB on a CPU), read and written: the ceiling of a pass that only
+    moves memory."""
     x = torch.empty((1024 if device == "cuda" else 64) * 2**20, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     return 2 * x.numel() / timed(lambda: y.copy_(x), device)[0] / 1e6
@@ -259,8 +256,8 @@ def bench_data(args):
         return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
     def seconds(work):
-        """Median seconds an image: by the clock, and of this process' CPU time, which other processes
-        disturb less."""
+        """Median seconds an image: by the clock, and of this process' CPU time, which other processes disturb
+        less."""
         for _ in range(3):
             work()
         times, until = [], time.perf_counter() + args.seconds

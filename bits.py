@@ -7,14 +7,14 @@ What it is not: it knows nothing of noise, networks or files. It needs torch, nu
 
 Use it alone:
     from bits import Codec
-    codec = Codec(bits=6)                                              # 64 segments, 8 x 8 cells, 2D Gray
-    code
-    cells = codec.cells(labels); x0 = codec.encode(cells); assert (codec.decode(x0) == cells)[cells >=
-    0].all()
+    codec = Codec(bits=6)  # 64 segments, 8 x 8 cells, 2D Gray code
+    cells = codec.cells(labels)
+    x0 = codec.encode(cells)
+    assert (codec.decode(x0) == cells)[cells >= 0].all()
 
 Source: "Towards Agnostic and Holistic Universal Image Segmentation with Bit Diffusion" (NLDL 2026), sections
-3.2 and
-3.4; analog bits: Chen et al. 2023 (arXiv 2208.04202); the RGB baseline and its decoder: UniGS (CVPR 2024).
+3.2 and 3.4; analog bits: Chen et al. 2023 (arXiv 2208.04202); the RGB baseline and its decoder: UniGS (CVPR
+2024).
 """
 
 from dataclasses import dataclass, field
@@ -50,9 +50,8 @@ def palette(side, order="similar", seed=0):
     """Code of each cell of a side x side grid, in raster order: int64 array (side^2,).
 
     similar: 2D Gray code, horizontal and vertical neighbours differ in one bit (paper, section 3.4);
-    different: a
-    greedy walk to the unused code at the largest Hamming distance, laid out in a snake; random: a seeded
-    permutation;
+    different: a greedy walk to the unused code at the largest Hamming distance, laid out in a snake; random:
+    a seeded permutation;
     range: the raster index itself.
     """
     n = side * side
@@ -93,13 +92,10 @@ def locate(labels, side, largest_first=False, hints=None):
 
     labels (B, H, W), any integer type, -1 = ignore -> cells (B, H, W) int64 in [0, side^2), -1 where ignored.
     Segments choose in ascending label order (or largest first): the cell that holds the centroid if it is
-    free, else
-    the free cell nearest to the centroid, the first in raster order on ties. Beyond side^2 segments the
-    smallest ones
-    are merged into the largest. hints (B, H, W) bool: segments with hinted pixels choose before all others,
-    by the centroid
-    of these pixels, and are the last to be merged. Raises ValueError for labels that are not (B, H, W)
-    integers.
+    free, else the free cell nearest to the centroid, the first in raster order on ties. Beyond side^2
+    segments the smallest ones are merged into the largest. hints (B, H, W) bool: segments with hinted pixels
+    choose before all others, by the centroid of these pixels, and are the last to be merged. Raises
+    ValueError for labels that are not (B, H, W) integers.
     """
     index, counts, rows, cols = segment_sums(labels)
     (B, H, W), K, device = labels.shape, side * side, labels.device
@@ -125,19 +121,17 @@ def locate(labels, side, largest_first=False, hints=None):
         counts, rows, cols = (part.where(hinted[0] > 0, whole) for part,
                               whole in zip(hinted, (counts, rows, cols)))
 
-    # 2) the centroid in grid units, p = (sum / n + 1/2) / H * side - 1/2, kept as the fraction a / 2nH:
-    # int64 is exact,
-    # so that ties are ties, on every device.
+    # 2) the centroid in grid units, p = (sum / n + 1/2) / H * side - 1/2, kept as the fraction a / 2nH: int64
+    # is exact, so that ties are ties, on every device.
     n = counts.clamp(min=1)
     a_row, a_col = (2 * rows + n) * side - n * H, (2 * cols + n) * side - n * W  # (B, n)
     wanted = round_half_even(a_row, 2 * n * H) * side + round_half_even(a_col, 2 * n * W)
 
-    # 3) the segments choose one after the other, all images at once
-    # (B, M), ascending labels on ties
+    # 3) the segments choose one after the other, all images at once (B, M), ascending labels on ties
     turn = key.argsort(dim=1, stable=True)[:, : max(1, int(kept.sum(1).max()))]
     r, c = torch.arange(K, device=device) // side, torch.arange(K, device=device) % side
-    # squared distance to every cell, less |p|^2, times nHW: (B, M, K); none is nearer than a free cell
-    # that is wanted
+    # squared distance to every cell, less |p|^2, times nHW: (B, M, K); none is nearer than a free cell that
+    # is wanted
     mine = [v.gather(1, turn)[..., None] for v in (n * (H * W), W * a_row, H * a_col)]
     distance = mine[0] * (r**2 + c**2) - mine[1] * r - mine[2] * c
     distance.scatter_(2, wanted.gather(1, turn)[..., None], torch.iinfo(torch.int64).min)
@@ -169,9 +163,8 @@ def segment_sums(labels):
     """Pixel count and sums of the coordinates of every segment.
 
     (B, H, W) integers -> index (B, H*W) int64 of each pixel's segment, in ascending label order, n where
-    ignored; and
-    count, sum of rows, sum of columns, each (B, n) int64, where n covers every label of the batch (count 0:
-    absent).
+    ignored; and count, sum of rows, sum of columns, each (B, n) int64, where n covers every label of the
+    batch (count 0: absent).
     """
     if labels.dim() != 3 or labels.is_floating_point() or labels.numel() == 0:
         raise ValueError(f"labels must be integers of shape (B, H, W), not {labels.dtype} "
@@ -316,10 +309,8 @@ def dichotomy(rgb, valid):
     """Progressive dichotomy (UniGS): split the colours of one image by 2-means until every cluster is tight.
 
     rgb (3, H, W) in 0..255, valid (H, W) bool -> cluster numbers (H, W) int64, 0 outside valid. The
-    lowest-numbered
-    unfinished cluster is next; one is finished below 20 pixels, after 10 splits, or when the mean distance
-    to its mean
-    colour is below 10.
+    lowest-numbered unfinished cluster is next; one is finished below 20 pixels, after 10 splits, or when the
+    mean distance to its mean colour is below 10.
     """
     pixels = rgb[:, valid].T  # (N, 3)
     number = torch.zeros(len(pixels), dtype=torch.int64, device=rgb.device)
@@ -348,8 +339,8 @@ def dichotomy(rgb, valid):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What soft bits say (paper, Eq. 3). x (B, k, H, W), clamped to [-1, 1]; each bit is right with probability
-# (1 + |x|)/2.
+# What soft bits say (paper, Eq. 3). x (B, k, H, W), clamped to [-1, 1]; each bit is right with probability (1
+# + |x|)/2.
 
 
 def code_probability(x, code):

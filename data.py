@@ -1,25 +1,20 @@
 """Images with label maps: shapes, files of all formats.FORMATS, and mixtures; augmentation, batches.
 
 What it is: `load(name, split, size, ...)` returns a data set with len() and get(positions); `augment` and
-`normalise`
-work on batches on any device. What it is not: it knows nothing of bits, noise or networks. Files are read by
-formats.py and
-packed by packing.py; scenes and mixtures are drawn by scenes.py.
+`normalise` work on batches on any device. What it is not: it knows nothing of bits, noise or networks. Files
+are read by formats.py and packed by packing.py; scenes and mixtures are drawn by scenes.py.
 
     data = load("shapes", "train", 64)
-    images, labels, sizes = data.get([0, 1, 2, 3])           # (4, 64, 64, 3) uint8, (4, 64, 64) int64, (4,
-    2) h and w
-    image, inside = normalise(images, sizes)                 # (4, 3, 64, 64), (4, 64, 64) bool: where there
-    is image
+    # (4, 64, 64, 3) uint8, (4, 64, 64) int64, (4, 2): height and width
+    images, labels, sizes = data.get([0, 1, 2, 3])
+    image, inside = normalise(images, sizes)  # (4, 3, 64, 64), (4, 64, 64) bool: where there is image
 
 Label maps hold any ids, -1 = ignore. Images keep their shape: the longer side becomes `size`, placed
-top-left, the rest
-is padding (zero after normalisation, ignored in the labels).
+top-left, the rest is padding (zero after normalisation, ignored in the labels).
 
-    python data.py coco --download --root data               # fetch COCO into data/coco
-    python data.py coco --root data --size 128               # decode and resize it once, into cache/;
-    train.py does so too
-    python data.py path/to/folder  # the same for a folder of any format in formats.FORMATS
+    python data.py coco --download --root data  # fetch COCO into data/coco
+    python data.py coco --root data --size 128  # decode and resize it once, into cache/; train.py does so too
+    python data.py path/to/folder               # the same for a folder of any format in formats.FORMATS
 """
 
 import argparse
@@ -53,21 +48,17 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
     """The data set `name`: shapes, coco, entity, ade20k, bsds500, or a folder. split: train, val or test.
 
     Several, with commas between them, are a mixture:
-    "photos:3,streets:components:ignore:void=255,shapes:0.5". After the name
-    may stand its weight (1), `components`, `ignore` (unlabelled pixels) and `void=ID` (repeated for more),
-    for this set alone.
-    Of a mixture, only the training split is one: val and test are the first set's.
+    "photos:3,streets:components:ignore:void=255,shapes:0.5". After the name may stand its weight (1),
+    `components`, `ignore` (unlabelled pixels) and `void=ID` (repeated for more), for this set alone. Of a
+    mixture, only the training split is one: val and test are the first set's.
 
     root: where the set lies, as root/name or itself; cache: where packed copies go; seed: of shapes;
-    unlabelled: whether
-    id 0 is a segment or ignored; components: label maps hold classes, whose connected parts are the
-    segments; workers:
-    processes that pack; max_bad: share of unusable items from which on packing fails; split_seed: of
-    entity's split;
-    compose: share of training samples that are scenes composed of pieces of the images (`compose`). void:
-    ids with commas
-    between them, of which pixels are ignored. detail: images are for
-    label maps of size / detail, and miss no part of these (`fitted`).
+    unlabelled: whether id 0 is a segment or ignored; components: label maps hold classes, whose connected
+    parts are the segments; workers: processes that pack; max_bad: share of unusable items from which on
+    packing fails; split_seed: of entity's split;
+    compose: share of training samples that are scenes composed of pieces of the images (`compose`). void: ids
+    with commas between them, of which pixels are ignored. detail: images are for label maps of size / detail,
+    and miss no part of these (`fitted`).
     Raises ValueError or OSError with what to do.
     """
     if unlabelled not in ("segment", "ignore"):
@@ -224,8 +215,8 @@ def batches(data, start, count, seed, workers=1, rank=0, ranks=1, pin=False):
     sizes, u.
 
     u (B, 20): the samples' uniform numbers, for `augment`. Batches depend on start, count, seed and rank
-    alone, not on
-    the number of workers: threads that read ahead (0: none). pin: in page-locked memory, for CUDA.
+    alone, not on the number of workers: threads that read ahead (0: none). pin: in page-locked memory, for
+    CUDA.
     """
     if count % ranks:
         raise ValueError(f"a batch of {count} samples cannot be shared by {ranks} processes equally")
@@ -269,14 +260,12 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     """The paper's augmentation, each sample by its own uniform numbers u (B, 16), on the images' device.
 
     Horizontal flip (p 0.5); gamma, brightness and contrast, hue/saturation/value (p 0.3 each, times
-    `jitter`); RGB shift
-    (p 0.1, times `jitter`); rotation within +-20 degrees (p 0.3). Beyond the paper, with crop < 1 and u (B,
-    20): a random
-    part of at least the share `crop` of the sides, stretched by up to 2^(1/4) one way and squeezed as much
-    the other.
+    `jitter`); RGB shift (p 0.1, times `jitter`); rotation within +-20 degrees (p 0.3). Beyond the paper, with
+    crop < 1 and u (B, 20): a random part of at least the share `crop` of the sides, stretched by up to
+    2^(1/4) one way and squeezed as much the other.
     size: side of the result, the images' own by default. Returns what `normalise` does, and the labels; new
-    pixels are
-    outside and -1. With detail d, the labels have the side `size`, the images d times as many pixels, folded.
+    pixels are outside and -1. With detail d, the labels have the side `size`, the images d times as many
+    pixels, folded.
     """
     B, T = images.shape[:2]
     S, device = size or T // detail, images.device
@@ -291,9 +280,9 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     def when(i, amount, neutral=0.0):  # (B,)
         return torch.where(on[i], amount, neutral)
 
-    # colours: a power, then brightness, contrast, hue, saturation, value and shift as one affine map. A
-    # turn of the hue is
-    # a rotation about the grey axis, whose matrix is circulant: rows (a, b, c), (c, a, b), (b, c, a)
+    # colours: a power, then brightness, contrast, hue, saturation, value and shift as one affine map. A turn
+    # of the hue is a rotation about the grey axis, whose matrix is circulant: rows (a, b, c), (c, a, b), (b,
+    # c, a)
     gamma, contrast = when(1, 2 ** (0.5 * r[0]), 1.0), when(2, 1 + 0.2 * r[1], 1.0)
     brightness = when(2, 0.2 * r[2])
     turn, chroma, value = when(3, 0.35 * r[3]), when(3, 1 + 0.3 * r[4], 1.0), when(3, 1 + 0.15 * r[5], 1.0)

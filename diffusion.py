@@ -2,21 +2,18 @@
 1 = noise.
 
 What it is: plain functions around any network `model(x, t)` that takes cat(xt, image[, hints][, previous
-x_hat]) of
-shape (B, C + 3 [+ C] [+ C], H, W) and t (B,), and returns (B, C, H, W). What it is not: it knows neither
-labels nor files.
+x_hat]) of shape (B, C + 3 [+ C] [+ C], H, W) and t (B,), and returns (B, C, H, W). What it is not: it knows
+neither labels nor files.
 
 Use it alone:
     from diffusion import Diffusion, training_loss, sample
-    loss = training_loss(model, x0, image, valid, Diffusion(), torch.tanh)                     # a scalar; x0
-    in [-1, 1]
+    loss = training_loss(model, x0, image, valid, Diffusion(), torch.tanh)  # a scalar; x0 in [-1, 1]
     x = sample(model, image, valid, channels=6, seeds=[0, 1], diffusion=Diffusion(), activate=torch.tanh)
 
 Source: "Towards Agnostic and Holistic Universal Image Segmentation with Bit Diffusion" (NLDL 2026), Eq. 1-7;
-variational
-form and samplers: Kingma et al. 2021 (VDM), Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM); guidance: Ho &
-Salimans
-2022; input scale: Chen 2023 (arXiv 2301.10972); sigmoid weighting: Kingma & Gao 2023, Hoogeboom et al. 2024.
+variational form and samplers: Kingma et al. 2021 (VDM), Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM);
+guidance: Ho & Salimans 2022; input scale: Chen 2023 (arXiv 2301.10972); sigmoid weighting: Kingma & Gao 2023,
+Hoogeboom et al. 2024.
 """
 
 import itertools
@@ -158,10 +155,8 @@ def per_sample_entropy(out, x0, valid):
     valid (B, H, W).
 
     A bit that is +1 with probability p has the mean 2 p - 1 = tanh(out), so p = sigmoid(2 out): the optimum
-    is that of the
-    squared error, E[x0 | xt]. The gradient is tanh(out) - x0, without the factor 1 - tanh(out)^2 that makes
-    a network which
-    is sure and wrong slow to learn better.
+    is that of the squared error, E[x0 | xt]. The gradient is tanh(out) - x0, without the factor 1 -
+    tanh(out)^2 that makes a network which is sure and wrong slow to learn better.
     """
     error = F.softplus(-2 * x0 * out).sum(1) * valid  # (B, H, W)
     return error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
@@ -172,8 +167,7 @@ def fused(codec, device):
     else None.
 
     They do analog bits with tanh or no activation; codes: of each cell, None for the 2D Gray palette. Raises
-    RuntimeError if
-    Triton was forced and cannot run there.
+    RuntimeError if Triton was forced and cannot run there.
     """
     if kernels is None or kernels.live(device)[0] == "torch" or not codec.has_bits:
         return None
@@ -188,12 +182,9 @@ def draw(shape, d, generator=None, device=None, eps=True):
     rows of samples.
 
     t, alpha, sigma and weight (of the loss), (B, 1, 1, 1) float32; eps (B, C, H, W), if asked for; keep, the
-    image, and
-    chosen, for self-conditioning, (B, 1, 1, 1) bool; all on the device. Draw for a whole batch, then share
-    the
-    rows out: t is stratified over the batch. generator: the host's, which computes all but eps, in float64,
-    which
-    not every device has.
+    image, and chosen, for self-conditioning, (B, 1, 1, 1) bool; all on the device. Draw for a whole batch,
+    then share the rows out: t is stratified over the batch. generator: the host's, which computes all but
+    eps, in float64, which not every device has.
     """
     B, device = shape[0], torch.device(device or "cpu")
     t, drawn, noise = stratified_t(B, generator), {}, generator
@@ -220,12 +211,10 @@ def to_device(x, device):
 def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=None, hints=None):
     """The loss of one batch (Eq. 2), a scalar.
 
-    x0 (B, C, H, W) in [-1, 1], 0 where not valid; image (B, 3, H, W), normalised, or (B, 3 d^2, H, W), one
-    of d times the
-    resolution, folded; valid (B, H, W) bool. drawn: what `draw` returns, for these B samples; drawn here,
-    with
-    generator as `draw` takes it, if not given. With d.loss "bce", activate must be torch.tanh, x0 bits, -1
-    or 1.
+    x0 (B, C, H, W) in [-1, 1], 0 where not valid; image (B, 3, H, W), normalised, or (B, 3 d^2, H, W), one of
+    d times the resolution, folded; valid (B, H, W) bool. drawn: what `draw` returns, for these B samples;
+    drawn here, with generator as `draw` takes it, if not given. With d.loss "bce", activate must be
+    torch.tanh, x0 bits, -1 or 1.
     hints: what is known of x0, (B, C, H, W), 0 where unknown.
     """
     hints = hint_channels(hints, d, x0.shape, x0.device)
@@ -253,8 +242,7 @@ def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, ac
     """training_loss, by the kernels: neither x0 nor eps nor x_hat is ever in memory.
 
     cells (B, H, W) integers, -1 = ignored; seeds (B,) int64, of each sample's noise; drawn as of `draw`,
-    without eps;
-    activation and codes as of `fused`; dtype: of the network's input.
+    without eps; activation and codes as of `fused`; dtype: of the network's input.
     """
     alpha, sigma, weight, keep, t = (drawn[name].flatten() for name in ("alpha", "sigma", "weight", "keep",
                                                                         "t"))
@@ -316,9 +304,8 @@ def ddim(alpha, sigma, lam, i, variance):
     return a, alpha[i + 1] - a * alpha[i], 0.0
 
 
-# name: a function of the lists alpha, sigma and lambda (one number a time), the step i from time i to time
-# i + 1, and variance.
-# It returns a, b, c of the step: a xt + b x_hat + c eps. The last step always gives x_hat
+# name: a function of the lists alpha, sigma and lambda (one number a time), the step i from time i to time i
+# + 1, and variance. It returns a, b, c of the step: a xt + b x_hat + c eps. The last step always gives x_hat
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
 VARIANCES = ("large", "small")
 WITHOUT_VARIANCE = ("ddim",)  # samplers that it makes no difference to
@@ -330,17 +317,14 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     """Denoise Gaussian noise into x_hat (B, C, H, W) in [-1, 1] at N equidistant times from 1 to 0.
 
     image (B, 3 d^2, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random
-    generator a sample, so
-    the result for a seed is the same in every batch. guidance w: x_hat = (1 + w) x_hat(image) - w x_hat(no
-    image).
-    variance (ddpm): large or small. callback(i, t, xt, x_hat) sees every step. smooth: x_hat is averaged
-    over about this
-    share of the longer side at every step, but not across edges of the image (`edge_aware`); 0: not at all,
-    as in the paper.
+    generator a sample, so the result for a seed is the same in every batch. guidance w: x_hat = (1 + w)
+    x_hat(image) - w x_hat(no image).
+    variance (ddpm): large or small. callback(i, t, xt, x_hat) sees every step. smooth: x_hat is averaged over
+    about this share of the longer side at every step, but not across edges of the image (`edge_aware`); 0:
+    not at all, as in the paper.
 
     init (B, C, H, W): start from it, noised for t = strength in (0, 1], not from t = 1 (SDEdit, Meng et al.
-    2022); N steps
-    all the same. A model with a method image_part sees the image once, not at every step.
+    2022); N steps all the same. A model with a method image_part sees the image once, not at every step.
     hints: bits (B, C, H, W), 0 where unknown (hints.py), seen at every step by a network that was trained
     with hints.
     fused: what `fused` returned: kernels draw the noise and take the steps (other numbers for a seed than

@@ -1,6 +1,5 @@
 """What the training of any network needs: options, precision, EMA, steps that nobody waits for, checkpoints,
-and what to do when
-things go wrong.
+and what to do when things go wrong.
 
 What it is: small functions that can be copied alone. What it is not: it knows nothing of segmentation.
 
@@ -14,9 +13,8 @@ Use it alone:
     content, path, problem = newest("run/ckpt.pt")  # the one before, if ckpt.pt is damaged
 
 A checkpoint survives crashes and full disks, is checked before it is used, and never runs code. It is what
-torch.save writes, a zip
-archive, with the SHA-256 of all bytes before it as the archive's comment: torch.load and every unzip read it
-as it is.
+torch.save writes, a zip archive, with the SHA-256 of all bytes before it as the archive's comment: torch.load
+and every unzip read it as it is.
 """
 
 import contextlib
@@ -91,12 +89,10 @@ class Step:
     """One optimizer step: forward, backward, clip, update. step(batch, lr) -> (2,): the loss, the gradient's
     norm.
 
-    loss(net, batch) -> a scalar; batch: a dictionary of tensors with a row a sample. optimizer: one
-    parameter group, fused on
-    CPU and CUDA (and capturable, for graph), so that a nan or infinite gradient changes nothing, without a
-    wait. net: as
-    it is, compiled, or (model) under DistributedDataParallel. accumulate: parts of a batch, one after the
-    other.
+    loss(net, batch) -> a scalar; batch: a dictionary of tensors with a row a sample. optimizer: one parameter
+    group, fused on CPU and CUDA (and capturable, for graph), so that a nan or infinite gradient changes
+    nothing, without a wait. net: as it is, compiled, or (model) under DistributedDataParallel. accumulate:
+    parts of a batch, one after the other.
     graph: after 3 steps all launches become one CUDA graph, which small batches gain from; for one process on
     CUDA, without fp16. Raises NoGraph where that fails.
     """
@@ -187,8 +183,7 @@ def as_cuda_graph(run, batch):
     arithmetic.
 
     run must neither wait for the device nor read anything that does not lie at the same address every time.
-    What it
-    returns is copied; the batch of the capture is not computed. Raises NoGraph with the first cause.
+    What it returns is copied; the batch of the capture is not computed. Raises NoGraph with the first cause.
     """
     graph, fixed = torch.cuda.CUDAGraph(), {k: v.clone() for k, v in batch.items()}
     stream = torch.cuda.current_stream()
@@ -329,10 +324,8 @@ def program(name, stopped):
     """Decorates main(argv) -> exit status, so that it outlasts its terminal.
 
     Nothing that is printed inside can raise, and a warning is one line. SIGTERM and SIGHUP (unless it is
-    ignored,
-    as with nohup) raise KeyboardInterrupt as Ctrl-C does; where main lets it pass, the sentence "name:
-    stopped: ..."
-    and 128 + the signal's number are the end.
+    ignored, as with nohup) raise KeyboardInterrupt as Ctrl-C does; where main lets it pass, the sentence
+    "name: stopped: ..." and 128 + the signal's number are the end.
     """
     def interrupt(process, number, frame):
         if os.getpid() != process:  # forked meanwhile: ends as without this handler
@@ -416,8 +409,8 @@ def append(path, line):
 
 
 def forget(path, keep):
-    """Drop the lines of a .jsonl file that are half written or for which not keep(line): they will be
-    written again."""
+    """Drop the lines of a .jsonl file that are half written or for which not keep(line): they will be written
+    again."""
     def kept(line):
         try:
             return keep(json.loads(line))
@@ -436,8 +429,8 @@ def forget(path, keep):
 
 
 def options_given(argv, kind):
-    """Command line of --key value or --key=value -> {key: value}, of the type that the dataclass `kind`
-    gives each. Raises ValueError."""
+    """Command line of --key value or --key=value -> {key: value}, of the type that the dataclass `kind` gives
+    each. Raises ValueError."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     given, i = {}, 0
     while i < len(argv):
@@ -491,8 +484,7 @@ def save(path, content, keep_previous=False):
     fsync.
 
     keep_previous: the file that was at path stays, as previous(path). Raises OSError (disk full, say):
-    nothing has changed
-    then, and the temporary file is gone.
+    nothing has changed then, and the temporary file is gone.
     """
     path, buffer = Path(path), io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)

@@ -1,28 +1,22 @@
 """How good is a checkpoint, and does it know that people segment differently? Tables, pictures, and one JSON
 line last.
 
-    python eval.py --dataset path/to/folder --n 8                                 # the newest checkpoint
-    under out/
-    python eval.py --ckpt out/shapes-tiny/ckpt.pt --limit 64 --n 1,2,4,8,16       # best of n, the joint
-    answer of n
-    python eval.py --steps 1,2,4,8,16,50 --guidance 0,1,2,3 --sampler ddpm,ddim   # sweeps: a table
-    python eval.py --clicks 0,1,2,4,8,16,all --dataset path/to/folder             # what do hints bring?
-    python eval.py --clicks_to 0.85 --dataset path/to/folder                      # how many does an object
-    take?
-    python eval.py --baseline grid --dataset path/to/folder --size 128            # what needs no training
+    python eval.py --dataset path/to/folder --n 8                       # the newest checkpoint under out/
+    python eval.py --ckpt out/shapes-tiny/ckpt.pt --n 1,2,4,8,16        # best of n, the joint answer of n
+    python eval.py --steps 1,2,4,8,16,50 --guidance 0,1,2,3             # sweeps: a table
+    python eval.py --clicks 0,1,2,4,8,16,all --dataset path/to/folder   # what do hints bring?
+    python eval.py --clicks_to 0.85 --dataset path/to/folder            # how many does an object take?
+    python eval.py --baseline grid --dataset path/to/folder --size 128  # what needs no training
 
 Answers of an image: the first of n samples, and the joint answer of all n at three grains (coarse, normal:
-`answer`, fine), at the
-network's resolution, at another (--size 128) and, where the label maps are files, at the images' own. With
-several annotators every
-score is the mean over them, and every annotator is scored against the others ("human"). Brackets: 95 %
-bootstrap interval over
-images. Into --out: images.csv (a row an image), report.json, examples.png (best, median and worst images).
+`answer`, fine), at the network's resolution, at another (--size 128) and, where the label maps are files, at
+the images' own. With several annotators every score is the mean over them, and every annotator is scored
+against the others ("human"). Brackets: 95 % bootstrap interval over images. Into --out: images.csv (a row an
+image), report.json, examples.png (best, median and worst images).
 
 Sweeps: each setting of steps, guidance, sampler, variance and smooth is run with one sample an image; those
-with the
-checkpoint's own (but any guidance; or the first given) with all n. All but the sweep's table is of the
-checkpoint's own.
+with the checkpoint's own (but any guidance; or the first given) with all n. All but the sweep's table is of
+the checkpoint's own.
 Baselines: grid (3 x 3 rectangles), kmeans (colour in Lab and position, 8 clusters), human (the annotators
 only).
 """

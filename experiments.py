@@ -1,24 +1,19 @@
 """The paper's experiments, rerun: trains and evaluates what is missing, then prints a table beside the
 paper's figures.
 
-    python experiments.py palette --seeds 3                              # on synthetic shapes
-    python experiments.py palette encoding --dataset path/to/folder      # on real images
-    python experiments.py input_scale --palette none --max_steps 3000    # any option of train.py holds for
-    every run
-    python experiments.py all --list                                     # what there is, what is missing,
-    how to get it
+    python experiments.py palette --seeds 3                          # on synthetic shapes
+    python experiments.py palette encoding --dataset path/to/folder  # on real images
+    python experiments.py input_scale --palette none --lr 1e-3       # train.py's options hold for every run
+    python experiments.py all --list                                 # what there is and what is missing
 
 Every run is one folder of out/experiments/, trained by train.py and evaluated by eval.py with one sample an
-image; equal
-runs of two experiments are one. A finished run (it has a report.json) is kept. Stop at any time with Ctrl-C
-or a kill:
-the same command goes on. --part 1/2 and --part 2/2, at the same time or on two machines, share the work;
-with one thread
-each (OMP_NUM_THREADS=1) that is the fastest on a CPU.
+image; equal runs of two experiments are one. A finished run (it has a report.json) is kept. Stop at any time
+with Ctrl-C or a kill: the same command goes on. --part 1/2 and --part 2/2, at the same time or on two
+machines, share the work; with one thread each (OMP_NUM_THREADS=1) that is the fastest on a CPU.
 
 --preset picks the network and the budget: tiny (the default on a CPU), small (on a GPU), paper. The paper's
-figures are of
-its own network, data and budget (EntitySeg, 128 pixels, 300,000 steps): compare orders and gaps, not values.
+figures are of its own network, data and budget (EntitySeg, 128 pixels, 300,000 steps): compare orders and
+gaps, not values.
 """
 
 import argparse

@@ -4,8 +4,8 @@ What it is: plain functions on images and label maps. What it is not: it opens n
 networks.
 
     from frame import enlarge, fitted, normalise, resize_image
-    small, (h, w) = resize_image(photo, 96)  # PIL image -> (96, 96, 3) uint8, its longer side 96; the rest
-    is padding
+    # PIL image -> (96, 96, 3) uint8, its longer side 96; the rest is padding
+    small, (h, w) = resize_image(photo, 96)
     maps = enlarge(labels, photo)  # (N, h, w) -> (N, H, W), along the photo's own edges
 """
 
@@ -24,17 +24,15 @@ STRIP = 1_000_000  # numbers at once, when maps are made at an image's size
 
 def fitted(width, height, size, detail=1):
     """(w, h) with the longer side equal to size, the other rounded up to an even number (a network's last
-    stage may see 2 x 2
-    pixels at once, and half a block confuses it), but not beyond size; with a detail, detail times what size
-    / detail gives."""
+    stage may see 2 x 2 pixels at once, and half a block confuses it), but not beyond size; with a detail,
+    detail times what size / detail gives."""
     side = size // detail
     return tuple(detail * min(side, 2 * -(-n * side // (2 * max(width, height)))) for n in (width, height))
 
 
 def resize_image(image, size, fit=None):
     """A PIL image as (S, S, 3) uint8, area-averaged (bilinear, where it grows) to `size` on the longer side
-    (or to
-    fit: w, h), top-left; and (h, w)."""
+    (or to fit: w, h), top-left; and (h, w)."""
     w, h = fit or fitted(*image.size, size)
     out = np.zeros((size, size, 3), np.uint8)
     out[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BOX if w <= image.width
@@ -66,8 +64,8 @@ def normalise(images, sizes, detail=1):
     """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, ImageNet mean and deviation, 0 outside; and inside (B, S,
     S).
 
-    With detail d: images (B, d S, d S, 3) beside label maps of S x S, whose sizes (B, 2) are -> (B, 3 d^2,
-    S, S).
+    With detail d: images (B, d S, d S, 3) beside label maps of S x S, whose sizes (B, 2) are -> (B, 3 d^2, S,
+    S).
     """
     x = images.permute(0, 3, 1, 2).contiguous().float() / 255
     return standardise(x, inside_mask(sizes, images.shape[1] // detail), detail)
@@ -144,11 +142,10 @@ def enlarge(labels, image, calm=None):
     """Label maps (N, h, w) -> (N, H, W) at the size of a PIL image. calm: `blurred` of it, where there is
     one.
 
-    By joint bilateral votes (after Kopf et al. 2007): a pixel gets the label that has most weight among the
-    3 x 3 nearest pixels
-    of the map; those that are near, and of like colour in the photo, weigh more. The photo is blurred a
-    little, for calm borders
-    in texture. Where all 3 x 3 agree, nothing is computed. In strips, whose memory is bounded.
+    By joint bilateral votes (after Kopf et al. 2007): a pixel gets the label that has most weight among the 3
+    x 3 nearest pixels of the map; those that are near, and of like colour in the photo, weigh more. The photo
+    is blurred a little, for calm borders in texture. Where all 3 x 3 agree, nothing is computed. In strips,
+    whose memory is bounded.
     """
     (h, w), (width, height) = labels.shape[1:], image.size
     labels, kind = torch.as_tensor(labels), torch.uint8 if int(labels.max()) < 255 else torch.int32

@@ -1,19 +1,16 @@
 """How alike two label maps are, how spread out a set of them is, and how far a probability can be trusted.
 
-What it is: batched functions on (B, H, W) integer label maps, any ids, on any device; nearly all of them
-from one
-contingency table. What it is not: it knows nothing of images or models.
+What it is: batched functions on (B, H, W) integer label maps, any ids, on any device; nearly all of them from
+one contingency table. What it is not: it knows nothing of images or models.
 
 Use it alone:
     from metrics import scores, all_scores
-    s = scores(predicted, true)                  # pixels where true == -1 do not count
-    s["ari"], s["iou"], s["hiou"]                # each (B,) float64; nan where nothing is valid
+    s = scores(predicted, true)    # pixels where true == -1 do not count
+    s["ari"], s["iou"], s["hiou"]  # each (B,) float64; nan where nothing is valid
 
 Sources: ARI: Hubert & Arabie 1985; IoU: section 4.1 of "Towards Agnostic and Holistic Universal Image
-Segmentation with
-Bit Diffusion" (NLDL 2026), after Qi et al. 2023; PQ: Kirillov et al. 2019; covering, Rand index and
-variation of
-information as in BSDS500: Arbelaez et al. 2011; energy distance: Kohl et al. 2018.
+Segmentation with Bit Diffusion" (NLDL 2026), after Qi et al. 2023; PQ: Kirillov et al. 2019; covering, Rand
+index and variation of information as in BSDS500: Arbelaez et al. 2011; energy distance: Kohl et al. 2018.
 """
 
 import numpy as np

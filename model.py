@@ -1,19 +1,17 @@
 """The denoising network: an attention U-Net on (noisy bits, image), for any number of channels and any level
 count.
 
-What it is: one nn.Module, `UNet`, plus the table of its sizes. It maps (B, in_channels, H, W) and t in [0,
-1] to
-(B, out_channels, H, W). What it is not: it knows nothing of bits, noise or losses (bits.py, diffusion.py).
+What it is: one nn.Module, `UNet`, plus the table of its sizes. It maps (B, in_channels, H, W) and t in [0, 1]
+to (B, out_channels, H, W). What it is not: it knows nothing of bits, noise or losses (bits.py, diffusion.py).
 
 Use it alone:
     from model import UNet, SIZES
-    net = UNet(in_channels=9, out_channels=6, **SIZES["paper"])        # 6 noisy bits + RGB -> 6 bits
-    out = net(torch.randn(2, 9, 128, 128), torch.rand(2))              # (2, 6, 128, 128)
+    net = UNet(in_channels=9, out_channels=6, **SIZES["paper"])  # 6 noisy bits + RGB -> 6 bits
+    out = net(torch.randn(2, 9, 128, 128), torch.rand(2))        # (2, 6, 128, 128)
 
 Source: the network of "Towards Agnostic and Holistic Universal Image Segmentation with Bit Diffusion" (NLDL
-2026),
-a descendant of the U-Nets of Ho et al. 2020 (DDPM) and Dhariwal & Nichol 2021. `paper` has exactly 38,496,262
-parameters with 9 channels in and 6 out.
+2026), a descendant of the U-Nets of Ho et al. 2020 (DDPM) and Dhariwal & Nichol 2021. `paper` has exactly
+38,496,262 parameters with 9 channels in and 6 out.
 """
 
 import math
@@ -26,12 +24,10 @@ from einops import rearrange
 # patch: pixels are folded p x p into channels before the first layer and unfolded after the last (1 = the
 # paper).
 # mult: one entry a level; blocks: residual blocks a level (the decoder has one more); attn: how many of the
-# deepest
-# levels have attention; heads: attention heads; groups: of the normalisation (32 = the paper);
-# position: octaves of row and column that are added to the first layer's output (0 = the paper). detail:
-# the network sees
-# the image at this many times the label map's resolution, by convolutions of its own (1 = the paper: at the
-# label map's).
+# deepest levels have attention; heads: attention heads; groups: of the normalisation (32 = the paper);
+# position: octaves of row and column that are added to the first layer's output (0 = the paper). detail: the
+# network sees the image at this many times the label map's resolution, by convolutions of its own (1 = the
+# paper: at the label map's).
 # finer: channels of a last stage at half the patch, which sees the bits and the image once more (0 = the
 # paper: no such stage).
 SIZES = {  # at k = 6, RGB:  parameters
@@ -58,8 +54,8 @@ def time_features(t, dim=64, max_period=10.0):
 
 
 def position_features(height, width, octaves, device=None):
-    """Cosines and sines of pi, 2 pi, 4 pi, ... times row and column, each in (0, 1): (1, 4 * octaves,
-    height, width).
+    """Cosines and sines of pi, 2 pi, 4 pi, ... times row and column, each in (0, 1): (1, 4 * octaves, height,
+    width).
 
     A cosine of octave j changes its sign where bit k/2 - 1 - j of a Gray code does.
     """
@@ -73,9 +69,8 @@ class ResBlock(nn.Module):
     """GroupNorm -> SiLU -> conv -> + time -> GroupNorm -> SiLU -> dropout -> conv, plus a skip.
 
     With as many groups as channels there is no time and no bias before the second normalisation: it would
-    take away what is
-    added to a whole channel, and AdamW would turn the rounding errors that are left as gradients into full
-    steps.
+    take away what is added to a whole channel, and AdamW would turn the rounding errors that are left as
+    gradients into full steps.
     """
 
     def __init__(self, c_in, c_out, c_emb, groups=32, dropout=0.0):
@@ -117,12 +112,9 @@ class UNet(nn.Module):
     """Attention U-Net. forward(x, t): (B, in_channels, H, W), (B,) in [0, 1] -> (B, out_channels, H, W).
 
     x is cat(xt, image[, hints][, x_self]). detail d: the image is one of (3, d H, d W) folded into 3 d^2
-    channels (pixel_unshuffle);
-    the first layer sees its mean over d x d, and `look` all of it. Raises ValueError for an H or W that the
-    levels cannot
-    halve (a multiple of patch * 2^(levels - 1) is needed), for a detail that is not a power of 2, and for
-    finer without patch
-    or detail.
+    channels (pixel_unshuffle); the first layer sees its mean over d x d, and `look` all of it. Raises
+    ValueError for an H or W that the levels cannot halve (a multiple of patch * 2^(levels - 1) is needed),
+    for a detail that is not a power of 2, and for finer without patch or detail.
     """
 
     def __init__(self, in_channels, out_channels, width, mult, blocks, attn, heads, patch=1, dropout=0.0,
@@ -174,8 +166,7 @@ class UNet(nn.Module):
 
     def image_part(self, image):
         """What is the same at every step of sampling: the stem's output for the image alone, (B, width, H/p,
-        W/p), and what
-        `finer` sees of it, (B, width/2, 2 H/p, 2 W/p) or None."""
+        W/p), and what `finer` sees of it, (B, width/2, 2 H/p, 2 W/p) or None."""
         mean = image.unflatten(1, (3, -1)).mean(2)  # (B, 3, H, W)
         h = F.conv2d(F.pixel_unshuffle(mean, self.patch), self.stem.weight.split(self.parts, 1)[1], padding=1)
         if self.look is None:
@@ -189,8 +180,8 @@ class UNet(nn.Module):
                              f"{self.multiple} pixels "
                              f"down to 1, so both sides must be multiples of {self.multiple}")
         emb = F.silu(self.time(time_features(t).to(self.stem.weight.dtype)))  # (B, 4 * width)
-        # NHWC or NCHW, as the weights are: net.to(memory_format=torch.contiguous_format) is faster
-        # for bf16 on a CPU
+        # NHWC or NCHW, as the weights are: net.to(memory_format=torch.contiguous_format) is faster for bf16
+        # on a CPU
         nhwc = self.stem.weight.is_contiguous(memory_format=torch.channels_last)
         if image_part is None and self.look is not None:
             xt, image, x_self = x.split(self.channels, 1)
@@ -233,8 +224,8 @@ class Stage(nn.Module):
 class Finer(nn.Module):
     """A stage at twice the resolution of the U-Net's last features h (B, c_in, h, w), zero at first.
 
-    It sees them, the bits (B, c_bits, H, W), folded `fold` x `fold`, and the image (B, c_image, 2 h, 2 w);
-    -> (B, c_out, H, W).
+    It sees them, the bits (B, c_bits, H, W), folded `fold` x `fold`, and the image (B, c_image, 2 h, 2 w); ->
+    (B, c_out, H, W).
     """
 
     def __init__(self, c_in, c_bits, c_image, width, c_out, c_emb, fold, groups, dropout):

@@ -1,30 +1,22 @@
 """Segment images: several plausible answers for each, where they agree, and a hand on the wheel.
 
-    python sample.py --n 8 photo.jpg                                           # newest checkpoint under
-    out/, or weights/photo.pt
-    python sample.py --n 4 --out masks --resume photos/ a.png                  # a folder and a file; go on
-    where it stopped
-    python sample.py --grain fine photo.jpg                                    # more, smaller segments; or
-    --grain 12: so many
-    python sample.py --points "120,80 160,90; 30,200" photo.jpg                # the first two belong
-    together, the third apart
-    python sample.py --points "120,80; 30,200" --closed photo.jpg              # two segments and nothing else
-    python sample.py --init corrected.png --strength 0.4 photo.jpg             # a map corrected by hand:
-    sample around it
-    torchrun --nproc_per_node 8 -- sample.py --n 4 photos/                     # the images are shared among
-    8 GPUs
+    python sample.py --n 8 photo.jpg                             # newest in out/, or weights/photo.pt
+    python sample.py --n 4 --out masks --resume photos/ a.png    # a folder and a file; go on where it stopped
+    python sample.py --grain fine photo.jpg                      # more, smaller segments; --grain 12: so many
+    python sample.py --points "120,80 160,90; 30,200" photo.jpg  # two belong together, the third apart
+    python sample.py --points "120,80; 30,200" --closed a.jpg    # two segments and nothing else
+    python sample.py --init corrected.png --strength 0.4 a.jpg   # a map corrected by hand: sample around it
+    torchrun --nproc_per_node 8 -- sample.py --n 4 photos/       # the images are shared among 8 GPUs
 
 For each image a folder --out/<stem>/ (<name>_<suffix> where two have one stem), maps at the image's own size:
     labels_00.png ...  one id a pixel, coloured when looked at (16-bit grey from 255 ids); 0 is never used
     overlay_00.png ... the same over the image; the same place has the same colour in every sample
     answer.png         the joint answer: one map of all samples, as fine as --grain says; answer_overlay.png
-    uncertainty.png    the share of samples that see a boundary, and the entropy of the mean bits (paper, Eq.
-    3)
+    uncertainty.png    the share of samples that see a boundary; the entropy of the mean bits (paper, Eq. 3)
     panel.png          all of it in one picture
-    segments.json      the answer's segments in COCO's format (pycocotools reads it): RLE, area, box,
-    confidence = the chance
-                       that a person would draw it; and borders: [id, id, the chance that a person would part
-                       them]
+    segments.json      the answer's segments in COCO's format (pycocotools reads it): RLE, area, box, and
+                       confidence, the chance that a person would draw it;
+                       borders: [id, id, the chance that a person would part them]
 --format coco_panoptic adds --out/panoptic.json and --out/panoptic/<name>.png. As a function, from Python:
 segment.py.
 """

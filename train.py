@@ -1,17 +1,15 @@
 """Train a bit-diffusion segmenter.
 
-    python train.py                                           # tiny, on synthetic shapes: 4 minutes on 2 CPU
-    cores
-    python train.py --dataset path/to/folder                  # small, on your images/ and labels/
-    python train.py --dataset coco                            # the paper's model, on COCO panoptic
+    python train.py                           # tiny, on synthetic shapes: 4 minutes on 2 CPU cores
+    python train.py --dataset path/to/folder  # small, on your images/ and labels/
+    python train.py --dataset coco            # the paper's model, on COCO panoptic
 
-    torchrun --nproc_per_node=8 train.py --preset paper-fast --dataset coco         # the same run, shared by
-    8 GPUs
-    python train.py --export model.pt --out out/coco-paper    # averaged weights and configuration only
+    torchrun --nproc_per_node=8 train.py --preset paper-fast --dataset coco  # the same run, shared by 8 GPUs
+    python train.py --export model.pt --out out/coco-paper  # averaged weights and configuration only
 
 Stop with Ctrl-C at any time. To resume, run the same command again. Everything goes to --out: ckpt.pt, the
-one before it
-(ckpt.prev.pt), best.pt (highest validation ARI), log.jsonl and samples_<step>.png (image, truth, samples).
+one before it (ckpt.prev.pt), best.pt (highest validation ARI), log.jsonl and samples_<step>.png (image,
+truth, samples).
 """
 
 import contextlib
@@ -81,30 +79,11 @@ from model import SIZES, UNet
 
 @dataclass
 class Config:
-    # The defaults are the paper's. A preset (below) changes some, the command line has the last word:
-    # --lr 3e-4
+    # The defaults are the paper's. A preset (below) changes some; --lr 3e-4 has the last word
 
-    # what and where
-    dataset: str = "shapes"  # shapes, coco, entity, ade20k, bsds500, or a folder: images/ and
-                                                 # labels/,
-                                                 # LabelMe,
-                                                 # VOC, Cit
-                                                 # yscapes,
-                                                 # exports
-                                                 # of Robof
-                                                 # low,
-                                                 # CVAT
-                                                 # ...;
-                                                 # several:
-                                                 # photos:3
-                                                 # ,streets
-                                                 # :compone
-                                                 # nts:igno
-                                                 # re,shape
-                                                 # s (a
-                                                 # number:
-                                                 # its
-                                                 # weight)
+    # shapes, coco, entity, ade20k, bsds500, or a folder: images/ and labels/, LabelMe, VOC, Cityscapes, exports
+    # of Roboflow, CVAT ...; several: photos:3,streets:components:ignore,shapes (a number is a set's weight)
+    dataset: str = "shapes"
     compose: float = 0.0  # share of training scenes pasted together from pieces of the images
     preset: str = ""  # a row of PRESETS; "": tiny for shapes, paper for coco and entity, else small
     network: str = ""  # tiny, photo, small or paper (model.SIZES); "": the preset's
@@ -273,11 +252,11 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
     """What the steps from number `step` on need: files are read ahead in threads; on CUDA, the rest on a
     stream of its own.
 
-    Yields dictionaries of what `training_loss` takes and `draw` draws, on the device, one row a sample:
-    every world-th
-    sample of the global batch. All of it depends on the seed and on the step alone, whoever computes it.
-    fast: what
-    `fused` returned, for the kernels' loss. Nothing waits for a CUDA device, up to 1,024 segments an image.
+    Yields dictionaries of what `training_loss` takes and `draw` draws, on the device, one row a sample: every
+    world-th sample of the global batch. All of it depends on the seed and on the step alone, whoever computes
+    it.
+    fast: what `fused` returned, for the kernels' loss. Nothing waits for a CUDA device, up to 1,024 segments
+    an image.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     source = datasets.batches(data, step * c.batch_size, c.batch_size, c.seed, c.workers, rank, world,
@@ -347,8 +326,7 @@ def random_cells(labels, order, below):
     """The `none` palette as bits.random_cells has it, without a wait: segments get cells by their size.
 
     labels (B, H, W) in [-1, below); order (B, classes) int64: what the largest segment of each map gets, the
-    second
-    largest, ... -> (B, H, W).
+    second largest, ... -> (B, H, W).
     """
     flat = labels.flatten(1)
     index = torch.where(flat >= 0, flat, below)
@@ -368,8 +346,8 @@ class Stopped(Exception):
 
 
 def validate(net, run, c, stop):
-    """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None
-    if stopped."""
+    """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None if
+    stopped."""
     data, codec, rank, world = run.val_data, run.codec, run.rank, run.world
     n, totals, tiles, side = min(c.eval_images, len(data)), [], [], side_of(codec)
     device = next(net.parameters()).device

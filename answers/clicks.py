@@ -1,8 +1,7 @@
 """What clicks bring: scores after so many of them, and how many it takes, beside what needs no training.
 
 What it is: `clicks_curve` (an annotator clicks into every segment) and `clicks_needed` (a user corrects one
-object until it is
-right), with simulated users. What it is not: a page to click on.
+object until it is right), with simulated users. What it is not: a page to click on.
 """
 
 import numpy as np
@@ -132,15 +131,12 @@ def clicks_curve(model, data, fine, positions, ks, n=1, seed=0, batch=1):
 
 def clicks_needed(model, data, fine, files, target=0.85, most=20, objects=100, n=4, seed=0, batch=1):
     """How many clicks a simulated user needs until an object reaches IoU `target`: {method: [clicks, one
-    number an object]}, and how
-    many objects are left out since their own mask, made small for the network and large again, misses the
-    target.
+    number an object]}, and how many objects are left out since their own mask, made small for the network and
+    large again, misses the target.
 
     An object is a label above 0 that covers 1 % of its image or more; at most `objects` of them, drawn by
-    seed. Each click is in the
-    middle of the largest wrong region, at the image's own size; all clicks beside the object share one id.
-    Who is not there after
-    `most` clicks counts as `most`.
+    seed. Each click is in the middle of the largest wrong region, at the image's own size; all clicks beside
+    the object share one id. Who is not there after `most` clicks counts as `most`.
     """
     found = []
     for i in range(len(data)):

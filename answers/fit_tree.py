@@ -1,20 +1,16 @@
 """Learn from people's segmentations which regions belong together: the small network behind the odds of
 tree.py.
 
-    python -m answers.fit_tree --ckpt weights/photo.pt --dataset PATH --out tree.npz       # 800 crops: a
-    quarter of an hour
-    python -m answers.fit_tree --ckpt weights/photo.pt --dataset photos:3,streets:1:components:ignore --out
-    tree.npz
+    # 800 crops: a quarter of an hour
+    python -m answers.fit_tree --ckpt weights/photo.pt --dataset PATH --out tree.npz
+    python -m answers.fit_tree --ckpt weights/photo.pt --dataset photos:3,streets:1:ignore --out tree.npz
 
 Samples of the checkpoint for random crops of the training images become trees, with and without simulated
-clicks: once by a plain
-measure, once by a first network's odds. For every two regions that touch on the way, the target is the share
-of pairs of pixels, one in
-each, that the annotators put together. No set has more than a third of the weight. Sets differ in how finely
-people cut; the network
-is told which set it sees, and in the end it answers as for the first. Sets must be labelled everywhere, or
-else say `ignore`.
-To use the file: tree.LEARNT.
+clicks: once by a plain measure, once by a first network's odds. For every two regions that touch on the way,
+the target is the share of pairs of pixels, one in each, that the annotators put together. No set has more
+than a third of the weight. Sets differ in how finely people cut; the network is told which set it sees, and
+in the end it answers as for the first. Sets must be labelled everywhere, or else say `ignore`. To use the
+file: tree.LEARNT.
 """
 
 import argparse
@@ -44,8 +40,7 @@ MOST = 1 / 3  # of the weight, for any one set
 
 def crops(items, count, size, own, seed):
     """(PIL image, all annotators' maps (m, h, w) at the network's size) of `count` random crops of a set's
-    items, half of them
-    mirrored; the first of each image is all of it. own: dict(unlabelled, components)."""
+    items, half of them mirrored; the first of each image is all of it. own: dict(unlabelled, components)."""
     order = np.random.default_rng(seed).permutation(len(items))
     for c in range(count):
         item, r = items[order[c % len(items)]], np.random.default_rng([*seed, c])
@@ -63,8 +58,7 @@ def crops(items, count, size, own, seed):
 
 def clicks(labels, count, rng):
     """A hint map (h, w): clicks into up to `count` segments of labels (h, w), -1 = unlabelled, the largest
-    first, each at the pixel
-    farthest from its border, or (one in three) anywhere in it."""
+    first, each at the pixel farthest from its border, or (one in three) anywhere in it."""
     hints = np.zeros(labels.shape, int)
     ids, area = np.unique(labels[labels >= 0], return_counts=True)
     for number, label in enumerate(ids[np.argsort(-area, kind="stable")][:count], 1):
@@ -161,8 +155,7 @@ def fit(pairs, targets, of, seed):
 
 def fit_confidence(drawn, net):
     """How `tree.confidence` weighs what it sees: (4,), by logistic regression on the share of annotators who
-    have a segment with IoU
-    above one half, of the maps at every grain."""
+    have a segment with IoU above one half, of the maps at every grain."""
     seen, hits = [], []
     for _, image, maps, soft, cells, codes in drawn:
         evidence = tree.gather(image, soft, cells, codes)

@@ -20,9 +20,8 @@ def colours(side):
     """One colour for each cell of the palette: (side^2, 3) uint8.
 
     Nine hues, near to Okabe & Ito's, fill each block of 3 x 3 cells; blocks differ in lightness. Neighbours
-    differ by 15 or
-    more in CIE Lab, in normal, protan, deutan and tritan vision (Machado et al. 2009): a search moved the
-    hues until then.
+    differ by 15 or more in CIE Lab, in normal, protan, deutan and tritan vision (Machado et al. 2009): a
+    search moved the hues until then.
     """
     hues = np.array([(251, 186, 19), (107, 195, 240), (0, 144, 116), (81, 16, 0), (227, 221, 110),
                      (3, 82, 179),

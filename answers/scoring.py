@@ -1,8 +1,7 @@
 """Scores of one image after another: of samples and their joint answer, and of baselines.
 
 What it is: `score_images(data, positions, ...)` -> a row an image, of plain numbers. What it is not: it
-averages, prints and writes nothing
-(eval.py does); answers to clicks are clicks.py's.
+averages, prints and writes nothing (eval.py does); answers to clicks are clicks.py's.
 """
 
 import numpy as np
@@ -31,8 +30,8 @@ def regular_grid(h, w, side=3):
 
 
 def kmeans(image, k=8, position=60.0):
-    """k-means on Lab and position (the longer side counts as `position` Lab units): (h, w, 3) uint8 -> (h,
-    w) int64."""
+    """k-means on Lab and position (the longer side counts as `position` Lab units): (h, w, 3) uint8 -> (h, w)
+    int64."""
     h, w = image.shape[:2]
     y, x = np.mgrid[:h, :w] * (position / max(h, w))
     features = np.concatenate([lab(image / 255), y[..., None], x[..., None]], axis=-1).reshape(h * w, 5)
@@ -55,8 +54,7 @@ def own_maps(item, unlabelled, components=False):
 
 def judge(answers, maps):
     """{answer: {metric: mean over annotators}} of answers {name: (H, W)} and label maps (m, H, W); and of
-    each annotator
-    against the others, as "human"."""
+    each annotator against the others, as "human"."""
     result, m = {}, len(maps)
     if answers:
         s = metrics.all_scores(torch.stack(list(answers.values())).repeat_interleave(m, 0),
@@ -93,8 +91,8 @@ def joined_table(cells, maps):
 
 def border_table(evidence, grown, labels, maps, net):
     """Reliability of the confidence of borders: chances that people part two segments of a map, against the
-    share of the annotators'
-    pairs of pixels, one in each segment, that they part, by the length of the border: (10, 3)."""
+    share of the annotators' pairs of pixels, one in each segment, that they part, by the length of the
+    border: (10, 3)."""
     graph, rows = tree.Graph(evidence, labels), []
     _, borders = tree.confidence(evidence, grown, labels, net)
     for (i, j, chance), length in zip(borders, graph.border[:, 0]):
@@ -117,8 +115,7 @@ def border_table(evidence, grown, labels, maps, net):
 
 def segment_table(sure, labels, maps):
     """Reliability of the confidence of segments: chances against the share of annotators with a segment of
-    IoU above one half:
-    (10, 3)."""
+    IoU above one half: (10, 3)."""
     table = metrics.contingency(torch.from_numpy(labels).long().expand(len(maps), -1, -1), maps)
     hit = (metrics.iou_matrix(table).amax(2) > 0.5).double().mean(0)  # (segments,)
     return metrics.reliability(torch.as_tensor(sure), hit[: len(sure)])

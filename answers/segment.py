@@ -1,12 +1,10 @@
 """Segment images, from Python: checkpoints, prompts, samples, label maps at the images' own size.
 
 What it is: `load_checkpoint(path)` -> Model; `segment(image, model, n)` -> Segmentation, which `cut` cuts
-anew, coarser, finer or
-by clicks, without sampling again; `denoise` samples many images without waiting between them. What it is
-not: it writes no
-files (sample.py) and compares with no truth (scoring.py).
+anew, coarser, finer or by clicks, without sampling again; `denoise` samples many images without waiting
+between them. What it is not: it writes no files (sample.py) and compares with no truth (scoring.py).
 
-    from sources.formats import read_image  # upright, RGB
+    from sources.formats import read_image                # upright, RGB
     from answers.segment import hint_map, load_checkpoint, segment
     result = segment(read_image("photo.jpg"), load_checkpoint("weights/photo.pt"), n=8)
     result.answer.labels, result.labels, result.boundary  # (H, W), (8, H, W), (H, W)
@@ -50,11 +48,9 @@ class Model:
     sampling: dict  # steps, guidance, sampler, variance, smooth: this network's defaults
     dataset: str
     step: int
-    # how its samples become answers. merge 0: samples stay as they are, and the tree joins what they
-    # join; above 0: every
-    # sample and all together are trees by the learnt odds, cut where the odds that people part two
-    # regions reach `merge`
-    # (1: the usual); least: regions of fewer pixels are joined first
+    # how its samples become answers. merge 0: samples stay as they are, and the tree joins what they join;
+    # above 0: every sample and all together are trees by the learnt odds, cut where the odds that people part
+    # two regions reach `merge` (1: the usual); least: regions of fewer pixels are joined first
     tidy: dict = field(default_factory=lambda: dict(least=0, merge=0.0))
 
     @property
@@ -128,8 +124,8 @@ def set_tidy(model, least, merge):
 
 
 def newest_checkpoint(root="out", shipped=SHIPPED):
-    """The checkpoint under root that was written last; else the weights that come with the repository.
-    Raises ValueError."""
+    """The checkpoint under root that was written last; else the weights that come with the repository. Raises
+    ValueError."""
     found = sorted(Path(root).glob("**/ckpt.pt"), key=lambda p: p.stat().st_mtime)
     if not found and not shipped.exists():
         raise ValueError(f"no checkpoint under {root}/, and no {shipped}: train one first (python train.py, "
@@ -148,8 +144,7 @@ def hint_map(width, height, points="", boxes=(), drawn=None):
     points: "x,y x,y;x,y", groups of clicks: each is a disc of CLICK of the longer side, smaller if another
     group is near.
     boxes: (x0, y0, x1, y1), each about one segment: an ellipse of half its size is known; small boxes lie
-    over large ones,
-    points and drawn (height, width) over all.
+    over large ones, points and drawn (height, width) over all.
     """
     out = np.zeros((height, width), np.int32 if drawn is None else np.int64)
     y, x = np.arange(height)[:, None], np.arange(width)
@@ -226,9 +221,9 @@ def checked(name, ids, image):
 
 
 def prepare(image, model, hints=None, init=None, seed=0):
-    """PIL image -> Job. hints (H, W): ids, pixels of one id belong together, of different ids apart; init
-    (H, W): ids to start from;
-    both 0 where not given. Raises ValueError for an image without pixels and for prompts that do not fit."""
+    """PIL image -> Job. hints (H, W): ids, pixels of one id belong together, of different ids apart; init (H,
+    W): ids to start from; both 0 where not given. Raises ValueError for an image without pixels and for
+    prompts that do not fit."""
     if image.mode != "RGB" or 0 in image.size:
         raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {image.width} x "
                          f"{image.height} of mode "
@@ -315,10 +310,9 @@ class Segmentation:
     def cut(self, grain="normal", hints=None, closed=False):
         """Another Answer from the same samples, in milliseconds.
 
-        grain: coarse, normal, fine, or a number of segments. hints (H, W): ids, 0 = free (`hint_map`):
-        pixels of one id are
-        together, those of two apart. closed: every pixel belongs to a hint. Raises ValueError for hints that
-        do not fit.
+        grain: coarse, normal, fine, or a number of segments. hints (H, W): ids, 0 = free (`hint_map`): pixels
+        of one id are together, those of two apart. closed: every pixel belongs to a hint. Raises ValueError
+        for hints that do not fit.
         """
         hints = checked("hint", hints, self.image)
         grown, labels = joined(self.evidence, self.model, grain, hints, closed)
@@ -329,8 +323,7 @@ def segment(image, model, n=8, seed=0, grain="normal", closed=False, hints=None,
     """n samples for one PIL image and their joint answer: a Segmentation. Sample j has the seed `seed` + j.
 
     grain, closed: as `Segmentation.cut` has them; hints, init: as `prepare`; options: as `denoise`. The same
-    seed gives the same
-    map, whatever else is sampled beside it: on the CPU to the last bit at batch 1.
+    seed gives the same map, whatever else is sampled beside it: on the CPU to the last bit at batch 1.
     """
     job = prepare(image, model, hints, init, seed)
     return summarise(next(denoise([job], model, n, **options)), image, model, grain, closed)
@@ -340,9 +333,8 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **samplin
     """The jobs of an iterable, each with n samples, in order; a batch holds samples of several images.
 
     batch: samples at once (default 1 on the CPU, else 64); halved when the device's memory is not enough.
-    strength, in (0, 1]: how
-    much of an initial map is forgotten. sampling: steps, guidance, sampler, variance, smooth (default: the
-    checkpoint's).
+    strength, in (0, 1]: how much of an initial map is forgotten. sampling: steps, guidance, sampler,
+    variance, smooth (default: the checkpoint's).
     callback: as `diffusion.sample` has it. Either all jobs have hints (an initial map), or none. Raises
     ValueError.
     """
@@ -415,8 +407,7 @@ def sample_map(x_hat, image, model, grain="normal"):
 
 def placed(maps, side):
     """Label maps (n, h, w) -> the same with the palette's places as numbers, and the palette's side: `side`
-    or, for more segments
-    than it has places, the next power of two that suffices."""
+    or, for more segments than it has places, the next power of two that suffices."""
     while side * side < max(len(np.unique(one)) for one in maps):
         side *= 2
     return locate(torch.from_numpy(np.asarray(maps)).long(), side), side

@@ -1,22 +1,18 @@
 """One tree of answers from n samples of an image: small regions, joined one after the other, surest first.
 
-What it is: `gather` (what samples and photo say about neighbouring pixels), `grow` (the tree, with or
-without hints) and
-`Tree.cut` (a label map at any grain; a coarser one never crosses a finer one). What it is not: it samples
-nothing, and
-works at the network's resolution (segment.py enlarges).
+What it is: `gather` (what samples and photo say about neighbouring pixels), `grow` (the tree, with or without
+hints) and `Tree.cut` (a label map at any grain; a coarser one never crosses a finer one). What it is not: it
+samples nothing, and works at the network's resolution (segment.py enlarges).
 
 Use it alone (needs numpy, scipy and, for learnt odds, weights/tree.npz):
     from answers.tree import gather, grow, learnt
-    tree = grow(gather(image, soft, cells, 64), learnt())    # (h, w, 3) uint8, (n, h, w, k) in [-1, 1], (n,
-    h, w) below 64
-    labels, finer = tree.cut(), tree.cut("fine")             # (h, w) each
+    # (h, w, 3) uint8, (n, h, w, k) in [-1, 1], (n, h, w) below 64
+    tree = grow(gather(image, soft, cells, 64), learnt())
+    labels, finer = tree.cut(), tree.cut("fine")  # (h, w) each
 
 Sources: regions are a watershed, computed as a minimum spanning forest (Cousty et al. 2009); samples as
-evidence about pairs:
-Fred & Jain 2005. The odds that two regions belong together are a small network's, fitted by fit_tree.py to
-people's
-segmentations.
+evidence about pairs: Fred & Jain 2005. The odds that two regions belong together are a small network's,
+fitted by fit_tree.py to people's segmentations.
 """
 
 import functools
@@ -31,9 +27,8 @@ from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 LEARNT = Path(__file__).parent.parent / "weights" / "tree.npz"
 # cut where the log odds that two regions are one fall below this
 GRAINS = {"coarse": -0.9, "normal": 0.0, "fine": 1.0}
-# Regions join in the order of these odds: all pairs above the first, then all above the second, ... A cut
-# is at one of them,
-# or between two.
+# Regions join in the order of these odds: all pairs above the first, then all above the second, ... A cut is
+# at one of them, or between two.
 LEVELS = (6, 4, 3, 2.5, 2, 1.6, 1.3, 1, 0.75, 0.5, 0.25, 0, -0.25, -0.5, -0.75, -1, -1.3, -1.6, -2, -2.5, -3,
           -4, -6)
 # who gives every region to a hint first gives those that prefer one hint to any other: weight of that lead
@@ -143,8 +138,7 @@ def forest(jump, marker):
     """Minimum spanning forest of the pixels, one tree for each marker (h, w) above 0: (h, w) numbers from 0.
 
     Pixels of one marker are joined at no cost, and each marker to a root that all share; without the root's
-    edges, the minimum
-    spanning tree falls apart into the forest.
+    edges, the minimum spanning tree falls apart into the forest.
     """
     h, w = marker.shape
     n, at, flat = h * w, np.arange(h * w).reshape(h, w), marker.ravel()
@@ -178,8 +172,8 @@ def sums(values, at, n):
 
 
 def collect(i, j, values, n):
-    """Values (m, F) of pairs of groups, in either order -> the pairs that differ, i < j, once each, and
-    their sums."""
+    """Values (m, F) of pairs of groups, in either order -> the pairs that differ, i < j, once each, and their
+    sums."""
     apart = i != j
     pair, at = np.unique((np.minimum(i, j) * n + np.maximum(i, j))[apart], return_inverse=True)
     return pair // n, pair % n, sums(values[apart], at, len(pair))
@@ -265,8 +259,7 @@ def learnt(path=LEARNT):
 
 def log_odds(features, net, claimed):
     """Log odds (m,) that people see one segment in a pair, of features (m, 53) and of whether one of the two
-    is claimed by a
-    hint, (m,) bool. net: of `learnt`; None: what the samples alone say."""
+    is claimed by a hint, (m,) bool. net: of `learnt`; None: what the samples alone say."""
     if not len(features):
         return np.zeros(0)
     if net is None:
@@ -295,9 +288,8 @@ class Tree:
     claim: np.ndarray  # (leaves,): the hint that a leaf holds, 0 = none; leaves of one hint are one segment
 
     def cut(self, grain="normal", offset=0.0):
-        """A label map (h, w), from 0. grain: a name of GRAINS, or the number of segments (int; hints may
-        make it more); offset is
-        added to the log odds of GRAINS: above 0, finer."""
+        """A label map (h, w), from 0. grain: a name of GRAINS, or the number of segments (int; hints may make
+        it more); offset is added to the log odds of GRAINS: above 0, finer."""
         leaves, merges = int(self.region.max()) + 1, len(self.height)
         if self.closed:
             used = np.arange(merges)
@@ -321,8 +313,7 @@ class Tree:
 
 def lead(score, i, j, claim):
     """By how much the score of a pair exceeds what the region without a hint would get from any other hint:
-    (m,), at most 3, and 0
-    where it does not. claim (n,): the hints of the regions, 0 = none."""
+    (m,), at most 3, and 0 where it does not. claim (n,): the hints of the regions, 0 = none."""
     one = (claim[i] > 0) != (claim[j] > 0)
     free = np.where(claim[i] > 0, j, i)
     first, second = np.full(len(claim), -np.inf), np.full(len(claim), -np.inf)
@@ -339,10 +330,9 @@ def grow(evidence, net=None, hints=None, closed=False, least=0, watch=None):
     """Evidence -> Tree. Two regions join that are surest of each other, level by level of LEVELS.
 
     net: of `learnt`; None: the samples alone decide. hints (h, w): numbers from 1, 0 = none: pixels of one
-    hint are together,
-    those of two never. closed: go on until every region belongs to a hint. least: regions of fewer pixels
-    join first.
-    watch(tree region (h, w), features, claimed, i, j) is told of every round, for fitting.
+    hint are together, those of two never. closed: go on until every region belongs to a hint. least: regions
+    of fewer pixels join first. watch(tree region (h, w), features, claimed, i, j) is told of every round, for
+    fitting.
     """
     region = regions(evidence, hints)
     graph = Graph(evidence, region)
@@ -392,9 +382,8 @@ def grow(evidence, net=None, hints=None, closed=False, least=0, watch=None):
 
 def sureness(evidence, tree, labels, net=None, graph=None):
     """What a map (h, w) from 0, cut from a tree, is sure of, of each segment, (n,) each: the chance that two
-    of its pixels belong
-    together, the chance that one of them and one across the border do not, and the segment's share of the
-    map."""
+    of its pixels belong together, the chance that one of them and one across the border do not, and the
+    segment's share of the map."""
     graph = graph or Graph(evidence, labels)
     leaves = np.bincount(tree.region.ravel())
     area, owner = np.zeros(len(leaves) + len(tree.odds)), np.full(len(leaves) + len(tree.odds), -1)
@@ -421,9 +410,9 @@ def border_chances(graph, net=None):
 
 
 def confidence(evidence, tree, labels, net=None):
-    """Of a map (h, w) from 0, cut from a tree: of each segment (n,) the chance that a person drew it
-    (without a net: how sure the samples
-    are of it), and of its borders [(i, j, chance that a person parts these two)]."""
+    """Of a map (h, w) from 0, cut from a tree: of each segment (n,) the chance that a person drew it (without
+    a net: how sure the samples are of it), and of its borders [(i, j, chance that a person parts these
+    two)]."""
     graph = Graph(evidence, labels)
     seen = sureness(evidence, tree, labels, net, graph)
     borders = list(zip(graph.i.tolist(), graph.j.tolist(), border_chances(graph, net).tolist()))
@@ -434,7 +423,7 @@ def confidence(evidence, tree, labels, net=None):
 
 
 def confidence_features(inside, outside, share):
-    """(3, n): log odds of inside and outside, and the logarithm of the share of the map; fit_tree.py fits
-    how they count."""
+    """(3, n): log odds of inside and outside, and the logarithm of the share of the map; fit_tree.py fits how
+    they count."""
     return np.stack([*(np.log(p.clip(0.01, 0.99) / (1 - p.clip(0.01, 0.99))) for p in (inside, outside)),
                      np.log(share)])

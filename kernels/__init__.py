@@ -2,27 +2,23 @@
 gradient.
 
     import kernels
-    cells = kernels.locate(labels, side=8, dtype=torch.int8)                        # location-aware palette
-    x = kernels.network_input(cells, alpha, sigma, seeds, 6, image)                 # noisy bits and image
-    loss = kernels.loss(net(x, t), cells, weight).mean()                            # differentiable
-    xt = kernels.step(out, xt, alpha, sigma, a, b, c, guidance=1.0, seeds=seeds)    # one update of the
-    sampler
+    cells = kernels.locate(labels, side=8, dtype=torch.int8)                      # location-aware palette
+    x = kernels.network_input(cells, alpha, sigma, seeds, 6, image)               # noisy bits and image
+    loss = kernels.loss(net(x, t), cells, weight).mean()                          # differentiable
+    xt = kernels.step(out, xt, alpha, sigma, a, b, c, guidance=1.0, seeds=seeds)  # one update of the sampler
     cells = kernels.decode(xt)
 
 This file is the only door. Every function has a plain PyTorch twin of the same name in reference.py. Triton
-runs on CUDA,
-PyTorch elsewhere; use("triton" or "torch"), or the environment variable BITSEG_KERNELS, forces one. What is
-live is
-printed once. Forced and impossible is a RuntimeError with the reason; a failed launch is never hidden.
+runs on CUDA, PyTorch elsewhere; use("triton" or "torch"), or the environment variable BITSEG_KERNELS, forces
+one. What is live is printed once. Forced and impossible is a RuntimeError with the reason; a failed launch is
+never hidden.
 
 The folder needs torch, and triton on CUDA, and nothing else: copy it. The operators are registered as
-bitseg::*, so they
-work inside torch.compile, and none of them waits for the device, so they work inside CUDA graphs (locate
-where labels_below is given).
+bitseg::*, so they work inside torch.compile, and none of them waits for the device, so they work inside CUDA
+graphs (locate where labels_below is given).
 
 Words: k bits, B samples, "main arrays" (B, k, H, W) in float32, float16 or bfloat16; NCHW and channels_last
-are used as
-they are, other strides are copied first. cells (B, H, W), any signed integer type, -1 = ignored.
+are used as they are, other strides are copied first. cells (B, H, W), any signed integer type, -1 = ignored.
 """
 
 import functools
@@ -190,8 +186,7 @@ def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=No
     labels (B, H, W) integers, any ids, -1 = ignore -> cells (B, H, W) in [0, side^2), -1 where ignored; side
     from 1 to 32.
     labels_below: a promise that every id lies in [-1, labels_below), at most 1,024; then nothing waits for
-    the device, and
-    an id that breaks the promise counts as ignored. Twin: bits.locate.
+    the device, and an id that breaks the promise counts as ignored. Twin: bits.locate.
     """
     _maps("labels", labels)
     if not 1 <= side <= 32:
@@ -224,8 +219,7 @@ def normal(seeds, channels, height, width, stream=0, dtype=torch.float32):
 
     seeds (B,) int64; stream: which of a seed's noises, a 32-bit number. Philox4x32-10 and Box-Muller: number
     p * channels + c of a sample (p: raster index) is number f % 4 of Philox call f // 4. Equal on every
-    device and for
-    every batch split, up to the rounding of log, sin and cos.
+    device and for every batch split, up to the rounding of log, sin and cos.
     """
     _same("seeds", seeds, (len(seeds),), seeds.device, (torch.int64,))
     if not 0 <= stream < 2**31:
@@ -251,11 +245,9 @@ def network_input(cells, alpha, sigma, seeds, bits, image, keep=None, x_self=Non
                   stream=0, codes=None, dtype=torch.float32, channels_last=True):
     """The network's whole input, cat(xt, image[, x_self]): (B, bits + 3 [+ bits], H, W). xt as of `noise`.
 
-    image (B, 3, H, W) floats, taken as they are, or (B, 3 d^2, H, W) of an image folded d x d (then the
-    input has more
-    channels). keep (B,): factor on the image, 0 where it is dropped. self_condition: `bits` more channels,
-    x_self
-    (B, bits, H, W), or zeros without it. Twin: diffusion.network_input.
+    image (B, 3, H, W) floats, taken as they are, or (B, 3 d^2, H, W) of an image folded d x d (then the input
+    has more channels). keep (B,): factor on the image, 0 where it is dropped. self_condition: `bits` more
+    channels, x_self (B, bits, H, W), or zeros without it. Twin: diffusion.network_input.
     """
     _maps("cells", cells)
     (B, H, W), device = cells.shape, cells.device
@@ -298,16 +290,15 @@ def network_input(cells, alpha, sigma, seeds, bits, image, keep=None, x_self=Non
 
 def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=None, sigma=None, codes=None,
          bce=False):
-    """weight * sum over bits of the mean over valid pixels of (x_hat - x0)^2: (B,) float32, differentiable
-    in out, once.
+    """weight * sum over bits of the mean over valid pixels of (x_hat - x0)^2: (B,) float32, differentiable in
+    out, once.
 
     out (B, k, H, W); cells (B, H, W), x0 is their bits; weight (B,). prediction: x (then activation is tanh
-    or none), eps or
-    v; the last two need xt, like out but best in float32, and alpha and sigma (B,). codes: as of `noise`.
-    bce: the cross entropy -log sigmoid(2 x0 out) instead of the square, for prediction x and tanh.
-    Two runs give the same bits. Twins: weight * per_sample_error(to_x0(...), codec.encode(cells), valid) in
-    diffusion.py, and
-    per_sample_entropy there.
+    or none), eps or v; the last two need xt, like out but best in float32, and alpha and sigma (B,). codes:
+    as of `noise`.
+    bce: the cross entropy -log sigmoid(2 x0 out) instead of the square, for prediction x and tanh. Two runs
+    give the same bits. Twins: weight * per_sample_error(to_x0(...), codec.encode(cells), valid) in
+    diffusion.py, and per_sample_entropy there.
     """
     _main("out", out)
     B, K, H, W = out.shape
@@ -340,8 +331,8 @@ def decode(x, valid=None, cell_of_code=None, soft=False, dtype=torch.int64):
     2D Gray.
 
     soft: (cells, confidence, entropy), the last two (B, H, W) float32: the probability of the decoded code
-    and the entropy
-    in bits of the code's distribution (paper, Eq. 3). Twins: Codec.decode, confidence and entropy in bits.py.
+    and the entropy in bits of the code's distribution (paper, Eq. 3). Twins: Codec.decode, confidence and
+    entropy in bits.py.
     """
     _main("x", x)
     B, K, H, W = x.shape
@@ -364,10 +355,9 @@ def step(out, xt, alpha, sigma, a, b, c=0.0, valid=None, guidance=0.0, seeds=Non
     float32.
 
     out (B, k, H, W); with guidance w (2B, k, H, W), both halves: x_hat = (1 + w) x_hat(image) - w x_hat(no
-    image). Then x_hat
-    is clamped to [-1, 1] and 0 outside valid (B, H, W) bool. alpha, sigma, a, b, c: numbers, the first two
-    of xt's time;
-    eps = normal(seeds, ..., stream), needed unless c is 0. Twin: the body of diffusion.sample; a, b, c:
+    image). Then x_hat is clamped to [-1, 1] and 0 outside valid (B, H, W) bool. alpha, sigma, a, b, c:
+    numbers, the first two of xt's time; eps = normal(seeds, ..., stream), needed unless c is 0. Twin: the
+    body of diffusion.sample; a, b, c:
       ddpm: r alpha_s / alpha, (1 - r) alpha_s, std      ddim: sigma_s / sigma, alpha_s - sigma_s alpha /
       sigma, 0
     """

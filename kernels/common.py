@@ -2,13 +2,10 @@
 Triton.
 
 Layout: a "main array" is (B, K, H, W), contiguous either as NCHW or as channels_last. A program has BLOCK
-pixels of one
-sample and walks over their BLOCK x K elements in K parts of BLOCK elements that lie side by side in memory,
-in either
-layout; so each access of a main array is one of 16 bytes a thread, and only the map from element to (pixel,
-channel)
-differs. Offsets inside a sample are 32-bit, the sample's own offset is 64-bit. Arithmetic is float32
-throughout.
+pixels of one sample and walks over their BLOCK x K elements in K parts of BLOCK elements that lie side by
+side in memory, in either layout; so each access of a main array is one of 16 bytes a thread, and only the map
+from element to (pixel, channel) differs. Offsets inside a sample are 32-bit, the sample's own offset is
+64-bit. Arithmetic is float32 throughout.
 """
 
 import torch
@@ -203,8 +200,8 @@ def four_normals(seed, stream, call, ROUGH: tl.constexpr = False):
 
 @triton.jit
 def normals(seed, stream, j, p0, K: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr):
-    """The noise of part j of a block, (BLOCK,): number p K + c of a sample is lane (p K + c) % 4 of call (p
-    K + c) // 4."""
+    """The noise of part j of a block, (BLOCK,): number p K + c of a sample is lane (p K + c) % 4 of call (p K
+    + c) // 4."""
     g = tl.arange(0, BLOCK // 4)
     if LAST:
         a, b, c, d = four_normals(seed, stream, (p0 * K + j * BLOCK) // 4 + g)

@@ -3,10 +3,9 @@
     x (B, K, H, W) -> cells (B, H, W) [, confidence, entropy (B, H, W)]
 The 2^K class probabilities are never formed.
 
-Bytes a pixel, K = 6, bfloat16: reads 12, writes the cell (1 to 8) and 4 for each of confidence and entropy.
-A thread needs all channels of its pixels: it takes as many pixels as 16 bytes hold elements, reads their K x
-16 bytes in
-K accesses, in either layout, and takes them apart in registers.
+Bytes a pixel, K = 6, bfloat16: reads 12, writes the cell (1 to 8) and 4 for each of confidence and entropy. A
+thread needs all channels of its pixels: it takes as many pixels as 16 bytes hold elements, reads their K x 16
+bytes in K accesses, in either layout, and takes them apart in registers.
 """
 
 from typing import Optional, Tuple
@@ -83,8 +82,8 @@ def results(x, dtype, soft):
 @torch.library.custom_op("bitseg::decode", mutates_args=())
 def decode(x: Tensor, last: bool, valid: Optional[Tensor], table: Optional[Tensor], dtype: torch.dtype,
            soft: bool) -> Tuple[Tensor, Tensor, Tensor]:
-    """The launcher. x (B, K, H, W) in the layout that `last` says -> cells, confidence, entropy: empty
-    unless soft."""
+    """The launcher. x (B, K, H, W) in the layout that `last` says -> cells, confidence, entropy: empty unless
+    soft."""
     B, K, H, W = x.shape
     # pixels a thread: 8 of more channels do not fit its registers
     V = 16 // x.element_size() if K <= 8 else 4

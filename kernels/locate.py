@@ -3,13 +3,12 @@ round trip.
 
     labels (B, H, W) integers in [-1, N), N <= 1024 -> cells (B, H, W) in [0, side^2), -1 where ignored
 1. moments: pixel count and sums of rows and columns of every label of every image, by integer atomics, so
-exact. Only
-   the two ends of each run of equal labels in a row add something, in closed form: a run [s, e] has e + 1 -
-   s pixels
-   and its columns sum to (e (e + 1) - s (s - 1)) / 2.
+exact.
+   Only the two ends of each run of equal labels in a row add something, in closed form: a run [s, e] has
+   e + 1 - s pixels and its columns sum to (e (e + 1) - s (s - 1)) / 2.
 2. assign: one program an image; merges what is beyond side^2 segments, then lets the segments choose one
-after another.
-   Integers all through, as in the PyTorch twin, so ties are ties.
+after
+   another. Integers all through, as in the PyTorch twin, so ties are ties.
 3. remap: label -> cell.
 
 Bytes a pixel, int64 labels, int8 cells: reads 8 twice, writes 1.

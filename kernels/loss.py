@@ -1,16 +1,14 @@
 """loss: the weighted loss of each sample, and its gradient, straight from the network's output.
 
     out (B, K, H, W), cells (B, H, W), weight (B,) -> loss (B,) = weight * sum_bits mean_valid (x_hat - x0)^2
-with x_hat from an x, eps or v prediction (tanh or none for x) and x0 recomputed from the cell: neither
-exists in memory.
+with x_hat from an x, eps or v prediction (tanh or none for x) and x0 recomputed from the cell: neither exists
+in memory.
 BCE: -log sigmoid(2 x0 out) in place of the square, with the gradient tanh(out) - x0.
 
-Bytes a pixel, K = 6, bfloat16, int8 cells: forward reads 12 + 1; backward reads 12 + 1 and writes 12.
-Keeping the
-gradient from the forward pass and only scaling it would be 13 + 12, then 12 + 12: more traffic, one more
-array, two
-roundings, and an underflow in float16; so backward computes it again from `out`. eps and v read xt (B, K, H,
-W), too.
+Bytes a pixel, K = 6, bfloat16, int8 cells: forward reads 12 + 1; backward reads 12 + 1 and writes 12. Keeping
+the gradient from the forward pass and only scaling it would be 13 + 12, then 12 + 12: more traffic, one more
+array, two roundings, and an underflow in float16; so backward computes it again from `out`. eps and v read xt
+(B, K, H, W), too.
 Deterministic: every program sums its pixels in a fixed order, and one program a sample sums those sums.
 """
 
@@ -131,8 +129,8 @@ def loss_forward(out: Tensor, cells: Tensor, weight: Tensor, prediction: str, ta
                  last: bool,
                  xt: Optional[Tensor], alpha: Optional[Tensor], sigma: Optional[Tensor],
                  codes: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-    """The launcher. out and xt in the layout that `last` says, the rest contiguous -> loss (B,), valid
-    pixels (B,)."""
+    """The launcher. out and xt in the layout that `last` says, the rest contiguous -> loss (B,), valid pixels
+    (B,)."""
     (B, K, H, W), V = out.shape, pixels(out, prediction)
     blocks = triton.cdiv(H * W, GROUPS * V)
     sums = torch.empty(B * blocks, dtype=torch.float32, device=out.device)

@@ -1,17 +1,14 @@
 """noise: cells -> palette code -> analog bits -> alpha x0 + sigma eps in one pass, the noise drawn inside.
 
     cells (B, H, W) integers, alpha and sigma (B,), seeds (B,) -> xt (B, K, H, W), or the network's whole
-    input
-    (B, K + I [+ K], H, W): cat(xt, image[, x_self]), in the network's dtype and layout; I = 3, or 3 d^2 of a
-    folded image.
+    input (B, K + I [+ K], H, W): cat(xt, image[, x_self]), in the network's dtype and layout; I = 3, or
+    3 d^2 of a folded image.
 
 Bytes a pixel: reads one cell (1 to 8) [, I floats of the image, K of x_self], writes every output channel
 once. At K = 6, bfloat16, int8 cells: 1 + 12, and 13 + 18 for the whole input. Neither x0 nor eps exists in
-memory.
-eps is a function of (seed, stream, pixel, channel) alone: see `normals` in common.py; so keep the seed, not
-the noise.
-A thread has as many pixels as 16 bytes hold elements, so that even rows of 9 x 2 bytes leave it in pieces of
-16.
+memory. eps is a function of (seed, stream, pixel, channel) alone: see `normals` in common.py; so keep the
+seed, not the noise. A thread has as many pixels as 16 bytes hold elements, so that even rows of 9 x 2 bytes
+leave it in pieces of 16.
 """
 
 from typing import Optional

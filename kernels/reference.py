@@ -2,8 +2,7 @@
 without Triton.
 
 They repeat in flat form what bits.py, diffusion.py and metrics.py say (the tests hold them to it), so that
-this folder
-needs nothing but torch. Arguments are documented in __init__.py, which checks them.
+this folder needs nothing but torch. Arguments are documented in __init__.py, which checks them.
 """
 
 import math
@@ -176,8 +175,8 @@ def round_half_even(a, b):
 
 
 def compact(flat):
-    """Renumbers every row on its own, in ascending order: (B, N) ids -> (B, N) int64 in [0, n), -1 =
-    ignored; and n."""
+    """Renumbers every row on its own, in ascending order: (B, N) ids -> (B, N) int64 in [0, n), -1 = ignored;
+    and n."""
     value, order = flat.long().sort(1)
     fresh = torch.ones_like(value)
     fresh[:, 1:] = value[:, 1:] != value[:, :-1]
@@ -187,8 +186,8 @@ def compact(flat):
 
 
 def merged(index, n, K):
-    """In rows with more than K segments, the smallest ones become part of the largest: (B, N) in [-1, n),
-    and n."""
+    """In rows with more than K segments, the smallest ones become part of the largest: (B, N) in [-1, n), and
+    n."""
     if n <= K:
         return index, n
     # (B, n); ties: the lowest first

@@ -2,8 +2,7 @@
 
     out (B or 2B, K, H, W), xt (B, K, H, W) -> a xt + b x_hat + c eps (B, K, H, W), in xt's dtype [, x_hat]
 with x_hat = (1 + w) x_hat(image) - w x_hat(no image) if out holds both halves, clamped to [-1, 1], 0 outside
-`valid`.
-DDPM, DDIM and the last step differ only in a, b and c (c = 0: no noise); see diffusion.py.
+`valid`. DDPM, DDIM and the last step differ only in a, b and c (c = 0: no noise); see diffusion.py.
 
 Bytes a pixel, K = 6, bfloat16 out, float32 xt: reads 12 for each half, 24 and 1 (valid), writes 24. eps is
 drawn inside.

@@ -1,10 +1,9 @@
 """Where data sets keep their images and labels (FORMATS has them all); reading and resizing one of each.
 
 What it is: find_*(home, split) for every format, the readers of their label files, of images, and the
-resizing of both. What
-it is not: sets, batches and augmentation are data.py.
+resizing of both. What it is not: sets, batches and augmentation are data.py.
 
-    files, listing = find_folder(Path("photos"), "train")    # files: what a packed copy depends on
+    files, listing = find_folder(Path("photos"), "train")          # files: what a packed copy depends on
     for item in listing():
         image, labels = read_image(item.image), read_labels(item)  # labels: (H, W) integers each
 """
@@ -56,9 +55,9 @@ def notice(path, what):
     warnings.warn(f"{path}: {what}", Notice, stacklevel=3)
 
 
-# Formats. Each is one function find_*(home, split) -> (files, listing): the files that images and labels
-# come from, which
-# tell whether a packed copy is still good, and a function that lists the items if they have to be packed.
+# Formats. Each is one function find_*(home, split) -> (files, listing): the files that images and labels come
+# from, which tell whether a packed copy is still good, and a function that lists the items if they have to be
+# packed.
 
 
 class Item(NamedTuple):
@@ -629,8 +628,8 @@ def read_pngs(item):
 
 
 def read_label(path, rgb=False):
-    """A label map as (H, W) int32: 8-bit, 16-bit, palette, or in colours, each of which is the id
-    R + 256 G + 65536 B (black, and what is transparent, 0). rgb: only that. Raises ValueError."""
+    """A label map as (H, W) int32: 8-bit, 16-bit, palette, or in colours, each of which is the id R + 256 G +
+    65536 B (black, and what is transparent, 0). rgb: only that. Raises ValueError."""
     with pillow(path, "label map") as f:
         if f.format in LOSSY or "jpeg" in str(f.info.get("compression")):
             raise ValueError(f"a {f.format}, whose compression changes the ids: export it as PNG")
@@ -797,8 +796,7 @@ def paint(objects, H, W, item):
 
 def run_lengths(segmentation, H, W):
     """A COCO segmentation as pycocotools' compressed RLE: polygons [[x0, y0, x1, y1, ...], ...], also as
-    pairs
-    [x, y] or without the outer brackets, an RLE, or a list of RLE. Raises ValueError for nonsense."""
+    pairs [x, y] or without the outer brackets, an RLE, or a list of RLE. Raises ValueError for nonsense."""
     if segmentation is None or segmentation == {}:
         raise ValueError("no segmentation in it (null or empty)")
     parts = segmentation if isinstance(segmentation, list) else [segmentation]

@@ -1,11 +1,11 @@
 """Hints: the bits of a few pixels of a few segments, as input channels of the network.
 
 What it is: `draw_hints`, the clicks, strokes and ellipses of training samples. What it is not: it knows
-nothing of noise or
-networks, and no hints that a user gives (answers/segment.py); bits.hint_bits makes input channels of both.
+nothing of noise or networks, and no hints that a user gives (answers/segment.py); bits.hint_bits makes input
+channels of both.
 
-    mask = draw_hints(labels, torch.rand(len(labels), NUMBERS), share=0.5)  # (B, H, W) bool: which pixels
-    are hinted
+    # (B, H, W) bool: which pixels are hinted
+    mask = draw_hints(labels, torch.rand(len(labels), NUMBERS), share=0.5)
     x0 = codec.encode(codec.cells(labels, hints=mask))  # hinted segments choose their cells first
     channels = hint_bits(x0, mask)  # (B, C, H, W): what is known, else 0
 """
@@ -27,13 +27,10 @@ def draw_hints(labels, u, share):
     """Hinted pixels of training samples: (B, H, W) bool.
 
     labels (B, H, W) integers, -1 = ignored; u (B, NUMBERS) in [0, 1): each sample's random numbers. With
-    probability
-    `share` a sample has hints: of 1 to 20 segments (log-uniform; larger ones are likelier, by the root of
-    their area),
-    each 1 to 3 clicks, discs of 0.5 to 2.2 pixels radius that prefer the middle of the segment; or strokes
-    from one click
-    to another; or an ellipse of half the size of the segment's bounding box. All of it lies inside its
-    segment.
+    probability `share` a sample has hints: of 1 to 20 segments (log-uniform; larger ones are likelier, by the
+    root of their area), each 1 to 3 clicks, discs of 0.5 to 2.2 pixels radius that prefer the middle of the
+    segment; or strokes from one click to another; or an ellipse of half the size of the segment's bounding
+    box. All of it lies inside its segment.
     """
     (B, H, W), device = labels.shape, labels.device
     index, counts, _, _ = segment_sums(labels)
@@ -41,8 +38,8 @@ def draw_hints(labels, u, share):
     per_sample, lot, some, size, spot = u.to(device).split(PARTS, 1)
     hinted, kind, many = per_sample.T
 
-    # 1) which segments: the largest of u^(1 / weight) is a draw without replacement (Efraimidis &
-    # Spirakis 2006)
+    # 1) which segments: the largest of u^(1 / weight) is a draw without replacement (Efraimidis & Spirakis
+    # 2006)
     mine = ((counts > 0).cumsum(1) - 1).clamp(min=0) % lot.shape[1]  # the same in every batch
     key = lot.gather(1, mine).log() / counts.sqrt()
     top = key.masked_fill(counts == 0, -torch.inf).topk(min(SEGMENTS, n), dim=1).indices  # (B, M)

@@ -1,9 +1,9 @@
 """Packed data sets: every item decoded and resized once, appended to two files that are mapped, not read,
 afterwards.
 
-What it is: `pack(files, listing, ...)` -> Packed, made by several processes if it is not there yet; a kill
-or a full disk costs
-seconds. What it is not: it knows no file format (formats.py), no batches and no augmentation (data.py).
+What it is: `pack(files, listing, ...)` -> Packed, made by several processes if it is not there yet; a kill or
+a full disk costs seconds. What it is not: it knows no file format (formats.py), no batches and no
+augmentation (data.py).
 """
 
 import errno
@@ -59,8 +59,8 @@ class Packed:
         return len(self.images)
 
     def get(self, positions, draws=None):
-        """positions (B,) modulo len; draws (B,) in [0, 1): images (B, S, S, 3) uint8, labels (B, S, S)
-        int64, sizes."""
+        """positions (B,) modulo len; draws (B,) in [0, 1): images (B, S, S, 3) uint8, labels (B, S, S) int64,
+        sizes."""
         i = np.asarray(positions) % len(self)
         pick = self.first[i] + ((draws if draws is not None
                                  else 0) * (self.first[i + 1] - self.first[i])).astype(int)
@@ -94,8 +94,8 @@ DONE, EMPTY, BAD, LEFT = range(4)
 
 def convert(item, size, unlabelled, components, detail=1):
     """One item -> (DONE, image (S, S, 3) uint8, (h, w), label maps (n, S, S) uint16, numbers of segments
-    before
-    and after resizing, notices), or (EMPTY, BAD or LEFT, reason). Whatever is wrong, nothing is raised."""
+    before and after resizing, notices), or (EMPTY, BAD or LEFT, reason). Whatever is wrong, nothing is
+    raised."""
     if item.read is None:
         return LEFT if item.image else BAD, item.arg
     labels, segments, kept = [], 0, 0  # kept: at the size that is trained on and scored

@@ -1,12 +1,12 @@
 """Scenes without end: synthetic shapes, mixtures of data sets, and compositions of pieces of their images.
 
 What it is: data sets as data.py's `load` returns them, with len(), get(positions) and name; every sample is
-drawn from its
-own number alone, the same on every machine. What it is not: it reads no files (formats.py, packing.py do).
+drawn from its own number alone, the same on every machine. What it is not: it reads no files (formats.py,
+packing.py do).
 
     from sources.scenes import Shapes
-    images, labels, sizes = Shapes("train", 64).get([0, 1, 2, 3])   # (4, 64, 64, 3) uint8, (4, 64, 64)
-    int64, (4, 2) h and w
+    # (4, 64, 64, 3) uint8, (4, 64, 64) int64, (4, 2): height and width
+    images, labels, sizes = Shapes("train", 64).get([0, 1, 2, 3])
 """
 
 from dataclasses import dataclass
@@ -147,8 +147,7 @@ def compose(rng, photo, most=8):
     and (h, w).
 
     The background is a photo or one of its textures; over it come 1 to `most` pieces: segments cut out of
-    photos, or
-    polygons and ellipses filled with a texture. Every piece hides what is below it.
+    photos, or polygons and ellipses filled with a texture. Every piece hides what is below it.
     """
     image, labels, (h, w) = photo()
     S = len(image)

@@ -1,11 +1,11 @@
 """A device that is not there, for tests: `meta` to all who ask, its tensors' numbers computed on the CPU.
 
     with Device() as device:  # or Device(float64=False), as MPS has it
-        ...  # device.waits: what made the host wait
+        ...                   # device.waits: what made the host wait
 
 It notes what a CUDA device would wait for: numbers read back, and copies from the host that are not
-`non_blocking`,
-also of what torch.tensor(..., device=...) makes. Without float64, making one there is a TypeError.
+`non_blocking`, also of what torch.tensor(..., device=...) makes. Without float64, making one there is a
+TypeError.
 """
 
 import traceback

@@ -1,15 +1,12 @@
 """Compiles the kernels, as their launchers launch them, for GPUs that need not be there.
 
-    python tests/kernels_aot.py 90:all:6:128 80:last:10:37      # sm_90, both layouts, 6 bits, 128 x 128; and
-    sm_80
-    python tests/kernels_aot.py                                 # everything: an hour; the spills once more
-    last
+    # sm_90, both layouts, 6 bits, 128 x 128; and sm_80
+    python tests/kernels_aot.py 90:all:6:128 80:last:10:37
+    python tests/kernels_aot.py  # everything: an hour; the spills once more last
 
 Prints one JSON line a kernel: registers, stack and local memory (where spills go) and the bytes a thread
-moves in
-accesses of at least 16. Works by letting Triton compile for a given target instead of launching. Layouts:
-all, last
-(channels_last) or half (channels_last and bfloat16 only).
+moves in accesses of at least 16. Works by letting Triton compile for a given target instead of launching.
+Layouts: all, last (channels_last) or half (channels_last and bfloat16 only).
 """
 
 import json

@@ -1,9 +1,8 @@
 """What only a CUDA device can show: train.py with its graph, without waits, on a device that is not the
 first.
 
-Skipped without one. With test_kernels*.py and test_fused.py, which run on the GPU where there is one, this
-is the first
-part of `python bench.py gpu`.
+Skipped without one. With test_kernels*.py and test_fused.py, which run on the GPU where there is one, this is
+the first part of `python bench.py gpu`.
 """
 
 import os

@@ -398,8 +398,8 @@ def test_augmentation_never_waits_for_the_host():
 
 @pytest.fixture
 def server(monkeypatch):
-    """A loopback server: files {path: bytes}; cut {path: [bytes after which the next connections break]};
-    log of ranges."""
+    """A loopback server: files {path: bytes}; cut {path: [bytes after which the next connections break]}; log
+    of ranges."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):

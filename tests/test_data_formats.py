@@ -1,5 +1,5 @@
-"""The data sets' formats as their authors publish them, and every kind of bad input: it is named, skipped
-and counted."""
+"""The data sets' formats as their authors publish them, and every kind of bad input: it is named, skipped and
+counted."""
 
 import json
 import shutil

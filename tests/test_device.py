@@ -57,8 +57,7 @@ def steps(monkeypatch):
 
 def assert_same(here, there):
     """The last batch; losses and weights, too, where the noise is the kernels'. Plain noise is each device's
-    own,
-    and on the CPU of the same generator as what is drawn after it."""
+    own, and on the CPU of the same generator as what is drawn after it."""
     (values, weights, batch), (others, others_weights, other) = here, there
     for name in batch.keys() - ({"eps", "keep", "chosen"} if "eps" in batch else set()):
         torch.testing.assert_close(other[name].here, batch[name], msg=lambda m: f"{name}: {m}")

@@ -86,8 +86,8 @@ def assert_same_run(a, b):
     assert one["best"] == pytest.approx(two["best"], abs=0.02)  # validation: every image once
 
 
-# Adam divides by the root of tiny second moments: rounding grows to a share of lr = 1e-3 where a gradient
-# is all rounding.
+# Adam divides by the root of tiny second moments: rounding grows to a share of lr = 1e-3 where a gradient is
+# all rounding.
 @pytest.mark.parametrize("more",
                          [["--palette", "none", "--self_condition", "0.5"], ["--accumulate", "2"],
                           ["--hints", "0.8"]])

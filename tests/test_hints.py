@@ -1,5 +1,5 @@
-"""Hints while the network learns: what is drawn, who chooses first, and that steps, resumed runs and
-sampling see them."""
+"""Hints while the network learns: what is drawn, who chooses first, and that steps, resumed runs and sampling
+see them."""
 
 import itertools
 import json

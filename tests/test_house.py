@@ -1,8 +1,8 @@
 """The house: which rooms there are, which enters which, and that nobody walks in a circle.
 
 A room is a top-level file, or one of the folders sources/, answers/ and kernels/ as a whole. An arrow leads
-from a room to one that
-it imports, imports inside functions included. A room's floor is one above the highest room that it enters.
+from a room to one that it imports, imports inside functions included. A room's floor is one above the highest
+room that it enters.
 """
 
 import ast

@@ -188,8 +188,8 @@ def test_exif_of_a_wrong_kind_turns_nothing(tmp_path, block):
 
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_a_label_is_turned_with_its_photo_where_the_sizes_say_so(tmp_path, turn, capsys):
-    """Against cameras' own rule: orientation t is stored such that the t-th of these operations on the
-    stored pixels is upright."""
+    """Against cameras' own rule: orientation t is stored such that the t-th of these operations on the stored
+    pixels is upright."""
     upright = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
                5: lambda a: np.swapaxes(a, 0, 1), 6: lambda a: np.rot90(a, 3),
                7: lambda a: np.swapaxes(np.rot90(a, 2), 0, 1), 8: np.rot90}[turn]

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too slow in the interpreter")
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-# B, k, H, W and layout: one pixel; two primes, in every layout; around a power of two; the largest code;
-# big ones
+# B, k, H, W and layout: one pixel; two primes, in every layout; around a power of two; the largest code; big
+# ones
 CASES = [((1, 6, 1, 1), "nchw"), *[((2, 6, 7, 13), name) for name in ("nchw", "channels_last", "strided")],
          ((1, 2, 127, 129), "channels_last"), ((1, 10, 8, 8), "channels_last"), ((1, 4, 5, 3), "nchw"),
          *[pytest.param(shape, layout, marks=gpu) for shape in ((257, 8, 16, 16), (8, 6, 128, 128),

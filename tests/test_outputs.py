@@ -91,8 +91,8 @@ def slow_votes(labels, image):
 
 @pytest.mark.parametrize("width,height", [(31, 22), (5, 3), (1, 1), (6, 40), (70, 2), (9, 7)])
 def test_enlarging_pixel_by_pixel(width, height, monkeypatch):
-    """The label with most votes, in strips of one row, too; of several maps at once; with few labels and
-    with many."""
+    """The label with most votes, in strips of one row, too; of several maps at once; with few labels and with
+    many."""
     rng = np.random.default_rng(width)
     maps = np.full((2, 7, 9), 3)
     maps[:, :3, :4], maps[1, 4:, 6:] = rng.integers(0, 16, (2, 3, 4)), 300

@@ -1,7 +1,6 @@
 """A run that is killed with SIGKILL at random moments ends with the same bits as one that is not.
 
-    python tests/test_resume.py 50                           # 50 kills; says how many runs ended as the
-    uninterrupted one
+    python tests/test_resume.py 50  # 50 kills; says how many runs ended as the uninterrupted one
 """
 
 import json
