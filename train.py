@@ -82,7 +82,8 @@ class Config:
     # The defaults are the paper's. A preset (below) changes some; --lr 3e-4 has the last word
 
     # shapes, coco, entity, ade20k, bsds500, or a folder: images/ and labels/, LabelMe, VOC, Cityscapes,
-    # exports of Roboflow, CVAT ...; several: photos:3,streets:components:ignore,shapes (a number is a set's weight)
+    # exports of Roboflow, CVAT ...; several, each with a weight and options of its own:
+    # photos:3,streets:components:ignore,shapes
     dataset: str = "shapes"
     compose: float = 0.0  # share of training scenes pasted together from pieces of the images
     preset: str = ""  # a row of PRESETS; "": tiny for shapes, paper for coco and entity, else small
