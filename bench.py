@@ -8,8 +8,8 @@
     python bench.py photos                # what sample.py does with photos and the weights in the box
     python bench.py gpu --out DIR         # all of it, and the CUDA tests, in nine minutes, into files
 
-kernels: without CUDA it says so and measures the kernels' PyTorch twins on a small batch: a check that
-everything runs, no figure of merit. train, sample: weights are random, for speed does not depend on them; all
+kernels: without CUDA it says so and measures plain PyTorch alone, on a small batch: a check that everything
+runs, no figure of merit. train, sample: weights are random, for speed does not depend on them; all
 variants are timed in turn, round after round, so that whatever else the machine does meets all of them;
 figures are medians over the rounds. On a busy machine: --clock cpu counts this process' own processor time
 (OMP_NUM_THREADS=1 makes that comparable).
@@ -188,9 +188,9 @@ def kernel_cases(B, dtype, device):
 
 def bench_kernels(args):
     device = usable("cuda" if torch.cuda.is_available() else "cpu").type
-    if device == "cpu":
-        print("no CUDA here: these are the kernels' PyTorch twins on the CPU, at batch 2, against plain "
-              "PyTorch")
+    live, why = kernels.live(device)
+    if live != "triton":
+        print(f"the kernels need Triton: plain PyTorch alone ({why})")
     batches, dtypes = [2], [torch.float32]
     if device == "cuda":
         batches, dtypes = args.batch, [getattr(torch, d) for d in args.dtype]
@@ -206,24 +206,24 @@ def bench_kernels(args):
         for B in batches:
             for name, (kernel, plain, compiles, moved) in kernel_cases(B, dtype, device).items():
                 row = dict(kernel=name, dtype=str(dtype)[6:], batch=B, bytes=moved,
-                           fused=timed(kernel, device),
-                           eager=timed(plain, device), fused_mib=peak_mib(kernel, device),
-                           eager_mib=peak_mib(plain, device))
+                           eager=timed(plain, device), eager_mib=peak_mib(plain, device))
+                fast = gb_s = of_copy = mib = "-"
+                if live == "triton":
+                    row |= dict(fused=timed(kernel, device), fused_mib=peak_mib(kernel, device))
+                    mid, low, high = row["fused"]
+                    row["gb_s"] = moved / mid / 1e6
+                    fast, gb_s = f"{mid:.4f} ({low:.4f}-{high:.4f})", f"{row['gb_s']:.0f}"
+                    if device == "cuda":  # a CPU's caches hold all of this
+                        row["of_copy"] = row["gb_s"] / ceiling
+                        of_copy = f"{row['of_copy']:.0%}"
+                        mib = f"{row['fused_mib']:.0f} / {row['eager_mib']:.0f}"
                 if compiles and device == "cuda":
                     torch._dynamo.reset()
                     row["compile"] = timed(torch.compile(plain), device)
-                row["gb_s"] = moved / row["fused"][0] / 1e6
-                # a CPU's caches hold all of this
-                row["of_copy"] = row["gb_s"] / ceiling if device == "cuda" else None
                 rows.append(row)
-                mid, low, high = row["fused"]
-                fast = f"{mid:.4f} ({low:.4f}-{high:.4f})"
-                mib = f"{row['fused_mib']:.0f} / {row['eager_mib']:.0f}" if device == "cuda" else "-"
                 print(f"| {name:<27}| {row['dtype']:<9}| {B:<6}| {fast:<29}| {row['eager'][0]:<9.4f}| "
-                      f"{format(row['compile'][0], '.4f') if 'compile' in row else '-':<11}| "
-                      f"{row['gb_s']:<5.0f}| "
-                      f"{format(row['of_copy'], '.0%') if row['of_copy'] else '-':<8}| {mib:<18}|",
-                      flush=True)
+                      f"{format(row['compile'][0], '.4f') if 'compile' in row else '-':<11}| {gb_s:<5}| "
+                      f"{of_copy:<8}| {mib:<18}|", flush=True)
     print()
     print(json.dumps(dict(bench="kernels", machine=about, copy_gb_s=ceiling, rows=rows)))
     return 0
@@ -276,7 +276,7 @@ def bench_data(args):
         there = [part.to(device) for part in batch]
 
         def palette(labels):
-            if device.type != "cuda":
+            if kernels.live(device)[0] == "torch":
                 return codec.cells(labels)
             return kernels.locate(labels, codec.side, labels_below=packed.labels_below)
 
@@ -467,9 +467,6 @@ def bench_train(args):
     shapes = data.load("shapes", "train", c.image_size * net.detail, seed=c.seed)
     compiled, graph = train.switches(c, device, dtype, 1)
     variants = training_variants(dtype, device, fused(codec, device), compiled, graph)
-    if fused(codec, device):
-        # says what is live before the table begins
-        kernels.normal(torch.zeros(1, dtype=torch.int64, device=device), 2, 1, 1)
 
     batch = next(train.batches(shapes, 0, c, codec, diffusion, device, 0, 1, None))
     with FlopCounterMode(display=False) as counter, torch.no_grad():

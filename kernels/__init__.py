@@ -8,10 +8,10 @@ gradient.
     xt = kernels.step(out, xt, alpha, sigma, a, b, c, guidance=1.0, seeds=seeds)  # one update of the sampler
     cells = kernels.decode(xt)
 
-This file is the only door. Every function has a plain PyTorch twin of the same name in reference.py. Triton
-runs on CUDA, PyTorch elsewhere; use("triton" or "torch"), or the environment variable BITSEG_KERNELS, forces
-one. What is live is printed once. Forced and impossible is a RuntimeError with the reason; a failed launch is
-never hidden.
+This file is the only door. The functions need Triton and run on CUDA; where Triton cannot run they raise a
+RuntimeError that says why, and a failed launch is never hidden. `live` tells a program beforehand which of
+the two it has to take, the kernels or plain PyTorch; use("triton" or "torch"), or the environment variable
+BITSEG_KERNELS, forces one.
 
 The folder needs torch, and triton on CUDA, and nothing else: copy it. The operators are registered as
 bitseg::*, so they work inside torch.compile, and none of them waits for the device, so they work inside CUDA
@@ -31,8 +31,6 @@ from pathlib import Path
 
 import torch
 
-from . import reference
-
 try:
     import triton
 except ImportError as e:  # macOS, Windows, a CPU build
@@ -51,7 +49,6 @@ LIMIT = 2**30  # elements of a sample: 32-bit offsets inside it
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 mode = os.environ.get("BITSEG_KERNELS", "auto")
-_said = set()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -113,17 +110,16 @@ def _can_launch():
             f"without, with --kernels torch or BITSEG_KERNELS=torch") from None
 
 
-def _triton(device):
+def _need_triton(device):
+    """RuntimeError where Triton does not run on this device."""
     name, why = live(device)
-    if (name, why) not in _said:
-        _said.add((name, why))
-        print(f"kernels: {'Triton' if name == 'triton' else 'PyTorch'} ({why})", flush=True)
-    return name == "triton"
+    if name != "triton":
+        raise RuntimeError(f"the kernels need Triton, but PyTorch is live here ({why})")
 
 
 # torch.compile asks once and does not look inside. As torch.compiler.assume_constant_result, which imports
 # the compiler: 1 s
-_triton._dynamo_marked_constant = True
+_need_triton._dynamo_marked_constant = True
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -186,7 +182,7 @@ def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=No
     labels (B, H, W) integers, any ids, -1 = ignore -> cells (B, H, W) in [0, side^2), -1 where ignored; side
     from 1 to 32.
     labels_below: a promise that every id lies in [-1, labels_below), at most 1,024; then nothing waits for
-    the device, and an id that breaks the promise counts as ignored. Twin: bits.locate.
+    the device, and an id that breaks the promise counts as ignored. In plain PyTorch: bits.locate.
     """
     _maps("labels", labels)
     if not 1 <= side <= 32:
@@ -195,16 +191,11 @@ def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=No
         raise ValueError(f"cells up to {side * side - 1} do not fit into {str(dtype)[6:]}")
     if labels_below is not None and not 1 <= labels_below <= 1024:
         raise ValueError(f"labels_below must be from 1 to 1024, not {labels_below}")
-    if labels_below is not None and not _triton(labels.device):
-        labels = torch.where((labels < labels_below) & (labels >= 0), labels.long(), -1)
-    if not _triton(labels.device):
-        return reference.locate(labels, side, largest_first, dtype)
+    _need_triton(labels.device)
     if labels_below is None:
         low, high = (int(v) for v in labels.aminmax())
         if low < -1 or high >= _locate.MAX_LABELS:
-            index, n = reference.compact(labels.flatten(1))
-            index, n = (index, n) if n <= _locate.MAX_LABELS else reference.merged(index, n, side * side)
-            labels, high = index.view(labels.shape), n - 1
+            labels, high = _locate.renumbered(labels, side * side)
         labels_below = max(1, high + 1)
     return _locate.locate(labels.contiguous(), side, largest_first, dtype, labels_below)
 
@@ -224,8 +215,7 @@ def normal(seeds, channels, height, width, stream=0, dtype=torch.float32):
     _same("seeds", seeds, (len(seeds),), seeds.device, (torch.int64,))
     if not 0 <= stream < 2**31:
         raise ValueError(f"stream must be from 0 to 2^31 - 1, not {stream}")
-    if not _triton(seeds.device):
-        return reference.normal(seeds, channels, height, width, stream, dtype)
+    _need_triton(seeds.device)
     return _noise.noise(seeds.contiguous(), stream, height, width, channels, dtype, True)
 
 
@@ -235,7 +225,7 @@ def noise(cells, alpha, sigma, seeds, bits, stream=0, codes=None, dtype=torch.fl
 
     alpha, sigma (B,) floats; seeds (B,) int64. codes (2^bits,) integers: the code of each cell; None: 2D
     Gray.
-    Twin: alpha * codec.encode(cells) + sigma * eps.
+    In plain PyTorch: alpha * codec.encode(cells) + sigma * eps.
     """
     return network_input(cells, alpha, sigma, seeds, bits, None, stream=stream, codes=codes, dtype=dtype,
                          channels_last=channels_last)
@@ -247,7 +237,7 @@ def network_input(cells, alpha, sigma, seeds, bits, image, keep=None, x_self=Non
 
     image (B, 3, H, W) floats, taken as they are, or (B, 3 d^2, H, W) of an image folded d x d (then the input
     has more channels). keep (B,): factor on the image, 0 where it is dropped. self_condition: `bits` more
-    channels, x_self (B, bits, H, W), or zeros without it. Twin: diffusion.network_input.
+    channels, x_self (B, bits, H, W), or zeros without it. In plain PyTorch: diffusion.network_input.
     """
     _maps("cells", cells)
     (B, H, W), device = cells.shape, cells.device
@@ -269,12 +259,7 @@ def network_input(cells, alpha, sigma, seeds, bits, image, keep=None, x_self=Non
         _same("keep", keep, (B,), device, FLOATS + (torch.bool,))
     if x_self is not None:
         _same("x_self", x_self, (B, bits, H, W), device, FLOATS)
-    if not _triton(device):
-        if image is None:
-            return reference.noise(cells, alpha, sigma, seeds, bits, stream, codes, dtype, channels_last)
-        return reference.network_input(cells, alpha, sigma, seeds, bits, image, keep, x_self, self_condition,
-                                       stream,
-                                       codes, dtype, channels_last)
+    _need_triton(device)
     if image is not None:
         image = _common.like(image, channels_last)
         keep = torch.ones_like(alpha) if keep is None else keep
@@ -297,8 +282,8 @@ def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=N
     or none), eps or v; the last two need xt, like out but best in float32, and alpha and sigma (B,). codes:
     as of `noise`.
     bce: the cross entropy -log sigmoid(2 x0 out) instead of the square, for prediction x and tanh. Two runs
-    give the same bits. Twins: weight * per_sample_error(to_x0(...), codec.encode(cells), valid) in
-    diffusion.py, and per_sample_entropy there.
+    give the same bits. In plain PyTorch: weight * diffusion.per_sample_error(to_x0(...), codec.encode(cells),
+    valid), or per_sample_entropy.
     """
     _main("out", out)
     B, K, H, W = out.shape
@@ -316,8 +301,7 @@ def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=N
         _same("xt", xt, out.shape, out.device, FLOATS)
         for name, x in (("alpha", alpha), ("sigma", sigma)):
             _same(name, x, (B,), out.device, FLOATS + (torch.float64,))
-    if not _triton(out.device):
-        return reference.loss(out, cells, weight, prediction, activation, xt, alpha, sigma, codes, bce)
+    _need_triton(out.device)
     out = _common.dense(out)
     last = _common.is_last(out)
     xt = None if prediction == "x" else _common.like(xt, last)
@@ -331,8 +315,8 @@ def decode(x, valid=None, cell_of_code=None, soft=False, dtype=torch.int64):
     2D Gray.
 
     soft: (cells, confidence, entropy), the last two (B, H, W) float32: the probability of the decoded code
-    and the entropy in bits of the code's distribution (paper, Eq. 3). Twins: Codec.decode, confidence and
-    entropy in bits.py.
+    and the entropy in bits of the code's distribution (paper, Eq. 3). In plain PyTorch: bits.Codec.decode,
+    confidence and entropy.
     """
     _main("x", x)
     B, K, H, W = x.shape
@@ -341,8 +325,7 @@ def decode(x, valid=None, cell_of_code=None, soft=False, dtype=torch.int64):
     if valid is not None:
         _same("valid", valid, (B, H, W), x.device, (torch.bool,))
     _table("cell_of_code", cell_of_code, K, x.device)
-    if not _triton(x.device):
-        return reference.decode(x, valid, cell_of_code, soft, dtype)
+    _need_triton(x.device)
     x = _common.dense(x)
     cells, confidence, entropy = _decode.decode(x, _common.is_last(x), _flat(valid), _flat(cell_of_code),
                                                 dtype, soft)
@@ -356,8 +339,8 @@ def step(out, xt, alpha, sigma, a, b, c=0.0, valid=None, guidance=0.0, seeds=Non
 
     out (B, k, H, W); with guidance w (2B, k, H, W), both halves: x_hat = (1 + w) x_hat(image) - w x_hat(no
     image). Then x_hat is clamped to [-1, 1] and 0 outside valid (B, H, W) bool. alpha, sigma, a, b, c:
-    numbers, the first two of xt's time; eps = normal(seeds, ..., stream), needed unless c is 0. Twin: the
-    body of diffusion.sample; a, b, c:
+    numbers, the first two of xt's time; eps = normal(seeds, ..., stream), needed unless c is 0. In plain
+    PyTorch: the body of diffusion.sample; a, b, c:
       ddpm: r alpha_s / alpha, (1 - r) alpha_s, std      ddim: sigma_s / sigma, alpha_s - sigma_s alpha /
       sigma, 0
     """
@@ -373,10 +356,7 @@ def step(out, xt, alpha, sigma, a, b, c=0.0, valid=None, guidance=0.0, seeds=Non
         _same("seeds", seeds, (B,), xt.device, (torch.int64,))
     if not 0 <= stream < 2**31:
         raise ValueError(f"stream must be from 0 to 2^31 - 1, not {stream}")
-    if not _triton(xt.device):
-        return reference.step(out, xt, alpha, sigma, a, b, c, valid, guidance, seeds, stream, prediction,
-                              activation,
-                              with_x_hat)
+    _need_triton(xt.device)
     out = _common.dense(out)
     last = _common.is_last(out)
     after, x_hat = _step.step(out, _common.like(xt, last), last, alpha, sigma, a, b, c, _flat(valid),

@@ -8,7 +8,7 @@ exact.
    e + 1 - s pixels and its columns sum to (e (e + 1) - s (s - 1)) / 2.
 2. assign: one program an image; merges what is beyond side^2 segments, then lets the segments choose one
 after
-   another. Integers all through, as in the PyTorch twin, so ties are ties.
+   another. Integers all through, so ties are ties.
 3. remap: label -> cell.
 
 Bytes a pixel, int64 labels, int8 cells: reads 8 twice, writes 1.
@@ -118,6 +118,36 @@ def remap_kernel(labels_ptr, cell_ptr, out_ptr, below, HW, blocks, N: tl.constex
     label = ids(labels_ptr + b * HW + p, p < HW, below)
     cell = tl.load(cell_ptr + b * N + label, mask=label >= 0, other=-1)
     tl.store(out_ptr + b * HW + p, cell.to(out_ptr.dtype.element_ty), mask=p < HW)
+
+
+def renumbered(labels, classes):
+    """(B, H, W) of any ids, -1 = ignored -> the same segments in int64 from 0, in ascending order, and the
+    largest number.
+
+    In maps of more than MAX_LABELS segments only the `classes` largest are kept; the others join the largest.
+    """
+    flat = labels.flatten(1)
+    index, n = ranks(flat)
+    if n > MAX_LABELS:
+        pixels = torch.zeros(len(flat), n + 1, dtype=torch.int64, device=flat.device)
+        place = torch.where(index < 0, n, index)
+        pixels = pixels.scatter_add_(1, place, torch.ones_like(place))[:, :n]
+        by_size = pixels.argsort(dim=1, descending=True, stable=True)  # (B, n); ties: the lowest first
+        same = torch.arange(n, device=flat.device).expand(len(flat), n)
+        new = same.scatter(1, by_size[:, classes:], by_size[:, :1].expand(-1, n - classes))
+        index, n = ranks(torch.where(index < 0, -1, new.gather(1, index.clamp(min=0))))
+    return index.view(labels.shape), n - 1
+
+
+def ranks(flat):
+    """(B, N) ids -> (B, N) int64: each id's rank among its row's, -1 = ignored; and the largest number of ids
+    in a row."""
+    value, order = flat.long().sort(1)
+    first = torch.ones_like(value)
+    first[:, 1:] = value[:, 1:] != value[:, :-1]
+    first *= value != -1
+    rank = torch.empty_like(value).scatter_(1, order, first.cumsum(1) - 1).masked_fill_(flat == -1, -1)
+    return rank, max(1, int(rank.max()) + 1)
 
 
 @torch.library.custom_op("bitseg::locate", mutates_args=())

@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import pytest
 import torch
 
 for number in {signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}:
@@ -22,3 +23,14 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device, and is skipped without one")
+
+
+@pytest.fixture
+def kernel_device():
+    """Where the kernels run, which are forced: a GPU, or the CPU, in Triton's interpreter."""
+    import kernels
+    if kernels.triton is None:
+        pytest.skip("needs Triton")
+    kernels.use("triton")
+    yield "cuda" if torch.cuda.is_available() else "cpu"
+    kernels.use("auto")

@@ -156,15 +156,13 @@ def test_details_that_cannot_be():
         kernels.network_input(cells, one, one, one.long(), 4, image)
 
 
-def test_the_loss_and_the_fused_loss_take_folded_images():
+def test_the_loss_and_the_fused_loss_take_folded_images(kernel_device):
     torch.manual_seed(0)
-    net, codec, d, labels = network(2), Codec(bits=4), diffusion.Diffusion(image_drop=0.3), torch.randint(0,
-                                                                                                          5,
-                                                                                                          (3,
-                                                                                                           8,
-                                                                                                           8))
-    image, cells, seeds = torch.randn(3, 12, 8, 8), codec.cells(labels), torch.tensor([5, 6, 7])
-    drawn = diffusion.draw((3, 4, 8, 8), d, torch.Generator().manual_seed(1))
+    net, codec, d = network(2).to(kernel_device), Codec(bits=4), diffusion.Diffusion(image_drop=0.3)
+    labels, image, seeds = (v.to(kernel_device) for v in (torch.randint(0, 5, (3, 8, 8)),
+                                                          torch.randn(3, 12, 8, 8), torch.tensor([5, 6, 7])))
+    cells = codec.cells(labels)
+    drawn = diffusion.draw((3, 4, 8, 8), d, torch.Generator().manual_seed(1), kernel_device)
     drawn["eps"] = kernels.normal(seeds, 4, 8, 8)
     plain = diffusion.training_loss(net, codec.encode(cells), image, cells >= 0, d, codec.activate,
                                     drawn=drawn)

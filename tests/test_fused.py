@@ -18,16 +18,16 @@ SIZE = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=2, patch=2)
 
 
 @pytest.fixture
-def scene():
+def scene(kernel_device):
     torch.manual_seed(0)
     labels = torch.randint(-1, 5, (3, 8, 8)).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    return labels, torch.randn(3, 3, 16, 16), torch.tensor([5, 2**40, 7])
+    return [v.to(kernel_device) for v in (labels, torch.randn(3, 3, 16, 16), torch.tensor([5, 2**40, 7]))]
 
 
-def network(d, channels):
+def network(d, channels, device):
     net = UNet(channels * (2 if d.self_condition else 1) + 3, channels, **SIZE)
     torch.nn.init.normal_(net.head.weight, std=0.05)  # it starts at zero
-    return net
+    return net.to(device)
 
 
 @pytest.mark.parametrize("prediction, again, palette, activation, loss", [
@@ -39,11 +39,11 @@ def test_fused_training_loss_is_training_loss(scene, prediction, again, palette,
     codec = Codec(bits=4, palette=palette, activation=activation)
     # eps / alpha(1) is noise
     d = Diffusion(prediction=prediction, loss=loss, self_condition=again, image_drop=0.3, logsnr_min=-8)
-    net, cells = network(d, 4), codec.cells(labels)
-    drawn = draw((3, 4, 16, 16), d, torch.Generator().manual_seed(1))
+    net, cells = network(d, 4, labels.device), codec.cells(labels)
+    drawn = draw((3, 4, 16, 16), d, torch.Generator().manual_seed(1), labels.device)
     drawn["eps"] = kernels.normal(seeds, 4, 16, 16)
     expected = training_loss(net, codec.encode(cells), image, cells >= 0, d, codec.activate, drawn=drawn)
-    codes = None if palette == "similar" else codec.cell_of_code.argsort()
+    codes = None if palette == "similar" else codec.cell_of_code.argsort().to(labels.device)
     loss = fused_training_loss(net, cells, image, 4, seeds, d, drawn, codec.activate, codec.activation, codes)
     assert torch.allclose(loss, expected, rtol=1e-5)
     want = torch.autograd.grad(expected, net.parameters())
@@ -57,7 +57,7 @@ def test_fused_steps_are_plain_steps(scene, monkeypatch, sampler, variance, guid
     """The plain loop with the kernels' noise in place of torch.randn."""
     _, image, seeds = scene
     codec, d = Codec(bits=4), Diffusion()
-    net, valid = network(d, 4), torch.rand(3, 16, 16) < 0.8
+    net, valid = network(d, 4, image.device), torch.rand(3, 16, 16, device=image.device) < 0.8
     options = dict(steps=4, sampler=sampler, variance=variance, guidance=guidance)
     given = dict(activation="tanh", codes=None)
     result = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, fused=given, **options)

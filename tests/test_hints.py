@@ -155,17 +155,17 @@ def test_strokes_and_ellipses():
 # ---- the network
 
 
-def test_both_losses_see_hints_before_the_first_guess():
+def test_both_losses_see_hints_before_the_first_guess(kernel_device):
     torch.manual_seed(0)
     codec, d = Codec(bits=4), Diffusion(hints=0.5, self_condition=0.5)
     labels = scene(3, 16, 6)
-    mask = draw_hints(labels, numbers(3), 1.0)
-    cells = codec.cells(labels, hints=mask)
-    x0, image, seeds, inputs = codec.encode(cells), torch.randn(3, 3, 16, 16), torch.tensor([5, 6, 7]), []
-    net = UNet(4 + 3 + 4 + 4, 4, **SIZES["tiny"])
+    mask = draw_hints(labels, numbers(3), 1.0).to(kernel_device)
+    cells = codec.cells(labels.to(kernel_device), hints=mask)
+    image, seeds = torch.randn(3, 3, 16, 16).to(kernel_device), torch.tensor([5, 6, 7]).to(kernel_device)
+    x0, inputs, net = codec.encode(cells), [], UNet(4 + 3 + 4 + 4, 4, **SIZES["tiny"]).to(kernel_device)
     torch.nn.init.normal_(net.head.weight, std=0.05)
     seen = lambda x, t: inputs.append(x) or net(x, t)
-    drawn = draw((3, 4, 16, 16), d, torch.Generator().manual_seed(1))
+    drawn = draw((3, 4, 16, 16), d, torch.Generator().manual_seed(1), kernel_device)
     drawn["eps"] = kernels.normal(seeds, 4, 16, 16)
     bits = hint_bits(x0, mask)
     plain = training_loss(seen, x0, image, cells >= 0, d, codec.activate, drawn=drawn, hints=bits)

@@ -34,21 +34,22 @@ def fresh(code, cwd, **env):
     return r.stdout.splitlines()
 
 
-def test_the_folder_alone_works_and_says_once_what_is_live(tmp_path):
+@needs_triton
+def test_the_folder_alone_works(tmp_path):
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
-    code = "import torch, kernels; print([kernels.decode(torch.ones(1, 6, 1, 1)).item() for _ in range(2)])"
-    # row 5, column 5
-    assert fresh(code, tmp_path) == ["kernels: PyTorch (the tensors are on cpu)", "[45, 45]"]
+    code = f"import torch, kernels; print(kernels.decode(torch.ones(1, 6, 1, 1, device='{DEVICE}')).item())"
+    env = dict(TRITON_INTERPRET=str(int(DEVICE == "cpu")), BITSEG_KERNELS="triton")
+    assert fresh(code, tmp_path, **env) == ["45"]  # row 5, column 5
 
 
-def test_without_triton_it_runs_pytorch_or_says_why_not(tmp_path):
+def test_without_triton_it_says_why_not(tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('no triton here')")
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     code = """
 import torch, kernels
 for mode in ("triton", "auto"):
     try:
-        print(kernels.decode(torch.ones(1, 6, 1, 1)).item())
+        kernels.decode(torch.ones(1, 6, 1, 1))
     except RuntimeError as e:
         print(e)
     kernels.use("auto")
@@ -56,7 +57,7 @@ for mode in ("triton", "auto"):
     assert fresh(code, tmp_path, BITSEG_KERNELS="triton") == [
         "Triton kernels were asked for, but triton cannot be imported (no triton here): use 'auto' or "
         "'torch'",
-        "kernels: PyTorch (triton cannot be imported (no triton here))", "45"]
+        "the kernels need Triton, but PyTorch is live here (triton cannot be imported (no triton here))"]
 
 
 @needs_triton
@@ -65,6 +66,18 @@ def test_forced_on_a_cpu_raises_with_the_reason(monkeypatch):
     kernels.use("triton")
     with pytest.raises(RuntimeError, match="asked for, but the tensors are on cpu: use 'auto' or 'torch'"):
         kernels.decode(torch.ones(1, 6, 1, 1))
+
+
+@needs_triton
+def test_what_is_called_where_pytorch_is_live_says_so():
+    for mode, why in ("auto", "the tensors are on cpu"), ("torch", "asked for"):
+        kernels.use(mode)
+        for call in (lambda: kernels.normal(SEEDS, 6, 2, 2), lambda: kernels.locate(CELLS, 8),
+                     lambda: kernels.noise(CELLS, ONE, ONE, SEEDS, 6), lambda: kernels.loss(X, CELLS, ONE),
+                     lambda: kernels.decode(X), lambda: kernels.step(X, X, 1, 1, 1, 1)):
+            with pytest.raises(RuntimeError) as e:
+                call()
+            assert str(e.value) == f"the kernels need Triton, but PyTorch is live here ({why})"
 
 
 def test_modes_have_names(monkeypatch):
@@ -193,9 +206,8 @@ def training_arguments():
 
 
 @needs_triton
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_torch_compile_sees_one_graph_and_the_same_result(backend):
-    kernels.use(backend)
+def test_torch_compile_sees_one_graph_and_the_same_result():
+    kernels.use("triton")
     args = training_arguments()
     loss = torch.compile(training_loss, backend="aot_eager" if DEVICE == "cpu" else "inductor",
                          fullgraph=True)(*args)
@@ -244,10 +256,10 @@ def test_cuda_graph_replays_the_same_result():
         assert torch.equal(a, b)
 
 
+@needs_triton
 def test_a_training_step_through_the_kernels_is_eq_2():
     """labels -> cells -> input -> loss against bits.py and diffusion.py, given the same t and noise."""
-    if kernels.triton is not None:
-        kernels.use("triton")
+    kernels.use("triton")
     labels = torch.randint(-1, 9, (2, 4, 4), device=DEVICE).repeat_interleave(3, 1).repeat_interleave(3, 2)
     image, seeds = torch.rand(2, 3, 12, 12, device=DEVICE), torch.tensor([7, 8], device=DEVICE)
     d = diffusion.Diffusion()
@@ -263,7 +275,7 @@ def test_a_training_step_through_the_kernels_is_eq_2():
 
     codec = bits.Codec()
     x0, valid = codec.encode(codec.cells(labels)), labels >= 0
-    xt = alpha.view(-1, 1, 1, 1) * x0 + sigma.view(-1, 1, 1, 1) * kernels.reference.normal(seeds, 6, 12, 12)
+    xt = alpha.view(-1, 1, 1, 1) * x0 + sigma.view(-1, 1, 1, 1) * kernels.normal(seeds, 6, 12, 12)
     true = (weight * diffusion.per_sample_error(net(diffusion.network_input(xt, image)).tanh(), x0,
                                                 valid)).mean()
     torch.testing.assert_close(loss, true, rtol=1e-4, atol=1e-6)

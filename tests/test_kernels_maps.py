@@ -1,4 +1,4 @@
-"""locate in Triton, and its twin, against bits.locate."""
+"""locate in Triton against bits.locate."""
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too slow in the interpreter")
 
 
-@pytest.fixture(params=["triton", "torch"], autouse=True)
-def either(request):
-    kernels.use(request.param)
-    yield request.param
+@pytest.fixture(autouse=True)
+def triton():
+    kernels.use("triton")
+    yield
     kernels.use("auto")
 
 
