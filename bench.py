@@ -520,8 +520,9 @@ def bench_sample(args):
     c, device, dtype, why, codec, diffusion, network, net = setting(args)
     # as sample.py has it
     net, n = net.to(memory_format=torch.channels_last).eval().requires_grad_(False), args.n
-    shapes = data.load("shapes", "val", c.image_size * net.detail, seed=c.seed)
-    x, inside, _ = data.unchanged(*(v.to(device) for v in shapes.get(list(range(args.images)))), net.detail)
+    shapes = data.load("shapes", "val", c.image_size, seed=c.seed, detail=net.detail)
+    images, _, sizes = shapes.get(list(range(args.images)))
+    x, inside = data.normalise(images.to(device), sizes.to(device), net.detail)
     which = [i for i in range(args.images) for _ in range(n)]
     jobs = {"one image, one sample": [0], f"one image, {n} samples": which[:n],
             f"{args.images} images x {n} samples": which}

@@ -5,7 +5,7 @@ What it is: `load(name, split, size, ...)` returns a data set with len() and get
 are read by formats.py and packed by packing.py; scenes and mixtures are drawn by scenes.py.
 
     data = load("shapes", "train", 64)
-    # (4, 64, 64, 3) uint8, (4, 64, 64) int64, (4, 2): height and width
+    # (4, 64, 64, 3) uint8, (4, 64, 64) int64, (4, 2): height and width of the label maps
     images, labels, sizes = data.get([0, 1, 2, 3])
     image, inside = normalise(images, sizes)  # (4, 3, 64, 64), (4, 64, 64) bool: where there is image
 
@@ -20,7 +20,6 @@ top-left, the rest is padding (zero after normalisation, ignored in the labels).
 import argparse
 import functools
 import hashlib
-import itertools
 import os
 import sys
 from collections import deque
@@ -57,34 +56,31 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
     parts are the segments; workers: processes that pack; max_bad: share of unusable items from which on
     packing fails; split_seed: of entity's split;
     compose: share of training samples that are scenes composed of pieces of the images (`compose`). void: ids
-    with commas between them, of which pixels are ignored. detail: images are for label maps of size / detail,
-    and miss no part of these (`fitted`).
-    Raises ValueError or OSError with what to do.
+    with commas between them, of which pixels are ignored. size: longer side of the label maps; detail: that
+    of the images, as a multiple of size; above 1 for a single set only. Raises ValueError or OSError with
+    what to do.
     """
     if unlabelled not in ("segment", "ignore"):
         raise ValueError(f"unlabelled is 'segment' or 'ignore', not '{unlabelled}'")
     if split not in ("train", "val", "test"):
         raise ValueError(f"split is train, val or test, not '{split}'")
-    parts, void = parse_parts(name), parse_void(void)
-    sets = [load_one(part, split, size, root, cache, seed, own["unlabelled"] or unlabelled,
-                     own["components"] or components,
-                     workers, max_bad, split_seed, detail, own["void"] or void)
-            for part, _, own in (parts if split == "train" else parts[:1])]
+
+    def load_one(name, own):
+        if name == "shapes":
+            return Shapes(split, size, seed, detail)
+        options = dict(size=size, detail=detail, unlabelled=own["unlabelled"] or unlabelled,
+                       components=own["components"] or components, split_seed=split_seed,
+                       void=own["void"] or parse_void(void))
+        files, listing = find(name, split, root, split_seed, options["void"])
+        if name not in NAMED and split == "train" and os.environ.get("RANK", "0") == "0":
+            print(f"{name}: {FORMATS[format_of(Path(name))].title}")
+        return pack(files, listing, Path(cache), f"{Path(name).resolve().name}-{split}", options, workers,
+                    max_bad)
+
+    parts = parse_parts(name)
+    sets = [load_one(part, own) for part, _, own in (parts if split == "train" else parts[:1])]
     mixed = split == "train" and (len(parts) > 1 or compose)
     return Mixture(sets, [weight for _, weight, _ in parts], seed, compose) if mixed else sets[0]
-
-
-def load_one(name, split, size, root, cache, seed, unlabelled, components, workers, max_bad, split_seed,
-             detail, void):
-    if name == "shapes":
-        return Shapes(split, size, seed)
-    files, listing = find(name, split, root, split_seed, void)
-    options = dict(size=size, unlabelled=unlabelled, components=components, split_seed=split_seed, void=void,
-                   **(dict(detail=detail) if detail > 1 else {}))
-    if name not in NAMED and split == "train" and os.environ.get("RANK", "0") == "0":
-        print(f"{name}: {FORMATS[format_of(Path(name))].title}")
-    return pack(files, listing, Path(cache), f"{Path(name).resolve().name}-{split}", options, workers,
-                max_bad)
 
 
 def parse_parts(name):
@@ -349,7 +345,7 @@ def main(argv=None):
     option("--root", default="data", help="the data set lies in ROOT/NAME or in ROOT itself (%(default)s)")
     option("--split", nargs="+", default=["train", "val"], choices=["train", "val", "test"],
            help="(train val)")
-    option("--size", type=int, default=128, help="longer side, in pixels (%(default)s)")
+    option("--size", type=int, default=128, help="longer side of the label maps, in pixels (%(default)s)")
     option("--crop", type=float, default=1.0, help="as in train.py: crops need larger training images "
                                                    "(%(default)s; preset photo: 0.5)")
     option("--detail", type=int, default=1, help="of the network, see model.SIZES (%(default)s; photo: 2)")
@@ -378,22 +374,20 @@ def main(argv=None):
         if not 0.01 <= a.crop <= 1 or min(a.size, a.detail, a.workers) < 1:
             raise ValueError(f"--crop is from 0.01 to 1, --size, --detail and --workers at least 1, not "
                              f"{a.crop}, {a.size}, {a.detail} and {a.workers}")
-        parts = parse_parts(a.name)
         if names(a.name) == ["shapes"]:
             raise ValueError("shapes are drawn while training: there is nothing to prepare")
         for split in a.split:
-            copies = {(a.size, 1), (a.size * a.detail, a.detail)}  # as `load` takes them
+            side, detail = a.size, a.detail
             if split == "train":
-                copies = {(packed_side(a.size, a.crop, a.detail), 1)}
-            mine = [part for part in (parts if split == "train" else parts[:1]) if part[0] != "shapes"]
-            for (name, _, own), (side, detail) in itertools.product(mine, sorted(copies)):
-                data = load(name, split, side, a.root, a.cache, 0, own["unlabelled"] or a.unlabelled,
-                            own["components"] or a.components,
-                            a.workers, a.max_bad, detail=detail,
-                            void=",".join(map(str, own["void"])) or a.void)
-                print(f"{name} {split}: {len(data):,} images, {len(data.labels):,} label maps of {side} x "
-                      f"{side} pixels, in "
-                      f"{data.folder}")
+                side, detail = packed_side(a.size, a.crop, a.detail), 1
+            parts = [a.name] if Path(a.name).is_dir() else a.name.split(",")
+            for part in parts if split == "train" else parts[:1]:
+                if names(part) == ["shapes"]:
+                    continue
+                data = load(part, split, side, a.root, a.cache, unlabelled=a.unlabelled, detail=detail,
+                            components=a.components, workers=a.workers, max_bad=a.max_bad, void=a.void)
+                print(f"{names(part)[0]} {split}: {len(data):,} images, {len(data.labels):,} label maps of "
+                      f"{side} x {side} pixels, in {data.folder}")
     except (ValueError, OSError) as e:
         print(f"data.py: {e}", file=sys.stderr)
         return 2

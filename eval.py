@@ -39,7 +39,7 @@ import kernels
 import metrics
 from answers.clicks import clicks_curve, clicks_needed
 from answers.pictures import example_sheet
-from answers.scoring import score_images
+from answers.scoring import at_own_size, at_size_of, score_images
 from answers.segment import (
     load_checkpoint,
     newest_checkpoint,
@@ -130,18 +130,18 @@ def print_clicks(curve, ks):
     return table
 
 
-def report_clicks(a, model, data, fine, positions, files, path, name):
+def report_clicks(a, model, data, positions, files, path, name):
     """What --clicks and --clicks_to print; 0, the exit status. Raises ValueError where they cannot be had."""
     n, about = max(a.n), dict(name=str(path), dataset=a.dataset, split=a.split, n=max(a.n))
     if a.clicks_to is None:
-        curve = clicks_curve(model, data, fine, positions, a.clicks, n, a.seed, a.batch)
+        curve = clicks_curve(model, data, positions, a.clicks, n, a.seed, a.batch)
         print(f"{name} on {a.dataset} {a.split}, {len(positions)} images, {n} samples: every annotator "
               f"clicks")
         print(json.dumps(dict(about, images=len(positions), clicks=print_clicks(curve, a.clicks))))
         return 0
     if not files:
         raise ValueError("--clicks_to needs a data set of files")
-    counts, left_out = clicks_needed(model, data, fine, files, a.clicks_to, objects=a.limit, n=n, seed=a.seed,
+    counts, left_out = clicks_needed(model, data, files, a.clicks_to, objects=a.limit, n=n, seed=a.seed,
                                      batch=a.batch)
     print(f"{name} on {a.dataset} {a.split}, {n} samples: clicks until an object has IoU {a.clicks_to:g}, "
           f"at most 20; {left_out} "
@@ -355,13 +355,16 @@ def main(argv=None):
                         components=a.components, detail=detail, void=",".join(map(str, a.void)),
                         max_bad=a.max_bad)
 
-        data = at_size(model.image_size if model else a.size or 128)
-        larger = at_size(a.size) if model and a.size else None
-        if larger and not np.array_equal(getattr(larger, "items", None), getattr(data, "items", None)):
-            raise ValueError(f"{a.dataset}: other images have labelled pixels at {a.size} pixels than at "
-                             f"{model.image_size}: leave out --size")
-        fine = at_size(model.image_size * model.detail, model.detail) if model and model.detail > 1 else None
-        files = originals(a.dataset, a.split, a.root, a.void)
+        data = at_size(model.image_size, model.detail) if model else at_size(a.size or 128)
+        places, files = {}, originals(a.dataset, a.split, a.root, a.void)
+        if model and a.size:
+            other = at_size(a.size)
+            if not np.array_equal(getattr(other, "items", None), getattr(data, "items", None)):
+                raise ValueError(f"{a.dataset}: other images have labelled pixels at {a.size} pixels than at "
+                                 f"{model.image_size}: leave out --size")
+            places[str(a.size)] = at_size_of(other)
+        if files:
+            places["own"] = at_own_size(files, data, a.unlabelled, a.components)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}")
         if not clicking:
@@ -383,7 +386,7 @@ def main(argv=None):
     if clicking:
         model.sampling.update(home)
         try:
-            return report_clicks(a, model, data, fine, positions, files, path, name)
+            return report_clicks(a, model, data, positions, files, path, name)
         except ValueError as e:
             print(f"eval.py: {e}", file=sys.stderr)
             return 2
@@ -391,9 +394,8 @@ def main(argv=None):
     try:
         for setting in settings:
             many = all(setting[key] == home[key] for key in setting if key != "guidance")
-            sweep.append((setting, shared(score_images(data, mine, model, a, setting, ns if many
-                                                       else [1], files, larger,
-                                                       setting == home, fine=fine))))
+            sweep.append((setting, shared(score_images(data, mine, model, a, setting, ns if many else [1],
+                                                       places, setting == home))))
     except ValueError as e:  # a photo that is gone meanwhile, too little memory
         print(f"eval.py: {e}", file=sys.stderr)
         return 2
@@ -437,8 +439,8 @@ def main(argv=None):
                  k in (("worst", -1), ("worst", -2), ("median", len(ranking) // 2), ("best", 1), ("best", 0))
                  if -len(ranking) <= k < len(ranking)}
         chosen = [(kind, ranking[k]) for k, kind in reversed(which.items())]
-        again = score_images(data, [row["position"] for _, row in chosen], model, a, home, ns, [], keep=True,
-                             fine=fine)
+        again = score_images(data, [row["position"] for _, row in chosen], model, a, home, ns, {},
+                             keep=True)
         titles = [f"{kind}: {row['name']}, ARI {row['network'][answer]['ari']:.3f}, IoU "
                   f"{row['network'][answer]['iou']:.3f}; image, "
                   + ", ".join(["annotator"] * min(2, row["annotators"])

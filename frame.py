@@ -22,12 +22,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 STRIP = 1_000_000  # numbers at once, when maps are made at an image's size
 
 
-def fitted(width, height, size, detail=1):
+def fitted(width, height, size):
     """(w, h) with the longer side equal to size, the other rounded up to an even number (a network's last
-    stage may see 2 x 2 pixels at once, and half a block confuses it), but not beyond size; with a detail,
-    detail times what size / detail gives."""
-    side = size // detail
-    return tuple(detail * min(side, 2 * -(-n * side // (2 * max(width, height)))) for n in (width, height))
+    stage may see 2 x 2 pixels at once, and half a block confuses it), but not beyond size."""
+    return tuple(min(size, 2 * -(-n * size // (2 * max(width, height)))) for n in (width, height))
 
 
 def resize_image(image, size, fit=None):

@@ -33,7 +33,7 @@ from PIL import Image
 import data as datasets
 import kernels
 from answers.pictures import grid, overlay, side_of
-from answers.segment import Job, Model, denoise, placed, sample_map
+from answers.segment import Model, denoise, packed_job, placed, sample_map
 from bits import Codec, hint_bits, paint
 from diffusion import (
     SAMPLERS,
@@ -364,17 +364,13 @@ def validate(net, run, c, stop):
 
     def maps_of(at, seeds):
         """One sample's map (h, w) of each image."""
-        images, _, sizes = data.get(at)
-        sharp = images if net.detail == 1 else run.val_fine.get(at)[0]
-        jobs = [Job(image.numpy(), big.numpy(), tuple(hw), [], seed=seed)
-                for image, big, hw, seed in zip(images, sharp, sizes.tolist(), seeds)]
-        return [sample_map(job.x_hat[0], job.image[: job.size[0], : job.size[1]], model)
+        jobs = [packed_job(data, i, seed) for i, seed in zip(at, seeds)]
+        return [sample_map(job.x_hat[0], job.photo, model)
                 for job in denoise(jobs, model, 1, size, callback=look)]
 
     try:
         for start in range(size * rank, n, size * world):
             at = list(range(start, min(start + size, n)))
-            images, labels, sizes = data.get(at)
             found = maps_of(at, at)
             for i, one in zip(at, found):
                 maps = data.maps(i)[:, : one.shape[0], : one.shape[1]]
@@ -382,14 +378,17 @@ def validate(net, run, c, stop):
                 totals.append([float(s["ari"].nanmean()), float(s["iou"].nanmean())])
             m = min(8 - len(tiles), len(at)) if rank == 0 else 0
             if m > 0:
-                truth = (Codec(bits=codec.bits) if codec.palette == "none" else codec).cells(labels[:m])
+                labels = data.get(at[:m])[1]
+                truth = (Codec(bits=codec.bits) if codec.palette == "none" else codec).cells(labels)
                 more = [maps_of(at[:m], [1000 * j + i for i in at[:m]]) for j in (1, 2)]
-                for image, true, *three in zip(images[:m], truth, found, *more):
+                for i, true, *three in zip(at, truth, found, *more):
                     if c.merge:
                         three = [placed(one[None], side)[0][0] for one in three]
+                    image, (h, w) = np.zeros((*true.shape, 3), np.uint8), three[0].shape
+                    image[:h, :w] = packed_job(data, i).photo
                     padded = [np.pad(one, [(0, c.image_size - n) for n in one.shape],
                                      constant_values=-1) for one in three]
-                    tiles.append([image.numpy(), *(overlay(image, v, side, 0.8) for v in (true, *padded))])
+                    tiles.append([image, *(overlay(image, v, side, 0.8) for v in (true, *padded))])
     except Stopped:
         pass
     scored = torch.tensor(totals, dtype=torch.float64).reshape(-1, 2)
@@ -554,7 +553,6 @@ class Run:
     origin: str  # of the weights, in words
     train_data: object  # data.load's
     val_data: object
-    val_fine: object  # the same images at the resolution that the network sees
     rank: int
     world: int  # processes
     held: object  # the lock of --out
@@ -590,9 +588,7 @@ def prepare_run(c):
                   max_bad=c.max_bad, void=c.void)
     train_data = datasets.load(c.dataset, "train", datasets.packed_side(c.image_size, c.crop, net.detail),
                                compose=c.compose, **common)
-    val_data = datasets.load(c.dataset, "val", c.image_size, **common)
-    val_fine = val_data if net.detail == 1 else datasets.load(c.dataset, "val", c.image_size * net.detail,
-                                                              detail=net.detail, **common)
+    val_data = datasets.load(c.dataset, "val", c.image_size, detail=net.detail, **common)
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out) if rank == 0 else None  # one writer
@@ -624,8 +620,7 @@ def prepare_run(c):
         if (out / "ckpt.pt").exists():  # it must not become the one before
             os.replace(out / "ckpt.pt", out / "ckpt.damaged")
     return Run(device, dtype, why, codec, diffusion, network, net, resumed, origin, train_data, val_data,
-               val_fine, rank, world,
-               held)
+               rank, world, held)
 
 
 def check_out(out):

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 import metrics
 from answers import tree
-from answers.scoring import job_of, seed_of
-from answers.segment import denoise, evidence_of, joined
+from answers.scoring import seed_of
+from answers.segment import denoise, evidence_of, joined, packed_job
 from answers.tree import lab
 from frame import enlarge, shrink
 from sources.formats import read_image, read_labels
@@ -89,18 +89,17 @@ def by_baseline(photo, hints, evidence=None):
     return maps
 
 
-def sampled(model, data, fine, positions, n, seed, batch):
+def sampled(model, data, positions, n, seed, batch):
     """For each image: its position, photo (h, w, 3), maps (m, h, w), and evidence of n samples."""
-    jobs = denoise((job_of(data, fine, i, seed_of(seed, i)) for i in positions), model, n, batch)
+    jobs = denoise((packed_job(data, i, seed_of(seed, i)) for i in positions), model, n, batch)
     for i in tqdm(positions, "clicks", leave=False):
         job = next(jobs)
-        (h, w) = job.size
-        photo = job.image[:h, :w]
+        (h, w), photo = job.size, job.photo
         yield i, photo, data.maps(i)[:, :h, :w].numpy(), evidence_of(torch.stack(job.x_hat), photo,
                                                                      model.codec)
 
 
-def clicks_curve(model, data, fine, positions, ks, n=1, seed=0, batch=1):
+def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1):
     """Scores after k clicks of every annotator in turn: {method: {k: [{metric: mean over annotators}, one an
     image]}}.
 
@@ -108,7 +107,7 @@ def clicks_curve(model, data, fine, positions, ks, n=1, seed=0, batch=1):
     baselines.
     """
     curve = {}
-    for _, photo, maps, evidence in sampled(model, data, fine, positions, n, seed, batch):
+    for _, photo, maps, evidence in sampled(model, data, positions, n, seed, batch):
         scored = {}
         for true in maps:
             points = clicks_of(true)
@@ -129,7 +128,7 @@ def clicks_curve(model, data, fine, positions, ks, n=1, seed=0, batch=1):
     return curve
 
 
-def clicks_needed(model, data, fine, files, target=0.85, most=20, objects=100, n=4, seed=0, batch=1):
+def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, seed=0, batch=1):
     """How many clicks a simulated user needs until an object reaches IoU `target`: {method: [clicks, one
     number an object]}, and how many objects are left out since their own mask, made small for the network and
     large again, misses the target.
@@ -148,7 +147,7 @@ def clicks_needed(model, data, fine, files, target=0.85, most=20, objects=100, n
     for k in chosen:
         wanted.setdefault(found[k][0], []).append(found[k][1])
     counts, left_out = {}, 0
-    for i, photo, _, evidence in sampled(model, data, fine, sorted(wanted), n, seed, batch):
+    for i, photo, _, evidence in sampled(model, data, sorted(wanted), n, seed, batch):
         item = files[data.items[i]]
         picture, labels = read_image(item.image), read_labels(item)[0]
         jump = gradient(photo)

@@ -233,9 +233,9 @@ def fit_sets(model, sets, a):
             truth.append((s, maps.numpy()))
     drawn = []
     for job in tqdm(denoise(jobs, model, a.n, a.batch), "sampling", len(jobs), leave=False):
-        (h, w), x = job.size, torch.stack(job.x_hat).clamp(-1, 1)
+        x = torch.stack(job.x_hat).clamp(-1, 1)
         s, maps = truth[len(drawn)]
-        drawn.append((s, job.image[:h, :w], maps, x.permute(0, 2, 3, 1).numpy(),
+        drawn.append((s, job.photo, maps, x.permute(0, 2, 3, 1).numpy(),
                       model.codec.decode(x).numpy(), model.codec.classes))
     return fit_all(drawn, a.seed)
 

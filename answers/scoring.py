@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import metrics
 from answers import tree
-from answers.segment import Job, denoise, evidence_of, joined, placed, sample_map
+from answers.segment import denoise, evidence_of, joined, packed_job, placed, sample_map
 from answers.tree import lab
 from frame import connected, enlarge, subsample
 from sources.formats import read_image, read_labels
@@ -46,6 +46,24 @@ def own_maps(item, unlabelled, components=False):
     """All label maps of one image at its own size: (annotators, H, W) int64, -1 = ignore."""
     maps = torch.from_numpy(np.stack([connected(v) if components else v for v in read_labels(item)])).long()
     return maps.masked_fill(maps == 0, -1) if unlabelled == "ignore" else maps
+
+
+def at_own_size(files, data, unlabelled, components):
+    """A place for `score_images`: the files of a packed data set."""
+    def place(i):
+        item = files[data.items[i]]
+        return read_image(item.image), own_maps(item, unlabelled, components)
+
+    return place
+
+
+def at_size_of(other):
+    """A place for `score_images`: another packed data set of the same images."""
+    def place(i):
+        job = packed_job(other, i)
+        return Image.fromarray(job.photo), other.maps(i)[:, : job.size[0], : job.size[1]]
+
+    return place
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -121,40 +139,30 @@ def segment_table(sure, labels, maps):
     return metrics.reliability(torch.as_tensor(sure), hit[: len(sure)])
 
 
-def job_of(data, fine, i, seed):
-    """Image number i of a packed data set as a Job; fine: the same set at the resolution that the network
-    sees."""
-    image, _, (size,) = data.get([i])
-    sharp = fine.get([i])[0] if fine else image
-    return Job(image[0].numpy(), sharp[0].numpy(), tuple(size.tolist()), [], seed=seed)
-
-
 def seed_of(seed, i):
     """The first seed of image i; sample j has j more."""
     return (seed * 10**6 + i) * 1000
 
 
-def score_images(data, positions, model, a, setting, ns, files, larger=None, full=True, keep=False,
-                 fine=None):
+def score_images(data, positions, model, a, setting, ns, places, full=True, keep=False):
     """A row (dictionary) for each image: "curve", {n: {one, oracle, answer: (ARI, IoU)}}; if full, the
     scores; if keep, the maps.
 
-    Scores are at the network's size; at the images' own, given files; and at that of the data set `larger`,
-    the same images.
-    fine: they again, at the resolution that a network with detail sees.
+    Scores are at the network's size, and at other places {name: function}, which gives the PIL image and the
+    label maps (m, H, W) of image number i there.
     """
     rows, n = [], max(ns)
     bar = tqdm(positions, " ".join(map(str, setting.values())), leave=False)
-    jobs = denoise((job_of(data, fine, i, seed_of(a.seed, i)) for i in positions), model, n, a.batch,
-                   **setting) if model else None
-    for i in bar:
-        image, _, (size,) = data.get([i])
-        h, w = size.tolist()
-        photo, maps = image[0, :h, :w].numpy(), data.maps(i)[:, :h, :w]
+    jobs = (packed_job(data, i, seed_of(a.seed, i)) for i in positions)
+    if model:
+        jobs = denoise(jobs, model, n, a.batch, **setting)
+    for i, job in zip(bar, jobs):
+        (h, w), photo = job.size, job.photo
+        maps = data.maps(i)[:, :h, :w]
         row = dict(position=i, name=data.names[i] if hasattr(data, "names") else str(i), annotators=len(maps))
         answers = {}
         if model:
-            x_hat = torch.stack(next(jobs).x_hat)  # (n, C, h, w)
+            x_hat = torch.stack(job.x_hat)  # (n, C, h, w)
             samples = np.stack([sample_map(one, photo, model) for one in x_hat])
             net = tree.learnt() if model.tidy["merge"] else None
             grown = {k: joined(evidence_of(x_hat[:k], photo, model.codec), model) for k in ns}
@@ -175,15 +183,8 @@ def score_images(data, positions, model, a, setting, ns, files, larger=None, ful
         if not full:
             continue
         row["network"] = judge(answers, maps)
-        bigger = {}
-        if larger:
-            big, _, (size,) = larger.get([i])
-            H, W = size.tolist()
-            bigger[f"{a.size}"] = Image.fromarray(big[0, :H, :W].numpy()), larger.maps(i)[:, :H, :W]
-        if files:
-            item = files[data.items[i]]
-            bigger["own"] = read_image(item.image), own_maps(item, a.unlabelled, a.components)
-        for where, (picture, truth) in bigger.items():
+        for where, place in places.items():
+            picture, truth = place(i)
             H, W = truth.shape[1:]
             row[where] = judge({k: enlarge(v[None], picture)[0].long() if model else subsample(v, H, W)
                                 for k, v in answers.items()}, truth)
@@ -204,7 +205,7 @@ def score_images(data, positions, model, a, setting, ns, files, larger=None, ful
                 row["bits"] = bit_table(x_hat[0], maps, model.codec)
         if keep:
             shown = [placed(v[None].numpy(), 16)[0][0] for v in answers.values()]
-            row["tiles"] = [image[0, :h, :w], *maps[:2], *shown]
+            row["tiles"] = [torch.from_numpy(photo), *maps[:2], *shown]
     return rows
 
 

@@ -28,7 +28,7 @@ from answers import tree
 from bits import Codec, entropy, hint_bits, locate
 from diffusion import SAMPLERS, VARIANCES, Diffusion, fused, sample
 from engine import newest, out_of_memory
-from frame import blurred, enlarge, fitted, normalise, outline, resize_image, shrink, subsample
+from frame import blurred, enlarge, normalise, outline, resize_image, shrink, subsample
 from metrics import ari, contingency
 from model import UNet
 
@@ -182,15 +182,19 @@ def hint_map(width, height, points="", boxes=(), drawn=None):
 class Job:
     """An image in the network's frame of S x S pixels, what is known about it, and its samples so far."""
 
-    image: np.ndarray  # (S, S, 3) uint8
-    sharp: np.ndarray  # (d S, d S, 3) uint8: the image as a network of detail d sees it
-    size: tuple  # (h, w) of the valid part
+    image: np.ndarray  # (d S, d S, 3) uint8: as a network of detail d sees it
+    photo: np.ndarray  # (h, w, 3) uint8: its valid part, at the label map's resolution
     x_hat: list  # of (C, h, w)
     hints: np.ndarray | None = None  # (H, W), at the image's own size: ids, 0 = none
     # (C, S, S): bits of the hints, 0 elsewhere, for a network that sees hints
     known: torch.Tensor | None = None
     init: torch.Tensor | None = None  # (C, S, S): bits to start from, 0 where there are none
     seed: int = 0  # sample j has the seed `seed` + j
+
+    @property
+    def size(self):
+        """(h, w) of the label map's valid part."""
+        return self.photo.shape[:2]
 
 
 def network_hints(hints, height, width):
@@ -230,10 +234,9 @@ def prepare(image, model, hints=None, init=None, seed=0):
                          f"{image.mode}: formats.read_image gives one, upright, of any file")
     S, codec = model.image_size, model.codec
     small, (h, w) = resize_image(image, S)
-    side = S * model.detail
-    sharp, _ = resize_image(image, side, fitted(*image.size, side, model.detail))
+    seen, _ = resize_image(image, S * model.detail, (w * model.detail, h * model.detail))
     hints, init = checked("hint", hints, image), checked("initial map", init, image)
-    job = Job(small, sharp, (h, w), [], hints, seed=seed)
+    job = Job(seen, small[:h, :w], [], hints, seed=seed)
     if hints is None and init is None:
         return job
     if not any(v is not None and v.any() for v in (hints, init)):
@@ -258,6 +261,12 @@ def prepare(image, model, hints=None, init=None, seed=0):
     job.known = hint_bits(x0, hinted)[0] if model.diffusion.hints and hint.any() else None
     job.init = None if init is None else x0[0]
     return job
+
+
+def packed_job(data, i, seed=0):
+    """Image number i of a data set as data.load returns it -> Job."""
+    image, _, ((h, w),) = data.get([i])
+    return Job(image[0].numpy(), data.photo(i)[:h, :w], [], seed=seed)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -350,7 +359,7 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **samplin
             given["hints"] = torch.stack([job.known for job in some]).to(device)
         if some[0].init is not None:
             given.update(init=torch.stack([job.init for job in some]).to(device), strength=strength)
-        x, inside = normalise(torch.from_numpy(np.stack([job.sharp for job in some])).to(device),
+        x, inside = normalise(torch.from_numpy(np.stack([job.image for job in some])).to(device),
                               torch.tensor([job.size for job in some], device=device), model.detail)
         try:
             x_hat = sample(model.net, x, inside, model.codec.channels, seeds, model.diffusion,
@@ -442,7 +451,7 @@ def answer(grown, labels, result, hints=None):
 def summarise(job, image, model, grain="normal", closed=False):
     """Job and its PIL image -> Segmentation."""
     x_hat, (h, w), codec = torch.stack(job.x_hat), job.size, model.codec
-    n, (width, height), photo = len(x_hat), image.size, job.image[:h, :w]
+    n, (width, height), photo = len(x_hat), image.size, job.photo
     maps = np.stack([sample_map(one, photo, model, grain) for one in x_hat])
     side = int(np.ceil(codec.classes**0.5))
     if model.tidy["merge"]:

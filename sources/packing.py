@@ -35,7 +35,7 @@ try:
 except ImportError:  # Windows: no lock between processes that pack
     fcntl = None
 
-VERSION = 6  # of packed data sets
+VERSION = 7  # of packed data sets
 SAVE_EVERY = 5.0  # seconds of packing that a kill can cost
 
 
@@ -45,10 +45,11 @@ class Packed:
     several."""
 
     name: str
-    images: np.ndarray  # (N, S, S, 3) uint8
+    images: np.ndarray  # (N, d S, d S, 3) uint8
+    photos: np.ndarray  # (N, S, S, 3) uint8: the same at the label maps' resolution
     labels: np.ndarray  # (M, S, S) uint16, IGNORE = 65535
     first: np.ndarray  # (N + 1,): the label maps of image i are first[i] to first[i + 1]
-    sizes: np.ndarray  # (N, 2): h, w of the valid part
+    sizes: np.ndarray  # (N, 2): h, w of the label maps' valid part
     names: list  # N file stems
     items: np.ndarray  # (N,): their numbers in the listing of the files
     folder: Path  # where the arrays lie
@@ -59,14 +60,18 @@ class Packed:
         return len(self.images)
 
     def get(self, positions, draws=None):
-        """positions (B,) modulo len; draws (B,) in [0, 1): images (B, S, S, 3) uint8, labels (B, S, S) int64,
-        sizes."""
+        """positions (B,) modulo len; draws (B,) in [0, 1): images (B, d S, d S, 3) uint8, labels (B, S, S)
+        int64, sizes (B, 2)."""
         i = np.asarray(positions) % len(self)
         pick = self.first[i] + ((draws if draws is not None
                                  else 0) * (self.first[i + 1] - self.first[i])).astype(int)
         images, labels = torch.from_numpy(self.images[i]), unpack(self.labels[pick])
         self.let_go(images.numel() + 2 * labels.numel())
         return images, labels, torch.from_numpy(self.sizes[i]).long()
+
+    def photo(self, i):
+        """Image i at the label maps' resolution: (S, S, 3) uint8."""
+        return np.array(self.photos[i % len(self)])
 
     def maps(self, i):
         """All label maps of image i: (annotators, S, S) int64."""
@@ -93,33 +98,35 @@ DONE, EMPTY, BAD, LEFT = range(4)
 
 
 def convert(item, size, unlabelled, components, detail=1):
-    """One item -> (DONE, image (S, S, 3) uint8, (h, w), label maps (n, S, S) uint16, numbers of segments
-    before and after resizing, notices), or (EMPTY, BAD or LEFT, reason). Whatever is wrong, nothing is
-    raised."""
+    """One item -> (DONE, [image (d S, d S, 3) uint8; if d > 1: the photo, (S, S, 3)], (h, w), label maps (n,
+    S, S) uint16, numbers of segments before and after resizing, notices), or (EMPTY, BAD or LEFT, reason).
+    Whatever is wrong, nothing is raised."""
     if item.read is None:
         return LEFT if item.image else BAD, item.arg
-    labels, segments, kept = [], 0, 0  # kept: at the size that is trained on and scored
+    labels, segments, kept = [], 0, 0
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            image, (W, H) = open_image(item.image, size)
+            pictures = []
+            for side in dict.fromkeys((size * detail, size)):
+                image, (W, H) = open_image(item.image, side)
+                w, h = fitted(W, H, size)
+                pictures.append(resize_image(image, side, (w * side // size, h * side // size))[0])
             for label in read_labels(item):
                 label = connected(label) if components else label
                 label = np.where(label == 0, -1, label) if unlabelled == "ignore" else label
                 labels.append(resize_label(label, size))
-                small = labels[-1] if detail == 1 else resize_label(label, size // detail)
                 segments += int((ids_of(label) != -1).sum())
-                kept += int((ids_of(small) != IGNORE).sum())
+                kept += int((ids_of(labels[-1]) != IGNORE).sum())
             labels = np.stack(labels)
             if not kept:
                 return EMPTY, f"{item.labels[0]}: nothing labelled in {item.image}"
-            small, shape = resize_image(image, size, fitted(W, H, size, detail))
     except Exception as e:  # of any library, for whatever is in a file
         named = any(path in str(e) for path in (item.image, *item.labels))
         where = " with ".join([item.image, *item.labels[:1]])
         return BAD, str(e) if named else f"{where}: cannot be used ({said(e)})"
-    notices = [str(w.message) for w in told if w.category is Notice]
-    return DONE, small, shape, labels, (segments, kept), notices
+    notices = list(dict.fromkeys(str(w.message) for w in told if w.category is Notice))
+    return DONE, pictures, (h, w), labels, (segments, kept), notices
 
 
 def pack(files, listing, cache, name, options, workers, max_bad):
@@ -141,12 +148,15 @@ def pack(files, listing, cache, name, options, workers, max_bad):
     index = json.loads((target / "index.json").read_text())
     if index["bad"] > max_bad * (index["bad"] + index["images"]):
         raise too_bad(target, index["bad"], index["bad"] + index["images"], max_bad, index["example"])
-    rows, S = np.load(target / "rows.npy"), options["size"]  # (N, 7), see prepare
-    images = np.memmap(target / "images.u8", np.uint8, "r", shape=(len(rows), S, S, 3))
+    rows, S = np.load(target / "rows.npy"), options["size"]  # (N, 7), see `pack_items`
+    sides = dict.fromkeys((S * options["detail"], S))  # of the pictures that each image has
+    images = np.memmap(target / "images.u8", [(str(side), np.uint8, (side, side, 3)) for side in sides], "r",
+                       shape=len(rows))
     labels = np.memmap(target / "labels.u16", np.uint16, "r", shape=(index["label_maps"], S, S))
-    return Packed(name, images, labels, np.concatenate([[0], rows[:, 3].cumsum()]), rows[:, 1:3],
-                  (target / "names.txt").read_text("utf-8").splitlines(), rows[:, 0], target,
-                  index["segments"])
+    return Packed(name, images[str(S * options["detail"])], images[str(S)], labels,
+                  first=np.concatenate([[0], rows[:, 3].cumsum()]), sizes=rows[:, 1:3],
+                  names=(target / "names.txt").read_text("utf-8").splitlines(), items=rows[:, 0],
+                  folder=target, labels_below=index["segments"])
 
 
 def whole(folder):
@@ -168,33 +178,40 @@ def pack_items(target, items, name, options, fingerprint, workers, max_bad):
     """Pack items into target.part, going on from what an earlier call left there, and rename it when it is
     complete."""
     part, S = target.with_name(target.name + ".part"), options["size"]
+
+    def lengths(images, label_maps):
+        """Bytes of so many images and label maps."""
+        sides = {S * options["detail"], S}
+        return 3 * sum(side**2 for side in sides) * images, 2 * S * S * label_maps
+
+    def lengths_of(rows):
+        return lengths(len(rows), sum(row[3] for row in rows))
+
     part.mkdir(exist_ok=True)
     # item, h, w, maps, largest number of an id, segments before resizing, after
     rows = np.load(part / "rows.npy").tolist() if (part / "rows.npy").exists() else []
     if any(not (part / file).exists() or (part / file).stat().st_size < length
-           for file, length in zip(("images.u8", "labels.u16"), lengths(rows, S))):
+           for file, length in zip(("images.u8", "labels.u16"), lengths_of(rows))):
         rows = []  # cut off from outside
     todo = sorted(set(range(len(items))) - {row[0] for row in rows})
-    need = 3 * S * S * len(items) + 2 * S * S * sum(len(item.labels) for item in items)
-    there = lengths(rows, S)
+    need = sum(lengths(len(items), sum(len(item.labels) for item in items)))
     full = OSError(f"{name} needs {need / 1e9:.2f} GB in {target.parent} when packed, and the disk is full; "
                    f"what was "
                    f"written is kept: free some space, or give another --cache, and run the same command "
                    f"again")
-    if shutil.disk_usage(part).free < need - sum(there):
+    if shutil.disk_usage(part).free < need - sum(lengths_of(rows)):
         raise full
     reasons, started, already = {EMPTY: [], BAD: [], LEFT: []}, time.monotonic(), len(rows)
     saved = started
     task = functools.partial(convert, size=S, unlabelled=options["unlabelled"],
-                             components=options["components"],
-                             detail=options.get("detail", 1))
+                             components=options["components"], detail=options["detail"])
     workers = max(1, min(workers, len(todo) // 16))
     pool = None
     with (open(part / "images.u8", "ab", 0) as images, open(part / "labels.u16", "ab", 0) as labels,
           open(part / "notices.txt", "a", encoding="utf-8", errors="replace") as notices):
         def truncate():
             """Cut off what no row tells of."""
-            for file, length in zip((images, labels), lengths(rows, S)):
+            for file, length in zip((images, labels), lengths_of(rows)):
                 file.truncate(length)
 
         def commit():
@@ -220,9 +237,10 @@ def pack_items(target, items, name, options, fingerprint, workers, max_bad):
                 if outcome != DONE:
                     reasons[outcome].append(result[0])
                     continue
-                image, (h, w), segmentations, counts, told = result
+                pictures, (h, w), segmentations, counts, told = result
                 notices.writelines(text.replace("\n", " ") + "\n" for text in told)
-                append(images, image)
+                for picture in pictures:
+                    append(images, picture)
                 append(labels, segmentations)
                 rows.append([i, h, w, len(segmentations),
                              1 + int(segmentations[segmentations != IGNORE].max(initial=0)), *counts])
@@ -293,11 +311,6 @@ def warned(rows, S, notices, target):
         said.append(f"of {segments:,} segments, only {kept:,} have a pixel left at {S} pixels: a larger size "
                     "keeps more")
     return said
-
-
-def lengths(rows, S):
-    """Bytes of the images and of the label maps of these rows."""
-    return 3 * S * S * len(rows), 2 * S * S * sum(row[3] for row in rows)
 
 
 def append(file, array):

@@ -9,13 +9,14 @@ packing.py do).
     images, labels, sizes = Shapes("train", 64).get([0, 1, 2, 3])
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.ndimage
 import torch
 from PIL import Image, ImageDraw
 
+from frame import coarser
 from sources.packing import Packed
 
 # ------------------------------------------------------------------------------------------------------------
@@ -27,8 +28,9 @@ class Shapes:
     """An endless data set; scene i of a split and seed is always the same. Train and val share no seed."""
 
     split: str
-    size: int
+    size: int  # side of the label maps
     seed: int = 0
+    detail: int = 1  # the images' side, as a multiple of `size`
     name = "shapes"
     labels_below = 9  # all ids are below it
 
@@ -36,14 +38,19 @@ class Shapes:
         return 2**31
 
     def get(self, positions, draws=None):
-        """Scenes number `positions`: images (B, S, S, 3) uint8, labels (B, S, S) int64, sizes (B, 2)."""
+        """Scenes number `positions`: images (B, d S, d S, 3) uint8, labels (B, S, S) int64, sizes (B, 2)."""
         stream = ("train", "val", "test").index(self.split)
         scenes = [draw_scene(np.random.Generator(np.random.Philox(key=[3 * self.seed + stream, int(i)])),
-                             self.size)
+                             self.size * self.detail)
                   for i in positions]
         labels, params, noise = (np.stack(part) for part in zip(*scenes))
         images = torch.from_numpy(paint(labels, params, noise))
-        return images, torch.from_numpy(labels.astype(np.int64)), torch.full((len(labels), 2), self.size)
+        return images, *coarser(torch.from_numpy(labels.astype(np.int64)),
+                                torch.full((len(labels), 2), self.size * self.detail), self.detail)
+
+    def photo(self, position):
+        """One scene at the label maps' resolution, (S, S, 3) uint8; its noise is another."""
+        return replace(self, detail=1).get([position])[0][0].numpy()
 
     def maps(self, position):
         """All label maps of one scene: (1, S, S)."""

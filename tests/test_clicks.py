@@ -179,7 +179,7 @@ class Packed:
 def evidence_for(maps, files):
     """clicks.sampled without a network: samples that see the disc, and nothing else."""
 
-    def sampled(model, data, fine, positions, n, seed, batch):
+    def sampled(model, data, positions, n, seed, batch):
         for i in positions:
             small = maps[i][2::4, 2::4].astype(int)
             photo = np.array(Image.open(files[i].image).resize((16, 12), Image.Resampling.BOX))
@@ -199,7 +199,7 @@ def test_the_curve_of_clicks(scene, monkeypatch):
     maps, files = scene
     data = Packed(maps, files)
     monkeypatch.setattr(clicks, "sampled", evidence_for(maps, files))
-    curve = clicks.clicks_curve(Plain(), data, None, [0, 1, 2], [0, 2, "all"], n=2)
+    curve = clicks.clicks_curve(Plain(), data, [0, 1, 2], [0, 2, "all"], n=2)
     methods = {"open", "closed", "nearest click", "watershed, Lab", "random walker", "watershed, samples"}
     assert curve.keys() == methods and {k: len(v) for k, v in curve["open"].items()} == {0: 3, 2: 3, "all": 3}
     assert all(curve[m].keys() == {2, "all"} for m in methods - {"open"})  # without clicks, nothing
@@ -217,8 +217,8 @@ def test_clicks_that_objects_need(scene, monkeypatch):
     maps, files = scene
     monkeypatch.setattr(clicks, "sampled", evidence_for(maps, files))
     data = Packed(maps, files)
-    counts, left_out = clicks.clicks_needed(Plain(), data, None, files, 0.85, objects=4, n=2)
+    counts, left_out = clicks.clicks_needed(Plain(), data, files, 0.85, objects=4, n=2)
     assert left_out == 0 and {len(v) for v in counts.values()} == {4}
     assert counts["tree"] == [1] * 4 and sum(counts["nearest click"]) > 8
-    counts, left_out = clicks.clicks_needed(Plain(), data, None, files, 0.999, objects=100, n=2)
+    counts, left_out = clicks.clicks_needed(Plain(), data, files, 0.999, objects=100, n=2)
     assert left_out == 6 and counts == {}  # two objects an image: none survives the network's pixels so well

@@ -246,8 +246,8 @@ def test_resident_memory_does_not_grow(tmp_path, monkeypatch):
             f.truncate(size)
 
     def grown():
-        dataset = Packed("x", np.memmap(tmp_path / "i", np.uint8, "r", shape=(N, S, S, 3)),
-                         np.memmap(tmp_path / "l", np.uint16, "r", shape=(N, S, S)),
+        images = np.memmap(tmp_path / "i", [("8", np.uint8, (S, S, 3))], "r", shape=N)["8"]
+        dataset = Packed("x", images, images, np.memmap(tmp_path / "l", np.uint16, "r", shape=(N, S, S)),
                          np.arange(N + 1), np.full((N, 2), S), [], np.arange(N), tmp_path, 1)
         before, most = resident(), 0
         for start in range(0, N, 8):
@@ -538,9 +538,11 @@ def test_command_line(tmp_path, capsys):
                  "1", "--cache", str(tmp_path / "cache")]) == 0
     mine = sorted(p.name for p in (tmp_path / "cache").iterdir())  # just what train.py with `photo` looks for
     load(str(tmp_path / "d"), "train", data.packed_side(16, 0.5, 2), cache=tmp_path / "cache")
-    load(str(tmp_path / "d"), "val", 32, cache=tmp_path / "cache", detail=2)
+    load(str(tmp_path / "d"), "val", 16, cache=tmp_path / "cache", detail=2)
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == mine
-    assert capsys.readouterr().out.count(" 32 x 32 pixels") == 2
+    out = capsys.readouterr().out
+    assert "train: 40 images, 60 label maps of 32 x 32 pixels" in out
+    assert "val: 40 images, 60 label maps of 16 x 16 pixels" in out
     (tmp_path / "empty").mkdir()
     command = "python data.py coco --download --root"
     for arguments, words in ((["coco", "--root", str(tmp_path / "r")], f"{command} {tmp_path / 'r'}\n"),

@@ -522,7 +522,7 @@ def test_reduced_jpeg_decoding_stays_close_to_the_area_filter(tmp_path):
     assert formats.open_image(file, 128)[0].size == (640, 480) and formats.open_image(file, 128)[1] == (1280,
                                                                                                         960)
     item = formats.Item(str(file), ["label"], lambda item: [np.ones((960, 1280), np.int32)])
-    outcome, image, size, labels, *_ = convert(item, 128, "segment", False)
+    outcome, (image,), size, labels, *_ = convert(item, 128, "segment", False)
     assert outcome == DONE and size == (96, 128) and (labels[0, :96] == 0).all()
     means = np.asarray(Image.open(file)).reshape(96, 10, 128, 10, 3).mean((1, 3))
     assert np.abs(image[:96] - means).mean() < 1

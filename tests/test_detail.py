@@ -16,9 +16,10 @@ import frame
 import kernels
 import sample
 import train
-from answers.segment import Model, load_checkpoint, prepare, segment
+from answers.segment import Model, load_checkpoint, packed_job, prepare, segment
 from bits import Codec
 from model import SIZES, UNet, time_features
+from sources.scenes import Shapes
 
 MINI = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=2, patch=2, groups=8)
 
@@ -231,10 +232,11 @@ def test_a_sample_sees_the_photo_s_detail():
 def test_no_pixel_of_the_label_map_lacks_a_part_of_its_image(tmp_path):
     """100 x 53 is 16 x 10 at the network's size, and 32 x 18 at twice that: rows 18 and 19 must not be
     black."""
-    model, white = Model(network(2), Codec(bits=4), diffusion.Diffusion(), 16, {}, "shapes",
-                         1), Image.new("RGB", (100, 53), "white")
+    model = Model(network(2), Codec(bits=4), diffusion.Diffusion(), 16, {}, "shapes", 1)
+    white = Image.new("RGB", (100, 53), "white")
     job = prepare(white, model)
-    assert job.size == (10, 16) and (job.sharp[:20] == 255).all() and (job.sharp[20:] == 0).all()
+    assert job.size == (10, 16) and (job.image[:20] == 255).all() and (job.image[20:] == 0).all()
+    assert job.photo.shape == (10, 16, 3) and (job.photo == 255).all()
     for kind, picture in (("images", white), ("labels", Image.new("L", (100, 53), 1))):
         (tmp_path / kind).mkdir()
         picture.save(tmp_path / kind / "a.png")
@@ -242,13 +244,34 @@ def test_no_pixel_of_the_label_map_lacks_a_part_of_its_image(tmp_path):
     dot[1, 1] = 1  # seen at 32 pixels, lost at 16
     white.save(tmp_path / "images/b.png"), Image.fromarray(dot).save(tmp_path / "labels/b.png")
     few = [len(data.load(str(tmp_path), "val", size, cache=tmp_path / "cache", unlabelled="ignore",
-                         detail=d)) for size, d in ((100, 1), (200, 2), (32, 1))]
+                         detail=d)) for size, d in ((100, 1), (100, 2), (32, 1))]
     assert few == [1, 1, 1]
     with pytest.raises(ValueError, match="no image that can be used"):
-        data.load(str(tmp_path), "val", 32, cache=tmp_path / "cache", unlabelled="ignore", detail=2)
+        data.load(str(tmp_path), "val", 16, cache=tmp_path / "cache", unlabelled="ignore", detail=2)
     (tmp_path / "images/b.png").unlink(), (tmp_path / "labels/b.png").unlink()
     load = lambda size, detail: data.load(str(tmp_path), "train", size, cache=tmp_path / "cache",
                                           detail=detail).get([0])
-    (_, labels, sizes), (sharp, *_), (short, *_) = load(16, 1), load(32, 2), load(32, 1)
-    assert sizes.tolist() == [[10, 16]] and (labels[0, :10] == 0).all()
-    assert (sharp[0] == torch.from_numpy(job.sharp)).all() and (short[0, 18:] == 0).all()
+    (image, labels, sizes), (short, *_) = load(16, 2), load(32, 1)
+    assert sizes.tolist() == [[10, 16]] and labels.shape == (1, 16, 16) and (labels[0, :10] == 0).all()
+    assert (image[0] == torch.from_numpy(job.image)).all() and (short[0, 18:] == 0).all()
+
+
+def test_one_pack_holds_images_and_labels_of_two_resolutions(tmp_path):
+    """Beside a pack of detail 1: the same label maps and the same photos."""
+    rng = np.random.default_rng(0)
+    for kind, most, shape in (("images", 256, (75, 120, 3)), ("labels", 9, (75, 120))):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(rng.integers(0, most, shape, np.uint8)).save(tmp_path / kind / "a.png")
+    one, four = (data.load(str(tmp_path), "train", 16, cache=tmp_path / "cache", detail=d) for d in (1, 4))
+    (image, labels, sizes), (large, *same) = one.get([0]), four.get([0])
+    assert large.shape == (1, 64, 64, 3) and torch.equal(labels, same[0]) and torch.equal(sizes, same[1])
+    job, plain = packed_job(four, 0), packed_job(one, 0)
+    assert job.size == (10, 16) and (job.photo == plain.photo).all()
+    assert (plain.photo == image[0, :10].numpy()).all() and (job.image == large[0].numpy()).all()
+
+
+def test_shapes_are_drawn_once_for_both_resolutions():
+    images, labels, sizes = Shapes("val", 16, detail=2).get([3])
+    drawn, ids, _ = Shapes("val", 32).get([3])
+    assert torch.equal(images, drawn) and torch.equal(labels, ids[:, 1::2, 1::2])
+    assert sizes.tolist() == [[16, 16]]

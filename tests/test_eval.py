@@ -157,7 +157,7 @@ def test_rows_are_scores_of_plain_samples_and_of_their_tree(lively, merge):
     images, _, sizes = (shapes := data.load("shapes", "val", 16)).get([0, 1])
     setting = {**lively.sampling, "steps": 2}
     a = argparse.Namespace(seed=3, batch=4, baseline=None)
-    rows = scoring.score_images(shapes, [0, 1], lively, a, setting, [1, 3], [], keep=True)
+    rows = scoring.score_images(shapes, [0, 1], lively, a, setting, [1, 3], {}, keep=True)
     x, inside = frame.normalise(images, sizes)
     for i, row in enumerate(rows):
         (h, w), photo = sizes[i].tolist(), images[i].numpy()

@@ -95,7 +95,7 @@ def used_or_named(home, listing, *names):
     for item in items:
         outcome, *result = convert(item, 16, "segment", False)
         if outcome == DONE:
-            image, (h, w), labels = result[:3]
+            (image,), (h, w), labels = result[:3]
             assert image.shape == (16, 16, 3) and labels.dtype == np.uint16 and 0 < max(h, w) <= 16
         else:
             assert outcome in (BAD, EMPTY, LEFT)

@@ -57,7 +57,7 @@ def plain(codec, merge=0.0):
 def job_of(x, image=None):
     """A Job with samples x (n, C, h, w); its photo is black, if not given."""
     h, w = x.shape[2:]
-    return Job(np.zeros((h, w, 3), np.uint8) if image is None else image, None, (h, w), list(x))
+    return Job(None, np.zeros((h, w, 3), np.uint8) if image is None else image, list(x))
 
 
 def samples(n=4, h=12, w=16, codec=Codec(bits=4)):
