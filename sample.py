@@ -22,6 +22,7 @@ segment.py.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,7 @@ from answers.pictures import colours, grid, overlaid, panel, shade, uncertainty
 from answers.segment import (
     SAMPLERS,
     SHIPPED,
+    Model,
     denoise,
     hint_map,
     load_checkpoint,
@@ -289,8 +292,8 @@ def digest(path):
         raise ValueError(f"{path}: {(e.strerror or said(e)).lower()}") from None
 
 
-@program("sample.py", "the same command with --resume goes on")
-def main(argv=None):
+def arguments(argv):
+    """The command line -> options, checked one by one. Raises ValueError."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("images", nargs="*", help="image files or folders")
     p.add_argument("--n", type=int, default=8, help="samples for each image")
@@ -327,180 +330,233 @@ def main(argv=None):
     p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, "
                                                                "at most 1")
     p.error = fail
-    argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--") if "--" in argv else len(argv)  # argparse's own way of it does not mix
     a = p.parse_intermixed_args(argv[:end])
     a.images += argv[end + 1 :]
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        if not a.images:
-            raise ValueError("no image is named: python sample.py photo.jpg")
-        a.grain = grain_of(a.grain)
-        for name, least, most in (("n", 1, 10**5), ("steps", 1, 10**5), ("batch", 1, 10**5),
-                                  ("guidance", 0, 10**6), ("smooth", 0, 10**6), ("seed", 0, 2**62)):
-            value = getattr(a, name)
-            if value is not None and not least <= value <= most:  # nan is not
-                raise ValueError(f"--{name} must be at least {least} and at most {most}, not {value}")
-        for name in ("hint", "init"):
-            if (times := len(getattr(a, name))) > 1:
-                raise ValueError(f"--{name} is given {times} times: one label map holds all ids")
-            setattr(a, name, "".join(getattr(a, name)))
-        a.points = ";".join(a.points)
-        if not 0 < a.strength <= 1:
-            raise ValueError(f"--strength must be above 0 and at most 1, not {a.strength}")
-        files = list({path.resolve(): path for path in find_images(a.images)}.values())
-        prompts = {k: getattr(a, k) for k in ("hint", "points", "box", "init") if getattr(a, k)}
-        if prompts and len(files) > 1:
-            raise ValueError(f"--{next(iter(prompts))} is for one image, not for {len(files)}")
-        own_gpu = a.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else a.device)
-        ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
-        model, out, names = load_checkpoint(ckpt, device), Path(a.out), folder_names(files)
-        set_tidy(model, a.least, a.merge)
-        for given in filter(None, (a.hint, a.init)):
-            if Path(given).resolve().parent == (out / names[files[0]]).resolve():
-                raise ValueError(f"{given} lies where this image's results go, and would be overwritten: "
-                                 f"copy it elsewhere, or choose another --out")
-        listed = (a.format == "coco_panoptic"
-                  or (out / "panoptic").is_dir() and (out / "panoptic.json").exists())
-        if listed:
-            info_of(out / "panoptic.json")
-        out.mkdir(parents=True, exist_ok=True)
-        given = read_prompts(a, files[0]) if prompts else {}
-        if a.closed and not given.get("hints", np.zeros(1)).any():
-            raise ValueError("--closed gives every pixel to a hint: name some with --points, --box or --hint")
-        read_too = {k: digest(getattr(a, k)) for k in ("hint", "init") if getattr(a, k)}
-    except (ValueError, OSError, RuntimeError) as e:  # RuntimeError: kernels that cannot be had
-        fail(e)
+    if not a.images:
+        raise ValueError("no image is named: python sample.py photo.jpg")
+    a.grain = grain_of(a.grain)
+    for name, least, most in (("n", 1, 10**5), ("steps", 1, 10**5), ("batch", 1, 10**5),
+                              ("guidance", 0, 10**6), ("smooth", 0, 10**6), ("seed", 0, 2**62)):
+        value = getattr(a, name)
+        if value is not None and not least <= value <= most:  # nan is not
+            raise ValueError(f"--{name} must be at least {least} and at most {most}, not {value}")
+    for name in ("hint", "init"):
+        if (times := len(getattr(a, name))) > 1:
+            raise ValueError(f"--{name} is given {times} times: one label map holds all ids")
+        setattr(a, name, "".join(getattr(a, name)))
+    a.points = ";".join(a.points)
+    if not 0 < a.strength <= 1:
+        raise ValueError(f"--strength must be above 0 and at most 1, not {a.strength}")
+    return a
 
-    files = files[rank::world]
-    chosen = {k: v for k in ("steps", "guidance", "sampler", "smooth") if (v := getattr(a, k)) is not None}
-    settings = {**model.sampling, **model.tidy, **chosen, "grain": a.grain, **prompts,
-                **({"strength": a.strength} if a.init else {}),
-                **({"closed": True} if a.closed else {})}
-    info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, format=a.format,
-                **settings)
 
-    def about(path):
-        return {**info, "image": str(path), "digests": {"image": digest(path), **read_too}}
-    if rank == 0:
-        print(f"{ckpt}: trained on {model.dataset}, step {model.step}, {model.image_size} pixels; "
-              f"{' '.join(f'{k} {v}' for k, v in settings.items())}; on {device}")
-        if model.dataset == "shapes":
-            print(f"This checkpoint has only seen synthetic shapes: in a photo it finds shapes. For photos: "
-                  f"--ckpt {SHIPPED.parent.name}/{SHIPPED.name}")
-        if ckpt == SHIPPED and not a.ckpt:
-            print("These are the weights that come with this repository, as there is no checkpoint of your "
-                  "own under out/.")
+@dataclass
+class Run:
+    """One command: what all its images have in common, and how far they are."""
 
-    steps = chosen.get("steps", model.sampling["steps"])
-    bar, total = None, len(files) * a.n * steps
-    failed, read, writing, large = [], deque(), deque(), threading.Lock()
+    options: argparse.Namespace
+    model: Model
+    rank: int  # of the processes that share the images; only the first prints
+    files: list  # this process's images
+    folders: dict  # image: where its results go
+    prompts: dict  # hints and init, as `prepare` takes them
+    sampling: dict  # of steps, guidance, sampler and smooth what the command line gives
+    info: dict  # what every segments.json says
+    digests: dict  # of the files with prompts
+    panoptic: bool  # whether there will be a panoptic.json
+    steps: int  # that one image takes
+    skipped: int = 0  # images that need no sampling
+    failed: list = field(default_factory=list)
+    reading: deque = field(default_factory=deque)  # (job, image, its pixels, info) of what is being sampled
+    bar: tqdm | None = None
 
-    def say(text):
+    def info_of(self, path):
+        return {**self.info, "image": str(path), "digests": {"image": digest(path), **self.digests}}
+
+    def say(self, text):
         error = isinstance(text, Exception)
-        failed.extend([text] if error else [])
+        self.failed.extend([text] if error else [])
         tqdm.write(f"sample.py: {text}" if error else text, file=sys.stderr if error else sys.stdout)
 
-    def fault(path, e):
-        """Of one image, whatever was raised: a sentence that names it."""
-        words = str(e) if type(e) is ValueError else said(e)
-        return ValueError(words if str(path) in words else f"{path}: {words}")
 
-    def load(path):
-        """What `finish` needs of one image, or what to say instead."""
-        try:
-            of = about(path)
-            if done(out / names[path], of) and a.resume:
-                return f"{path}: done already"
-            image = read_image(path)
-            return prepare(image, model, **given, seed=a.seed), path, image.width * image.height, of
-        except Exception as e:
-            return fault(path, e)
+def prepare_run(a):
+    """The command line's options -> Run. Raises ValueError, OSError, or RuntimeError where kernels that were
+    asked for cannot be had."""
+    files = list({path.resolve(): path for path in find_images(a.images)}.values())
+    asked = {k: getattr(a, k) for k in ("hint", "points", "box", "init") if getattr(a, k)}
+    if asked and len(files) > 1:
+        raise ValueError(f"--{next(iter(asked))} is for one image, not for {len(files)}")
+    one_each = a.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
+    a.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if one_each else a.device)
+    ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
+    model, out, names = load_checkpoint(ckpt, a.device), Path(a.out), folder_names(files)
+    set_tidy(model, a.least, a.merge)
+    for given in filter(None, (a.hint, a.init)):
+        if Path(given).resolve().parent == (out / names[files[0]]).resolve():
+            raise ValueError(f"{given} lies where this image's results go, and would be overwritten: "
+                             f"copy it elsewhere, or choose another --out")
+    panoptic = (a.format == "coco_panoptic"
+                or (out / "panoptic").is_dir() and (out / "panoptic.json").exists())
+    if panoptic:
+        info_of(out / "panoptic.json")
+    out.mkdir(parents=True, exist_ok=True)
+    prompts = read_prompts(a, files[0]) if asked else {}
+    if a.closed and not prompts.get("hints", np.zeros(1)).any():
+        raise ValueError("--closed gives every pixel to a hint: name some with --points, --box or --hint")
+    digests = {k: digest(getattr(a, k)) for k in ("hint", "init") if getattr(a, k)}
+    sampling = {k: v for k in ("steps", "guidance", "sampler", "smooth") if (v := getattr(a, k)) is not None}
+    settings = {**model.sampling, **model.tidy, **sampling, "grain": a.grain, **asked,
+                **({"strength": a.strength} if a.init else {}), **({"closed": True} if a.closed else {})}
+    info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, format=a.format,
+                **settings)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank == 0:
+        introduce(a, model, ckpt, settings)
+    return Run(a, model, rank, files[rank::world], {path: out / names[path] for path in files}, prompts,
+               sampling, info, digests, panoptic, a.n * sampling.get("steps", model.sampling["steps"]))
 
-    def jobs():
-        nonlocal total
-        for one in ahead(load, files):
-            if isinstance(one, tuple):
-                read.append(one)
-                yield one[0]
-            else:
-                total -= a.n * steps
-                say(one)
+
+def introduce(a, model, ckpt, settings):
+    """Print which network samples how."""
+    print(f"{ckpt}: trained on {model.dataset}, step {model.step}, {model.image_size} pixels; "
+          f"{' '.join(f'{k} {v}' for k, v in settings.items())}; on {a.device}")
+    if model.dataset == "shapes":
+        print(f"This checkpoint has only seen synthetic shapes: in a photo it finds shapes. For photos: "
+              f"--ckpt {SHIPPED.parent.name}/{SHIPPED.name}")
+    if ckpt == SHIPPED and not a.ckpt:
+        print("These are the weights that come with this repository, as there is no checkpoint of your "
+              "own under out/.")
+
+
+def fault(path, e):
+    """Of one image, whatever was raised: a sentence that names it."""
+    words = str(e) if type(e) is ValueError else said(e)
+    return ValueError(words if str(path) in words else f"{path}: {words}")
+
+
+def load(run, path):
+    """One image, ready to be sampled and finished, or what to say instead."""
+    try:
+        info = run.info_of(path)
+        if done(run.folders[path], info) and run.options.resume:
+            return f"{path}: done already"
+        image = read_image(path)
+        job = prepare(image, run.model, **run.prompts, seed=run.options.seed)
+        return job, path, image.width * image.height, info
+    except Exception as e:
+        return fault(path, e)
+
+
+def jobs_of(run):
+    """The images' jobs, read ahead; what goes wrong is said."""
+    for one in ahead(functools.partial(load, run), run.files):
+        if isinstance(one, tuple):
+            run.reading.append(one)
+            yield one[0]
+        else:
+            run.skipped += 1
+            run.say(one)
+
+
+def sampled(run):
+    """Yields when run.reading[0] has its samples, with an exception where it has not: of a batch that fails,
+    each image is tried alone, so that what is wrong with one is not the others' end."""
+    a = run.options
 
     def progress(i, t, xt, x_hat):
-        nonlocal bar
-        job, path, *_ = read[0]
-        if bar is None:
-            bar = tqdm(total=total, unit="step", mininterval=0.5, disable=rank > 0, leave=False)
-        bar.total = total  # less what was done already
-        bar.set_postfix_str(f"{path.name}: sample {len(job.x_hat) + 1} of {a.n}", refresh=False)
-        bar.update(len(xt))
+        job, path, *_ = run.reading[0]
+        total = (len(run.files) - run.skipped) * run.steps
+        if run.bar is None:
+            run.bar = tqdm(total=total, unit="step", mininterval=0.5, disable=run.rank > 0, leave=False)
+        run.bar.total = total
+        run.bar.set_postfix_str(f"{path.name}: sample {len(job.x_hat) + 1} of {a.n}", refresh=False)
+        run.bar.update(len(xt))
 
-    def sampled():
-        """Yields when read[0] has its samples, with an exception where it has not: of a batch that fails,
-        each image is tried alone, so that what is wrong with one is not the others' end."""
-        coming = jobs()
-        while True:
+    def samples_of(jobs):
+        return denoise(jobs, run.model, a.n, a.batch, a.strength, progress, **run.sampling)
+
+    jobs = jobs_of(run)
+    while True:
+        try:
+            for _ in samples_of(jobs):
+                yield None
+            return
+        except Exception:
+            failed = len(run.reading)
+        for _ in range(failed):
+            job, path, *_ = run.reading[0]
+            job.x_hat.clear()
             try:
-                for _ in denoise(coming, model, a.n, a.batch, a.strength, progress, **chosen):
-                    yield None
-                return
-            except Exception:
-                todo = len(read)
-            for _ in range(todo):
-                job, path, *_ = read[0]
-                job.x_hat.clear()
-                try:
-                    next(denoise([job], model, a.n, a.batch, a.strength, progress, **chosen))
-                    yield None
-                except Exception as e:
-                    yield fault(path, e)
+                next(samples_of([job]))
+                yield None
+            except Exception as e:
+                yield fault(path, e)
 
-    def finish(job, path, pixels, of):
-        folder = out / names[path]
-        try:
-            with large if pixels > 2e7 else nullcontext():  # one at a time
-                image = read_image(path)  # again: several do not fit into memory
-                result = summarise(job, image, model, a.grain, a.closed)
-                words = write(folder, image, result, model, of, job.hints, a.format == "coco_panoptic")
-            return f"{path} -> {folder / 'panel.png'} ({words})"
-        except OSError as e:
-            return ValueError(f"{path}: nothing is written to {folder} ({said(e)}): what was there stays")
-        except Exception as e:
-            return fault(path, e)
 
-    stopped = None
-    with ThreadPoolExecutor(2) as writers:  # reading, sampling, writing overlap
+LARGE = threading.Lock()  # of photos above 20 megapixels one is finished at a time
+
+
+def finish(run, job, path, pixels, info):
+    """Write the results of one image. Returns what to say of it."""
+    a, folder = run.options, run.folders[path]
+    try:
+        with LARGE if pixels > 2e7 else nullcontext():
+            image = read_image(path)  # again: several do not fit into memory
+            result = summarise(job, image, run.model, a.grain, a.closed)
+            words = write(folder, image, result, run.model, info, job.hints, a.format == "coco_panoptic")
+        return f"{path} -> {folder / 'panel.png'} ({words})"
+    except OSError as e:
+        return ValueError(f"{path}: nothing is written to {folder} ({said(e)}): what was there stays")
+    except Exception as e:
+        return fault(path, e)
+
+
+def sample_all(run):
+    """Read, sample and write all images, which overlap. Returns the KeyboardInterrupt that ended it, or
+    None."""
+    stopped, writing = None, deque()
+    with ThreadPoolExecutor(2) as writers:
         try:
-            for error in sampled():
-                one = read.popleft()
+            for error in sampled(run):
+                one = run.reading.popleft()
                 if error:
-                    say(error)
+                    run.say(error)
                 if one[0].x_hat:  # all samples, or what there is
-                    writing.append(writers.submit(finish, *one))
+                    writing.append(writers.submit(finish, run, *one))
                 while len(writing) > 4:
-                    say(writing.popleft().result())
-            if bar is not None:
-                bar.set_postfix_str("writing")
+                    run.say(writing.popleft().result())
+            if run.bar is not None:
+                run.bar.set_postfix_str("writing")
         except KeyboardInterrupt as e:
             stopped = e
             tqdm.write("sample.py: stopping: what is sampled is written", file=sys.stderr)
-            writing.extend(writers.submit(finish, *one) for one in read if one[0].x_hat)
+            writing.extend(writers.submit(finish, run, *one) for one in run.reading if one[0].x_hat)
         for one in writing:
-            say(one.result())
-    if bar is not None:
-        bar.close()
-    if listed:
+            run.say(one.result())
+    if run.bar is not None:
+        run.bar.close()
+    return stopped
+
+
+@program("sample.py", "the same command with --resume goes on")
+def main(argv=None):
+    try:
+        run = prepare_run(arguments(list(sys.argv[1:] if argv is None else argv)))
+    except (ValueError, OSError, RuntimeError) as e:
+        fail(e)
+    stopped = sample_all(run)
+    if run.panoptic:
+        out = Path(run.options.out)
         try:
             write_panoptic(out)
         except (OSError, ValueError, KeyError, TypeError) as e:
-            say(ValueError(f"{out / 'panoptic.json'} is not written ({said(e)})"))
+            run.say(ValueError(f"{out / 'panoptic.json'} is not written ({said(e)})"))
     if stopped:
         raise stopped
-    if failed and len(files) > 1:
-        print(f"sample.py: {len(failed)} of {len(files)} images failed", file=sys.stderr)
-    return 2 if failed else 0
+    if run.failed and len(run.files) > 1:
+        print(f"sample.py: {len(run.failed)} of {len(run.files)} images failed", file=sys.stderr)
+    return 2 if run.failed else 0
 
 
 if __name__ == "__main__":
