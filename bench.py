@@ -329,13 +329,13 @@ PARTS = ("data", "forward", "backward", "optimizer")
 
 
 def setting(args, *more):
-    """What train.py would use, given more options: configuration, and what train.build returns."""
+    """What train.py would use, given more options: its Config and Run."""
     argv = ["--preset", args.preset, "--device", args.device, "--precision", args.precision, "--compile",
             args.compile, *more]
     argv += ["--crop", "1"]  # scenes are not cropped
     c = train.parse(argv + (["--batch_size", str(args.batch)] if args.batch else []))
     c.accumulate = 1
-    return c, *train.build(c)
+    return c, train.build(c)
 
 
 def clock(device, kind):
@@ -391,20 +391,20 @@ class Variant:
     ema: torch.nn.Module | None = None
     coming: Iterator | None = None  # batches
 
-    def start(self, net, c, diffusion, codec, shapes):
+    def start(self, c, run):
         """Make what it needs, warm up, compile, make the graph."""
-        device, began = next(net.parameters()).device, time.perf_counter()
+        device, began = run.device, time.perf_counter()
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        net = copy.deepcopy(net).to(memory_format=self.memory)
+        net = copy.deepcopy(run.net).to(memory_format=self.memory)
         optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, weight_decay=c.weight_decay,
                                       fused=self.fused,
                                       capturable=self.fused and device.type == "cuda")
-        loss = train.loss_of(diffusion, codec, self.dtype, self.fast)
+        loss = train.loss_of(run.diffusion, run.codec, self.dtype, self.fast)
         self.step = Step(net, loss, optimizer, self.dtype, 1, c.grad_clip, self.compiled, self.graph)
         self.ema = copy.deepcopy(net)
-        self.coming = train.batches(shapes, 0, c, codec, diffusion, device, 0, 1, self.fast)
+        self.coming = train.batches(c, run, 0, self.fast)
         for _ in range(5 if device.type == "cuda" else 2):
             self.step(next(self.coming), c.lr)
         self.warm_up = time.perf_counter() - began
@@ -463,21 +463,22 @@ def run_variants(variants, rounds, start, measure):
 
 
 def bench_train(args):
-    c, device, dtype, why, codec, diffusion, network, net = setting(args, "--graph", args.graph)
-    shapes = data.load("shapes", "train", c.image_size * net.detail, seed=c.seed)
+    c, run = setting(args, "--graph", args.graph)
+    device, dtype = run.device, run.dtype
+    run.train_data = data.load("shapes", "train", c.image_size * run.net.detail, seed=c.seed)
     compiled, graph = train.switches(c, device, dtype, 1)
-    variants = training_variants(dtype, device, fused(codec, device), compiled, graph)
+    variants = training_variants(dtype, device, fused(run.codec, device), compiled, graph)
 
-    batch = next(train.batches(shapes, 0, c, codec, diffusion, device, 0, 1, None))
+    batch = next(train.batches(c, run, 0, None))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        train.loss_of(diffusion, codec, None, None)(net, {k: v[:1] for k, v in batch.items()})
+        train.loss_of(run.diffusion, run.codec, None, None)(run.net, {k: v[:1] for k, v in batch.items()})
     gflop, rate = 3 * counter.get_total_flops() / 1e9, matrix_rate(device, torch.bfloat16, args.clock)
     del batch
     speed = f"{gflop:.1f} GFLOP an image and step, bf16 matrix rate {rate / 1e12:.2f} TFLOP/s"
     how = f"{'compiled' if compiled else 'not compiled'}, {'one CUDA graph' if graph else 'no CUDA graph'}"
     print(f"{args.preset}: batch {c.batch_size}, {c.image_size} x {c.image_size}, on "
           f"{where(device)};\n{speed};\n"
-          f"train.py: {str(dtype or torch.float32)[6:]} ({why}), {how}; medians of {args.rounds} rounds, "
+          f"train.py: {str(dtype or torch.float32)[6:]} ({run.why}), {how}; medians of {args.rounds} rounds, "
           f"{args.clock} clock\n")
     print(f"| {'':24}| images/s | speed | step ms |" + "".join(f" {p:>9} |" for p in PARTS)
           + " GFLOP/s | of rate | warm-up s | GB    |")
@@ -487,7 +488,7 @@ def bench_train(args):
     # On CUDA one after the other: each has the memory to itself, and a row is out as soon as it is known.
     for group in [[name] for name in names] if device.type == "cuda" else [names]:
         run_variants([variants[name] for name in group], args.rounds,
-                     lambda v: v.start(net, c, diffusion, codec, shapes),
+                     lambda v: v.start(c, run),
                      lambda v: v.measure(c, device, args.clock))
         for name in group:
             v = variants[name]
@@ -517,9 +518,10 @@ def bench_train(args):
 
 
 def bench_sample(args):
-    c, device, dtype, why, codec, diffusion, network, net = setting(args)
+    c, run = setting(args)
+    device, dtype, codec = run.device, run.dtype, run.codec
     # as sample.py has it
-    net, n = net.to(memory_format=torch.channels_last).eval().requires_grad_(False), args.n
+    net, n = run.net.to(memory_format=torch.channels_last).eval().requires_grad_(False), args.n
     shapes = data.load("shapes", "val", c.image_size, seed=c.seed, detail=net.detail)
     images, _, sizes = shapes.get(list(range(args.images)))
     x, inside = data.normalise(images.to(device), sizes.to(device), net.detail)
@@ -532,15 +534,14 @@ def bench_sample(args):
         for name, job in jobs.items():
             start = clock(device, args.clock)
             with context:
-                sample(net, x[job], inside[job], codec.channels, range(len(job)), diffusion, codec.activate,
-                       args.steps,
-                       c.guidance, smooth=c.smooth, fused=fused(codec, device))
+                sample(net, x[job], inside[job], codec.channels, range(len(job)), run.diffusion,
+                       codec.activate, args.steps, c.guidance, smooth=c.smooth, fused=fused(codec, device))
             if i > 0:  # the first round warms up
                 times[name].append(clock(device, args.clock) - start)
     print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, "
           f"smooth {c.smooth:g}, "
-          f"{str(dtype or torch.float32)[6:]} ({why}), on {where(device)}; medians of {args.rounds} rounds, "
-          f"{args.clock} clock\n")
+          f"{str(dtype or torch.float32)[6:]} ({run.why}), on {where(device)}; medians of {args.rounds} "
+          f"rounds, {args.clock} clock\n")
     rows = {}
     print(f"| {'':25}| ms      | samples/s |\n|{'-' * 26}|---------|-----------|")
     for name, job in jobs.items():

@@ -227,8 +227,19 @@ def parse(argv):
     return c
 
 
+# what a checkpoint holds besides the configuration, for those who sample from it
+CODEC = ("encoding", "bits", "palette", "seed", "activation")
+SAMPLING = ("steps", "guidance", "sampler", "variance", "smooth")
+TIDY = ("least", "merge")
+
+
+def chosen(c, names):
+    """These options of a Config, as a dictionary."""
+    return {name: getattr(c, name) for name in names}
+
+
 def codec_of(c):
-    return Codec(c.encoding, c.bits, c.palette, c.seed, c.activation)
+    return Codec(**chosen(c, CODEC))
 
 
 def help_text(doc):
@@ -249,63 +260,25 @@ def learning_rate(step, c):
                       (step + 1) / max(1, c.warmup_steps)) * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left)))
 
 
-def batches(data, step, c, codec, diffusion, device, rank, world, fast):
+def batches(c, run, step, fast):
     """What the steps from number `step` on need: files are read ahead in threads; on CUDA, the rest on a
     stream of its own.
 
     Yields dictionaries of what `training_loss` takes and `draw` draws, on the device, one row a sample: every
     world-th sample of the global batch. All of it depends on the seed and on the step alone, whoever computes
-    it.
-    fast: what `fused` returned, for the kernels' loss. Nothing waits for a CUDA device, up to 1,024 segments
-    an image.
+    it. fast: what `fused` returned, for the kernels' loss. Nothing waits for a CUDA device, up to 1,024
+    segments an image.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    source = datasets.batches(data, step * c.batch_size, c.batch_size, c.seed, c.workers, rank, world,
-                              pin=bool(stream))
-    mine, detail = slice(rank, None, world), SIZES[c.network].get("detail", 1)
-    photos = c.augment and datasets.names(c.dataset) != ["shapes"]
-    codec = copy.copy(codec)
-    codec.table = codec.table.to(device)  # once, not at every step
-    kind = torch.int8 if codec.classes <= 128 else torch.int16  # of the kernels' cells
+    stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
+    source = datasets.batches(run.train_data, step * c.batch_size, c.batch_size, c.seed, c.workers, run.rank,
+                              run.world, pin=bool(stream))
+    run = dataclasses.replace(run, codec=copy.copy(run.codec))
+    run.codec.table = run.codec.table.to(run.device)  # once, not at every step
 
     def make(step):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-            images, labels, sizes, u = (v.to(device, non_blocking=True) for v in next(source))
-            if photos:
-                x, _, labels = datasets.augment(images, labels, sizes, u, c.image_size, c.crop, c.jitter,
-                                                detail)
-            else:
-                x, _, labels = datasets.unchanged(images, labels, sizes, detail)
-            generator = torch.Generator().manual_seed(c.seed * 2**32 + step)
-            drawn = draw((c.batch_size, codec.channels, *labels.shape[1:]), diffusion, generator, device,
-                         eps=not fast)
-            if diffusion.hints > 0:
-                drawn["u"] = to_device(torch.rand(c.batch_size, datasets.NUMBERS, generator=generator),
-                                       device)
-            drawn = {k: v[mine] for k, v in drawn.items()}
-            hints = datasets.draw_hints(labels, drawn.pop("u"),
-                                        diffusion.hints) if diffusion.hints > 0 else None
-            numbers = range(step * c.batch_size, (step + 1) * c.batch_size)[mine]  # of the run's samples
-            if codec.palette == "none":  # random codes, from each sample's number
-                own = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
-                order = torch.cat([torch.rand(1, codec.classes, generator=g).argsort(1) for g in own])
-                cells = random_cells(labels, to_device(order, device), data.labels_below)
-            elif fast and hints is None:
-                # a promise, so that nothing waits
-                below = data.labels_below if data.labels_below <= 1024 else None
-                cells = kernels.locate(labels, codec.side, dtype=kind, labels_below=below)
-            else:
-                on = "cpu" if device.type in NO_FLOAT64 else device  # exact centroids need it
-                cells = codec.cells(labels.to(on), hints=None if hints is None else hints.to(on)).to(device)
-            if hints is not None:
-                drawn["hints"] = hint_bits(codec.encode(cells), hints)
-            if fast:
-                seeds = torch.arange(numbers.start, numbers.stop, numbers.step,
-                                     device=device) + c.seed * 2**40
-                batch = dict(cells=cells.to(kind), image=x, seeds=seeds, **drawn)
-            else:
-                batch = dict(x0=codec.encode(cells), image=x, valid=cells >= 0, **drawn)
-            return batch, stream and stream.record_event()
+            parts = [v.to(run.device, non_blocking=True) for v in next(source)]
+            return make_batch(c, run, step, parts, fast), stream and stream.record_event()
 
     try:
         coming = make(step)
@@ -321,6 +294,53 @@ def batches(data, step, c, codec, diffusion, device, rank, world, fast):
                 coming = make(step)
     finally:
         source.close()
+
+
+def make_batch(c, run, step, parts, fast):
+    """images, labels, sizes and uniform numbers, of data.batches -> the dictionary of a step's batch."""
+    images, labels, sizes, u = parts
+    detail, mine = run.net.detail, slice(run.rank, None, run.world)
+    if c.augment and datasets.names(c.dataset) != ["shapes"]:
+        x, _, labels = datasets.augment(images, labels, sizes, u, c.image_size, c.crop, c.jitter, detail)
+    else:
+        x, _, labels = datasets.unchanged(images, labels, sizes, detail)
+    generator = torch.Generator().manual_seed(c.seed * 2**32 + step)
+    drawn = draw((c.batch_size, run.codec.channels, *labels.shape[1:]), run.diffusion, generator, run.device,
+                 eps=not fast)
+    if run.diffusion.hints > 0:
+        u = torch.rand(c.batch_size, datasets.NUMBERS, generator=generator)
+        drawn["u"] = to_device(u, run.device)
+    drawn, hints = {k: v[mine] for k, v in drawn.items()}, None
+    if run.diffusion.hints > 0:
+        hints = datasets.draw_hints(labels, drawn.pop("u"), run.diffusion.hints)
+    numbers = range(step * c.batch_size, (step + 1) * c.batch_size)[mine]  # of the run's samples
+    cells = cells_of(labels, numbers, hints, c, run, fast)
+    if hints is not None:
+        drawn["hints"] = hint_bits(run.codec.encode(cells), hints)
+    if not fast:
+        return dict(x0=run.codec.encode(cells), image=x, valid=cells >= 0, **drawn)
+    seeds = torch.arange(numbers.start, numbers.stop, numbers.step, device=run.device) + c.seed * 2**40
+    return dict(cells=cells.to(kernel_dtype(run.codec)), image=x, seeds=seeds, **drawn)
+
+
+def kernel_dtype(codec):
+    """The smallest integers that hold the codec's cells."""
+    return torch.int8 if codec.classes <= 128 else torch.int16
+
+
+def cells_of(labels, numbers, hints, c, run, fast):
+    """Label maps (B, H, W) -> cells; numbers: of the samples, which random codes depend on."""
+    codec, device, below = run.codec, run.device, run.train_data.labels_below
+    if codec.palette == "none":
+        generators = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
+        order = torch.cat([torch.rand(1, codec.classes, generator=g).argsort(1) for g in generators])
+        return random_cells(labels, to_device(order, device), below)
+    if fast and hints is None:
+        # labels_below is a promise, so that nothing waits
+        return kernels.locate(labels, codec.side, dtype=kernel_dtype(codec),
+                              labels_below=below if below <= 1024 else None)
+    on = "cpu" if device.type in NO_FLOAT64 else device  # exact centroids need it
+    return codec.cells(labels.to(on), hints=None if hints is None else hints.to(on)).to(device)
 
 
 def random_cells(labels, order, below):
@@ -352,10 +372,8 @@ def validate(net, run, c, stop):
     data, codec, rank, world = run.val_data, run.codec, run.rank, run.world
     n, totals, tiles, side = min(c.eval_images, len(data)), [], [], side_of(codec)
     device = next(net.parameters()).device
-    sampling = dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance,
-                    smooth=c.smooth)
-    model = Model(net, codec, run.diffusion, c.image_size, sampling, c.dataset, 0,
-                  dict(least=c.least, merge=c.merge))
+    model = Model(net, codec, run.diffusion, c.image_size, chosen(c, SAMPLING), c.dataset, 0,
+                  chosen(c, TIDY))
     size = min(32, c.batch_size) if device.type == "cpu" else 32  # small: a signal is looked at in between
 
     def look(*_):
@@ -456,9 +474,28 @@ def export(c):
     return 0
 
 
+@dataclass
+class Run:
+    """What a run is made of: built once, by `build` and `prepare_run`."""
+
+    device: torch.device
+    dtype: torch.dtype | None  # of autocast; None: float32
+    why: str  # this dtype
+    codec: Codec
+    diffusion: Diffusion
+    network: dict  # the arguments of UNet
+    net: UNet
+    train_data: object = None  # data.load's
+    val_data: object = None
+    origin: str = "from scratch"  # of the weights, in words
+    resumed: dict | None = None  # the checkpoint to go on from
+    rank: int = 0
+    world: int = 1  # processes
+    lock: object = None  # of --out
+
+
 def build(c, local=None):
-    """What the configuration stands for: device, dtype, why, codec, diffusion, the network's arguments, the
-    network."""
+    """Config -> Run, without data and checkpoints. local: the number of the GPU. Raises ValueError."""
     device = pick_device(c.device)
     if device.type == "cuda":
         device = device if local is None else torch.device("cuda", local)
@@ -490,7 +527,7 @@ def build(c, local=None):
         near = max(1, round(c.image_size / net.multiple)) * net.multiple
         raise ValueError(f"--image_size {c.image_size}: network {c.network} needs a multiple of "
                          f"{net.multiple}, e.g. {near}")
-    return device, dtype, why, codec, diffusion, network, net.to(device, memory_format=layout(device))
+    return Run(device, dtype, why, codec, diffusion, network, net.to(device, memory_format=layout(device)))
 
 
 def switches(c, device, dtype, world):
@@ -538,26 +575,6 @@ def widened(weights, wide):
     return out
 
 
-@dataclass
-class Run:
-    """What a run is made of: built once by `prepare_run`."""
-
-    device: torch.device
-    dtype: torch.dtype | None  # of autocast; None: float32
-    why: str  # this dtype
-    codec: Codec
-    diffusion: Diffusion
-    network: dict  # the arguments of UNet
-    net: UNet
-    resumed: dict | None  # the checkpoint to go on from
-    origin: str  # of the weights, in words
-    train_data: object  # data.load's
-    val_data: object
-    rank: int
-    world: int  # processes
-    held: object  # the lock of --out
-
-
 def prepare_run(c):
     """Config -> Run. All that can be wrong with the user's input goes wrong here. Raises ValueError or
     OSError."""
@@ -566,50 +583,28 @@ def prepare_run(c):
     if c.batch_size % (c.accumulate * world):
         raise ValueError(f"--batch_size {c.batch_size} cannot be split among {world} processes x "
                          f"--accumulate {c.accumulate}")
-    device, dtype, why, codec, diffusion, network, net = build(c, local if world > 1 else None)
-    switches(c, device, dtype, world)
-    origin = "from scratch"
+    run = build(c, local if world > 1 else None)
+    run.rank, run.world = rank, world
+    switches(c, run.device, run.dtype, world)
     if c.init:
-        source = read(c.init, device)
-        if lacks := {"network", "ema"} - source.keys():
-            raise ValueError(f"--init {c.init} lacks {', '.join(sorted(lacks))}: it is no checkpoint of "
-                             f"train.py")
-        old, new = (extras(d) for d in (source.get("diffusion", {}), vars(c)))
-        differ = differences(source["network"], network, {"dropout"})
-        if new[: len(old)] != old or differences(source["network"], network, {"dropout", "in_channels"}):
-            # as many channels, of another meaning
-            differ = differ or [f"inputs {', '.join(old)} -> {', '.join(new)}"]
-            raise ValueError(f"--init {c.init} is another network ({'; '.join(differ)}): "
-                             f"choose --network, --bits and --encoding as it has them")
-        net.load_state_dict(widened(source["ema"], net.state_dict()))
-        added = network["in_channels"] - source["network"]["in_channels"]
-        origin = f"from the weights of {c.init}" + f", {added} more input channels at zero" * (added > 0)
+        load_init(c, run)
     common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled, components=c.components,
                   max_bad=c.max_bad, void=c.void)
-    train_data = datasets.load(c.dataset, "train", datasets.packed_side(c.image_size, c.crop, net.detail),
-                               compose=c.compose, **common)
-    val_data = datasets.load(c.dataset, "val", c.image_size, detail=net.detail, **common)
+    run.train_data = datasets.load(c.dataset, "train",
+                                   datasets.packed_side(c.image_size, c.crop, run.net.detail),
+                                   compose=c.compose, **common)
+    run.val_data = datasets.load(c.dataset, "val", c.image_size, detail=run.net.detail, **common)
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
-    held = lock(out) if rank == 0 else None  # one writer
-    resumed, path, problem = newest(out / "ckpt.pt", device)
-    if resumed:
-        lacks = {"net", "ema", "optimizer", "scaler", "config", "step", "best", "validated"} - resumed.keys()
-        if lacks:
-            raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it was made by --export or another "
-                             f"version; start from "
-                             f"its weights with --init, into another --out")
-        old = {"void": "", "hints": 0.0, **resumed["config"]}  # versions before had none
-        if datasets.same(old["dataset"], c.dataset, resumed.get("contents"), train_data):
-            old["dataset"] = c.dataset
-        if differ := differences(old, vars(c), FREE) + differences(resumed["network"], network, {"dropout"}):
-            raise ValueError(f"{path} was made with other options ({'; '.join(differ)}): use the same, or "
-                             f"another --out")
+    run.lock = lock(out) if rank == 0 else None  # one writer
+    run.resumed, path, problem = newest(out / "ckpt.pt", run.device)
+    if run.resumed:
+        check_resumed(c, run, path)
     else:
         check_out(out)
     if world > 1:
-        join_processes(rank, world, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        step = torch.tensor([resumed["step"] if resumed else 0])
+        join_processes(rank, world, "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo")
+        step = torch.tensor([run.resumed["step"] if run.resumed else 0])
         steps = [torch.zeros_like(step) for _ in range(world)]
         dist.all_gather(steps, step)  # all have read: now files may change
         if len({int(v) for v in steps}) > 1:
@@ -619,8 +614,39 @@ def prepare_run(c):
         print(f"WARNING: {problem}; going on from the one before, {path}", file=sys.stderr)
         if (out / "ckpt.pt").exists():  # it must not become the one before
             os.replace(out / "ckpt.pt", out / "ckpt.damaged")
-    return Run(device, dtype, why, codec, diffusion, network, net, resumed, origin, train_data, val_data,
-               rank, world, held)
+    return run
+
+
+def load_init(c, run):
+    """Start from the weights of --init. Raises ValueError where they are another network's."""
+    source = read(c.init, run.device)
+    if lacks := {"network", "ema"} - source.keys():
+        raise ValueError(f"--init {c.init} lacks {', '.join(sorted(lacks))}: it is no checkpoint of train.py")
+    old, new = (extras(d) for d in (source.get("diffusion", {}), vars(c)))
+    differ = differences(source["network"], run.network, {"dropout"})
+    if new[: len(old)] != old or differences(source["network"], run.network, {"dropout", "in_channels"}):
+        # as many channels, of another meaning
+        differ = differ or [f"inputs {', '.join(old)} -> {', '.join(new)}"]
+        raise ValueError(f"--init {c.init} is another network ({'; '.join(differ)}): "
+                         f"choose --network, --bits and --encoding as it has them")
+    run.net.load_state_dict(widened(source["ema"], run.net.state_dict()))
+    added = run.network["in_channels"] - source["network"]["in_channels"]
+    run.origin = f"from the weights of {c.init}" + f", {added} more input channels at zero" * (added > 0)
+
+
+def check_resumed(c, run, path):
+    """Raises ValueError where the checkpoint at path is of another run than c."""
+    lacks = {"net", "ema", "optimizer", "scaler", "config", "step", "best", "validated"} - run.resumed.keys()
+    if lacks:
+        raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it was made by --export or another "
+                         f"version; start from its weights with --init, into another --out")
+    old = {"void": "", "hints": 0.0, **run.resumed["config"]}  # versions before had none
+    if datasets.same(old["dataset"], c.dataset, run.resumed.get("contents"), run.train_data):
+        old["dataset"] = c.dataset
+    differ = differences(old, vars(c), FREE) + differences(run.resumed["network"], run.network, {"dropout"})
+    if differ:
+        raise ValueError(f"{path} was made with other options ({'; '.join(differ)}): use the same, or "
+                         f"another --out")
 
 
 def check_out(out):
@@ -636,175 +662,201 @@ def check_out(out):
         raise ValueError(f"{kept[-1]} was not written by train.py: move it, or choose another --out")
 
 
-def train(c, run):
-    device, net, rank, world = run.device, run.net, run.rank, run.world
-    out, step, best, validated = Path(c.out), 0, -math.inf, 0
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    kind = dict(fused=device.type in ("cuda", "cpu"), capturable=device.type == "cuda")
-    optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay,
-                                  **kind)
-    fast, (compiled, graph) = fused(run.codec, device), switches(c, device, run.dtype, world)
-    update = Step(net, loss_of(run.diffusion, run.codec, run.dtype, fast), optimizer, run.dtype, c.accumulate,
-                  c.grad_clip,
-                  compiled, graph, world)
-    if run.resumed:
-        step, best, validated = run.resumed["step"], run.resumed["best"], run.resumed["validated"]
-        net.load_state_dict(run.resumed["net"])
-        ema.load_state_dict(run.resumed["ema"])
-        optimizer.load_state_dict(run.resumed["optimizer"])
-        optimizer.param_groups[0].update(kind)  # the run may have changed devices
-        fit_state(optimizer)
-        update.scaler.load_state_dict(run.resumed["scaler"])
+class Training:
+    """A run on its way: its averaged weights and optimizer, how far it is, and what it writes to --out."""
 
-    def content():
+    def __init__(self, c, run):
+        self.c, self.run, self.out = c, run, Path(c.out)
+        self.step, self.best, self.validated = 0, -math.inf, 0
+        self.ema = copy.deepcopy(run.net).eval().requires_grad_(False)
+        kind = dict(fused=run.device.type in ("cuda", "cpu"), capturable=run.device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(run.net.parameters(), lr=c.lr, betas=(0.9, 0.999),
+                                           weight_decay=c.weight_decay, **kind)
+        self.fast = fused(run.codec, run.device)
+        compiled, graph = switches(c, run.device, run.dtype, run.world)
+        self.update = Step(run.net, loss_of(run.diffusion, run.codec, run.dtype, self.fast), self.optimizer,
+                           run.dtype, c.accumulate, c.grad_clip, compiled, graph, run.world)
+        if run.resumed:
+            self.resume(run.resumed, kind)
+        self.first, self.started = self.step, time.time()
+        self.writer, self.watch = Beside(), Watch()
+        self.stop = []  # signals; looked at between steps
+        self.seen = []  # losses and norms since the last line
+
+    def resume(self, content, kind):
+        """Go on from a checkpoint; kind: the optimizer's, as the run may have changed devices."""
+        self.step, self.best, self.validated = content["step"], content["best"], content["validated"]
+        self.run.net.load_state_dict(content["net"])
+        self.ema.load_state_dict(content["ema"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.optimizer.param_groups[0].update(kind)
+        fit_state(self.optimizer)
+        self.update.scaler.load_state_dict(content["scaler"])
+
+    def content(self):
+        """The checkpoint."""
+        c, run = self.c, self.run
         return dict(
-            step=step, best=best, validated=validated, config=vars(c), dataset=c.dataset,
-            image_size=c.image_size,
-            network=run.network, contents=datasets.contents(run.train_data),
-            codec=dict(encoding=c.encoding, bits=c.bits, palette=c.palette, seed=c.seed,
-                       activation=c.activation),
-            diffusion=dataclasses.asdict(run.diffusion),
-            sampling=dict(steps=c.steps, guidance=c.guidance, sampler=c.sampler, variance=c.variance,
-                          smooth=c.smooth),
-            tidy=dict(least=c.least, merge=c.merge),
-            net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-            scaler=update.scaler.state_dict())
+            step=self.step, best=self.best, validated=self.validated, config=vars(c), dataset=c.dataset,
+            image_size=c.image_size, network=run.network, contents=datasets.contents(run.train_data),
+            codec=chosen(c, CODEC), diffusion=dataclasses.asdict(run.diffusion), sampling=chosen(c, SAMPLING),
+            tidy=chosen(c, TIDY), net=run.net.state_dict(), ema=self.ema.state_dict(),
+            optimizer=self.optimizer.state_dict(), scaler=self.update.scaler.state_dict())
 
-    def put(name, action):  # rank 0 writes; a full disk only warns
-        return rank > 0 or try_to_write(out / name, lambda: action(out / name))
+    def put(self, name, action):  # rank 0 writes; a full disk only warns
+        return self.run.rank > 0 or try_to_write(self.out / name, lambda: action(self.out / name))
 
-    def store(name, choose=dict, **more):
+    def store(self, name, choose=dict, **more):
         """Write a checkpoint beside the training, which waits for the one before and for a copy to the
         host."""
-        if rank == 0:
-            beside.wait()
-            held = on_host(choose(content()))
-            beside(lambda: put(name, lambda path: save(path, held, **more)))
+        if self.run.rank == 0:
+            self.writer.wait()
+            content = on_host(choose(self.content()))
+            self.writer(lambda: self.put(name, lambda path: save(path, content, **more)))
 
-    def checkpoint():
-        store("ckpt.pt", keep_previous=True)
+    def checkpoint(self):
+        self.store("ckpt.pt", keep_previous=True)
 
-    def saved():
-        return rank > 0 or beside.wait()
+    def is_stored(self):
+        """Whether the last checkpoint has been written."""
+        return self.run.rank > 0 or self.writer.wait()
 
-    def say(text, **line):
-        if rank == 0:
+    def say(self, text, **line):
+        if self.run.rank == 0:
             print(text, flush=True)
         if line:
-            put("log.jsonl", lambda path: append(path, line))
+            self.put("log.jsonl", lambda path: append(path, line))
 
-    say(textwrap.fill("  ".join(f"{k}={v}" for k, v in vars(c).items()), 120, break_on_hyphens=False))
-    size = "endless" if len(run.train_data) >= 2**31 else len(run.train_data)
-    origin = f"going on from step {step}" if run.resumed else run.origin
-    say(f"{sum(p.numel() for p in net.parameters()):,} parameters on "
-        f"{f'{world} x ' if world > 1 else ''}{device}, "
-        f"{str(run.dtype or torch.float32)[6:]} ({run.why}); kernels: {' ('.join(kernels.live(device))}); "
-        f"{size} training images; {origin}; into {out}/")
-    if step >= c.max_steps and validated == step:
-        say(f"{out}/ckpt.pt is complete at step {step}: raise --max_steps to go on, or start anew with "
-            f"another --out")
-        return 0
-    known = lambda line: line["step"] <= (validated if "ari" in line else step)
-    put("log.jsonl", lambda path: forget(path, known))
+    def introduce(self):
+        c, run = self.c, self.run
+        options = "  ".join(f"{k}={v}" for k, v in vars(c).items())
+        self.say(textwrap.fill(options, 120, break_on_hyphens=False))
+        size = "endless" if len(run.train_data) >= 2**31 else len(run.train_data)
+        origin = f"going on from step {self.step}" if run.resumed else run.origin
+        self.say(f"{sum(p.numel() for p in run.net.parameters()):,} parameters on "
+                 f"{f'{run.world} x ' if run.world > 1 else ''}{run.device}, "
+                 f"{str(run.dtype or torch.float32)[6:]} ({run.why}); "
+                 f"kernels: {' ('.join(kernels.live(run.device))}); "
+                 f"{size} training images; {origin}; into {self.out}/")
 
-    stop, first, started, beside = [], step, time.time(), Beside()  # stop: signals; looked at between steps
+    def validate(self):
+        """Score the averaged weights and keep the best; nothing if the run is stopped meanwhile, as a resumed
+        one makes up for it."""
+        result = validate(self.ema, self.run, self.c, self.stop)
+        if not result:
+            return
+        (ari, iou, picture), self.validated = result, self.step
+        name = f"samples_{self.step:06d}.png"
+        drawn = self.put(name, lambda path: save_picture(picture, path))
+        self.say(f"step {self.step:>6}  validation ARI {ari:.3f}  IoU {iou:.3f}"
+                 + f"  -> {self.out}/{name}" * drawn,
+                 step=self.step, ari=ari, iou=iou, seconds=time.time() - self.started)
+        if ari > self.best:
+            self.best = ari
+            self.store("best.pt", portable)
 
-    def on_signal(number, frame):
-        if step == first:  # still compiling, say: nothing to save
+    def take_step(self, batch):
+        """One step. Returns "", or where it cannot be taken a sentence that says why and what to do."""
+        c, run, full = self.c, self.run, False
+        if c.dropout:  # a step's randomness: seed and step alone
+            torch.manual_seed(c.seed * 2**32 + (run.rank + 1) * 2**24 + self.step)
+        try:
+            self.seen.append(self.update(batch, learning_rate(self.step, c)))
+        except NoGraph as e:
+            return f"{e}: use --graph off and run the same command again"
+        except RuntimeError as e:
+            full = out_of_memory(e)
+            if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                return (f"torch.compile failed ({str(e).strip().splitlines()[0]}): use --compile off; or, if "
+                        f"it worked before, delete its cache, the folder torchinductor_{getpass.getuser()} "
+                        f"among the temporary files")
+            if not full:
+                raise
+        if full:  # here the failed step's memory is free again
+            fits, tried = self.update.fits(batch), len(batch["image"]) // c.accumulate
+            remedy = "choose a smaller --network"
+            if fits:
+                remedy = f"add --accumulate {c.batch_size // run.world // fits}"
+            return (f"out of memory on {run.device} with {tried} images at once; "
+                    f"{fits or 'not even one'} would fit: {remedy} and run the same command again")
+        update_ema(self.ema, run.net, self.step, c.ema)
+        self.step += 1
+        return ""
+
+    def report(self):
+        """Say and log how the steps since the last line went."""
+        c, step = self.c, self.step
+        values = torch.stack(self.seen) / self.run.world  # (steps, 2)
+        if self.run.world > 1:
+            dist.all_reduce(values)
+        report = self.watch(*values.T.tolist(), first=step - len(self.seen))  # the only wait for the device
+        more = {k: v for k, v in report.items() if k != "loss" and v}
+        self.seen, spent = [], time.time() - self.started
+        rate, mean = (step - self.first) / spent, math.nan if report["loss"] is None else report["loss"]
+        self.say(f"step {step:>6}/{c.max_steps}  loss {mean:.4f}  lr {learning_rate(step - 1, c):.1e}  "
+                 f"{rate * c.batch_size:.0f} images/s  {spent / 60:.1f} min, "
+                 f"{(c.max_steps - step) / rate / 60:.1f} left"
+                 + "".join(f"  {k}: {v}" for k, v in more.items()),
+                 step=step, loss=report["loss"], lr=learning_rate(step - 1, c),
+                 images_per_second=rate * c.batch_size, seconds=spent, **more)
+
+    def on_signal(self, number, frame):
+        if self.step == self.first:  # still compiling, say: nothing to save
             raise SystemExit(128 + number)
-        stop.append(number)
+        self.stop.append(number)
         if number == HANGUP:  # the shell repeats the kernel's
             signal.signal(number, signal.SIG_IGN)
-        elif world == 1:  # torchrun repeats it
+        elif self.run.world == 1:  # torchrun repeats it
             signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
 
+
+def train(c, run):
+    """The run, from its first step or a checkpoint's to the last. Returns the exit status."""
+    t, out = Training(c, run), c.out
+    t.introduce()
+    if t.step >= c.max_steps and t.validated == t.step:
+        t.say(f"{out}/ckpt.pt is complete at step {t.step}: raise --max_steps to go on, or start anew with "
+              f"another --out")
+        return 0
+    known = lambda line: line["step"] <= (t.validated if "ari" in line else t.step)
+    t.put("log.jsonl", lambda path: forget(path, known))
     kinds = [signal.SIGINT, signal.SIGTERM]
     if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # which nohup does
         kinds.append(HANGUP)
-    handlers = {n: signal.signal(n, on_signal) for n in kinds}
-    coming = batches(run.train_data, step, c, run.codec, run.diffusion, device, rank, world, fast)
-    stopped, watch, seen = any_stopped(stop, world), Watch(), []  # seen: losses and norms since the last line
+    handlers = {n: signal.signal(n, t.on_signal) for n in kinds}
+    coming, stopped = batches(c, run, t.step, t.fast), any_stopped(t.stop, run.world)
     try:
         while not next(stopped):
-            if step > validated and (step % c.eval_every == 0 or step == c.max_steps):
-                result = validate(ema, run, c, stop)
-                if not result:  # stopped: it is made up for after a resume
+            if t.step > t.validated and (t.step % c.eval_every == 0 or t.step == c.max_steps):
+                t.validate()
+                if t.validated < t.step:
                     continue
-                ari, iou, picture = result
-                validated = step
-                drawn = put(f"samples_{step:06d}.png", lambda path: save_picture(picture, path))
-                say(f"step {step:>6}  validation ARI {ari:.3f}  IoU {iou:.3f}"
-                    + f"  -> {out}/samples_{step:06d}.png" * drawn,
-                    step=step, ari=ari, iou=iou, seconds=time.time() - started)
-                if ari > best:
-                    best = ari
-                    store("best.pt", portable)
-            if step >= c.max_steps:
-                checkpoint()
-                say(f"done: {out}/ckpt.pt; now try: python sample.py --n 8 photo.jpg" if saved() else
-                    f"done, but not saved in {out}/ckpt.pt: make room, and run the same command again")
-                return 0 if saved() else 1
-
-            batch, full = next(coming), False
-            if c.dropout:  # a step's randomness: seed and step alone
-                torch.manual_seed(c.seed * 2**32 + (rank + 1) * 2**24 + step)
-            try:
-                seen.append(update(batch, learning_rate(step, c)))
-            except NoGraph as e:
-                print(f"train.py: {e}: use --graph off and run the same command again", file=sys.stderr)
+            if t.step >= c.max_steps:
+                t.checkpoint()
+                t.say(f"done: {out}/ckpt.pt; now try: python sample.py --n 8 photo.jpg" if t.is_stored() else
+                      f"done, but not saved in {out}/ckpt.pt: make room, and run the same command again")
+                return 0 if t.is_stored() else 1
+            if problem := t.take_step(next(coming)):
+                print(f"train.py: {problem}", file=sys.stderr)
                 return 2
-            except RuntimeError as e:
-                full = out_of_memory(e)
-                if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                    print(f"train.py: torch.compile failed ({str(e).strip().splitlines()[0]}): use "
-                          f"--compile off; or, if it worked "
-                          f"before, delete its cache, the folder torchinductor_{getpass.getuser()} among "
-                          f"the temporary files", file=sys.stderr)
-                    return 2
-                if not full:
-                    raise
-            if full:  # here the failed step's memory is free again
-                fits, tried = update.fits(batch), len(batch["image"]) // c.accumulate
-                remedy = "choose a smaller --network"
-                if fits:
-                    remedy = f"add --accumulate {c.batch_size // world // fits}"
-                print(f"train.py: out of memory on {device} with {tried} images at once; "
-                      f"{fits or 'not even one'} would fit: "
-                      f"{remedy} and run the same command again", file=sys.stderr)
-                return 2
-            update_ema(ema, net, step, c.ema)
-            step += 1
-
-            if step % c.log_every == 0 or step == c.max_steps:
-                values = torch.stack(seen) / world  # (steps, 2)
-                if world > 1:
-                    dist.all_reduce(values)
-                report = watch(*values.T.tolist(), first=step - len(seen))  # the only wait for the device
-                more = {k: v for k, v in report.items() if k != "loss" and v}
-                seen, spent = [], time.time() - started
-                rate, mean = (step - first) / spent, math.nan if report["loss"] is None else report["loss"]
-                say(f"step {step:>6}/{c.max_steps}  loss {mean:.4f}  lr {learning_rate(step - 1, c):.1e}  "
-                    f"{rate * c.batch_size:.0f} images/s  {spent / 60:.1f} min, "
-                    f"{(c.max_steps - step) / rate / 60:.1f} left"
-                    + "".join(f"  {k}: {v}" for k, v in more.items()),
-                    step=step, loss=report["loss"], lr=learning_rate(step - 1, c),
-                    images_per_second=rate * c.batch_size,
-                    seconds=spent, **more)
-                if watch.worst >= 20:
-                    say(f"stopped at step {step}: {watch.worst} steps in a row had no finite gradient, and "
-                        f"changed nothing. "
-                        f"Try a lower --lr, --precision fp32 or more --warmup_steps, into another --out")
+            if t.step % c.log_every == 0 or t.step == c.max_steps:
+                t.report()
+                if t.watch.worst >= 20:
+                    t.say(f"stopped at step {t.step}: {t.watch.worst} steps in a row had no finite gradient, "
+                          f"and changed nothing. Try a lower --lr, --precision fp32 or more --warmup_steps, "
+                          f"into another --out")
                     return 1
-            if c.keep_every and step % c.keep_every == 0:  # before ckpt.pt: a run goes on behind that
-                store(f"ckpt_{step:06d}.pt")
-            if step % c.save_every == 0:
-                checkpoint()
-        checkpoint()
-        say(f"\nstopped{' and saved' if saved() else ''} at step {step}: run the same command again to go on")
-        return 128 + (stop[0] if stop else signal.SIGTERM)
+            if c.keep_every and t.step % c.keep_every == 0:  # before ckpt.pt: a run goes on behind that
+                t.store(f"ckpt_{t.step:06d}.pt")
+            if t.step % c.save_every == 0:
+                t.checkpoint()
+        t.checkpoint()
+        t.say(f"\nstopped{' and saved' if t.is_stored() else ''} at step {t.step}: run the same command "
+              f"again to go on")
+        return 128 + (t.stop[0] if t.stop else signal.SIGTERM)
     finally:
         coming.close()
-        beside.close()
+        t.writer.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -164,11 +164,11 @@ def test_neither_batches_nor_a_step_wait_for_the_device():
     for more in ([], ["--kernels", "torch", "--encoding", "onehot", "--palette", "none"],
                  ["--palette", "none"], ["--self_condition", "0.5"]):
         c = train.parse([*QUICK, *more])
-        device, dtype, _, codec, d, _, net = train.build(c)
-        fast = diffusion.fused(codec, device)
-        optimizer = torch.optim.AdamW(net.parameters(), fused=True, capturable=True)
-        step = Step(net, train.loss_of(d, codec, dtype, fast), optimizer, dtype)
-        coming = train.batches(Shapes("train", c.image_size), 0, c, codec, d, device, 0, 1, fast)
+        r = train.build(c)
+        r.train_data, fast = Shapes("train", c.image_size), diffusion.fused(r.codec, r.device)
+        optimizer = torch.optim.AdamW(r.net.parameters(), fused=True, capturable=True)
+        step = Step(r.net, train.loss_of(r.diffusion, r.codec, r.dtype, fast), optimizer, r.dtype)
+        coming = train.batches(c, r, 0, fast)
         for _ in range(3):
             step(next(coming), 1e-3)
         torch.cuda.synchronize()

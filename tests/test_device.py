@@ -40,11 +40,11 @@ def steps(monkeypatch):
     def run(device, *options, waits):
         c = train.parse([*"--batch_size 2 --image_size 8 --warmup_steps 1 --precision fp32 --device".split(),
                          str(device), *options])
-        device, dtype, _, codec, d, _, net = train.build(c)
-        fast = fused(codec, device)
-        update = Step(net, train.loss_of(d, codec, dtype, fast),
-                      torch.optim.AdamW(net.parameters(), fused=True), dtype)
-        coming, values = train.batches(Shapes("train", 8), 5, c, codec, d, device, 0, 1, fast), []
+        run = train.build(c)
+        run.train_data, net, fast = Shapes("train", 8), run.net, fused(run.codec, run.device)
+        update = Step(net, train.loss_of(run.diffusion, run.codec, run.dtype, fast),
+                      torch.optim.AdamW(net.parameters(), fused=True), run.dtype)
+        coming, values = train.batches(c, run, 5, fast), []
         for batch in itertools.islice(coming, 3):
             values.append(update(batch, 1e-3))
             if len(values) == 1:
