@@ -26,19 +26,50 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def options(argv=None):
+    parser = argparse.ArgumentParser(description="Fetch COCO, or decode and resize a data set, for training "
+                                                 "to read it fast.")
+    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")
+    option = parser.add_argument
+    option("name", help="coco, entity, ade20k, bsds500, or a folder: images/ and labels/, or another format")
+    option("--root", default="data", help="the data set lies in ROOT/NAME or in ROOT itself (%(default)s)")
+    option("--split", nargs="+", default=["train", "val"], choices=["train", "val", "test"],
+           help="(train val)")
+    option("--size", type=int, default=128, help="longer side of the label maps, in pixels (%(default)s)")
+    option("--crop", type=float, default=1.0, help="as in train.py: crops need larger training images "
+                                                   "(%(default)s; preset photo: 0.5)")
+    option("--detail", type=int, default=1, help="of the network, see model.SIZES (%(default)s; photo: 2)")
+    option("--cache", default="cache", help="where packed copies go (%(default)s)")
+    option("--unlabelled", default="segment", help="id 0: one segment, or ignore (%(default)s)")
+    option("--void", default="", help="ids that are ignored, e.g. 255 (VOC, Cityscapes); several: 254,255")
+    option("--components", action="store_true", help="labels are classes: their connected parts become the "
+                                                     "segments")
+    option("--workers", type=int, default=CORES, help="processes (%(default)s)")
+    option("--max_bad", "--max-bad", type=float, default=0.01,
+           help="share of unusable items that is too much (%(default)s)")
+    option("--download", action="store_true", help="only fetch COCO, into ROOT/coco; goes on where it "
+                                                   "stopped")
+    option("--server", default="http://images.cocodataset.org", help="where from (%(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    options()  # before torch, whose import takes seconds: --help and mistakes end here
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine import complaint, program
+from engine import program
 from frame import MEAN, STD, coarser, normalise
 from sources.download import download
 from sources.formats import FORMATS, format_of, others
 from sources.hints import NUMBERS, draw_hints  # noqa: F401 (train.py enters sources/ by this door)
 from sources.packing import pack
 from sources.scenes import Mixture, Shapes
-
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segment", components=False,
@@ -338,29 +369,7 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
 
 @program("data.py", "run the same command again to go on")
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Fetch COCO, or decode and resize a data set, for training "
-                                                 "to read it fast.")
-    parser.error, option = complaint("data.py"), parser.add_argument
-    option("name", help="coco, entity, ade20k, bsds500, or a folder: images/ and labels/, or another format")
-    option("--root", default="data", help="the data set lies in ROOT/NAME or in ROOT itself (%(default)s)")
-    option("--split", nargs="+", default=["train", "val"], choices=["train", "val", "test"],
-           help="(train val)")
-    option("--size", type=int, default=128, help="longer side of the label maps, in pixels (%(default)s)")
-    option("--crop", type=float, default=1.0, help="as in train.py: crops need larger training images "
-                                                   "(%(default)s; preset photo: 0.5)")
-    option("--detail", type=int, default=1, help="of the network, see model.SIZES (%(default)s; photo: 2)")
-    option("--cache", default="cache", help="where packed copies go (%(default)s)")
-    option("--unlabelled", default="segment", help="id 0: one segment, or ignore (%(default)s)")
-    option("--void", default="", help="ids that are ignored, e.g. 255 (VOC, Cityscapes); several: 254,255")
-    option("--components", action="store_true", help="labels are classes: their connected parts become the "
-                                                     "segments")
-    option("--workers", type=int, default=CORES, help="processes (%(default)s)")
-    option("--max_bad", "--max-bad", type=float, default=0.01,
-           help="share of unusable items that is too much (%(default)s)")
-    option("--download", action="store_true", help="only fetch COCO, into ROOT/coco; goes on where it "
-                                                   "stopped")
-    option("--server", default="http://images.cocodataset.org", help="where from (%(default)s)")
-    a = parser.parse_args(argv)
+    a = options(argv)
     try:
         if not 0 <= a.max_bad <= 1:
             raise ValueError(f"--max_bad is a share, from 0 to 1, not {a.max_bad}")

@@ -31,6 +31,80 @@ import shutil
 import sys
 from pathlib import Path
 
+
+def number_list(text, kind, minimum):
+    """'1,2,4' -> [1, 2, 4], each at least `minimum`. For argparse."""
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(minimum <= value <= 10**6 for value in values):  # nan is neither
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a number from {minimum} up to 1000000, or several separated by commas")
+    return list(dict.fromkeys(values))
+
+
+def click_numbers(text):
+    """'0,4,all' -> [0, 4, "all"]. For argparse."""
+    return [k for part in text.split(",") for k in (["all"] if part == "all" else number_list(part, int, 0))]
+
+
+def words(text):
+    return list(dict.fromkeys(text.split(",")))
+
+
+def arguments(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def whole(text):
+        return number_list(text, int, 1)
+
+    p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
+    p.add_argument("--raw", action="store_true", help="the network's last weights instead of their average")
+    p.add_argument("--baseline", choices=["grid", "kmeans", "human"], help="instead of a checkpoint")
+    p.add_argument("--dataset", default="shapes", help="shapes, coco, or a folder")
+    p.add_argument("--split", default="val")
+    p.add_argument("--components", action="store_true", help="label maps hold classes, whose connected "
+                                                             "parts are the segments")
+    p.add_argument("--unlabelled", default="segment", choices=["segment", "ignore"],
+                   help="what id 0 is, as in training")
+    p.add_argument("--void", default="", help="ids that are ignored, as in training, e.g. 255 or 254,255")
+    p.add_argument("--max_bad", "--max-bad", type=float, default=0.01,
+                   help="share of unusable items that is too much")
+    p.add_argument("--size", type=int, help="longer side to score at: of a baseline (128), of a network "
+                                            "besides its own")
+    p.add_argument("--limit", type=int, default=256, help="at most so many images")
+    p.add_argument("--root", default="data")
+    p.add_argument("--cache", default="cache")
+    p.add_argument("--out", help="where the files go (default: out/eval/<checkpoint>-<dataset>-<split>)")
+    p.add_argument("--seed", type=int, default=0, help="sample j of image i has the seed (SEED 10^6 + i) "
+                                                       "1000 + j")
+    p.add_argument("--n", type=whole, default=[1], help="samples an image, e.g. 8, or 1,2,4,8,16")
+    p.add_argument("--clicks", type=click_numbers, help="instead: scores after so many clicks, e.g. "
+                                                        "0,1,2,4,8,16,all")
+    p.add_argument("--clicks_to", type=float, help="instead: how many clicks an object takes until this "
+                                                   "IoU, e.g. 0.85")
+    p.add_argument("--steps", type=whole, help="denoising steps, e.g. 8, or 1,2,4,8,16")
+    p.add_argument("--guidance", type=lambda text: number_list(text, float, 0), help="e.g. 1, or 0,1,2,3")
+    p.add_argument("--sampler", type=words, help="ddpm, ddim, or several with commas")
+    p.add_argument("--variance", type=words, help="of ddpm: large, small or large,small")
+    p.add_argument("--smooth", type=lambda text: number_list(text, float, 0),
+                   help="e.g. 0.2, or 0,0.1,0.2,0.4")
+    p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour "
+                                             "first (default: the checkpoint's)")
+    p.add_argument("--merge", type=float, help="as in sample.py (default: the checkpoint's; 0: samples as "
+                                               "the network makes them)")
+    p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--kernels", help="auto, triton or torch (default: BITSEG_KERNELS, or auto: Triton with "
+                                     "CUDA)")
+    p.error = lambda message: p.exit(2, f"eval.py: {message}\n")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments(sys.argv[1:])  # before torch, whose import takes seconds: --help and mistakes end here
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -48,7 +122,7 @@ from answers.segment import (
 )
 from data import load, originals, parse_parts, parse_void
 from diffusion import SAMPLERS, VARIANCES, WITHOUT_VARIANCE
-from engine import complaint, foreign, pick_device, program
+from engine import foreign, pick_device, program
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ",
         "covering": "covering", "pri": "PRI",
@@ -200,80 +274,6 @@ def flat_rows(rows, places):
             for row in rows]
 
 
-def number_list(text, kind, minimum):
-    """'1,2,4' -> [1, 2, 4], each at least `minimum`. For argparse."""
-    try:
-        values = [kind(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or not all(minimum <= value <= 10**6 for value in values):  # nan is neither
-        raise argparse.ArgumentTypeError(
-            f"'{text}' is not a number from {minimum} up to 1000000, or several separated by commas")
-    return list(dict.fromkeys(values))
-
-
-def click_numbers(text):
-    """'0,4,all' -> [0, 4, "all"]. For argparse."""
-    return [k for part in text.split(",") for k in (["all"] if part == "all" else number_list(part, int, 0))]
-
-
-def known_words(text, known):
-    if unknown := [part for part in text.split(",") if part not in known]:
-        raise argparse.ArgumentTypeError(f"'{unknown[0]}' is not one of {', '.join(known)}")
-    return list(dict.fromkeys(text.split(",")))
-
-
-def arguments(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def whole(text):
-        return number_list(text, int, 1)
-
-    p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
-    p.add_argument("--raw", action="store_true", help="the network's last weights instead of their average")
-    p.add_argument("--baseline", choices=["grid", "kmeans", "human"], help="instead of a checkpoint")
-    p.add_argument("--dataset", default="shapes", help="shapes, coco, or a folder")
-    p.add_argument("--split", default="val")
-    p.add_argument("--components", action="store_true", help="label maps hold classes, whose connected "
-                                                             "parts are the segments")
-    p.add_argument("--unlabelled", default="segment", choices=["segment", "ignore"],
-                   help="what id 0 is, as in training")
-    p.add_argument("--void", default="", help="ids that are ignored, as in training, e.g. 255 or 254,255")
-    p.add_argument("--max_bad", "--max-bad", type=float, default=0.01,
-                   help="share of unusable items that is too much")
-    p.add_argument("--size", type=int, help="longer side to score at: of a baseline (128), of a network "
-                                            "besides its own")
-    p.add_argument("--limit", type=int, default=256, help="at most so many images")
-    p.add_argument("--root", default="data")
-    p.add_argument("--cache", default="cache")
-    p.add_argument("--out", help="where the files go (default: out/eval/<checkpoint>-<dataset>-<split>)")
-    p.add_argument("--seed", type=int, default=0, help="sample j of image i has the seed (SEED 10^6 + i) "
-                                                       "1000 + j")
-    p.add_argument("--n", type=whole, default=[1], help="samples an image, e.g. 8, or 1,2,4,8,16")
-    p.add_argument("--clicks", type=click_numbers, help="instead: scores after so many clicks, e.g. "
-                                                        "0,1,2,4,8,16,all")
-    p.add_argument("--clicks_to", type=float, help="instead: how many clicks an object takes until this "
-                                                   "IoU, e.g. 0.85")
-    p.add_argument("--steps", type=whole, help="denoising steps, e.g. 8, or 1,2,4,8,16")
-    p.add_argument("--guidance", type=lambda text: number_list(text, float, 0), help="e.g. 1, or 0,1,2,3")
-    p.add_argument("--sampler", type=lambda text: known_words(text, SAMPLERS),
-                   help=f"{', '.join(SAMPLERS)}, or several with commas")
-    p.add_argument("--variance", type=lambda text: known_words(text, VARIANCES),
-                   help="of ddpm: large, small or large,small")
-    p.add_argument("--smooth", type=lambda text: number_list(text, float, 0),
-                   help="e.g. 0.2, or 0,0.1,0.2,0.4")
-    p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour "
-                                             "first (default: the checkpoint's)")
-    p.add_argument("--merge", type=float, help="as in sample.py (default: the checkpoint's; 0: samples as "
-                                               "the network makes them)")
-    p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--kernels", choices=kernels.MODES, help="(default: BITSEG_KERNELS, or auto: Triton with "
-                                                            "CUDA)")
-    p.error = complaint("eval.py")
-    return p.parse_args(argv)
-
-
 def check_out(out):
     """Raises ValueError where a file of somebody else's would be overwritten."""
     table, report, picture = (out / name for name in ("images.csv", "report.json", "examples.png"))
@@ -319,6 +319,9 @@ def main(argv=None):
             raise ValueError(f"--max_bad is a share, from 0 to 1, not {a.max_bad}")
         if not 0 <= a.seed < 10**6:
             raise ValueError(f"--seed must be from 0 to 999999, not {a.seed}")
+        for name, known in (("sampler", SAMPLERS), ("variance", VARIANCES)):
+            if unknown := [word for word in getattr(a, name) or [] if word not in known]:
+                raise ValueError(f"--{name}: '{unknown[0]}' is not one of {', '.join(known)}")
         clicking = a.clicks is not None or a.clicks_to is not None
         if clicking and (a.baseline or a.out):
             raise ValueError("--clicks and --clicks_to need a checkpoint, not a baseline, and print their "

@@ -19,6 +19,21 @@ from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+
+def options(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("photo", nargs="?", help="an image file (default: choose one on the page)")
+    p.add_argument("--port", type=int, default=8765, help="of 127.0.0.1; 0: one that is free")
+    p.add_argument("--no_browser", action="store_true", help="print the address, and open no browser")
+    p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.error = lambda message: p.exit(2, f"page.py: {message}\n")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":
+    options()  # before torch, whose import takes seconds: --help and mistakes end here
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -27,6 +42,7 @@ from answers.pictures import colours, overlaid, runs, shade
 from engine import complaint, pick_device, program
 from sample import MARK, grain_of, read_image, save, save_json
 
+fail = complaint("page.py")
 N, FIRST, SEED, VIEW = 8, 4, 0, 800  # samples, those of a first answer, first seed; pixels of the side shown
 PHOTOS, HINTS, UPLOAD, TEXT = 4, 225, 64_000_000, 1_000_000  # at hand, ids in each; bytes of one, of others
 POLICY = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; img-src data:; "
@@ -216,14 +232,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @program("page.py", "start it again, and load the page anew")
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("photo", nargs="?", help="an image file (default: choose one on the page)")
-    p.add_argument("--port", type=int, default=8765, help="of 127.0.0.1; 0: one that is free")
-    p.add_argument("--no_browser", action="store_true", help="print the address, and open no browser")
-    p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.error = complaint("page.py")
-    a = p.parse_args(argv)
+    a = options(argv)
     with tempfile.TemporaryDirectory(prefix="bitseg-", ignore_cleanup_errors=True) as folder:
         try:
             device, ckpt = pick_device(a.device), a.ckpt or segment.newest_checkpoint()
@@ -231,9 +240,9 @@ def main(argv=None):
             first = a.photo and dict(desk.open(Path(a.photo).read_bytes(), a.photo), name=Path(a.photo).name)
             server = ThreadingHTTPServer(("127.0.0.1", a.port), Handler)
         except OSError as e:
-            p.error(f"{e.filename or f'--port {a.port}'}: {e.strerror.lower()}; choose another")
+            fail(f"{e.filename or f'--port {a.port}'}: {e.strerror.lower()}; choose another")
         except (ValueError, RuntimeError, OverflowError) as e:
-            p.error(e)
+            fail(e)
         server.desk, server.config = desk, dict(
             token=secrets.token_hex(16), first=first, ckpt=a.ckpt, seed=SEED, upload=UPLOAD)
         threading.Thread(target=desk.work, daemon=True).start()

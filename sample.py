@@ -35,6 +35,54 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+
+def options(argv):
+    """The command line as a namespace; its mistakes end in one sentence and exit status 2."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("images", nargs="*", help="image files or folders")
+    p.add_argument("--n", type=int, default=8, help="samples for each image")
+    p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
+    p.add_argument("--out", default="samples", help="where the folders go")
+    p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
+    p.add_argument("--guidance", type=float, help="guidance weight, 0 = none: half the time (default: the "
+                                                  "checkpoint's)")
+    p.add_argument("--sampler", help="ddpm or ddim (default: the checkpoint's)")
+    p.add_argument("--smooth", type=float, help="share of the side that answers are averaged over, between "
+                                                "the image's edges; 0 = none")
+    p.add_argument("--grain", default="normal", help="coarse, normal, fine, or how many segments")
+    p.add_argument("--closed", action="store_true", help="every pixel belongs to one of the hints")
+    p.add_argument("--merge", type=float, help="cut where the odds that people part two regions reach this: "
+                                               "above 1 coarser, below finer; "
+                   "0: samples as the network makes them, joined where most agree (default: the "
+                   "checkpoint's)")
+    p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour "
+                                             "first (default: the checkpoint's)")
+    p.add_argument("--seed", type=int, default=0, help="sample j of every image has the seed SEED + j")
+    p.add_argument("--batch", type=int, help="samples at once (default: 1 on the CPU, else 64, or as many "
+                                             "as memory holds)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--resume", action="store_true", help="skip images that are done with the same settings")
+    p.add_argument("--format", choices=["coco", "coco_panoptic"], default="coco",
+                   help="coco: segments.json alone")
+    p.add_argument("--hint", action="append", default=[],
+                   help="label map: pixels of one id belong together, of different ids apart; 0 is free")
+    p.add_argument("--points", action="append", default=[],
+                   help='groups of clicks "x,y x,y;x,y", in pixels from the top left corner; may be repeated')
+    p.add_argument("--box", action="append", default=[], help="x0,y0,x1,y1 about one segment; may be "
+                                                              "repeated")
+    p.add_argument("--init", action="append", default=[], help="label map to start from; 0 is free")
+    p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, "
+                                                               "at most 1")
+    p.error = lambda message: p.exit(2, f"sample.py: {message}\n")
+    end = argv.index("--") if "--" in argv else len(argv)  # argparse's own way of it does not mix
+    a = p.parse_intermixed_args(argv[:end])
+    a.images += argv[end + 1 :]
+    return a
+
+
+if __name__ == "__main__":
+    options(sys.argv[1:])  # before torch, whose import takes seconds: --help and mistakes end here
+
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
@@ -294,48 +342,12 @@ def digest(path):
 
 def arguments(argv):
     """The command line -> options, checked one by one. Raises ValueError."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("images", nargs="*", help="image files or folders")
-    p.add_argument("--n", type=int, default=8, help="samples for each image")
-    p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
-    p.add_argument("--out", default="samples", help="where the folders go")
-    p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
-    p.add_argument("--guidance", type=float, help="guidance weight, 0 = none: half the time (default: the "
-                                                  "checkpoint's)")
-    p.add_argument("--sampler", choices=SAMPLERS, help="(default: the checkpoint's)")
-    p.add_argument("--smooth", type=float, help="share of the side that answers are averaged over, between "
-                                                "the image's edges; 0 = none")
-    p.add_argument("--grain", default="normal", help="coarse, normal, fine, or how many segments")
-    p.add_argument("--closed", action="store_true", help="every pixel belongs to one of the hints")
-    p.add_argument("--merge", type=float, help="cut where the odds that people part two regions reach this: "
-                                               "above 1 coarser, below finer; "
-                   "0: samples as the network makes them, joined where most agree (default: the "
-                   "checkpoint's)")
-    p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour "
-                                             "first (default: the checkpoint's)")
-    p.add_argument("--seed", type=int, default=0, help="sample j of every image has the seed SEED + j")
-    p.add_argument("--batch", type=int, help="samples at once (default: 1 on the CPU, else 64, or as many "
-                                             "as memory holds)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument("--resume", action="store_true", help="skip images that are done with the same settings")
-    p.add_argument("--format", choices=["coco", "coco_panoptic"], default="coco",
-                   help="coco: segments.json alone")
-    p.add_argument("--hint", action="append", default=[],
-                   help="label map: pixels of one id belong together, of different ids apart; 0 is free")
-    p.add_argument("--points", action="append", default=[],
-                   help='groups of clicks "x,y x,y;x,y", in pixels from the top left corner; may be repeated')
-    p.add_argument("--box", action="append", default=[], help="x0,y0,x1,y1 about one segment; may be "
-                                                              "repeated")
-    p.add_argument("--init", action="append", default=[], help="label map to start from; 0 is free")
-    p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, "
-                                                               "at most 1")
-    p.error = fail
-    end = argv.index("--") if "--" in argv else len(argv)  # argparse's own way of it does not mix
-    a = p.parse_intermixed_args(argv[:end])
-    a.images += argv[end + 1 :]
+    a = options(argv)
     if not a.images:
         raise ValueError("no image is named: python sample.py photo.jpg")
     a.grain = grain_of(a.grain)
+    if a.sampler not in (None, *SAMPLERS):
+        raise ValueError(f"--sampler is {' or '.join(SAMPLERS)}, not '{a.sampler}'")
     for name, least, most in (("n", 1, 10**5), ("steps", 1, 10**5), ("batch", 1, 10**5),
                               ("guidance", 0, 10**6), ("smooth", 0, 10**6), ("seed", 0, 2**62)):
         value = getattr(a, name)

@@ -25,6 +25,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+
+def show_help(argv):
+    """Print the docstring and Config, as it stands in this file, and end, where that is asked for."""
+    if "-h" in argv or "--help" in argv:
+        options = Path(__file__).read_text().split("class Config:\n")[1].split("\n\n\n")[0]
+        print(f"{__doc__}\noptions (--key value), with their defaults:\n\n{options}\n")
+        sys.exit()
+
+
+if __name__ == "__main__":
+    show_help(sys.argv)  # before torch, whose import takes seconds
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -242,13 +254,6 @@ def codec_of(c):
     return Codec(**chosen(c, CODEC))
 
 
-def help_text(doc):
-    """A docstring, then Config as it stands in this file."""
-    source = Path(__file__).read_text()
-    body = source.split("class Config:\n")[1].split("\n\n\n")[0]
-    return f"{doc}\noptions (--key value), with their defaults:\n\n{body}\n"
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The parts of a step
 
@@ -440,9 +445,7 @@ def save_picture(picture, path):
 @program("train.py", "run the same command again to go on")
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if "-h" in argv or "--help" in argv:
-        print(help_text(__doc__))
-        return 0
+    show_help(argv)
     try:
         c = parse(argv)
         if c.export:

@@ -207,3 +207,13 @@ def test_wrong_options_end_in_one_sentence(capsys, script, arguments):
         status = e.code
     err = capsys.readouterr().err
     assert status == 2 and err.count("\n") == 1 and arguments[-2].lstrip("-").split("=")[0] in err
+
+
+@pytest.mark.parametrize("name", ["sample", "eval", "page", "data", "train"])
+def test_help_comes_before_torch(name):
+    command = [sys.executable, "-X", "importtime", ROOT / f"{name}.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "options" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "pathlib" in imported
+    assert not imported & {"torch", "numpy", "scipy", "PIL", "pycocotools"}
