@@ -117,7 +117,6 @@ from answers.scoring import at_own_size, at_size_of, score_images
 from answers.segment import (
     load_checkpoint,
     newest_checkpoint,
-    read_checkpoint,
     set_tidy,
 )
 from data import load, originals, parse_parts, parse_void
@@ -343,15 +342,9 @@ def main(argv=None):
         kernels.use(a.kernels or kernels.mode)
         kernels.live(device)
         path = None if a.baseline else Path(a.ckpt or newest_checkpoint())
-        model = None if a.baseline else load_checkpoint(path, device)
+        model = None if a.baseline else load_checkpoint(path, device, a.raw)
         if model:
             set_tidy(model, a.least, a.merge)
-        if model and a.raw:
-            content = read_checkpoint(path, device)
-            if "net" not in content:
-                raise ValueError(f"{path} holds averaged weights only (it was made by --export): leave out "
-                                 f"--raw")
-            model.net.load_state_dict(content["net"])
 
         def at_size(size, detail=1):
             return load(a.dataset, a.split, size, a.root, a.cache, unlabelled=a.unlabelled,

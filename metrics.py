@@ -16,7 +16,6 @@ index and variation of information as in BSDS500: Arbelaez et al. 2011; energy d
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 
 
 def contingency(pred, true):
@@ -127,6 +126,7 @@ def segment_counts(table):
 
 def matched_iou(table):
     """(iou, hiou): the Hungarian match's summed IoU over #true, and over max(#true, #predicted)."""
+    from scipy.optimize import linear_sum_assignment  # here, for sample.py does without and starts sooner
     matrices = iou_matrix(table).cpu().numpy()
     total = torch.tensor([m[linear_sum_assignment(m, maximize=True)].sum() for m in matrices],
                          dtype=torch.float64)

@@ -70,13 +70,15 @@ def read_checkpoint(path, device="cpu"):
     return content
 
 
-def load_checkpoint(path, device="cpu"):
-    """The EMA network of a checkpoint, ready to sample from. Raises ValueError naming the file, RuntimeError
-    as `diffusion.fused`."""
+def load_checkpoint(path, device="cpu", raw=False):
+    """The EMA network of a checkpoint, or the network itself (raw), ready to sample from. Raises ValueError
+    naming the file, RuntimeError as `diffusion.fused`."""
     c = read_checkpoint(path, device)
     if lacks := {"network", "ema", "codec", "diffusion", "image_size", "sampling", "dataset",
                  "step"} - c.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it is no checkpoint of train.py")
+    if raw and "net" not in c:
+        raise ValueError(f"{path} holds averaged weights only (it was made by --export): leave out --raw")
     try:
         whole, real = ("image_size", "step", "steps", "least", "seed"), ("guidance", "smooth", "merge")
         numbers = {f.name: f.type for f in fields(Diffusion) if f.type is float}
@@ -99,7 +101,7 @@ def load_checkpoint(path, device="cpu"):
         if want != (c["network"]["in_channels"], c["network"]["out_channels"]):
             raise ValueError(f"its network is not of {want[0]} channels in and {want[1]} out, as its "
                              f"settings say")
-        net.load_state_dict(c["ema"])
+        net.load_state_dict(c["net" if raw else "ema"])
         net = net.to(device).eval().requires_grad_(False)
         model = Model(net, codec, diffusion, c["image_size"],
                       {"smooth": 0.0, **c["sampling"]}, c["dataset"], c["step"],
