@@ -9,8 +9,6 @@ networks.
     maps = enlarge(labels, photo)  # (N, h, w) -> (N, H, W), along the photo's own edges
 """
 
-from itertools import product
-
 import numpy as np
 import scipy.ndimage
 import torch
@@ -149,34 +147,37 @@ def enlarge(labels, image, calm=None):
     labels, kind = torch.as_tensor(labels), torch.uint8 if int(labels.max()) < 255 else torch.int32
     row, col = ((torch.arange(a) + 0.5) * b / a - 0.5 for a, b in ((height, h), (width, w)))
     near_row, near_col = row.round().long(), col.round().long()
+    # squared distances to three rows, or columns, of the map: (H, 3) and (W, 3)
+    down, across = ((at[:, None] - (near[:, None] + torch.arange(-1, 2))) ** 2
+                    for at, near in ((row, near_row), (col, near_col)))
     colour = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BOX))).float() / 255  # (h, w, 3)
     calm = calm or blurred(image, h, w)
-    around = F.pad(labels[:, None].float(), (1, 1, 1, 1), mode="replicate")[:, 0].long()
-    mixed = torch.zeros(labels.shape, dtype=torch.bool)
-    for dy, dx in product(range(3), range(3)):
-        mixed |= around[:, dy : dy + h, dx : dx + w] != labels
+
+    def around(maps):  # (N, h, w) -> (N, h w, 9): what each pixel's 3 x 3 hold
+        return F.unfold(F.pad(maps[:, None].float(), (1, 1, 1, 1), mode="replicate"), 3).mT.contiguous()
+
+    names, colours = around(labels), around(colour.permute(2, 0, 1)).permute(1, 2, 0).flatten(1)
+    same = (names == names[:, :, 4:5]).float()  # as the middle one's
+    mixed, small = (same == 0).any(2), labels.to(kind).flatten(1)
     out = torch.empty(len(labels), height, width, dtype=kind)
     strip = max(1, STRIP // (width * 9))
     for top in range(0, height, strip):
-        rows = near_row[top : top + strip]
-        out[:, top : top + strip] = labels[:, rows][:, :, near_col].to(kind)
-        some = mixed[:, rows][:, :, near_col]
-        y, x = some.any(0).nonzero(as_tuple=True)  # the pixels in question, of any map
+        cell = near_row[top : top + strip, None] * w + near_col
+        out[:, top : top + strip] = small[:, cell]
+        y, x = mixed[:, cell].any(0).nonzero(as_tuple=True)  # the pixels in question, of any map
         if not len(y):
             continue
-        own = torch.from_numpy(np.array(calm.crop((0, top, width, top + len(rows)))))[y, x].float() / 255
-        weight, at = [], []
-        for dy, dx in product((-1, 0, 1), (-1, 0, 1)):
-            i, j = rows[y] + dy, near_col[x] + dx
-            far = (row[top + y] - i) ** 2 + (col[x] - j) ** 2
-            i, j = i.clamp(0, h - 1), j.clamp(0, w - 1)
-            # Gaussians: of 0.5 pixels, and of 0.1 of the colours' range
-            weight.append(torch.exp(-far / 0.5 - ((own - colour[i, j]) ** 2).sum(1) / 0.02).clamp(min=1e-12))
-            at.append(i * w + j)
-        weight, at = torch.stack(weight), torch.stack(at)  # (9, P)
-        for k, one in enumerate(labels):
-            here = some[k, y, x]
-            label, votes = one.flatten()[at[:, here]], weight[:, here]
-            total = torch.stack([(votes * (label == candidate)).sum(0) for candidate in label])
-            out[k, top + y[here], x[here]] = label.gather(0, total.argmax(0, keepdim=True))[0].to(kind)
+        own = torch.from_numpy(np.array(calm.crop((0, top, width, top + len(cell)))))[y, x].float() / 255
+        at = cell[y, x]
+        far = (down[top + y][:, :, None] + across[x][:, None]).flatten(1)
+        unlike = (own[:, None] - colours[at].view(-1, 9, 3)).square().sum(2)
+        # Gaussians: of 0.5 pixels, and of 0.1 of the colours' range; (P, 9)
+        weight = torch.exp(-far / 0.5 - unlike / 0.02).clamp(min=1e-12)
+        for one, name, alike in zip(out, names, same):
+            # where more than half of the weight is the middle one's label, as at most pixels, it stays
+            open_ = ((weight * alike[at]).sum(1) < 0.501 * weight.sum(1)).nonzero()[:, 0]
+            label, votes = name[at[open_]], weight[open_]
+            total = [(votes * (label == candidate[:, None])).sum(1) for candidate in label.unbind(1)]
+            best = torch.stack(total, 1).argmax(1, keepdim=True)
+            one[top + y[open_], x[open_]] = label.gather(1, best)[:, 0].to(kind)
     return out

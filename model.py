@@ -164,9 +164,15 @@ class UNet(nn.Module):
                            groups, dropout) if finer else None
         self.to(memory_format=torch.channels_last)  # convolutions are faster in NHWC
 
+    def cast(self, x):
+        """An input in the precision of a network that was converted, net.bfloat16(); under autocast, weights
+        are float32 and the input stays as it is."""
+        return x if self.stem.weight.dtype == torch.float32 else x.to(self.stem.weight.dtype)
+
     def image_part(self, image):
         """What is the same at every step of sampling: the stem's output for the image alone, (B, width, H/p,
         W/p), and what `finer` sees of it, (B, width/2, 2 H/p, 2 W/p) or None."""
+        image = self.cast(image)
         mean = image.unflatten(1, (3, -1)).mean(2)  # (B, 3, H, W)
         h = F.conv2d(F.pixel_unshuffle(mean, self.patch), self.stem.weight.split(self.parts, 1)[1], padding=1)
         if self.look is None:
@@ -179,6 +185,7 @@ class UNet(nn.Module):
             raise ValueError(f"image size {x.shape[-2]} x {x.shape[-1]}: this network halves "
                              f"{self.multiple} pixels "
                              f"down to 1, so both sides must be multiples of {self.multiple}")
+        x = self.cast(x)
         emb = F.silu(self.time(time_features(t).to(self.stem.weight.dtype)))  # (B, 4 * width)
         # NHWC or NCHW, as the weights are: net.to(memory_format=torch.contiguous_format) is faster for bf16
         # on a CPU

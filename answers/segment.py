@@ -27,7 +27,7 @@ from pycocotools import mask as coco_mask
 from answers import tree
 from bits import Codec, entropy, hint_bits, locate
 from diffusion import SAMPLERS, VARIANCES, Diffusion, fused, sample
-from engine import newest, out_of_memory
+from engine import newest, out_of_memory, pick_precision
 from frame import blurred, enlarge, normalise, outline, resize_image, shrink, subsample
 from metrics import ari, contingency
 from model import UNet
@@ -102,7 +102,10 @@ def load_checkpoint(path, device="cpu", raw=False):
             raise ValueError(f"its network is not of {want[0]} channels in and {want[1]} out, as its "
                              f"settings say")
         net.load_state_dict(c["net" if raw else "ema"])
-        net = net.to(device).eval().requires_grad_(False)
+        # half of the time, where the CPU has bf16; what the samplers do with its output stays float32
+        device = torch.device(device)
+        dtype = pick_precision("auto", device)[0] if device.type == "cpu" else None
+        net = net.to(device, dtype).eval().requires_grad_(False)
         model = Model(net, codec, diffusion, c["image_size"],
                       {"smooth": 0.0, **c["sampling"]}, c["dataset"], c["step"],
                       {"least": 0, "merge": 0.0, **c.get("tidy", {})})
@@ -316,7 +319,8 @@ class Segmentation:
     def enlarged(self, copy=None):
         """Each sample in turn, (H, W), at the size of the image or of a smaller copy of it."""
         image, calm = (copy, blurred(copy, *self.cells.shape[1:])) if copy else (self.image, self.calm)
-        return (enlarge(one[None], image, calm)[0] for one in self.cells)
+        together = max(1, 2**22 // (image.width * image.height))  # of a small photo, they share the weights
+        return (one for some in self.cells.split(together) for one in enlarge(some, image, calm))
 
     def cut(self, grain="normal", hints=None, closed=False):
         """Another Answer from the same samples, in milliseconds.

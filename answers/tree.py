@@ -166,9 +166,11 @@ def forest(jump, marker):
 # Pairs of regions that touch, and what the odds see of them
 
 
-def sums(values, at, n):
-    """Values (m, F) of items, each in group at (m,) -> (n, F): the sum in every group."""
-    return csr_matrix((np.ones(len(at)), (at, np.arange(len(at)))), shape=(n, len(at))) @ values
+def groups(at, n):
+    """Items, each in group at (m,) below n -> a matrix (n, m): its product with values (m, F) is the sum in
+    every group."""
+    ends = np.append(0, np.cumsum(np.bincount(at, minlength=n)))
+    return csr_matrix((np.ones(len(at)), np.argsort(at, kind="stable"), ends), shape=(n, len(at)))
 
 
 def collect(i, j, values, n):
@@ -176,7 +178,7 @@ def collect(i, j, values, n):
     sums."""
     apart = i != j
     pair, at = np.unique((np.minimum(i, j) * n + np.maximum(i, j))[apart], return_inverse=True)
-    return pair // n, pair % n, sums(values[apart], at, len(pair))
+    return pair // n, pair % n, groups(at, len(pair)) @ values[apart]
 
 
 class Graph:
@@ -190,7 +192,7 @@ class Graph:
         flat = region.ravel()
         pixels = np.concatenate([np.ones((h * w, 1)), evidence.looks.reshape(h * w, -1),
                                  evidence.soft.transpose(1, 2, 0, 3).reshape(h * w, -1)], axis=1)
-        self.total = sums(pixels, flat, self.n)  # (n, 1 + 28 + samples * bits): area and sums
+        self.total = groups(flat, self.n) @ pixels  # (n, 1 + 28 + samples * bits): area and sums
         place = (flat * samples)[None] + np.arange(samples)[:, None]
         place = place * evidence.codes + evidence.cells.reshape(samples, -1)
         size = self.n * samples * evidence.codes
@@ -204,15 +206,16 @@ class Graph:
             steps.append(np.moveaxis(evidence.steps[axis], axis, 0).reshape(-1, 5))
         i, j, steps = map(np.concatenate, (i, j, steps))
         inside = i == j
-        self.inner = sums(steps[inside], i[inside], self.n)  # (n, 5): of the pairs of pixels inside a region
+        self.inner = groups(i[inside], self.n) @ steps[inside]  # (n, 5): of the pairs of pixels inside a region
         self.i, self.j, self.border = collect(i, j, steps, self.n)  # border (m, 5): of those between two
 
     def merge(self, to, n):
         """Regions k become to[k], which are n."""
-        self.total, self.count, self.inner = (sums(v, to, n) for v in (self.total, self.count, self.inner))
+        joined = groups(to, n)
+        self.total, self.count, self.inner = (joined @ v for v in (self.total, self.count, self.inner))
         i, j = to[self.i], to[self.j]
         inside = i == j
-        self.inner = self.inner + sums(self.border[inside], i[inside], n)
+        self.inner = self.inner + groups(i[inside], n) @ self.border[inside]
         self.i, self.j, self.border = collect(i, j, self.border, n)
         self.n = n
 
