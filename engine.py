@@ -33,7 +33,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -269,6 +271,61 @@ def any_stopped(stop, world):
             work = dist.all_reduce(told, async_op=True)
             yield before is not None and before[1].wait() and bool(before[0])
             before = told, work
+
+
+class Threads:
+    """How many threads torch computes with on a CPU: 1, half of those that it would take, or all, whichever
+    takes real steps least time.
+
+    They wait for each other thousands of times a step: where another job has the core of one of two, both
+    together take a hundred times as long as one alone. Call it after every step; it sets the number for the
+    next one, and returns a sentence where that has changed, else "". It measures at the start, every 1,000
+    steps, and when steps take twice as long as they did. fixed: that many, unmeasured.
+    """
+
+    def __init__(self, fixed=None, tries=3):
+        most = fixed or torch.get_num_threads()
+        self.choices = [fixed] if fixed else sorted({1, max(1, most // 2), most})
+        self.tries, self.before, self.chosen = tries, None, None
+        self.measure()
+
+    def measure(self):
+        self.times = {n: [] for n in self.choices if len(self.choices) == 1 or n == 1 or not crowded(n)}
+        self.recent, self.steps = deque(maxlen=3), 0
+        torch.set_num_threads(self.choices[0])
+
+    def __call__(self):
+        now, before = time.perf_counter(), self.before
+        self.before, self.steps = now, self.steps + 1
+        if len(self.choices) == 1 or before is None:
+            return ""
+        if self.recent:  # decided
+            self.recent.append(now - before)
+            if min(self.recent) > 2 * min(self.times[self.chosen]) or self.steps > 1000:
+                self.measure()
+            return ""
+        self.times[torch.get_num_threads()].append(now - before)
+        best = min(min(t) for t in self.times.values() if t)
+        if todo := [n for n, t in self.times.items() if len(t) < self.tries and (not t or min(t) < 3 * best)]:
+            torch.set_num_threads(todo[0])
+            return ""
+        last, self.chosen = self.chosen, min(self.times, key=lambda n: min(self.times[n]))
+        torch.set_num_threads(self.chosen)
+        self.recent.append(best)
+        took = [f"{1000 * min(self.times[n]):.0f} ms with {n}" if n in self.times
+                else f"far longer with {n}, which wait for a core" for n in self.choices]
+        return f"threads: {self.chosen}, as a step took {', '.join(took)}" if self.chosen != last else ""
+
+
+def crowded(n):
+    """Whether n threads of torch wait for a core that another job has: milliseconds for what takes 10 us."""
+    torch.set_num_threads(n)
+    x, began = torch.zeros(2**17), time.perf_counter()
+    for _ in range(500):
+        x.add_(1)
+        if time.perf_counter() - began > 0.05:
+            return True
+    return False
 
 
 class Watch:

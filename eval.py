@@ -105,6 +105,8 @@ def arguments(argv):
 if __name__ == "__main__":
     arguments(sys.argv[1:])  # before torch, whose import takes seconds: --help and mistakes end here
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy, whose products are small here
+
 import numpy as np
 import torch
 import torch.distributed as dist

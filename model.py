@@ -104,8 +104,17 @@ class Attention(nn.Module):
     def forward(self, x):
         h, w = x.shape[-2:]
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (n m c) h w -> n b m (h w) c", n=3, m=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H*W, C/heads)
+        y = attend(q, k, v)  # (B, heads, H*W, C/heads)
         return x + self.out(rearrange(y, "b m (h w) c -> b (m c) h w", h=h, w=w))
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(C)) v of (B, heads, N, C). On a CPU by two matrix products, in half of the time
+    that torch's function takes in bfloat16; not beyond 1024 places, whose N x N weights take memory."""
+    if q.device.type != "cpu" or q.shape[2] > 1024:
+        return F.scaled_dot_product_attention(q, k, v)
+    weight = (q * q.shape[3] ** -0.5) @ k.mT
+    return weight.float().softmax(-1).to(v.dtype) @ v
 
 
 class UNet(nn.Module):

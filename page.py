@@ -34,6 +34,8 @@ def options(argv=None):
 if __name__ == "__main__":
     options()  # before torch, whose import takes seconds: --help and mistakes end here
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy, whose products are small here
+
 import numpy as np
 from PIL import Image, ImageDraw
 

@@ -58,9 +58,10 @@ def options(argv):
     p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour "
                                              "first (default: the checkpoint's)")
     p.add_argument("--seed", type=int, default=0, help="sample j of every image has the seed SEED + j")
-    p.add_argument("--batch", type=int, help="samples at once (default: 1 on the CPU, else 64, or as many "
-                                             "as memory holds)")
+    p.add_argument("--batch", type=int, help="samples at once (default: 4 or 1 on the CPU, else 64, or as "
+                                             "many as memory holds)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--threads", type=int, help="of a CPU (default: as many as is fastest just now)")
     p.add_argument("--resume", action="store_true", help="skip images that are done with the same settings")
     p.add_argument("--format", choices=["coco", "coco_panoptic"], default="coco",
                    help="coco: segments.json alone")
@@ -83,6 +84,8 @@ def options(argv):
 if __name__ == "__main__":
     options(sys.argv[1:])  # before torch, whose import takes seconds: --help and mistakes end here
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy, whose products are small here
+
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
@@ -102,7 +105,7 @@ from answers.segment import (
     summarise,
 )
 from answers.tree import GRAINS
-from engine import complaint, pick_device, program
+from engine import Threads, complaint, pick_device, program
 from sources.formats import IMAGE_TYPES, junk, read_image, read_label, said
 
 fail = complaint("sample.py")
@@ -349,7 +352,8 @@ def arguments(argv):
     if a.sampler not in (None, *SAMPLERS):
         raise ValueError(f"--sampler is {' or '.join(SAMPLERS)}, not '{a.sampler}'")
     for name, least, most in (("n", 1, 10**5), ("steps", 1, 10**5), ("batch", 1, 10**5),
-                              ("guidance", 0, 10**6), ("smooth", 0, 10**6), ("seed", 0, 2**62)):
+                              ("threads", 1, 1024), ("guidance", 0, 10**6), ("smooth", 0, 10**6),
+                              ("seed", 0, 2**62)):
         value = getattr(a, name)
         if value is not None and not least <= value <= most:  # nan is not
             raise ValueError(f"--{name} must be at least {least} and at most {most}, not {value}")
@@ -369,6 +373,7 @@ class Run:
 
     options: argparse.Namespace
     model: Model
+    threads: Threads
     rank: int  # of the processes that share the images; only the first prints
     files: list  # this process's images
     folders: dict  # image: where its results go
@@ -401,6 +406,7 @@ def prepare_run(a):
         raise ValueError(f"--{next(iter(asked))} is for one image, not for {len(files)}")
     one_each = a.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
     a.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if one_each else a.device)
+    threads = Threads(a.threads if a.device.type == "cpu" else torch.get_num_threads())
     ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
     model, out, names = load_checkpoint(ckpt, a.device), Path(a.out), folder_names(files)
     set_tidy(model, a.least, a.merge)
@@ -425,8 +431,9 @@ def prepare_run(a):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
         introduce(a, model, ckpt, settings)
-    return Run(a, model, rank, files[rank::world], {path: out / names[path] for path in files}, prompts,
-               sampling, info, digests, panoptic, a.n * sampling.get("steps", model.sampling["steps"]))
+    return Run(a, model, threads, rank, files[rank::world], {path: out / names[path] for path in files},
+               prompts, sampling, info, digests, panoptic,
+               a.n * sampling.get("steps", model.sampling["steps"]))
 
 
 def introduce(a, model, ckpt, settings):
@@ -484,6 +491,8 @@ def sampled(run):
         run.bar.total = total
         run.bar.set_postfix_str(f"{path.name}: sample {len(job.x_hat) + 1} of {a.n}", refresh=False)
         run.bar.update(len(xt))
+        if words := run.threads():
+            run.say(words)
 
     def samples_of(jobs):
         return denoise(jobs, run.model, a.n, a.batch, a.strength, progress, **run.sampling)

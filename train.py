@@ -37,6 +37,8 @@ def show_help(argv):
 if __name__ == "__main__":
     show_help(sys.argv)  # before torch, whose import takes seconds
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy, whose products are small here
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -64,6 +66,7 @@ from engine import (
     Damaged,
     NoGraph,
     Step,
+    Threads,
     Watch,
     any_stopped,
     append,
@@ -121,6 +124,7 @@ class Config:
     crop: float = 1.0  # smallest share of the sides that random crops keep; 1: none
     jitter: float = 1.0  # how often colours are changed, as a multiple of the paper's probabilities
     workers: int = 1  # threads that read ahead; 0: none
+    threads: int = 0  # that compute on a CPU; 0: as many as is fastest just now, so that rounding may vary
     # encoding
     encoding: str = "bits"  # bits, onehot, rgb (the last two are the paper's baselines)
     bits: int = 6  # 2^bits segments at most; 8 or 10 for very crowded images
@@ -186,9 +190,9 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
 }
 
 # May change on resume.
-FREE = {"out", "root", "cache", "device", "kernels", "compile", "graph", "workers", "init", "export",
-        "accumulate", "max_steps", "eval_every", "eval_images", "log_every", "save_every", "keep_every",
-        "max_bad"}
+FREE = {"out", "root", "cache", "device", "kernels", "compile", "graph", "workers", "threads", "init",
+        "export", "accumulate", "max_steps", "eval_every", "eval_images", "log_every", "save_every",
+        "keep_every", "max_bad"}
 
 RANGES = dict.fromkeys(("batch_size", "accumulate", "max_steps", "image_size", "eval_every", "eval_images",
                         "steps", "log_every", "save_every"), (1, math.inf))
@@ -196,7 +200,7 @@ RANGES |= dict.fromkeys(("keep_every", "workers", "warmup_steps", "decay_steps",
                          "grad_clip", "jitter", "guidance", "smooth", "least", "merge"), (0, math.inf))
 RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition", "hints", "max_bad"), (0, 1))
 RANGES |= {"seed": (0, 2**22 - 1), "crop": (0.01, 1), "ema": (0, 0.999999), "input_scale": (1e-6, math.inf),
-           "bias": (-100, 100)}
+           "bias": (-100, 100), "threads": (0, 1024)}
 CHOICES = {"sampler": SAMPLERS, "variance": VARIANCES}
 
 
@@ -683,6 +687,8 @@ class Training:
             self.resume(run.resumed, kind)
         self.first, self.started = self.step, time.time()
         self.writer, self.watch = Beside(), Watch()
+        alone = run.device.type == "cpu" and run.world == 1
+        self.threads = Threads(c.threads if alone else torch.get_num_threads())
         self.stop = []  # signals; looked at between steps
         self.seen = []  # losses and norms since the last line
 
@@ -784,6 +790,8 @@ class Training:
                     f"{fits or 'not even one'} would fit: {remedy} and run the same command again")
         update_ema(self.ema, run.net, self.step, c.ema)
         self.step += 1
+        if words := self.threads():
+            self.say(words)
         return ""
 
     def report(self):

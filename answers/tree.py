@@ -206,7 +206,7 @@ class Graph:
             steps.append(np.moveaxis(evidence.steps[axis], axis, 0).reshape(-1, 5))
         i, j, steps = map(np.concatenate, (i, j, steps))
         inside = i == j
-        self.inner = groups(i[inside], self.n) @ steps[inside]  # (n, 5): of the pairs of pixels inside a region
+        self.inner = groups(i[inside], self.n) @ steps[inside]  # (n, 5): of pairs of pixels inside a region
         self.i, self.j, self.border = collect(i, j, steps, self.n)  # border (m, 5): of those between two
 
     def merge(self, to, n):

@@ -203,3 +203,32 @@ def test_what_cannot_be_written_is_a_warning(tmp_path, capsys):
     assert try_to_write("a", lambda: None)
     assert not try_to_write("out/b", lambda: open(tmp_path / "no" / "b", "w"))
     assert "out/b is not written (No such file or directory)" in capsys.readouterr().err
+
+
+def test_threads_follow_what_steps_take(monkeypatch):
+    """A clock that says what a step takes: two threads are faster, until another job comes, then one."""
+    took, now, before = {1: 1.0, 2: 0.6, 4: 0.7}, [0.0], torch.get_num_threads()
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
+
+    def steps(crew, count):
+        said = []
+        for _ in range(count):
+            now[0] += took[torch.get_num_threads()]
+            said.append(crew())
+        return [words for words in said if words]
+
+    try:
+        torch.set_num_threads(4)
+        crew = engine.Threads()
+        assert torch.get_num_threads() == 1
+        assert steps(crew, 30) == ["threads: 2, as a step took 1000 ms with 1, 600 ms with 2, 700 ms with 4"]
+        took.update({2: 6.0, 4: 20.0})
+        assert steps(crew, 60) == ["threads: 1, as a step took 1000 ms with 1, 6000 ms with 2, "
+                                   "20000 ms with 4"]
+        took.update({2: 0.6})  # the other job has ended
+        assert len(steps(crew, 1010)) == 1 and torch.get_num_threads() == 2
+        crew = engine.Threads(3)
+        took[3] = 9.0
+        assert steps(crew, 2000) == [] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

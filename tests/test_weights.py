@@ -47,6 +47,14 @@ def test_they_tell_a_few_flat_regions_apart():
     assert float(scores(result.answer.labels[None].long(), torch.from_numpy(truth)[None])["ari"]) > 0.8
 
 
+def test_in_bfloat16_what_a_sample_gets_does_not_depend_on_its_batch():
+    model, photo = load_checkpoint(SHIPPED), Image.effect_noise((64, 48), 90).convert("RGB")
+    if next(model.net.parameters()).dtype == torch.float32:
+        pytest.skip("this CPU has no bfloat16")
+    one, four = (segment(photo, model, n=3, batch=batch, steps=2).x_hat for batch in (1, 4))
+    assert torch.equal(one, four)
+
+
 def test_the_command_says_that_it_uses_them(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (64, 48), "white").save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)  # no out/ here
