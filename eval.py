@@ -123,7 +123,7 @@ from answers.segment import (
 )
 from data import load, originals, parse_parts, parse_void
 from diffusion import SAMPLERS, VARIANCES, WITHOUT_VARIANCE
-from engine import foreign, pick_device, program
+from engine import crowded, foreign, pick_device, program
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ",
         "covering": "covering", "pri": "PRI",
@@ -343,6 +343,8 @@ def main(argv=None):
                              else a.device)
         kernels.use(a.kernels or kernels.mode)
         kernels.live(device)
+        if device.type == "cpu" and crowded(torch.get_num_threads()):
+            torch.set_num_threads(1)
         path = None if a.baseline else Path(a.ckpt or newest_checkpoint())
         model = None if a.baseline else load_checkpoint(path, device, a.raw)
         if model:

@@ -41,7 +41,7 @@ from PIL import Image, ImageDraw
 
 from answers import segment
 from answers.pictures import colours, overlaid, runs, shade
-from engine import complaint, pick_device, program
+from engine import Threads, complaint, pick_device, program
 from sample import MARK, grain_of, read_image, save, save_json
 
 fail = complaint("page.py")
@@ -85,6 +85,8 @@ class Desk:
     def __init__(self, model, ckpt, folder):
         self.model, self.ckpt, self.folder, self.photos = model, ckpt, Path(folder), {}
         self.news, self.turn, self.slow = threading.Condition(), threading.Lock(), threading.Lock()
+        on_cpu = next(model.net.parameters()).device.type == "cpu"
+        self.threads = Threads() if on_cpu else lambda: ""
 
     def tell(self, photo, **news):
         with self.news:
@@ -107,6 +109,7 @@ class Desk:
     def sample(self, photo, strokes):
         """FIRST samples, then the others; on a GPU, whose rounding depends on the batch, all at once."""
         def step(*_):
+            self.threads()
             with self.turn:
                 if photo.asked is not strokes or photo.file.name not in self.photos:
                     raise InterruptedError  # nobody asks for these samples any more
