@@ -654,6 +654,7 @@ def lock(folder):
 
     Raises ValueError, saying which process has it.
     """
+    Path(folder).mkdir(parents=True, exist_ok=True)
     file = open(Path(folder) / "lock", "a+")
     try:
         if fcntl:

@@ -309,153 +309,172 @@ def write(out, rows, pictures, line):
         shutil.rmtree(new, ignore_errors=True)
 
 
+def check(a):
+    """Make the options one data set's. Raises ValueError for what cannot be."""
+    if a.limit < 1 or a.batch < 1 or not 8 <= (8 if a.size is None else a.size) <= 16384:
+        raise ValueError(f"--limit and --batch must be at least 1 and --size 8, and this at most 16384, "
+                         f"not {a.limit}, {a.batch} and {a.size}")
+    if not 0 <= a.max_bad <= 1:
+        raise ValueError(f"--max_bad is a share, from 0 to 1, not {a.max_bad}")
+    if not 0 <= a.seed < 10**6:
+        raise ValueError(f"--seed must be from 0 to 999999, not {a.seed}")
+    for name, known in (("sampler", SAMPLERS), ("variance", VARIANCES)):
+        if unknown := [word for word in getattr(a, name) or [] if word not in known]:
+            raise ValueError(f"--{name}: '{unknown[0]}' is not one of {', '.join(known)}")
+    a.clicking = a.clicks is not None or a.clicks_to is not None
+    if a.clicking and (a.baseline or a.out):
+        raise ValueError("--clicks and --clicks_to need a checkpoint, not a baseline, and print their table "
+                         "only: leave out --baseline and --out")
+    if a.clicks_to is not None and not 0 < a.clicks_to < 1:
+        raise ValueError(f"--clicks_to must be above 0 and below 1, not {a.clicks_to}")
+    (a.dataset, _, own), *more = parse_parts(a.dataset)
+    if more:
+        raise ValueError(f"--dataset names {1 + len(more)} data sets: one at a time is evaluated")
+    a.components, a.unlabelled = a.components or own["components"], own["unlabelled"] or a.unlabelled
+    a.void = own["void"] or parse_void(a.void)
+
+
+def load_model(a):
+    """The checkpoint's path and Model, (None, None) for a baseline. Raises ValueError, or RuntimeError where
+    kernels that were asked for cannot be had."""
+    # torchrun: the processes share the images
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    local = os.environ.get("LOCAL_RANK", "0")
+    device = pick_device(f"cuda:{local}" if a.device == "auto" and torch.cuda.is_available() else a.device)
+    kernels.use(a.kernels or kernels.mode)
+    kernels.live(device)
+    if device.type == "cpu" and crowded(torch.get_num_threads()):
+        torch.set_num_threads(1)
+    if a.baseline:
+        return None, None
+    path = Path(a.ckpt or newest_checkpoint())
+    model = load_checkpoint(path, device, a.raw)
+    set_tidy(model, a.least, a.merge)
+    return path, model
+
+
+def load_data(a, model):
+    """The data set at the network's size; the `places` of score_images; the listing of its files."""
+    def at_size(size, detail=1):
+        return load(a.dataset, a.split, size, a.root, a.cache, unlabelled=a.unlabelled,
+                    components=a.components, detail=detail, void=",".join(map(str, a.void)),
+                    max_bad=a.max_bad)
+
+    data = at_size(model.image_size, model.detail) if model else at_size(a.size or 128)
+    places, files = {}, originals(a.dataset, a.split, a.root, a.void)
+    if model and a.size:
+        other = at_size(a.size)
+        if not np.array_equal(getattr(other, "items", None), getattr(data, "items", None)):
+            raise ValueError(f"{a.dataset}: other images have labelled pixels at {a.size} pixels than at "
+                             f"{model.image_size}: leave out --size")
+        places[str(a.size)] = at_size_of(other)
+    if files:
+        places["own"] = at_own_size(files, data, a.unlabelled, a.components)
+    return data, places, files
+
+
+def settings_of(a, model):
+    """The checkpoint's own setting of the sampler, or the first given, and all that are given."""
+    if not model:
+        return {}, [{}]
+    axes = {key: getattr(a, key) or [value] for key, value in model.sampling.items()}
+    home = {key: model.sampling[key] if model.sampling[key] in axes[key] else axes[key][0] for key in axes}
+    settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+    return home, [s for s in settings if s["sampler"] not in WITHOUT_VARIANCE
+                  or s["variance"] == home["variance"]]
+
+
+def print_tables(a, model, name, rows, home):
+    """Print the scores of all places; -> the report."""
+    people, ns = np.mean([row["annotators"] for row in rows]), sorted(a.n)
+    print(f"{name} on {a.dataset} {a.split}: {len(rows)} images, {people:.1f} annotators; "
+          + " ".join(f"{key} {value}" for key, value in home.items()))
+    result = dict(dataset=a.dataset, split=a.split, images=len(rows), annotators=people, **home, n=ns)
+    for where in [w for w in ("network", str(a.size), "own") if w in rows[0]]:
+        result[where] = summary(rows, where)
+        side = model.image_size if model and where == "network" else a.size or 128
+        print_summary("the images' own size" if where == "own" else f"{side} pixels", result[where])
+    if people > 1 and "bsds" in Path(a.dataset).name.lower():
+        print("  published, BSDS500 test, best single scale (Arbelaez et al. 2011): covering / PRI / VoI")
+        print("\n".join(f"    {who:<28}{c:.2f} / {p:.2f} / {v:.2f}" for who, c, p, v in PUBLISHED))
+    return result
+
+
+def examples(rows, answer):
+    """The best, median and worst rows by the ARI of an answer: [(best, median or worst; row)]."""
+    ranking = sorted((row for row in rows if answer in row["network"]
+                      and not math.isnan(row["network"][answer]["ari"])),
+                     key=lambda row: -row["network"][answer]["ari"])
+    ranks = ((0, "best"), (1, "best"), (len(ranking) // 2, "median"), (-2, "worst"), (-1, "worst"))
+    # of few images one may have several ranks, but each rank is shown once
+    shown = {k: kind for k, kind in reversed(ranks) if -len(ranking) <= k < len(ranking)}
+    return [(kind, ranking[k]) for k, kind in reversed(shown.items())]
+
+
+def title_of(kind, row, answer):
+    scores = row["network"][answer]
+    answers = [s for s in row["network"] if s != "human"]
+    shown = ["image", *["annotator"] * min(2, row["annotators"]), *answers]
+    return f"{kind}: {row['name']}, ARI {scores['ari']:.3f}, IoU {scores['iou']:.3f}; {', '.join(shown)}"
+
+
+def complain(e):
+    print(f"eval.py: {e}", file=sys.stderr)
+    return 2
+
+
 @program("eval.py", "run the same command again")
 def main(argv=None):
     a = arguments(argv)
     try:
-        if a.limit < 1 or a.batch < 1 or not 8 <= (8 if a.size is None else a.size) <= 16384:
-            raise ValueError(f"--limit and --batch must be at least 1 and --size 8, and this at most 16384, "
-                             f"not {a.limit}, {a.batch} and {a.size}")
-        if not 0 <= a.max_bad <= 1:
-            raise ValueError(f"--max_bad is a share, from 0 to 1, not {a.max_bad}")
-        if not 0 <= a.seed < 10**6:
-            raise ValueError(f"--seed must be from 0 to 999999, not {a.seed}")
-        for name, known in (("sampler", SAMPLERS), ("variance", VARIANCES)):
-            if unknown := [word for word in getattr(a, name) or [] if word not in known]:
-                raise ValueError(f"--{name}: '{unknown[0]}' is not one of {', '.join(known)}")
-        clicking = a.clicks is not None or a.clicks_to is not None
-        if clicking and (a.baseline or a.out):
-            raise ValueError("--clicks and --clicks_to need a checkpoint, not a baseline, and print their "
-                             "table only: leave out "
-                             "--baseline and --out")
-        if a.clicks_to is not None and not 0 < a.clicks_to < 1:
-            raise ValueError(f"--clicks_to must be above 0 and below 1, not {a.clicks_to}")
-        (a.dataset, _, own), *more = parse_parts(a.dataset)
-        if more:
-            raise ValueError(f"--dataset names {1 + len(more)} data sets: one at a time is evaluated")
-        a.components, a.unlabelled = a.components or own["components"], own["unlabelled"] or a.unlabelled
-        a.void = own["void"] or parse_void(a.void)
-        rank, local = int(os.environ.get("RANK", 0)), os.environ.get("LOCAL_RANK", "0")
-        # torchrun: the processes share the images
-        if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-            dist.init_process_group("gloo")
-        device = pick_device(f"cuda:{local}" if a.device == "auto" and torch.cuda.is_available()
-                             else a.device)
-        kernels.use(a.kernels or kernels.mode)
-        kernels.live(device)
-        if device.type == "cpu" and crowded(torch.get_num_threads()):
-            torch.set_num_threads(1)
-        path = None if a.baseline else Path(a.ckpt or newest_checkpoint())
-        model = None if a.baseline else load_checkpoint(path, device, a.raw)
-        if model:
-            set_tidy(model, a.least, a.merge)
-
-        def at_size(size, detail=1):
-            return load(a.dataset, a.split, size, a.root, a.cache, unlabelled=a.unlabelled,
-                        components=a.components, detail=detail, void=",".join(map(str, a.void)),
-                        max_bad=a.max_bad)
-
-        data = at_size(model.image_size, model.detail) if model else at_size(a.size or 128)
-        places, files = {}, originals(a.dataset, a.split, a.root, a.void)
-        if model and a.size:
-            other = at_size(a.size)
-            if not np.array_equal(getattr(other, "items", None), getattr(data, "items", None)):
-                raise ValueError(f"{a.dataset}: other images have labelled pixels at {a.size} pixels than at "
-                                 f"{model.image_size}: leave out --size")
-            places[str(a.size)] = at_size_of(other)
-        if files:
-            places["own"] = at_own_size(files, data, a.unlabelled, a.components)
+        check(a)
+        path, model = load_model(a)
+        data, places, files = load_data(a, model)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}")
-        if not clicking:
+        if not a.clicking:
             check_out(out)
             out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as e:
-        print(f"eval.py: {e}", file=sys.stderr)
-        return 2
-
-    home, settings, ns = {}, [{}], sorted(a.n)
-    if model:
-        axes = {key: getattr(a, key) or [value] for key, value in model.sampling.items()}
-        home = {key: model.sampling[key] if model.sampling[key] in axes[key] else axes[key][0]
-                for key in axes}
-        settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-        settings = [s for s in settings if s["sampler"] not in WITHOUT_VARIANCE
-                    or s["variance"] == home["variance"]]
-    positions, sweep = list(range(min(a.limit, len(data)))), []
-    if clicking:
-        model.sampling.update(home)
-        try:
-            return report_clicks(a, model, data, positions, files, path, name)
-        except ValueError as e:
-            print(f"eval.py: {e}", file=sys.stderr)
-            return 2
-    mine = positions[rank :: dist.get_world_size()] if dist.is_initialized() else positions
+        return complain(e)
+    (home, settings), ns, sweep = settings_of(a, model), sorted(a.n), []
+    positions = list(range(min(a.limit, len(data))))
     try:
+        if a.clicking:
+            model.sampling.update(home)
+            return report_clicks(a, model, data, positions, files, path, name)
+        mine = positions[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else positions
         for setting in settings:
             many = all(setting[key] == home[key] for key in setting if key != "guidance")
             sweep.append((setting, shared(score_images(data, mine, model, a, setting, ns if many else [1],
                                                        places, setting == home))))
     except ValueError as e:  # a photo that is gone meanwhile, too little memory
-        print(f"eval.py: {e}", file=sys.stderr)
-        return 2
-    if rank > 0:
+        return complain(e)
+    if int(os.environ.get("RANK", 0)) > 0:
         return 0
     rows = next(result for setting, result in sweep if setting == home)
-
     if not any(row["network"] for row in rows):
-        print(f"eval.py: --baseline human needs several annotators, {a.dataset} {a.split} has one an image",
-              file=sys.stderr)
-        return 2
+        return complain(f"--baseline human needs several annotators, {a.dataset} {a.split} has one an image")
 
-    # tables
-    people = np.mean([row["annotators"] for row in rows])
-    print(f"{name} on {a.dataset} {a.split}: {len(rows)} images, {people:.1f} annotators; "
-          + " ".join(f"{key} {value}" for key, value in home.items()))
-    result = dict(name=str(path or name), dataset=a.dataset, split=a.split, images=len(rows),
-                  annotators=people, **home, n=ns)
-    for where in [w for w in ("network", str(a.size), "own") if w in rows[0]]:
-        result[where] = summary(rows, where)
-        side = model.image_size if model and where == "network" else a.size or 128
-        pixels = "the images' own size" if where == "own" else f"{side} pixels"
-        print_summary(pixels, result[where])
-    if people > 1 and "bsds" in Path(a.dataset).name.lower():
-        print("  published, BSDS500 test, best single scale (Arbelaez et al. 2011): covering / PRI / VoI")
-        print("\n".join(f"    {who:<28}{c:.2f} / {p:.2f} / {v:.2f}" for who, c, p, v in PUBLISHED))
+    result = dict(name=str(path or name)) | print_tables(a, model, name, rows, home)
     answer = "answer" if "answer" in result["network"] else next(iter(result["network"]))
     result.update({key: result["network"][answer][key][0] for key in ("ari", "iou", "hiou")})
     if model:
         result["sweep"] = sweep_table(sweep)
     result.update(reliability_tables(rows, max(ns)))
-
-    flat = flat_rows(rows, ("network", str(a.size), "own"))
-    pictures = {}
-    ranking = sorted((row for row in rows if answer in row["network"]
-                      and not math.isnan(row["network"][answer]["ari"])),
-                     key=lambda row: -row["network"][answer]["ari"])
-    if ranking and answer != "human":
-        which = {k: kind
-                 for kind,
-                 k in (("worst", -1), ("worst", -2), ("median", len(ranking) // 2), ("best", 1), ("best", 0))
-                 if -len(ranking) <= k < len(ranking)}
-        chosen = [(kind, ranking[k]) for k, kind in reversed(which.items())]
-        again = score_images(data, [row["position"] for _, row in chosen], model, a, home, ns, {},
-                             keep=True)
-        titles = [f"{kind}: {row['name']}, ARI {row['network'][answer]['ari']:.3f}, IoU "
-                  f"{row['network'][answer]['iou']:.3f}; image, "
-                  + ", ".join(["annotator"] * min(2, row["annotators"])
-                              + [s for s in row["network"] if s != "human"])
-                  for kind, row in chosen]
+    chosen, pictures = examples(rows, answer), {}
+    if chosen and answer != "human":
+        again = score_images(data, [row["position"] for _, row in chosen], model, a, home, ns, {}, keep=True)
+        titles = [title_of(kind, row, answer) for kind, row in chosen]
         pictures["examples.png"] = lambda path: example_sheet(path, again, titles)
     line = json.dumps(json.loads(json.dumps(result), parse_constant=lambda nan: None))
     try:
-        write(out, flat, pictures, line)
+        write(out, flat_rows(rows, ("network", str(a.size), "own")), pictures, line)
         print(f"\nin {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}\n{line}")
     except OSError as e:
         print(f"\n{line}")
-        print(f"eval.py: nothing is written to {out} ({e.strerror or e}): what was there stays",
-              file=sys.stderr)
-        return 2
+        return complain(f"nothing is written to {out} ({e.strerror or e}): what was there stays")
     return 0
 
 

@@ -5,7 +5,7 @@ gradient.
     cells = kernels.locate(labels, side=8, dtype=torch.int8)                      # location-aware palette
     x = kernels.network_input(cells, alpha, sigma, seeds, 6, image)               # noisy bits and image
     loss = kernels.loss(net(x, t), cells, weight).mean()                          # differentiable
-    xt = kernels.step(out, xt, alpha, sigma, a, b, c, guidance=1.0, seeds=seeds)  # one update of the sampler
+    xt = kernels.step(out, xt, alpha_t, sigma_t, a, b, c, guidance=1.0, seeds=seeds)  # of the sampler
     cells = kernels.decode(xt)
 
 This file is the only door. The functions need Triton and run on CUDA; where Triton cannot run they raise a
