@@ -44,7 +44,7 @@ import diffusion
 import kernels
 import train
 from answers.segment import SHIPPED, denoise, load_checkpoint, prepare, summarise
-from diffusion import fused, sample
+from diffusion import kernel_options, sample
 from engine import Step, layout, pick_device, update_ema
 
 BITS, SIZE = 6, 128
@@ -378,8 +378,8 @@ class Variant:
 
     dtype: torch.dtype | None  # of autocast
     memory: torch.memory_format
-    fast: dict | None = None  # of the kernels (`fused`); None: plain PyTorch
-    fused: bool = True  # the optimizer
+    kernel_options: dict | None = None  # None: plain PyTorch
+    fused_optimizer: bool = True
     compiled: bool = False
     graph: bool = False
     times: list = field(default_factory=list)  # of whole steps
@@ -399,12 +399,12 @@ class Variant:
             torch.cuda.reset_peak_memory_stats(device)
         net = copy.deepcopy(run.net).to(memory_format=self.memory)
         optimizer = torch.optim.AdamW(net.parameters(), lr=c.lr, weight_decay=c.weight_decay,
-                                      fused=self.fused,
-                                      capturable=self.fused and device.type == "cuda")
-        loss = train.loss_of(run.diffusion, run.codec, self.dtype, self.fast)
+                                      fused=self.fused_optimizer,
+                                      capturable=self.fused_optimizer and device.type == "cuda")
+        loss = train.loss_of(run.diffusion, run.codec, self.dtype, self.kernel_options)
         self.step = Step(net, loss, optimizer, self.dtype, 1, c.grad_clip, self.compiled, self.graph)
         self.ema = copy.deepcopy(net)
-        self.coming = train.batches(c, run, 0, self.fast)
+        self.coming = train.batches(c, run, 0, self.kernel_options)
         for _ in range(5 if device.type == "cuda" else 2):
             self.step(next(self.coming), c.lr)
         self.warm_up = time.perf_counter() - began
@@ -440,7 +440,7 @@ def training_variants(dtype, device, fast, compiled, graph):
     """name -> Variant, from plain PyTorch to what train.py does; each adds something to the one before."""
     low, last = dtype or torch.bfloat16, torch.channels_last
     name = f"{str(low)[6:]} NHWC"
-    found = {"plain float32 NCHW": Variant(None, torch.contiguous_format, fused=False),
+    found = {"plain float32 NCHW": Variant(None, torch.contiguous_format, fused_optimizer=False),
              f"plain {name}": Variant(low, last)}
     if fast:
         found[f"kernels {name}"] = Variant(low, last, fast)
@@ -467,7 +467,7 @@ def bench_train(args):
     device, dtype = run.device, run.dtype
     run.train_data = data.load("shapes", "train", c.image_size * run.net.detail, seed=c.seed)
     compiled, graph = train.switches(c, device, dtype, 1)
-    variants = training_variants(dtype, device, fused(run.codec, device), compiled, graph)
+    variants = training_variants(dtype, device, kernel_options(run.codec, device), compiled, graph)
 
     batch = next(train.batches(c, run, 0, None))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -535,7 +535,8 @@ def bench_sample(args):
             start = clock(device, args.clock)
             with context:
                 sample(net, x[job], inside[job], codec.channels, range(len(job)), run.diffusion,
-                       codec.activate, args.steps, c.guidance, smooth=c.smooth, fused=fused(codec, device))
+                       codec.activate, args.steps, c.guidance, smooth=c.smooth,
+                       kernel_options=kernel_options(codec, device))
             if i > 0:  # the first round warms up
                 times[name].append(clock(device, args.clock) - start)
     print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, "

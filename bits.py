@@ -313,10 +313,10 @@ def dichotomy(rgb, valid):
     mean distance to its mean colour is below 10.
     """
     pixels = rgb[:, valid].T  # (N, 3)
-    number = torch.zeros(len(pixels), dtype=torch.int64, device=rgb.device)
+    cluster = torch.zeros(len(pixels), dtype=torch.int64, device=rgb.device)
     splits, current = [0], 0
     while current < len(splits):
-        member = (number == current).nonzero()[:, 0]
+        member = (cluster == current).nonzero()[:, 0]
         colours = pixels[member]
         spread = (colours - colours.mean(0)).norm(dim=1)
         if len(member) < 20 or splits[current] == 10 or spread.mean() < 10:
@@ -331,10 +331,10 @@ def dichotomy(rgb, valid):
                 break
             centres = moved
         splits[current] += 1
-        number[member[second]] = len(splits)
+        cluster[member[second]] = len(splits)
         splits.append(splits[current])
     out = torch.zeros(valid.shape, dtype=torch.int64, device=rgb.device)
-    out[valid] = number
+    out[valid] = cluster
     return out
 
 

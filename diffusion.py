@@ -162,7 +162,7 @@ def per_sample_entropy(out, x0, valid):
     return error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
 
 
-def fused(codec, device):
+def kernel_options(codec, device):
     """What the kernels have to know of a codec, dict(activation, codes), if they are live on this device;
     else None.
 
@@ -242,7 +242,7 @@ def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, ac
     """training_loss, by the kernels: neither x0 nor eps nor x_hat is ever in memory.
 
     cells (B, H, W) integers, -1 = ignored; seeds (B,) int64, of each sample's noise; drawn as of `draw`,
-    without eps; activation and codes as of `fused`; dtype: of the network's input.
+    without eps; activation and codes as of `kernel_options`; dtype: of the network's input.
     """
     alpha, sigma, weight, keep, t = (drawn[name].flatten() for name in ("alpha", "sigma", "weight", "keep",
                                                                         "t"))
@@ -313,7 +313,8 @@ WITHOUT_VARIANCE = ("ddim",)  # samplers that it makes no difference to
 
 @torch.no_grad()
 def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, guidance=1.0, sampler="ddpm",
-           variance="large", smooth=0.0, init=None, strength=1.0, callback=None, fused=None, hints=None):
+           variance="large", smooth=0.0, init=None, strength=1.0, callback=None, kernel_options=None,
+           hints=None):
     """Denoise Gaussian noise into x_hat (B, C, H, W) in [-1, 1] at N equidistant times from 1 to 0.
 
     image (B, 3 d^2, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random
@@ -327,8 +328,8 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     2022); N steps all the same. A model with a method image_part sees the image once, not at every step.
     hints: bits (B, C, H, W), 0 where unknown (hints.py), seen at every step by a network that was trained
     with hints.
-    fused: what `fused` returned: kernels draw the noise and take the steps (other numbers for a seed than
-    without them).
+    kernel_options: what the function of this name returned: kernels draw the noise and take the steps (other
+    numbers for a seed than without them).
     """
     if sampler not in SAMPLERS or variance not in VARIANCES:
         raise ValueError(f"sampler is {' or '.join(SAMPLERS)}, variance {' or '.join(VARIANCES)}, not "
@@ -344,7 +345,7 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     keys, stream = torch.tensor([int(s) for s in seeds], device=device), itertools.count()
 
     def noise():
-        if fused:
+        if kernel_options:
             return kernels.normal(keys, channels, H, W, next(stream))
         return torch.stack([torch.randn(channels, H, W, generator=g, device=device) for g in generators])
 
@@ -368,10 +369,10 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
         t = torch.full((len(xs),), times[i].item(), device=device)
         out = model(network_input(xs, images, x_self, hints), t, *extra)
         a, b, c = (0.0, 1.0, 0.0) if i == steps - 1 else SAMPLERS[sampler](alpha, sigma, lam, i, variance)
-        if fused and not smooth:
+        if kernel_options and not smooth:
             after, x_hat = kernels.step(out, xt, alpha[i], sigma[i], a, b, c, valid, guidance, keys,
                                         next(stream),
-                                        d.prediction, fused["activation"], with_x_hat=True)
+                                        d.prediction, kernel_options["activation"], with_x_hat=True)
         else:
             x_hat = to_x0(out, xs, alpha[i], sigma[i], d.prediction, activate)
             if guidance:

@@ -4,12 +4,12 @@ and what to do when things go wrong.
 What it is: small functions that can be copied alone. What it is not: it knows nothing of segmentation.
 
 Use it alone:
-    from engine import Step, lock, newest, save, update_ema
+    from engine import Step, lock, newest, save_checkpoint, update_ema
     step = Step(net, lambda net, batch: F.mse_loss(net(batch["x"]), batch["y"]),
                 torch.optim.AdamW(net.parameters(), fused=True))
     loss, norm = step(batch, lr=1e-4)  # on the device; nan or inf: nothing has changed
     held = lock("run")  # a second process gets a ValueError that names this one
-    save("run/ckpt.pt", dict(step=3, net=net.state_dict()), keep_previous=True)  # and run/ckpt.prev.pt
+    save_checkpoint("run/ckpt.pt", dict(step=3, net=net.state_dict()), keep_previous=True)  # and ckpt.prev.pt
     content, path, problem = newest("run/ckpt.pt")  # the one before, if ckpt.pt is damaged
 
 A checkpoint survives crashes and full disks, is checked before it is used, and never runs code. It is what
@@ -536,7 +536,7 @@ def previous(path):
     return Path(path).with_suffix(f".prev{Path(path).suffix}")
 
 
-def save(path, content, keep_previous=False):
+def save_checkpoint(path, content, keep_previous=False):
     """Write a dictionary so that a crash at any moment leaves a whole file: temporary file, fsync, rename,
     fsync.
 

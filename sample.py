@@ -134,7 +134,8 @@ def save_json(path, info, images, annotations, category, **more):
 
 
 def info_of(path):
-    """The info in a file of ours; less, where only its start is left. Raises ValueError for others' files."""
+    """The info in a file that sample.py wrote; less, where only its start is left. Raises ValueError for any
+    other file."""
     try:
         if path.stat().st_size == 0:
             return {}
@@ -155,7 +156,7 @@ def info_of(path):
                      f"another --out")
 
 
-def ours(path):
+def is_result(path):
     """Whether sample.py wrote a file, which may be cut off or empty now."""
     try:
         info_of(path)
@@ -197,12 +198,12 @@ def swap(folder):
         if folder.exists():
             os.rename(folder, old)
         os.rename(new, folder)
-    if (folder / "panoptic.png").exists() and ours(folder / "panoptic.png"):
+    if (folder / "panoptic.png").exists() and is_result(folder / "panoptic.png"):
         listed.parent.mkdir(exist_ok=True)
         os.replace(folder / "panoptic.png", listed)
     if old.exists():
         for path in old.iterdir():
-            if not ours(path):
+            if not is_result(path):
                 os.replace(path, folder / path.name)
         shutil.rmtree(old)
 
@@ -252,9 +253,9 @@ def write(folder, image, result, model, info, hints=None, panoptic=False):
 def write_panoptic(out):
     """out/panoptic.json: every PNG in out/panoptic/ with its segments.json. Several processes may end with
     it."""
-    written, found = None, []
-    while written != found or written is None:  # again if others came meanwhile
-        written, images, annotations = found, [], []
+    listed, found = None, []
+    while listed != found or listed is None:  # again if others came meanwhile
+        listed, images, annotations = found, [], []
         for i, name in enumerate(found, 1):
             content = json.loads((out / name / "segments.json").read_text())
             keys = ("id", "category_id", "area", "bbox", "iscrowd")

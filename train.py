@@ -54,8 +54,8 @@ from diffusion import (
     VARIANCES,
     Diffusion,
     draw,
-    fused,
     fused_training_loss,
+    kernel_options,
     to_device,
     training_loss,
 )
@@ -84,7 +84,7 @@ from engine import (
     pick_precision,
     program,
     read,
-    save,
+    save_checkpoint,
     try_to_write,
     update_ema,
 )
@@ -269,14 +269,14 @@ def learning_rate(step, c):
                       (step + 1) / max(1, c.warmup_steps)) * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left)))
 
 
-def batches(c, run, step, fast):
+def batches(c, run, step, kernel_options):
     """What the steps from number `step` on need: files are read ahead in threads; on CUDA, the rest on a
     stream of its own.
 
     Yields dictionaries of what `training_loss` takes and `draw` draws, on the device, one row a sample: every
     world-th sample of the global batch. All of it depends on the seed and on the step alone, whoever computes
-    it. fast: what `fused` returned, for the kernels' loss. Nothing waits for a CUDA device, up to 1,024
-    segments an image.
+    it. kernel_options: what diffusion.kernel_options returned, for the kernels' loss. Nothing waits for a
+    CUDA device, up to 1,024 segments an image.
     """
     stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
     source = datasets.batches(run.train_data, step * c.batch_size, c.batch_size, c.seed, c.workers, run.rank,
@@ -287,7 +287,7 @@ def batches(c, run, step, fast):
     def make(step):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             parts = [v.to(run.device, non_blocking=True) for v in next(source)]
-            return make_batch(c, run, step, parts, fast), stream and stream.record_event()
+            return make_batch(c, run, step, parts, kernel_options), stream and stream.record_event()
 
     try:
         coming = make(step)
@@ -305,7 +305,7 @@ def batches(c, run, step, fast):
         source.close()
 
 
-def make_batch(c, run, step, parts, fast):
+def make_batch(c, run, step, parts, kernel_options):
     """images, labels, sizes and uniform numbers, of data.batches -> the dictionary of a step's batch."""
     images, labels, sizes, u = parts
     detail, mine = run.net.detail, slice(run.rank, None, run.world)
@@ -315,7 +315,7 @@ def make_batch(c, run, step, parts, fast):
         x, _, labels = datasets.unchanged(images, labels, sizes, detail)
     generator = torch.Generator().manual_seed(c.seed * 2**32 + step)
     drawn = draw((c.batch_size, run.codec.channels, *labels.shape[1:]), run.diffusion, generator, run.device,
-                 eps=not fast)
+                 eps=not kernel_options)
     if run.diffusion.hints > 0:
         u = torch.rand(c.batch_size, datasets.NUMBERS, generator=generator)
         drawn["u"] = to_device(u, run.device)
@@ -323,10 +323,10 @@ def make_batch(c, run, step, parts, fast):
     if run.diffusion.hints > 0:
         hints = datasets.draw_hints(labels, drawn.pop("u"), run.diffusion.hints)
     numbers = range(step * c.batch_size, (step + 1) * c.batch_size)[mine]  # of the run's samples
-    cells = cells_of(labels, numbers, hints, c, run, fast)
+    cells = cells_of(labels, numbers, hints, c, run, kernel_options)
     if hints is not None:
         drawn["hints"] = hint_bits(run.codec.encode(cells), hints)
-    if not fast:
+    if not kernel_options:
         return dict(x0=run.codec.encode(cells), image=x, valid=cells >= 0, **drawn)
     seeds = torch.arange(numbers.start, numbers.stop, numbers.step, device=run.device) + c.seed * 2**40
     return dict(cells=cells.to(kernel_dtype(run.codec)), image=x, seeds=seeds, **drawn)
@@ -337,14 +337,14 @@ def kernel_dtype(codec):
     return torch.int8 if codec.classes <= 128 else torch.int16
 
 
-def cells_of(labels, numbers, hints, c, run, fast):
+def cells_of(labels, numbers, hints, c, run, kernel_options):
     """Label maps (B, H, W) -> cells; numbers: of the samples, which random codes depend on."""
     codec, device, below = run.codec, run.device, run.train_data.labels_below
     if codec.palette == "none":
         generators = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
         order = torch.cat([torch.rand(1, codec.classes, generator=g).argsort(1) for g in generators])
         return random_cells(labels, to_device(order, device), below)
-    if fast and hints is None:
+    if kernel_options and hints is None:
         # labels_below is a promise, so that nothing waits
         return kernels.locate(labels, codec.side, dtype=kernel_dtype(codec),
                               labels_below=below if below <= 1024 else None)
@@ -476,7 +476,7 @@ def export(c):
                          f"--out")
     if problem:
         print(f"{problem}; using the one before, {path}", file=sys.stderr)
-    save(c.export, portable(content))
+    save_checkpoint(c.export, portable(content))
     print(f"{c.export}: averaged weights and configuration of {path}, step {content['step']}")
     return 0
 
@@ -545,13 +545,13 @@ def switches(c, device, dtype, world):
     return c.compile == "on" or c.compile == "auto" and device.type == "cuda", able and c.graph != "off"
 
 
-def loss_of(diffusion, codec, dtype, fast):
-    """loss(net, batch) of a dictionary that `batches` yields; fast: what `fused` returned, for both."""
+def loss_of(diffusion, codec, dtype, kernel_options):
+    """loss(net, batch) of a dictionary that `batches` yields, which had the same kernel_options."""
     def loss(net, batch):
-        if fast:
+        if kernel_options:
             return fused_training_loss(net, batch["cells"], batch["image"], codec.channels, batch["seeds"],
                                        diffusion, batch,
-                                       codec.activate, **fast, dtype=dtype or torch.float32,
+                                       codec.activate, **kernel_options, dtype=dtype or torch.float32,
                                        hints=batch.get("hints"))
         return training_loss(net, batch["x0"], batch["image"], batch["valid"], diffusion, codec.activate,
                              drawn=batch,
@@ -679,10 +679,11 @@ class Training:
         kind = dict(fused=run.device.type in ("cuda", "cpu"), capturable=run.device.type == "cuda")
         self.optimizer = torch.optim.AdamW(run.net.parameters(), lr=c.lr, betas=(0.9, 0.999),
                                            weight_decay=c.weight_decay, **kind)
-        self.fast = fused(run.codec, run.device)
+        self.kernel_options = kernel_options(run.codec, run.device)
         compiled, graph = switches(c, run.device, run.dtype, run.world)
-        self.update = Step(run.net, loss_of(run.diffusion, run.codec, run.dtype, self.fast), self.optimizer,
-                           run.dtype, c.accumulate, c.grad_clip, compiled, graph, run.world)
+        loss = loss_of(run.diffusion, run.codec, run.dtype, self.kernel_options)
+        self.update = Step(run.net, loss, self.optimizer, run.dtype, c.accumulate, c.grad_clip, compiled,
+                           graph, run.world)
         if run.resumed:
             self.resume(run.resumed, kind)
         self.first, self.started = self.step, time.time()
@@ -721,7 +722,7 @@ class Training:
         if self.run.rank == 0:
             self.writer.wait()
             content = on_host(choose(self.content()))
-            self.writer(lambda: self.put(name, lambda path: save(path, content, **more)))
+            self.writer(lambda: self.put(name, lambda path: save_checkpoint(path, content, **more)))
 
     def checkpoint(self):
         self.store("ckpt.pt", keep_previous=True)
@@ -835,7 +836,7 @@ def train(c, run):
     if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # which nohup does
         kinds.append(HANGUP)
     handlers = {n: signal.signal(n, t.on_signal) for n in kinds}
-    coming, stopped = batches(c, run, t.step, t.fast), any_stopped(t.stop, run.world)
+    coming, stopped = batches(c, run, t.step, t.kernel_options), any_stopped(t.stop, run.world)
     try:
         while not next(stopped):
             if t.step > t.validated and (t.step % c.eval_every == 0 or t.step == c.max_steps):

@@ -26,7 +26,7 @@ from pycocotools import mask as coco_mask
 
 from answers import tree
 from bits import Codec, entropy, hint_bits, locate
-from diffusion import SAMPLERS, VARIANCES, Diffusion, fused, sample
+from diffusion import SAMPLERS, VARIANCES, Diffusion, kernel_options, sample
 from engine import newest, out_of_memory, pick_precision
 from frame import blurred, enlarge, normalise, outline, resize_image, shrink, subsample
 from metrics import ari, contingency
@@ -72,7 +72,7 @@ def read_checkpoint(path, device="cpu"):
 
 def load_checkpoint(path, device="cpu", raw=False):
     """The EMA network of a checkpoint, or the network itself (raw), ready to sample from. Raises ValueError
-    naming the file, RuntimeError as `diffusion.fused`."""
+    naming the file, RuntimeError as `diffusion.kernel_options`."""
     c = read_checkpoint(path, device)
     if lacks := {"network", "ema", "codec", "diffusion", "image_size", "sampling", "dataset",
                  "step"} - c.keys():
@@ -114,7 +114,7 @@ def load_checkpoint(path, device="cpu", raw=False):
         why = known.get(type(e), "entries of a wrong kind")
         raise ValueError(f"{path}: no checkpoint that this version can use: {why}") from None
     # now, not in the midst of sampling: raises where kernels were forced that cannot run
-    fused(model.codec, device)
+    kernel_options(model.codec, device)
     return model
 
 
@@ -372,7 +372,8 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **samplin
         try:
             x_hat = sample(model.net, x, inside, model.codec.channels, seeds, model.diffusion,
                            model.codec.activate,
-                           fused=fused(model.codec, device), callback=callback, **sampling, **given).cpu()
+                           kernel_options=kernel_options(model.codec, device), callback=callback, **sampling,
+                           **given).cpu()
         except RuntimeError as e:
             if not out_of_memory(e):
                 raise
@@ -437,8 +438,8 @@ def answer(grown, labels, result, hints=None):
     sure, borders = tree.confidence(result.evidence, grown, labels, net)
     cells, side = placed(labels[None], result.side)
     place = cells[0].numpy()
-    number = np.zeros(int(labels.max()) + 1, int)
-    number[labels] = place
+    place_of = np.zeros(int(labels.max()) + 1, int)
+    place_of[labels] = place
     full = enlarge(cells, result.image, result.calm)[0]
     if hints is not None and hints.any():  # exactly, to the pixel: each hint is what its segment is
         small = shrink(hints, *labels.shape)
@@ -449,10 +450,10 @@ def answer(grown, labels, result, hints=None):
         here = hints > 0
         numbers = values[np.searchsorted(ids, hints[here])]
         full[torch.from_numpy(here)] = torch.from_numpy(numbers).to(full.dtype)
-    confidence = {int(number[k]): float(sure[k]) for k in range(len(number))}
+    confidence = {int(place_of[k]): float(sure[k]) for k in range(len(place_of))}
     segments = coco_segments(full.numpy(), confidence)
     left = {s["id"] for s in segments}  # in a photo smaller than the map, segments may lose all their pixels
-    pairs = [(int(number[i]) + 1, int(number[j]) + 1, float(p)) for i, j, p in borders]
+    pairs = [(int(place_of[i]) + 1, int(place_of[j]) + 1, float(p)) for i, j, p in borders]
     return Answer(full, side, segments, [pair for pair in pairs if left.issuperset(pair[:2])])
 
 

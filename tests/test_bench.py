@@ -104,7 +104,7 @@ def test_a_variant_that_fails_leaves_the_others(quick, capsys, monkeypatch):
     real = bench.Variant.start
 
     def start(v, *rest):
-        if v.dtype is None and not v.fused:
+        if v.dtype is None and not v.fused_optimizer:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB")
         real(v, *rest)
 

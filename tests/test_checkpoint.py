@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import engine
-from engine import Beside, Damaged, lock, newest, on_host, previous, read, save
+from engine import Beside, Damaged, lock, newest, on_host, previous, read, save_checkpoint
 
 
 def some(step):
@@ -25,7 +25,7 @@ def step_of(path):
 def test_a_file_is_an_ordinary_torch_file_and_keeps_the_one_before(tmp_path):
     path = tmp_path / "ckpt.pt"
     for step in (1, 2, 3):
-        save(path, some(step), keep_previous=True)
+        save_checkpoint(path, some(step), keep_previous=True)
     assert (step_of(path), step_of(previous(path))) == (3, 2)
     assert torch.equal(torch.load(path, weights_only=True)["net"]["w"], torch.arange(100.0) + 3)
     with zipfile.ZipFile(path) as z:
@@ -60,8 +60,8 @@ def test_jobs_run_one_after_the_other_and_what_fails_is_raised():
 
 def test_any_altered_byte_and_any_cut_is_found(tmp_path):
     path, rng = tmp_path / "ckpt.pt", random.Random(0)
-    save(path, some(1), keep_previous=True)
-    save(path, some(2), keep_previous=True)
+    save_checkpoint(path, some(1), keep_previous=True)
+    save_checkpoint(path, some(2), keep_previous=True)
     whole = path.read_bytes()
     cases = [whole[: rng.randrange(len(whole))] for _ in range(20)] + [b"", whole[:-1], whole + b"x"]
     for at in [*range(len(whole) - 73, len(whole)), *(rng.randrange(len(whole)) for _ in range(60))]:
@@ -82,8 +82,8 @@ def test_without_a_usable_one_the_reasons_are_given(tmp_path):
     assert newest(path) == (None, None, "")
     with pytest.raises(ValueError, match="no such file; train one with"):
         read(path)
-    save(path, some(1), keep_previous=True)
-    save(path, some(2), keep_previous=True)
+    save_checkpoint(path, some(1), keep_previous=True)
+    save_checkpoint(path, some(2), keep_previous=True)
     path.unlink()
     content, _, problem = newest(path)
     assert content["step"] == 1 and "missing" in problem
@@ -102,7 +102,7 @@ class Evil:
 
 def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
     path, sign = tmp_path / "ckpt.pt", tmp_path / "it-ran"
-    save(path, dict(step=1, net=Evil(sign)))
+    save_checkpoint(path, dict(step=1, net=Evil(sign)))
     with pytest.raises(ValueError, match=r"ckpt.pt: refused: it holds (posix|nt).system"):
         read(path)
     torch.save(dict(net=Evil(sign)), path)  # and without our checksum
@@ -113,7 +113,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
 
 def test_another_format_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "FORMAT", 1)
-    save(tmp_path / "a.pt", some(1))
+    save_checkpoint(tmp_path / "a.pt", some(1))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="a.pt: its format is 1, this version reads format 2"):
         read(tmp_path / "a.pt")
@@ -123,7 +123,7 @@ def test_another_format_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_crash_anywhere_leaves_a_whole_one(tmp_path, monkeypatch, name, call):
     path, real, calls = tmp_path / "ckpt.pt", getattr(os, name), []
-    save(path, some(1), keep_previous=True)
+    save_checkpoint(path, some(1), keep_previous=True)
 
     def crash(*args):
         calls.append(1)
@@ -133,13 +133,13 @@ def test_a_crash_anywhere_leaves_a_whole_one(tmp_path, monkeypatch, name, call):
 
     monkeypatch.setattr(os, name, crash)
     with pytest.raises(KeyboardInterrupt):
-        save(path, some(2), keep_previous=True)
+        save_checkpoint(path, some(2), keep_previous=True)
     assert newest(path)[0]["step"] in (1, 2)
 
 
 def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
-    save(path, some(1), keep_previous=True)
+    save_checkpoint(path, some(1), keep_previous=True)
 
     class Full(io.FileIO):
         def write(self, data):
@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "open", Full, raising=False)
     with pytest.raises(OSError, match="No space left"):
-        save(path, some(2), keep_previous=True)
+        save_checkpoint(path, some(2), keep_previous=True)
     assert step_of(path) == 1 and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 

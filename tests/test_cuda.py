@@ -113,7 +113,7 @@ def test_the_same_noise_gives_the_same_answer_on_both_devices(tmp_path, monkeypa
                                         model.codec.activate, steps=4,
             # so little smoothing changes nothing, and takes the plain steps
             smooth=1e-9 if device == "cpu" else 0.0,
-            fused=dict(activation=model.codec.activation, codes=None)).cpu())
+            kernel_options=dict(activation=model.codec.activation, codes=None)).cpu())
     torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-3)
 
 
@@ -165,7 +165,7 @@ def test_neither_batches_nor_a_step_wait_for_the_device():
                  ["--palette", "none"], ["--self_condition", "0.5"]):
         c = train.parse([*QUICK, *more])
         r = train.build(c)
-        r.train_data, fast = Shapes("train", c.image_size), diffusion.fused(r.codec, r.device)
+        r.train_data, fast = Shapes("train", c.image_size), diffusion.kernel_options(r.codec, r.device)
         optimizer = torch.optim.AdamW(r.net.parameters(), fused=True, capturable=True)
         step = Step(r.net, train.loss_of(r.diffusion, r.codec, r.dtype, fast), optimizer, r.dtype)
         coming = train.batches(c, r, 0, fast)

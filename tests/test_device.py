@@ -9,7 +9,7 @@ from device import Device
 
 import kernels
 import train
-from diffusion import fused
+from diffusion import kernel_options
 from engine import Step
 from sources.scenes import Shapes
 
@@ -41,7 +41,7 @@ def steps(monkeypatch):
         c = train.parse([*"--batch_size 2 --image_size 8 --warmup_steps 1 --precision fp32 --device".split(),
                          str(device), *options])
         run = train.build(c)
-        run.train_data, net, fast = Shapes("train", 8), run.net, fused(run.codec, run.device)
+        run.train_data, net, fast = Shapes("train", 8), run.net, kernel_options(run.codec, run.device)
         update = Step(net, train.loss_of(run.diffusion, run.codec, run.dtype, fast),
                       torch.optim.AdamW(net.parameters(), fused=True), run.dtype)
         coming, values = train.batches(c, run, 5, fast), []

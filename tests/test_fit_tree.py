@@ -134,7 +134,7 @@ def folder(tmp_path):
     net = UNet(7, 4, **SIZES["tiny"])
     for p in net.parameters():
         p.data += 0.05 * torch.randn_like(p)
-    engine.save(
+    engine.save_checkpoint(
         tmp_path / "ckpt.pt",
         dict(
             network=dict(in_channels=7, out_channels=4, **SIZES["tiny"]),

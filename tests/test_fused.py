@@ -60,10 +60,10 @@ def test_fused_steps_are_plain_steps(scene, monkeypatch, sampler, variance, guid
     net, valid = network(d, 4, image.device), torch.rand(3, 16, 16, device=image.device) < 0.8
     options = dict(steps=4, sampler=sampler, variance=variance, guidance=guidance)
     given = dict(activation="tanh", codes=None)
-    result = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, fused=given, **options)
+    result = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, kernel_options=given, **options)
     # smoothing takes the plain path; so little of it changes nothing
     monkeypatch.setattr(kernels, "step", None)
-    plain = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, fused=given, smooth=1e-9,
+    plain = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, kernel_options=given, smooth=1e-9,
                    **options)
     assert torch.allclose(result, plain, atol=1e-5)
 

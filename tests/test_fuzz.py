@@ -16,7 +16,7 @@ from test_inputs import coco, folder, labelme, scene
 
 import train
 from answers.segment import denoise, load_checkpoint, prepare
-from engine import MARK, TAIL, read, save
+from engine import MARK, TAIL, read, save_checkpoint
 from sources.formats import FORMATS, find_coco
 from sources.packing import BAD, DONE, EMPTY, LEFT, convert
 
@@ -186,9 +186,9 @@ def test_checkpoint_content(tmp_path_factory, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda number: None)  # 300 times
         if data.draw(st.booleans()):
-            save(path, change(data.draw, content, 2))
+            save_checkpoint(path, change(data.draw, content, 2))
         else:
-            save(path, content)
+            save_checkpoint(path, content)
             archive = change_bytes(data.draw, path.read_bytes()[:-TAIL])
             comment = MARK + hashlib.sha256(archive).hexdigest().encode()
             path.write_bytes(archive + len(comment).to_bytes(2, "little") + comment)

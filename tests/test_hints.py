@@ -14,7 +14,7 @@ import kernels
 import train
 from bits import Codec, hint_bits, locate
 from diffusion import Diffusion, draw, fused_training_loss, sample, training_loss
-from engine import read, save
+from engine import read, save_checkpoint
 from model import SIZES, UNet
 from sources.hints import NUMBERS, draw_hints
 
@@ -249,7 +249,7 @@ def test_init_widens_and_refuses_other_meanings(tmp_path, capsys):
     del old["diffusion"]["hints"]  # a checkpoint from before there were hints
     old["diffusion"]["self_condition"] = 0.5
     old["network"]["in_channels"] = 11
-    save(tmp_path / "self.pt", old)
+    save_checkpoint(tmp_path / "self.pt", old)
     for more in ([], ["--self_condition", "0.5"]):
         assert run(tmp_path, "no", 1, "--init", str(tmp_path / "self.pt"), *more) == 2
         err = capsys.readouterr().err

@@ -749,13 +749,13 @@ def test_the_same_run_by_another_path_goes_on(tmp_path, small, monkeypatch, caps
 
 
 def test_a_checkpoint_of_before_these_options_goes_on(tmp_path, small):
-    from engine import read, save
+    from engine import read, save_checkpoint
     root = folder(tmp_path / "mine")
     assert run(tmp_path, "--dataset", str(root), "--max_steps", "1") == 0
     content = read(tmp_path / "out/ckpt.pt")
     for key in ("void", "max_bad"):
         content["config"].pop(key)
-    content.pop("contents"), save(tmp_path / "out/ckpt.pt", content)
+    content.pop("contents"), save_checkpoint(tmp_path / "out/ckpt.pt", content)
     assert run(tmp_path, "--dataset", str(root) + "/", "--max_steps", "2") == 0
 
 

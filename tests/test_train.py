@@ -16,7 +16,7 @@ from PIL import Image
 
 import train
 from answers.segment import load_checkpoint
-from engine import NoGraph, lock, read, save
+from engine import NoGraph, lock, read, save_checkpoint
 
 ROOT = Path(train.__file__).parent
 QUICK = ("--device cpu --max_steps 4 --batch_size 2 --image_size 16 --eval_images 3 --steps 2 "
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path, capsys):
     content = read(tmp_path / "run" / "ckpt.pt")
     del content["config"]["dropout"]
     content["config"]["colour"] = "red"
-    save(tmp_path / "run" / "ckpt.pt", content)
+    save_checkpoint(tmp_path / "run" / "ckpt.pt", content)
     assert run(tmp_path) == 2
     err = capsys.readouterr().err
     assert "dropout (none) -> 0.0" in err and "colour red -> (none)" in err
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path, capsys):
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     run(tmp_path)
     before, folder = weights(tmp_path, "run"), tmp_path / "run"
-    save(folder / "ckpt.prev.pt", {**read(folder / "ckpt.prev.pt")})
+    save_checkpoint(folder / "ckpt.prev.pt", {**read(folder / "ckpt.prev.pt")})
     damaged = folder / "ckpt.pt"
     damaged.write_bytes(damaged.read_bytes()[:-1000])
     sampling = load_checkpoint(damaged)
@@ -239,7 +239,7 @@ def test_export_sampling_and_fine_tuning(tmp_path, capsys):
     assert run(tmp_path, "--init", str(tmp_path / "none.pt"), out="other") == 2
     assert train.main(["--out", str(tmp_path / "nothing"), "--export", str(exported)]) == 2
     (tmp_path / "other").mkdir(exist_ok=True)
-    save(tmp_path / "other" / "ckpt.pt", read(exported))
+    save_checkpoint(tmp_path / "other" / "ckpt.pt", read(exported))
     assert run(tmp_path, out="other") == 2
     assert "lacks net, optimizer, scaler" in capsys.readouterr().err
 
@@ -368,9 +368,9 @@ def test_a_run_goes_on_in_the_layout_of_another_device(tmp_path, monkeypatch, be
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """The first write waits for two more steps, the second for the first. Each holds its own step."""
-    real, real_ema, done, writing, late = train.save, train.update_ema, [], [], threading.Event()
+    real, real_ema, done, writing, late = train.save_checkpoint, train.update_ema, [], [], threading.Event()
 
-    def save(path, content, **more):
+    def save_checkpoint(path, content, **more):
         writing.append(path)
         assert len(writing) == 1  # one at a time
         if content["step"] == 2 and not late.wait(20):
@@ -386,7 +386,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
     assert run(tmp_path, "--keep_every", "2", "--eval_every", "6", "--max_steps", "6", "--save_every", "3",
                out="plain") == 0
-    monkeypatch.setattr(train, "save", save)
+    monkeypatch.setattr(train, "save_checkpoint", save_checkpoint)
     monkeypatch.setattr(train, "update_ema", update_ema)
     assert run(tmp_path, "--keep_every", "2", "--eval_every", "6", "--max_steps", "6", "--save_every",
                "5") == 0
