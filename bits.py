@@ -39,13 +39,6 @@ def gray(i):
     return i ^ (i >> 1)
 
 
-def gray_inverse(g):
-    """The integer whose Gray code is g (below 2^32): the prefix-xor of its bits."""
-    for shift in (1, 2, 4, 8, 16):
-        g = g ^ (g >> shift)
-    return g
-
-
 def palette(side, order="similar", seed=0):
     """Code of each cell of a side x side grid, in raster order: int64 array (side^2,).
 
@@ -341,15 +334,6 @@ def dichotomy(rgb, valid):
 # ------------------------------------------------------------------------------------------------------------
 # What soft bits say (paper, Eq. 3). x (B, k, H, W), clamped to [-1, 1]; each bit is right with probability (1
 # + |x|)/2.
-
-
-def code_probability(x, code):
-    """Probability of a code, an integer or (B, H, W) integers, at each pixel: prod_b (1 - |y_b - x_b| / 2),
-    (B, H, W)."""
-    code = torch.as_tensor(code, device=x.device)
-    y = 2.0 * torch.stack([code >> b & 1 for b in range(x.shape[1])], dim=-1) - 1  # (..., k)
-    y = rearrange(y, "b h w k -> b k h w") if y.dim() == 4 else y.view(1, -1, 1, 1)
-    return (1 - (y - x.float().clamp(-1, 1)).abs() / 2).prod(1)
 
 
 def confidence(x):
