@@ -186,8 +186,8 @@ def table(name, rows, also, a):
     return result
 
 
-@program("experiments.py", "the same command goes on")
-def main(argv=None):
+def arguments(argv):
+    """This script's options, and the rest, which are train.py's."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     p.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="experiment",
@@ -206,7 +206,12 @@ def main(argv=None):
     p.add_argument("--cache", default="cache")
     p.add_argument("--device", default="auto")
     p.error = complaint("experiments.py")
-    a, rest = p.parse_known_args(argv)
+    return p.parse_known_args(argv)
+
+
+@program("experiments.py", "the same command goes on")
+def main(argv=None):
+    a, rest = arguments(argv)
     try:
         also, (part, _, parts) = options(rest), a.part.partition("/")
         if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):

@@ -164,7 +164,6 @@ def score_images(data, positions, model, a, setting, ns, places, full=True, keep
         if model:
             x_hat = torch.stack(job.x_hat)  # (n, C, h, w)
             samples = np.stack([sample_map(one, photo, model) for one in x_hat])
-            net = tree.learnt() if model.tidy["merge"] else None
             grown = {k: joined(evidence_of(x_hat[:k], photo, model.codec), model) for k in ns}
             m = len(maps)
             every = torch.from_numpy(np.concatenate([samples,
@@ -189,24 +188,31 @@ def score_images(data, positions, model, a, setting, ns, places, full=True, keep
             row[where] = judge({k: enlarge(v[None], picture)[0].long() if model else subsample(v, H, W)
                                 for k, v in answers.items()}, truth)
         if model:
-            every = torch.from_numpy(samples).long()
-            ari, covering = metrics.pairwise(torch.cat([every, maps]))
-            if n > 1 and len(maps) > 1:
-                row["spread"] = {name: [metrics.energy_distance(1 - e, n), metrics.diversity(1 - e[:n, :n]),
-                                        metrics.diversity(1 - e[n:, n:])] for name,
-                                        e in (("ARI", ari), ("covering", covering))}
-            if n > 1:
-                row["joined"] = joined_table(every, maps)
-            evidence, (tree_of_all, labels) = evidence_of(x_hat, photo, model.codec), grown[n]
-            sure, _ = tree.confidence(evidence, tree_of_all, labels, net)
-            row["segments"] = segment_table(sure, labels, maps)
-            row["borders"] = border_table(evidence, tree_of_all, labels, maps, net)
-            if model.codec.has_bits and model.codec.palette != "none":
-                row["bits"] = bit_table(x_hat[0], maps, model.codec)
+            row |= reliability_of(samples, x_hat, photo, maps, *grown[n], model)
         if keep:
             shown = [placed(v[None].numpy(), 16)[0][0] for v in answers.values()]
             row["tiles"] = [torch.from_numpy(photo), *maps[:2], *shown]
     return rows
+
+
+def reliability_of(samples, x_hat, photo, maps, tree_of_all, labels, model):
+    """How n samples and the confidences of their joint answer compare with the annotators: the entries
+    spread, joined, segments, borders and bits of a row, as far as there are enough of both."""
+    every, n, result = torch.from_numpy(samples).long(), len(samples), {}
+    if n > 1 and len(maps) > 1:
+        result["spread"] = {
+            name: [metrics.energy_distance(1 - e, n), metrics.diversity(1 - e[:n, :n]),
+                   metrics.diversity(1 - e[n:, n:])]
+            for name, e in zip(("ARI", "covering"), metrics.pairwise(torch.cat([every, maps])))}
+    if n > 1:
+        result["joined"] = joined_table(every, maps)
+    evidence, net = evidence_of(x_hat, photo, model.codec), tree.learnt() if model.tidy["merge"] else None
+    sure, _ = tree.confidence(evidence, tree_of_all, labels, net)
+    result["segments"] = segment_table(sure, labels, maps)
+    result["borders"] = border_table(evidence, tree_of_all, labels, maps, net)
+    if model.codec.has_bits and model.codec.palette != "none":
+        result["bits"] = bit_table(x_hat[0], maps, model.codec)
+    return result
 
 
 def offset_of(model):
