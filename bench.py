@@ -244,9 +244,23 @@ def write_scenes(root, n=16, width=640, height=480):
     return root
 
 
+def reading(dataset, B, workers, seconds, pin):
+    """Seconds an image of data.batches, by so many workers: by the clock, and of the processor in all
+    processes."""
+    spent, source, n = os.times(), data.batches(dataset, 0, B, 0, workers, pin=pin), 0
+    next(source)
+    start = time.perf_counter()
+    while n == 0 or time.perf_counter() - start < seconds:
+        next(source)
+        n += B
+    wall = (time.perf_counter() - start) / n
+    source.close()
+    return wall, (sum(os.times()[:4]) - sum(spent[:4])) / (n + B)  # the processes have ended
+
+
 def bench_data(args):
-    """Each stage between the files and x0, and all that a training step needs together; the last line is
-    JSON."""
+    """Each stage between the files and x0, all that a training step needs together, and reading alone by
+    processes; the last line is JSON."""
     torch.set_num_threads(args.threads)
     device, codec, B = usable(args.device), bits.Codec(bits=BITS), args.batch
 
@@ -270,7 +284,8 @@ def bench_data(args):
     with tempfile.TemporaryDirectory() as scratch:
         name = args.dataset or str(write_scenes(Path(scratch) / "scenes"))
         start = clocks()
-        packed = data.load(name, "train", SIZE, args.root, Path(scratch) / "cache", workers=1)
+        packed = data.load(name, "train", args.size, args.root, args.cache or Path(scratch) / "cache",
+                           workers=1, compose=args.compose)
         prepare = ((clocks() - start) / len(packed)).tolist()
         batch = next(data.batches(packed, 0, B, 0, workers=0))
         there = [part.to(device) for part in batch]
@@ -280,7 +295,8 @@ def bench_data(args):
                 return codec.cells(labels)
             return kernels.locate(labels, codec.side, labels_below=packed.labels_below)
 
-        source = data.batches(packed, 0, B, 0, args.workers, pin=device.type == "cuda")
+        pin = device.type == "cuda"
+        source = data.batches(packed, 0, B, 0, pin=pin)
 
         def step():
             images, labels, sizes, u = (part.to(device, non_blocking=True) for part in next(source))
@@ -301,21 +317,26 @@ def bench_data(args):
             "all but prepare": seconds(step),
         }
         source.close()
+        rates = {n: reading(packed, B, n, 5 * args.seconds, pin) for n in args.workers}
     about = machine(device.type)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"{args.dataset or 'scenes of 640 x 480'}: {len(packed)} images at {SIZE} x {SIZE}, batch {B}, on "
-          f"{device}; {args.workers} "
-          f"threads read ahead\n")
+    count = "endless" if len(packed) >= 2**31 else len(packed)
+    print(f"{args.dataset or 'scenes of 640 x 480'}: {count} images at {args.size} x {args.size}, batch {B}, "
+          f"on {device}\n")
     print(f"| {'stage':<26}| us an image | images/s | CPU us an image | images a CPU second |")
     print(f"|{'-' * 27}|-------------|----------|-----------------|---------------------|")
     for stage, (wall, cpu) in stages.items():
         print(f"| {stage:<26}| {wall * 1e6:<12.1f}| {1 / max(wall, 1e-9):<9.0f}| {cpu * 1e6:<16.1f}| "
               f"{1 / max(cpu, 1e-9):<20.0f}|")
+    print("\n| processes that read | images/s | CPU us an image, all processes |")
+    print("|---------------------|----------|--------------------------------|")
+    for n, (wall, cpu) in rates.items():
+        print(f"| {n or '0 (a thread)':<20}| {1 / wall:<9.0f}| {cpu * 1e6:<31.1f}|")
     wall, cpu = stages["all but prepare"]
     print()
     print(json.dumps(dict(bench="data", machine=about, device=str(device), dataset=args.dataset or "scenes",
-                          size=SIZE, batch=B,
-                          workers=args.workers, images_per_second=1 / wall, images_per_cpu_second=1 / cpu,
+                          size=args.size, batch=B, reading=rates, images_per_second=1 / wall,
+                          images_per_cpu_second=1 / cpu,
                           prepared_per_second=1 / prepare[0],
                           prepared_per_cpu_second=1 / prepare[1],
                           stages={stage: t[0] for stage, t in stages.items()})))
@@ -609,7 +630,7 @@ def gpu_parts(small):
         files = ["cuda", "kernels", "kernels_door", "kernels_maps", "kernels_noise", "fused"]
         kernel = "--batch 8 256 --dtype bfloat16".split()
         training = {f"train-{n}": f"--preset paper --batch {n} --rounds 5" for n in (8, 64, 256)}
-        photos, reading = "--images 1 64", "--batch 64 --workers 1 --seconds 1"
+        photos, reading = "--images 1 64", "--batch 64 --seconds 1"
     tests = [*python, *"-m pytest -v --tb short -p no:cacheprovider".split()]
     tests += [f"tests/test_{name}.py" for name in files]
     tests += [] if small else ["tests/test_data_cache.py::test_augmentation_never_waits_for_the_host"]
@@ -700,8 +721,12 @@ def main(argv=None):
     d.add_argument("--batch", type=int, default=8)
     d.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     d.add_argument("--threads", type=int, default=1, help="that compute on the CPU")
-    d.add_argument("--workers", type=int, default=0, help="threads that read ahead")
-    d.add_argument("--seconds", type=float, default=2.0, help="for each stage")
+    d.add_argument("--size", type=int, default=SIZE)
+    d.add_argument("--cache", default="", help="of packed data sets (default: a temporary one)")
+    d.add_argument("--compose", type=float, default=0.0, help="as in train.py")
+    d.add_argument("--workers", type=int, nargs="+", default=sorted({0, 1, 2, max(1, data.CORES - 1)}),
+                   help="numbers of processes that read, each tried (%(default)s)")
+    d.add_argument("--seconds", type=float, default=2.0, help="for each stage; five times that for reading")
     d.set_defaults(run=bench_data)
     t = what.add_parser("train", help="a training step")
     t.add_argument("--batch", type=int, help="(default: the preset's)")

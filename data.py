@@ -69,6 +69,7 @@ from sources.download import download
 from sources.formats import FORMATS, format_of, others
 from sources.hints import NUMBERS, draw_hints  # noqa: F401 (train.py enters sources/ by this door)
 from sources.packing import pack
+from sources.readers import Unread, ring  # noqa: F401 (Unread for train.py)
 from sources.scenes import Mixture, Shapes
 
 
@@ -237,31 +238,38 @@ def uniforms(start, count, seed, n=16, rank=0, ranks=1):
                      for i in range(start + rank, start + count, ranks)])
 
 
-def batches(data, start, count, seed, workers=1, rank=0, ranks=1, pin=False):
+def samples(data, start, count, seed, rank, ranks, batch, first, last):
+    """Rows first to last - 1 of a rank's share of batch number `batch` of `batches`, as that yields them."""
+    begin, n = start + batch * count + first * ranks, (last - first) * ranks
+    u = uniforms(begin, n, seed, 21, rank, ranks)
+    return *data.get(order(begin, n, len(data), seed, rank, ranks),
+                     u[:, 19]), torch.from_numpy(np.delete(u, 19, axis=1))
+
+
+def batches(data, start, count, seed, workers=0, rank=0, ranks=1, pin=False):
     """Endless batches of `count` samples (over all ranks), from sample number `start` on: images, labels,
     sizes, u.
 
     u (B, 20): the samples' uniform numbers, for `augment`. Batches depend on start, count, seed and rank
-    alone, not on the number of workers: threads that read ahead (0: none). pin: in page-locked memory, for
-    CUDA.
+    alone, not on the number of workers: processes that make them ahead; 0: a thread of this one. pin: in
+    page-locked memory, for CUDA; copy a batch before asking for the next (`ring`). Raises Unread where a
+    process fails.
     """
     if count % ranks:
         raise ValueError(f"a batch of {count} samples cannot be shared by {ranks} processes equally")
+    make, rows = functools.partial(samples, data, start, count, seed, rank, ranks), count // ranks
+    if workers:
+        yield from ring(make, rows, workers, pin)
 
-    def make(start):
-        u = uniforms(start, count, seed, 21, rank, ranks)
-        batch = *data.get(order(start, count, len(data), seed, rank, ranks),
-                          u[:, 19]), torch.from_numpy(np.delete(u, 19, axis=1))
-        return tuple(part.pin_memory() for part in batch) if pin else batch
+    def whole(batch):
+        return tuple(part.pin_memory() if pin else part for part in make(batch, 0, rows))
 
-    pool = ThreadPoolExecutor(max(1, workers))
-    ahead = deque()
+    pool, ahead = ThreadPoolExecutor(1), deque()
     try:
-        while True:
-            while len(ahead) < workers + 1 and workers:
-                ahead.append(pool.submit(make, start + len(ahead) * count))
-            yield ahead.popleft().result() if workers else make(start)
-            start += count
+        for batch in itertools.count():
+            ahead.append(pool.submit(whole, batch))
+            if batch:
+                yield ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 

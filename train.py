@@ -123,7 +123,8 @@ class Config:
     max_bad: float = 0.01  # share of unusable images or label maps that is too much
     crop: float = 1.0  # smallest share of the sides that random crops keep; 1: none
     jitter: float = 1.0  # how often colours are changed, as a multiple of the paper's probabilities
-    workers: int = 1  # threads that read ahead; 0: none
+    # processes that make samples ahead; 0: a thread does; auto: cores - 1 of them with CUDA, else 0
+    workers: str = "auto"
     threads: int = 0  # that compute on a CPU; 0: as many as is fastest just now, so that rounding may vary
     # encoding
     encoding: str = "bits"  # bits, onehot, rgb (the last two are the paper's baselines)
@@ -196,7 +197,7 @@ FREE = {"out", "root", "cache", "device", "kernels", "compile", "graph", "worker
 
 RANGES = dict.fromkeys(("batch_size", "accumulate", "max_steps", "image_size", "eval_every", "eval_images",
                         "steps", "log_every", "save_every"), (1, math.inf))
-RANGES |= dict.fromkeys(("keep_every", "workers", "warmup_steps", "decay_steps", "lr", "weight_decay",
+RANGES |= dict.fromkeys(("keep_every", "warmup_steps", "decay_steps", "lr", "weight_decay",
                          "grad_clip", "jitter", "guidance", "smooth", "least", "merge"), (0, math.inf))
 RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition", "hints", "max_bad"), (0, 1))
 RANGES |= {"seed": (0, 2**22 - 1), "crop": (0.01, 1), "ema": (0, 0.999999), "input_scale": (1e-6, math.inf),
@@ -228,6 +229,8 @@ def parse(argv):
     for key, known in CHOICES.items():
         if getattr(c, key) not in known:
             raise ValueError(f"--{key} is {' or '.join(known)}, not '{getattr(c, key)}'")
+    if c.workers != "auto" and not c.workers.isdecimal():
+        raise ValueError(f"--workers is auto or a number of processes, not '{c.workers}'")
     codec = codec_of(c)
     if codec.clusters and (c.least or c.merge):
         raise ValueError(f"--least and --merge must be 0 with --encoding {c.encoding}, not {c.least} and "
@@ -269,8 +272,15 @@ def learning_rate(step, c):
                       (step + 1) / max(1, c.warmup_steps)) * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left)))
 
 
+def readers(c, device):
+    """How many processes make samples ahead; 0: a thread of this one does."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun, on this machine
+    auto = max(1, datasets.CORES // here - 1) if device.type == "cuda" else 0
+    return auto if c.workers == "auto" else int(c.workers)
+
+
 def batches(c, run, step, kernel_options):
-    """What the steps from number `step` on need: files are read ahead in threads; on CUDA, the rest on a
+    """What the steps from number `step` on need: samples are made ahead by `readers`; on CUDA, the rest on a
     stream of its own.
 
     Yields dictionaries of what `training_loss` takes and `draw` draws, on the device, one row a sample: every
@@ -279,8 +289,8 @@ def batches(c, run, step, kernel_options):
     CUDA device, up to 1,024 segments an image.
     """
     stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
-    source = datasets.batches(run.train_data, step * c.batch_size, c.batch_size, c.seed, c.workers, run.rank,
-                              run.world, pin=bool(stream))
+    source = datasets.batches(run.train_data, step * c.batch_size, c.batch_size, c.seed,
+                              readers(c, run.device), run.rank, run.world, pin=bool(stream))
     run = dataclasses.replace(run, codec=copy.copy(run.codec))
     run.codec.table = run.codec.table.to(run.device)  # once, not at every step
 
@@ -458,7 +468,11 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
-    status = train(c, run)
+    try:
+        status = train(c, run)
+    except datasets.Unread as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        status = 2
     if dist.is_initialized():
         dist.destroy_process_group()
     return status

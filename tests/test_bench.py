@@ -52,8 +52,9 @@ def test_kernels(quick, capsys, monkeypatch, mode):
 
 
 def test_data(quick, capsys):
-    table, result = quick(capsys, "data", "--batch", "2", "--seconds", "0", "--device", "cpu")
-    assert len(table) == 2 + len(result["stages"]) and result["images_per_second"] > 0
+    table, result = quick(capsys, *"data --batch 2 --seconds 0 --device cpu --workers 0 2".split())
+    assert len(table) == 2 + len(result["stages"]) + 2 + 2 and result["images_per_second"] > 0
+    assert list(result["reading"]) == ["0", "2"]
 
 
 def test_sample_and_photos(quick, capsys):

@@ -22,6 +22,7 @@ import eval as evaluation
 import sample
 import train
 from answers.segment import load_checkpoint
+from data import batches
 from engine import NoGraph, Step, as_cuda_graph, read
 from sources.scenes import Shapes
 
@@ -161,7 +162,7 @@ def test_a_failed_capture_leaves_stream_and_gradients():
 
 
 def test_neither_batches_nor_a_step_wait_for_the_device():
-    for more in ([], ["--kernels", "torch", "--encoding", "onehot", "--palette", "none"],
+    for more in ([], ["--workers", "0"], ["--kernels", "torch", "--encoding", "onehot", "--palette", "none"],
                  ["--palette", "none"], ["--self_condition", "0.5"]):
         c = train.parse([*QUICK, *more])
         r = train.build(c)
@@ -180,6 +181,25 @@ def test_neither_batches_nor_a_step_wait_for_the_device():
             torch.cuda.set_sync_debug_mode("default")
         coming.close()
         train.kernels.use("auto")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_come_in_page_locked_memory_and_are_the_same(workers):
+    """Also while copies are still on their way: the device is kept busy, and the ring is short."""
+    data, busy = Shapes("train", 64), torch.rand(4096, 4096, device="cuda")
+    plain, locked = (batches(data, 0, 24, 3, n, pin=pin) for n, pin in ((0, False), (workers, True)))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        copies = []
+        for _ in range(12):
+            batch = next(locked)
+            assert all(part.is_pinned() for part in batch)
+            busy = busy @ busy * 1e-3
+            copies.append([part.to("cuda", non_blocking=True) for part in batch])
+        torch.cuda.synchronize()
+        for copy in copies:
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(copy, next(plain), strict=True))
+        locked.close()
+        plain.close()
 
 
 def test_a_run_goes_from_cpu_to_cuda_and_back(tmp_path):

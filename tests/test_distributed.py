@@ -90,7 +90,7 @@ def assert_same_run(a, b):
 # all rounding.
 @pytest.mark.parametrize("more",
                          [["--palette", "none", "--self_condition", "0.5"], ["--accumulate", "2"],
-                          ["--hints", "0.8"]])
+                          ["--hints", "0.8", "--workers", "2"]])
 def test_two_processes_are_one(tmp_path, more):
     alone = [] if more[0] == "--accumulate" else more  # in one go, all four images at once
     assert ends(processes(1, tmp_path / "one", *alone)) == [0]
