@@ -16,7 +16,6 @@ figures are medians over the rounds. On a busy machine: --clock cpu counts this 
 """
 
 import argparse
-import contextlib
 import copy
 import itertools
 import json
@@ -136,6 +135,8 @@ def kernel_cases(B, dtype, device):
     out, two = rand(B, k, SIZE, SIZE), rand(2 * B, k, SIZE, SIZE)
     xt = rand(B, k, SIZE, SIZE, kind=torch.float32)
     leaf = out.clone().requires_grad_()
+    filters = diffusion.edge_aware(image, valid, 0.2)
+    lines = diffusion.as_lines(filters)
 
     def plain_noise():
         x0 = codec.encode(cells)
@@ -179,6 +180,8 @@ def kernel_cases(B, dtype, device):
                           plain_input, True, n * (1 + 3 * 4 + (k + 3) * item)),
         "loss, forward": (lambda: fused_loss(out), lambda: plain_loss(out), True, n * (1 + k * item)),
         "loss, forward and backward": (both(fused_loss), both(plain_loss), True, n * (2 + 3 * k * item)),
+        "average, 24 launches": (lambda: kernels.average(xt, *lines), lambda: diffusion.average(filters, xt),
+                                 True, 24 * n * (2 * k + 2) * 4),
         "decode": (lambda: kernels.decode(out, valid), lambda: codec.decode(out, valid), True,
                    n * (k * item + 1 + 8)),
         "step, guided, no noise": (fused_step(0.0), plain_step(0.0), True, step_bytes),
@@ -549,15 +552,13 @@ def bench_sample(args):
     which = [i for i in range(args.images) for _ in range(n)]
     jobs = {"one image, one sample": [0], f"one image, {n} samples": which[:n],
             f"{args.images} images x {n} samples": which}
-    context = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
     times = {k: [] for k in jobs}
     for i in range(args.rounds + 1):
         for name, job in jobs.items():
             start = clock(device, args.clock)
-            with context:
-                sample(net, x[job], inside[job], codec.channels, range(len(job)), run.diffusion,
-                       codec.activate, args.steps, c.guidance, smooth=c.smooth,
-                       kernel_options=kernel_options(codec, device))
+            sample(net, x[job], inside[job], codec.channels, range(len(job)), run.diffusion, codec.activate,
+                   args.steps, c.guidance, smooth=c.smooth, kernel_options=kernel_options(codec, device),
+                   dtype=dtype)
             if i > 0:  # the first round warms up
                 times[name].append(clock(device, args.clock) - start)
     print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, "

@@ -20,6 +20,7 @@ top-left, the rest is padding (zero after normalisation, ignored in the labels).
 import argparse
 import functools
 import hashlib
+import itertools
 import os
 import sys
 from collections import deque

@@ -16,6 +16,7 @@ guidance: Ho & Salimans 2022; input scale: Chen 2023 (arXiv 2301.10972); sigmoid
 Hoogeboom et al. 2024.
 """
 
+import contextlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -314,7 +315,7 @@ WITHOUT_VARIANCE = ("ddim",)  # samplers that it makes no difference to
 @torch.no_grad()
 def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, guidance=1.0, sampler="ddpm",
            variance="large", smooth=0.0, init=None, strength=1.0, callback=None, kernel_options=None,
-           hints=None):
+           hints=None, dtype=None):
     """Denoise Gaussian noise into x_hat (B, C, H, W) in [-1, 1] at N equidistant times from 1 to 0.
 
     image (B, 3 d^2, H, W); valid (B, H, W) bool, x_hat is 0 elsewhere; seeds: B integers, one random
@@ -327,7 +328,7 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     init (B, C, H, W): start from it, noised for t = strength in (0, 1], not from t = 1 (SDEdit, Meng et al.
     2022); N steps all the same. A model with a method image_part sees the image once, not at every step.
     hints: bits (B, C, H, W), 0 where unknown (hints.py), seen at every step by a network that was trained
-    with hints.
+    with hints. dtype: of the network's autocast (None: none); all else is float32.
     kernel_options: what the function of this name returned: kernels draw the noise and take the steps (other
     numbers for a seed than without them).
     """
@@ -341,8 +342,13 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     if smooth < 0:
         raise ValueError(f"smooth must be 0 (off) or a share of the image's side, not {smooth}")
     d, (B, _, H, W), device = diffusion, image.shape, image.device
-    generators = [torch.Generator(device).manual_seed(int(s)) for s in seeds]
-    keys, stream = torch.tensor([int(s) for s in seeds], device=device), itertools.count()
+    if kernel_options:
+        keys, stream = torch.as_tensor(seeds, device=device), itertools.count()
+    else:
+        generators = [torch.Generator(device).manual_seed(int(s)) for s in seeds]
+
+    def autocast():  # no cache of cast weights: a CUDA graph must not find what lay there before
+        return torch.autocast(device.type, dtype, cache_enabled=False) if dtype else contextlib.nullcontext()
 
     def noise():
         if kernel_options:
@@ -353,6 +359,7 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     lam, (alpha, sigma) = logsnr(times, d).tolist(), (v.tolist() for v in alpha_sigma(times, d))
     mask = valid[:, None]  # (B, 1, H, W)
     filters = edge_aware(image, valid, smooth) if smooth else None
+    lines = as_lines(filters) if kernel_options and smooth else None
 
     xt, x_hat = noise(), torch.zeros(B, channels, H, W, device=device)
     if init is not None:
@@ -361,18 +368,24 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     halves, once = len(images) // B, getattr(model, "image_part", None)
     hints = hint_channels(hints, d, (B, channels, H, W), device)
     hints = hints.repeat(halves, 1, 1, 1) if hints is not None else None
-    images, extra = (images, ()) if once is None else (None, (once(images),))
+    with autocast():
+        images, extra = (images, ()) if once is None else (None, (once(images),))
 
     for i in range(steps):
         x_self = x_hat.repeat(halves, 1, 1, 1) if d.self_condition > 0 else None
         xs = xt.repeat(halves, 1, 1, 1)
         t = torch.full((len(xs),), times[i].item(), device=device)
-        out = model(network_input(xs, images, x_self, hints), t, *extra)
+        with autocast():
+            out = model(network_input(xs, images, x_self, hints), t, *extra)
         a, b, c = (0.0, 1.0, 0.0) if i == steps - 1 else SAMPLERS[sampler](alpha, sigma, lam, i, variance)
-        if kernel_options and not smooth:
-            after, x_hat = kernels.step(out, xt, alpha[i], sigma[i], a, b, c, valid, guidance, keys,
-                                        next(stream),
-                                        d.prediction, kernel_options["activation"], with_x_hat=True)
+        if kernel_options:
+            kind, w = (d.prediction, kernel_options["activation"]), guidance
+            if smooth:
+                out = kernels.step(out, xt, alpha[i], sigma[i], 0.0, 1.0, 0.0, valid, w, None, 0, *kind,
+                                   limit=math.inf)
+                out, kind, w = kernels.average(out, *lines), ("x", "none"), 0.0
+            after, x_hat = kernels.step(out, xt, alpha[i], sigma[i], a, b, c, valid, w, keys, next(stream),
+                                        *kind, with_x_hat=True)
         else:
             x_hat = to_x0(out, xs, alpha[i], sigma[i], d.prediction, activate)
             if guidance:
@@ -392,7 +405,7 @@ def edge_aware(image, valid, reach, colour=0.35):
     the way, and by 1 for every `colour` that the image changes by. Weights sum to 1 over the valid pixels.
     This is normalised convolution in the domain transform (Gastal & Oliveira 2011).
     """
-    def along(x, valid):  # the columns of x (B, 3, n, m): two scans, and 1 / the sum of the weights
+    def along(x, valid):  # the columns of x (B, 3, n, m): two scans, 1 / the sum of the weights, and `keep`
         n = x.shape[2]
         block = max(b for b in range(1, n + 1) if n % b == 0 and b * b <= n)
         change = (x[:, :, 1:] - x[:, :, :-1]).norm(dim=1, keepdim=True) / colour
@@ -404,10 +417,16 @@ def edge_aware(image, valid, reach, colour=0.35):
             products = torch.stack([*itertools.accumulate(steps, torch.mul)][::order], dim=3)
             scans.append((order, steps, products))
         valid = valid[:, None].float()
-        return scans, valid / weighted_sum(scans, valid).clamp(min=1)
+        return scans, valid / weighted_sum(scans, valid).clamp(min=1), keep
 
     x = image.float().unflatten(1, (3, -1)).mean(2)  # (B, 3, H, W)
     return along(x.mT, valid.mT), along(x, valid)
+
+
+def as_lines(filters):
+    """Filters as kernels.average takes them: what is kept, and 1 / the sum, along rows and along columns."""
+    (_, across, keep_across), (_, down, keep_down) = filters
+    return (keep_across[:, 0].mT, across[:, 0].mT), (keep_down[:, 0], down[:, 0])
 
 
 def weighted_sum(scans, x):
@@ -433,6 +452,6 @@ def weighted_sum(scans, x):
 def average(filters, x, times=12):
     """x (B, C, H, W), 0 where not valid, averaged along rows, then along columns, several times."""
     for _ in range(times):
-        for scans, share in filters:
+        for scans, share, _ in filters:
             x = weighted_sum(scans, x.mT.contiguous()) * share
     return x

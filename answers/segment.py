@@ -27,7 +27,7 @@ from pycocotools import mask as coco_mask
 from answers import tree
 from bits import Codec, entropy, hint_bits, locate
 from diffusion import SAMPLERS, VARIANCES, Diffusion, kernel_options, sample
-from engine import newest, out_of_memory, pick_precision
+from engine import NoGraph, as_cuda_graph, newest, out_of_memory, pick_precision
 from frame import blurred, enlarge, normalise, outline, resize_image, shrink, subsample
 from metrics import ari, contingency
 from model import UNet
@@ -52,6 +52,7 @@ class Model:
     # above 0: every sample and all together are trees by the learnt odds, cut where the odds that people part
     # two regions reach `merge` (1: the usual); least: regions of fewer pixels are joined first
     tidy: dict = field(default_factory=lambda: dict(least=0, merge=0.0))
+    graphs: dict = field(default_factory=dict)  # of `sampled`, on CUDA
 
     @property
     def detail(self):
@@ -344,6 +345,39 @@ def segment(image, model, n=8, seed=0, grain="normal", closed=False, hints=None,
     return summarise(next(denoise([job], model, n, **options)), image, model, grain, closed)
 
 
+def sampled(model, given, callback=None, **options):
+    """diffusion.sample for a batch, a dictionary of tensors on the network's device: image, valid, seeds[,
+    hints][, init] -> x_hat (B, C, H, W) on the host.
+
+    On CUDA through the kernels, and without a callback, all steps are one CUDA graph from the second batch of
+    a shape on. The network computes in float16 there: its 10 bits of mantissa are those of TF32, in which
+    CUDA convolves float32, so that it changes as little. Raises ValueError where no graph can be made.
+    """
+    device = given["image"].device
+    how, cuda = kernel_options(model.codec, device), device.type == "cuda"
+
+    def run(given, dtype=torch.float16 if cuda else None):
+        return sample(model.net, channels=model.codec.channels, diffusion=model.diffusion, kernel_options=how,
+                      activate=model.codec.activate, callback=callback, dtype=dtype, **given, **options)
+
+    key = repr([(name, v.shape) for name, v in given.items()] + sorted(options.items()))
+    if not (cuda and how and callback is None):
+        x_hat = run(given)
+    elif key not in model.graphs:  # the first one compiles, chooses and allocates
+        model.graphs, x_hat = {**dict([*model.graphs.items()][-3:]), key: None}, run(given)
+    else:
+        try:
+            model.graphs[key] = model.graphs[key] or as_cuda_graph(run, given)
+        except NoGraph as e:
+            if out_of_memory(e):
+                raise
+            raise ValueError(f"{e}: set BITSEG_KERNELS=torch") from None
+        x_hat = model.graphs[key](given)
+    x_hat = x_hat.cpu()
+    # weights that float16 does not hold
+    return run(given, None).cpu() if cuda and not x_hat.isfinite().all() else x_hat
+
+
 def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **sampling):
     """The jobs of an iterable, each with n samples, in order; a batch holds samples of several images.
 
@@ -362,21 +396,20 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **samplin
     def run(part):
         nonlocal batch
         some, seeds = zip(*part)
-        given = {}
+        given = dict(seeds=torch.tensor(seeds).to(device))
         if some[0].known is not None:
             given["hints"] = torch.stack([job.known for job in some]).to(device)
         if some[0].init is not None:
-            given.update(init=torch.stack([job.init for job in some]).to(device), strength=strength)
-        x, inside = normalise(torch.from_numpy(np.stack([job.image for job in some])).to(device),
-                              torch.tensor([job.size for job in some], device=device), model.detail)
+            given["init"] = torch.stack([job.init for job in some]).to(device)
+        photos = torch.from_numpy(np.stack([job.image for job in some]))
+        given["image"], given["valid"] = normalise(photos.to(device), torch.tensor(
+            [job.size for job in some], device=device), model.detail)
         try:
-            x_hat = sample(model.net, x, inside, model.codec.channels, seeds, model.diffusion,
-                           model.codec.activate,
-                           kernel_options=kernel_options(model.codec, device), callback=callback, **sampling,
-                           **given).cpu()
+            x_hat = sampled(model, given, callback, strength=strength, **sampling)
         except RuntimeError as e:
             if not out_of_memory(e):
                 raise
+            model.graphs.clear()
             if len(part) == 1:
                 raise ValueError("the device's memory does not hold one sample: try --device cpu") from None
             batch = half = len(part) // 2

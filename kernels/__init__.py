@@ -6,6 +6,7 @@ gradient.
     x = kernels.network_input(cells, alpha, sigma, seeds, 6, image)               # noisy bits and image
     loss = kernels.loss(net(x, t), cells, weight).mean()                          # differentiable
     xt = kernels.step(out, xt, alpha_t, sigma_t, a, b, c, guidance=1.0, seeds=seeds)  # of the sampler
+    x = kernels.average(x, rows, columns)                                         # within an image's edges
     cells = kernels.decode(xt)
 
 This file is the only door. The functions need Triton and run on CUDA; where Triton cannot run they raise a
@@ -36,6 +37,7 @@ try:
 except ImportError as e:  # macOS, Windows, a CPU build
     triton, why_not = None, f"triton cannot be imported ({e})"
 else:
+    from . import average as _average
     from . import common as _common
     from . import decode as _decode
     from . import locate as _locate
@@ -332,14 +334,35 @@ def decode(x, valid=None, cell_of_code=None, soft=False, dtype=torch.int64):
     return (cells, confidence, entropy) if soft else cells
 
 
+def average(x, rows, columns, times=12):
+    """x (B, k, H, W) float32, 0 where not valid, averaged along rows, then along columns, several times.
+
+    rows: what is kept of a number on the way from each pixel to the next, (B, H, W + 1), 0 at both ends, and
+    1 / the sum of the weights, (B, H, W), 0 where not valid; columns: the same, (B, H + 1, W) and (B, H, W);
+    float32. In plain PyTorch: diffusion.average, with what diffusion.edge_aware makes of an image.
+    """
+    B, _, H, W = x.shape
+    _same("x", x, x.shape, x.device, (torch.float32,))
+    lines = [(*rows, True, (B, H, W + 1)), (*columns, False, (B, H + 1, W))]
+    for keep, share, _, shape in lines:
+        _same("keep", keep, shape, x.device, (torch.float32,))
+        _same("share", share, (B, H, W), x.device, (torch.float32,))
+    _need_triton(x.device)
+    x, lines = x.contiguous(), [(_flat(keep), _flat(share), along) for keep, share, along, _ in lines]
+    for _ in range(times):
+        for keep, share, along in lines:
+            x = _average.average(x, keep, share, along)
+    return x
+
+
 def step(out, xt, alpha, sigma, a, b, c=0.0, valid=None, guidance=0.0, seeds=None, stream=0, prediction="x",
-         activation="tanh", with_x_hat=False):
+         activation="tanh", with_x_hat=False, limit=1.0):
     """One update of the sampler: a xt + b x_hat + c eps (B, k, H, W), in xt's dtype; with_x_hat: and x_hat,
     float32.
 
     out (B, k, H, W); with guidance w (2B, k, H, W), both halves: x_hat = (1 + w) x_hat(image) - w x_hat(no
-    image). Then x_hat is clamped to [-1, 1] and 0 outside valid (B, H, W) bool. alpha, sigma, a, b, c:
-    numbers, the first two of xt's time; eps = normal(seeds, ..., stream), needed unless c is 0. In plain
+    image). Then x_hat is clamped to [-limit, limit] and 0 outside valid (B, H, W) bool. alpha, sigma, a, b,
+    c: numbers, the first two of xt's time; eps = normal(seeds, ..., stream), needed unless c is 0. In plain
     PyTorch: the body of diffusion.sample; a, b, c:
       ddpm: r alpha_s / alpha, (1 - r) alpha_s, std      ddim: sigma_s / sigma, alpha_s - sigma_s alpha /
       sigma, 0
@@ -362,5 +385,5 @@ def step(out, xt, alpha, sigma, a, b, c=0.0, valid=None, guidance=0.0, seeds=Non
     after, x_hat = _step.step(out, _common.like(xt, last), last, alpha, sigma, a, b, c, _flat(valid),
                               guidance,
                               _flat(seeds) if c else None, stream, prediction, activation == "tanh",
-                              with_x_hat)
+                              with_x_hat, limit)
     return (after, x_hat) if with_x_hat else after

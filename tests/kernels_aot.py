@@ -75,6 +75,7 @@ JITFunction.run = run
 driver.set_active(NoDriver())
 
 from kernels import (  # they take CPU tensors: nothing is launched
+    _average,
     _decode,
     _locate,
     _loss,
@@ -127,6 +128,11 @@ def every_kernel(layouts, K, side):
             _decode.decode(x, last, inside, None, torch.int64, False)
             case += ", soft"
             _decode.decode(x, last, inside, None, torch.int64, True)
+    x = torch.zeros(B, K, H, W)
+    case = "float32 nchw, along rows"
+    _average.average(x, torch.zeros(B, H, W + 1), x[:, 0], True)
+    case = "float32 nchw, along columns"
+    _average.average(x, torch.zeros(B, H + 1, W), x[:, 0], False)
     case = "float32 channels_last, normal"
     _noise.noise(seeds, 0, H, W, K, torch.float32, True)
     for below, largest_first in ((256, False), (1024, True)):

@@ -9,8 +9,9 @@ from device import Device
 
 import kernels
 import train
-from diffusion import kernel_options
+from diffusion import Diffusion, kernel_options, sample
 from engine import Step
+from model import UNet
 from sources.scenes import Shapes
 
 HERE, THERE = torch.device("cpu"), torch.device("meta")
@@ -86,6 +87,24 @@ def test_a_step_through_the_kernels_waits_for_nothing(steps, options):
         there = steps(THERE, "--kernels", "triton", *options, waits=device.waits)
     assert not device.waits
     assert_same(steps(HERE, "--kernels", "triton", *options, waits=[]), there)
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
+def test_sampling_through_the_kernels_waits_for_nothing(monkeypatch):
+    """So that all of its steps can be one CUDA graph."""
+    monkeypatch.setattr(kernels, "mode", "triton")
+    monkeypatch.setattr(kernels.average, "__defaults__", (1,))  # the interpreter is slow
+    net = UNet(9, 6, **SMALL).eval().requires_grad_(False)
+    torch.nn.init.normal_(net.head.weight, std=0.05)
+    given = dict(image=torch.randn(2, 3, 8, 8), valid=torch.rand(2, 8, 8) < 0.9,
+                 seeds=torch.tensor([3, 2**40]))
+    options = dict(channels=6, diffusion=Diffusion(), activate=torch.tanh, steps=2, guidance=8.0, smooth=0.2,
+                   kernel_options=dict(activation="tanh", codes=None))
+    here = sample(net, **given, **options)
+    with Device() as device:
+        there = sample(net.to(THERE), **{k: v.to(THERE) for k, v in given.items()}, **options)
+    assert not [wait for wait in device.waits if "test_device.py" not in wait]  # the copies just made
+    torch.testing.assert_close(there.here, here)
 
 
 def test_without_float64_the_palette_is_made_on_the_host(steps, monkeypatch):

@@ -1,5 +1,5 @@
-"""loss, decode and step in Triton (on the GPU, or in the interpreter) against bits.py, diffusion.py and
-float64."""
+"""loss, decode, step and average in Triton (on the GPU, or in the interpreter) against bits.py, diffusion.py
+and float64."""
 
 import math
 
@@ -225,6 +225,28 @@ def test_step_with_two_dtypes_two_layouts_and_one_pixel():
     out, xt = rand(1, 2, 1, 1), rand(1, 2, 1, 1, seed=1).half()
     torch.testing.assert_close(kernels.step(out, xt, 0.6, 0.8, 0.5, 0.25),
                                (0.5 * xt.float() + 0.25 * out.tanh()).half())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7, 13), (1, 2, 1, 1), (1, 2, 40, 3), (2, 2, 1, 33),
+                                   pytest.param((2, 6, 96, 128), marks=gpu)])
+def test_average_is_the_edge_aware_one(shape):
+    B, K, H, W = shape
+    image, valid = rand(B, 12, H, W, seed=1), rand(B, H, W, seed=2) > -1
+    x = 17 * rand(*shape) * valid[:, None]
+    filters = diffusion.edge_aware(image, valid, 0.2)
+    for layout in LAYOUTS:
+        average = kernels.average(in_layout(x, layout), *diffusion.as_lines(filters), times=2)
+        torch.testing.assert_close(average, diffusion.average(filters, x, times=2), rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_without_a_limit():
+    """As smoothing needs it: guided numbers as they are."""
+    out, xt = 3 * rand(4, 6, 7, 13), rand(2, 6, 7, 13, seed=1)
+    valid = rand(2, 7, 13, seed=2) > -1
+    seen = kernels.step(out, xt, 0.6, 0.8, 0.0, 1.0, 0.0, valid, 8.0, limit=math.inf)
+    one, other = out.tanh().split(2)
+    torch.testing.assert_close(seen, (9 * one - 8 * other) * valid[:, None], rtol=1e-4, atol=1e-4)
+    assert seen.abs().max() > 2
 
 
 @gpu

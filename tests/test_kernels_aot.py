@@ -14,7 +14,7 @@ PIXELS, THREADS = 1024, 128  # pixels and threads of a program, as kernels/*.py 
 # The scripts use 6 bits, 128 x 128 and channels_last. `python tests/kernels_aot.py` compiles everything else.
 TASKS = [["90:all:6:128"], ["80:half:6:128", "100:half:6:128", "90:half:10:96", "80:half:2:37"]]
 KERNELS = {"noise_kernel", "loss_forward_kernel", "loss_sum_kernel", "loss_backward_kernel", "step_kernel",
-           "decode_kernel",
+           "decode_kernel", "average_kernel",
            "moments_kernel", "assign_kernel", "remap_kernel"}
 
 
