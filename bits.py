@@ -174,6 +174,15 @@ def segment_sums(labels):
     return index, *totals(index, n, labels.shape)
 
 
+def segment_counts(labels, below):
+    """index and count of `segment_sums` for labels in [-1, below), with n = below: nothing waits for a
+    device."""
+    flat = labels.flatten(1).long()
+    index = torch.where(flat >= 0, flat, below)
+    counts = torch.zeros(len(flat), below + 1, dtype=torch.int64, device=flat.device)
+    return index, counts.scatter_add_(1, index, torch.ones_like(index))[:, :below]
+
+
 def totals(index, n, shape):
     """Pixels, sum of rows, sum of columns of segments 0 to n - 1: index (B, H*W) in [0, n] -> each (B, n)."""
     (B, H, W), index = shape, index.view(shape)

@@ -48,7 +48,7 @@ import data as datasets
 import kernels
 from answers.pictures import grid, overlay, side_of
 from answers.segment import Model, denoise, packed_job, placed, sample_map
-from bits import Codec, hint_bits, paint
+from bits import Codec, hint_bits, paint, segment_counts
 from diffusion import (
     SAMPLERS,
     VARIANCES,
@@ -331,11 +331,11 @@ def make_batch(c, run, step, parts, kernel_options):
         drawn["u"] = to_device(u, run.device)
     drawn, hints = {k: v[mine] for k, v in drawn.items()}, None
     if run.diffusion.hints > 0:
-        hints = datasets.draw_hints(labels, drawn.pop("u"), run.diffusion.hints)
+        hints = datasets.draw_hints(labels, drawn.pop("u"), run.diffusion.hints, promised(run.train_data))
     numbers = range(step * c.batch_size, (step + 1) * c.batch_size)[mine]  # of the run's samples
     cells = cells_of(labels, numbers, hints, c, run, kernel_options)
     if hints is not None:
-        drawn["hints"] = hint_bits(run.codec.encode(cells), hints)
+        drawn["hints"] = hint_bits(run.codec.encode(cells.int()), hints)
     if not kernel_options:
         return dict(x0=run.codec.encode(cells), image=x, valid=cells >= 0, **drawn)
     seeds = torch.arange(numbers.start, numbers.stop, numbers.step, device=run.device) + c.seed * 2**40
@@ -347,17 +347,20 @@ def kernel_dtype(codec):
     return torch.int8 if codec.classes <= 128 else torch.int16
 
 
+def promised(data):
+    """A bound of the labels, so that nothing waits to find one; None where they are too many."""
+    return data.labels_below if data.labels_below <= 1024 else None
+
+
 def cells_of(labels, numbers, hints, c, run, kernel_options):
     """Label maps (B, H, W) -> cells; numbers: of the samples, which random codes depend on."""
-    codec, device, below = run.codec, run.device, run.train_data.labels_below
+    codec, device, below = run.codec, run.device, promised(run.train_data)
     if codec.palette == "none":
         generators = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
         order = torch.cat([torch.rand(1, codec.classes, generator=g).argsort(1) for g in generators])
-        return random_cells(labels, to_device(order, device), below)
-    if kernel_options and hints is None:
-        # labels_below is a promise, so that nothing waits
-        return kernels.locate(labels, codec.side, dtype=kernel_dtype(codec),
-                              labels_below=below if below <= 1024 else None)
+        return random_cells(labels, to_device(order, device), run.train_data.labels_below)
+    if kernel_options and (hints is None or below):
+        return kernels.locate(labels, codec.side, dtype=kernel_dtype(codec), labels_below=below, hints=hints)
     on = "cpu" if device.type in NO_FLOAT64 else device  # exact centroids need it
     return codec.cells(labels.to(on), hints=None if hints is None else hints.to(on)).to(device)
 
@@ -368,10 +371,7 @@ def random_cells(labels, order, below):
     labels (B, H, W) in [-1, below); order (B, classes) int64: what the largest segment of each map gets, the
     second largest, ... -> (B, H, W).
     """
-    flat = labels.flatten(1)
-    index = torch.where(flat >= 0, flat, below)
-    counts = torch.zeros(len(flat), below + 1, dtype=torch.int64, device=flat.device)
-    counts = counts.scatter_add_(1, index, torch.ones_like(index))[:, :below]
+    index, counts = segment_counts(labels, below)
     rank = counts.argsort(dim=1, descending=True, stable=True).argsort(1)  # 0 = the largest segment
     rank = torch.where(rank < order.shape[1], rank, 0)  # too many: into the largest
     return paint(order.gather(1, rank), index, labels.shape)

@@ -178,13 +178,15 @@ def _flat(x):
 # Label maps
 
 
-def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=None):
+def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=None, hints=None):
     """Location-aware palette: every segment gets the cell nearest to its centroid, no two the same one.
 
     labels (B, H, W) integers, any ids, -1 = ignore -> cells (B, H, W) in [0, side^2), -1 where ignored; side
     from 1 to 32.
     labels_below: a promise that every id lies in [-1, labels_below), at most 1,024; then nothing waits for
-    the device, and an id that breaks the promise counts as ignored. In plain PyTorch: bits.locate.
+    the device, and an id that breaks the promise counts as ignored. hints (B, H, W) bool, which need this
+    promise: segments with hinted pixels choose first, by the centroid of these. In plain PyTorch:
+    bits.locate.
     """
     _maps("labels", labels)
     if not 1 <= side <= 32:
@@ -193,13 +195,17 @@ def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=No
         raise ValueError(f"cells up to {side * side - 1} do not fit into {str(dtype)[6:]}")
     if labels_below is not None and not 1 <= labels_below <= 1024:
         raise ValueError(f"labels_below must be from 1 to 1024, not {labels_below}")
+    if hints is not None:
+        _same("hints", hints, labels.shape, labels.device, (torch.bool,))
+        if labels_below is None:
+            raise ValueError("hints need labels_below")
     _need_triton(labels.device)
     if labels_below is None:
         low, high = (int(v) for v in labels.aminmax())
         if low < -1 or high >= _locate.MAX_LABELS:
             labels, high = _locate.renumbered(labels, side * side)
         labels_below = max(1, high + 1)
-    return _locate.locate(labels.contiguous(), side, largest_first, dtype, labels_below)
+    return _locate.locate(labels.contiguous(), side, largest_first, dtype, labels_below, hints)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ after
 Bytes a pixel, int64 labels, int8 cells: reads 8 twice, writes 1.
 """
 
+from typing import Optional
+
 import torch
 import triton
 import triton.language as tl
@@ -66,27 +68,43 @@ def total(x):
 
 @triton.jit(do_not_specialize=["H", "W", "side"])
 def assign_kernel(
-    moments_ptr, cell_ptr,  # (B, 3, N) int64; (B, N) int16 to write
+    # (B, 3, N) int64; the same of hinted pixels alone, if HINTS; (B, N) int16 to write
+    moments_ptr, hinted_ptr, cell_ptr,
     # K: side^2, up to a power of two
-    H, W, side, LARGEST_FIRST: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    H, W, side, LARGEST_FIRST: tl.constexpr, HINTS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, N)
     count = tl.load(moments_ptr + b * 3 * N + n)
     rows, cols = tl.load(moments_ptr + b * 3 * N + N + n), tl.load(moments_ptr + b * 3 * N + 2 * N + n)
-    present, classes = count > 0, side * side
+    present, classes, rank = count > 0, side * side, count
+    if HINTS:
+        at = hinted_ptr + b * 3 * N + n
+        told, told_rows, told_cols = tl.load(at), tl.load(at + N), tl.load(at + 2 * N)
+        rank = tl.where(told > 0, count + H * W, count)  # the last to be merged
     left, largest = total(present.to(tl.int32)), tl.argmax(count, axis=0)  # ties: the lowest label
     kept = present
     if left > classes:  # merge the smallest into the largest
-        kept = n == largest
+        kept = n == tl.argmax(rank, axis=0)
         for _ in range(1, classes):
-            kept = kept | (n == tl.argmax(tl.where(kept, -1, count), axis=0))
+            kept = kept | (n == tl.argmax(tl.where(kept, -1, rank), axis=0))
+        largest = tl.argmax(tl.where(kept, count, -1), axis=0)
         spare, big = present & ~kept, n == largest
         count += tl.where(big, total(tl.where(spare, count, 0)), 0)
         rows += tl.where(big, total(tl.where(spare, rows, 0)), 0)
         cols += tl.where(big, total(tl.where(spare, cols, 0)), 0)
+        if HINTS:
+            told += tl.where(big, total(tl.where(spare, told, 0)), 0)
+            told_rows += tl.where(big, total(tl.where(spare, told_rows, 0)), 0)
+            told_cols += tl.where(big, total(tl.where(spare, told_cols, 0)), 0)
         left = classes
 
+    key = tl.where(kept, -count if LARGEST_FIRST else n.to(tl.int64), MAX)  # the lowest key chooses next
+    if HINTS:  # before all others, by where the hints are
+        first = kept & (told > 0)
+        key = tl.where(first, -1 - H * W, key)
+        count, rows = tl.where(first, told, count), tl.where(first, told_rows, rows)
+        cols = tl.where(first, told_cols, cols)
     some = tl.maximum(count, 1)  # in grid units p = a / (2 some H) - 1/2
     a_row, a_col = (2 * rows + some) * side, (2 * cols + some) * side
     wanted = (round_half_even(a_row, 2 * some * H) * side + round_half_even(a_col, 2 * some * W)).to(tl.int32)
@@ -95,7 +113,6 @@ def assign_kernel(
     grid = tl.arange(0, K)
     row, col, free = (grid // side).to(tl.int64), (grid % side).to(tl.int64), grid < classes
     away = (row * row + col * col) * H * W
-    key = tl.where(kept, -count if LARGEST_FIRST else n.to(tl.int64), MAX)  # the lowest key chooses next
     cell = tl.zeros((N,), tl.int32) - 1
     for _ in range(left):
         me = n == tl.argmin(key, axis=0)
@@ -151,24 +168,27 @@ def ranks(flat):
 
 
 @torch.library.custom_op("bitseg::locate", mutates_args=())
-def locate(labels: Tensor, side: int, largest_first: bool, dtype: torch.dtype, labels_below: int) -> Tensor:
+def locate(labels: Tensor, side: int, largest_first: bool, dtype: torch.dtype, labels_below: int,
+           hints: Optional[Tensor] = None) -> Tensor:
     """The launcher. labels (B, H, W) contiguous, every id in [-1, labels_below): what is not counts as
     ignored."""
     B, H, W = labels.shape
     N, K = max(16, triton.next_power_of_2(labels_below)), triton.next_power_of_2(side * side)
     blocks = triton.cdiv(H * W, BLOCK)
-    moments = torch.zeros(B, 3, N, dtype=torch.int64, device=labels.device)
+    maps = [labels] if hints is None else [labels, torch.where(hints, labels, -1)]
+    moments = torch.zeros(len(maps), B, 3, N, dtype=torch.int64, device=labels.device)
     cell = torch.empty(B, N, dtype=torch.int16, device=labels.device)
     out = torch.empty(labels.shape, dtype=dtype, device=labels.device)
-    moments_kernel[(B * blocks,)](labels, moments, labels_below, H, W, blocks, N=N, BLOCK=BLOCK,
-                                  num_warps=WARPS)
-    assign_kernel[(B,)](moments, cell, H, W, side, LARGEST_FIRST=largest_first, N=N, K=K,
-                        num_warps=1 if max(N, K) <= 256 else 4)
+    for part, sums in zip(maps, moments):
+        moments_kernel[(B * blocks,)](part, sums, labels_below, H, W, blocks, N=N, BLOCK=BLOCK,
+                                      num_warps=WARPS)
+    assign_kernel[(B,)](moments[0], moments[-1], cell, H, W, side, LARGEST_FIRST=largest_first,
+                        HINTS=hints is not None, N=N, K=K, num_warps=1 if max(N, K) <= 256 else 4)
     remap_kernel[(B * blocks,)](labels, cell, out, labels_below, H * W, blocks, N=N, BLOCK=BLOCK,
                                 num_warps=WARPS)
     return out
 
 
 @locate.register_fake
-def _(labels, side, largest_first, dtype, labels_below):
+def _(labels, side, largest_first, dtype, labels_below, hints=None):
     return torch.empty(labels.shape, dtype=dtype, device=labels.device)

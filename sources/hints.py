@@ -13,7 +13,7 @@ channels of both.
 import torch
 import torch.nn.functional as F
 
-from bits import segment_sums
+from bits import segment_counts, segment_sums
 
 SEGMENTS, CLICKS = 20, 3  # most segments a sample, most clicks a segment
 TRIES = 4  # pixels that each click is the best of
@@ -23,17 +23,18 @@ PARTS = (3, 512, SEGMENTS, SEGMENTS * CLICKS, SEGMENTS * CLICKS * TRIES)
 NUMBERS = sum(PARTS)  # uniform numbers a sample
 
 
-def draw_hints(labels, u, share):
+def draw_hints(labels, u, share, below=None):
     """Hinted pixels of training samples: (B, H, W) bool.
 
     labels (B, H, W) integers, -1 = ignored; u (B, NUMBERS) in [0, 1): each sample's random numbers. With
     probability `share` a sample has hints: of 1 to 20 segments (log-uniform; larger ones are likelier, by the
     root of their area), each 1 to 3 clicks, discs of 0.5 to 2.2 pixels radius that prefer the middle of the
     segment; or strokes from one click to another; or an ellipse of half the size of the segment's bounding
-    box. All of it lies inside its segment.
+    box. All of it lies inside its segment. below: a promise that labels are in [-1, below); then nothing
+    waits for a device.
     """
     (B, H, W), device = labels.shape, labels.device
-    index, counts, _, _ = segment_sums(labels)
+    index, counts = segment_counts(labels, below) if below else segment_sums(labels)[:2]
     n = counts.shape[1]
     per_sample, lot, some, size, spot = u.to(device).split(PARTS, 1)
     hinted, kind, many = per_sample.T

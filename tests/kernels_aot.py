@@ -137,7 +137,8 @@ def every_kernel(layouts, K, side):
     _noise.noise(seeds, 0, H, W, K, torch.float32, True)
     for below, largest_first in ((256, False), (1024, True)):
         case = f"int64 below {below}"
-        _locate.locate(cells.long(), 2 ** (K // 2), largest_first, torch.int16, below)
+        _locate.locate(cells.long(), 2 ** (K // 2), largest_first, torch.int16, below,
+                       inside if largest_first else None)
 
 
 every = [f"{a}:all:{k}:{n}" for k in (2, 4, 6, 8, 10) for n in (37, 96, 128) for a in (80, 90, 100)]

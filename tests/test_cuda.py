@@ -103,7 +103,7 @@ def test_the_same_noise_gives_the_same_answer_on_both_devices(tmp_path, monkeypa
     """sample() on CUDA through the kernels against plain steps on the CPU, in float32."""
     assert run(tmp_path / "run", "--device", "cpu") == 0
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    numbers = [diffusion.kernels.normal(torch.tensor([3, 4], device="cuda"), 6, 16, 16, stream).cpu()
+    numbers = [diffusion.kernels.normal(torch.tensor([3, 4], device="cuda"), 4, 16, 16, stream).cpu()
                for stream in range(4)]
     numbers = iter([one for step in numbers for one in step])
     given, answers = dict(activation="tanh", codes=None), []
@@ -114,7 +114,7 @@ def test_the_same_noise_gives_the_same_answer_on_both_devices(tmp_path, monkeypa
         image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         inside = torch.ones(2, 16, 16, dtype=torch.bool)
         answers.append(diffusion.sample(
-            model.net, image.to(device), inside.to(device), 6, [3, 4], model.diffusion, model.codec.activate,
+            model.net, image.to(device), inside.to(device), 4, [3, 4], model.diffusion, model.codec.activate,
             steps=4, smooth=0.2, kernel_options=given if device == "cuda" else None).cpu())
     torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-3)
 
@@ -200,8 +200,9 @@ def test_a_failed_capture_leaves_stream_and_gradients():
 
 
 def test_neither_batches_nor_a_step_wait_for_the_device():
-    for more in ([], ["--workers", "0"], ["--kernels", "torch", "--encoding", "onehot", "--palette", "none"],
-                 ["--palette", "none"], ["--self_condition", "0.5"]):
+    for more in ([], ["--workers", "0"], ["--hints", "0.8"], ["--palette", "none"],
+                 ["--self_condition", "0.5"],
+                 ["--kernels", "torch", "--encoding", "onehot", "--palette", "none"]):
         c = train.parse([*QUICK, *more])
         r = train.build(c)
         r.train_data, fast = Shapes("train", c.image_size), diffusion.kernel_options(r.codec, r.device)

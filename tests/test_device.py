@@ -81,7 +81,8 @@ def test_a_plain_step_waits_for_nothing_and_needs_no_float64(steps, options):
 
 @pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
 @pytest.mark.parametrize("options",
-                         [[], ["--palette", "none"], ["--palette", "random", "--self_condition", "0.5"]])
+                         [["--hints", "0.8"], ["--palette", "none"],
+                          ["--palette", "random", "--self_condition", "0.5"]])
 def test_a_step_through_the_kernels_waits_for_nothing(steps, options):
     with Device() as device:
         there = steps(THERE, "--kernels", "triton", *options, waits=device.waits)

@@ -79,6 +79,7 @@ def test_drawn_hints_depend_on_the_sample_alone():
     mask = draw_hints(labels, u, 0.8)
     assert mask.any() and not mask[labels < 0].any() and mask.dtype == torch.bool
     assert torch.equal(mask, torch.cat([draw_hints(labels[i : i + 1], u[i : i + 1], 0.8) for i in range(8)]))
+    assert torch.equal(mask, draw_hints(labels, u, 0.8, below=700))  # nor on what labels there might be
     assert not draw_hints(labels, u, 0.0).any()
     x0 = torch.randn(8, 6, 32, 32)
     bits = hint_bits(x0, mask)

@@ -178,6 +178,8 @@ META = torch.zeros(2, 6, 4, 5, device="meta")
     (lambda: kernels.network_input(CELLS, ONE, ONE, SEEDS, 6, torch.zeros(2, 3, 4, 5).byte()),
      "image must be float32.*not uint8"),
     (lambda: kernels.locate(X, 8), r"labels must be integers of shape \(B, H, W\)"),
+    (lambda: kernels.locate(CELLS, 8, hints=CELLS > 0), "hints need labels_below"),
+    (lambda: kernels.locate(CELLS, 8, labels_below=9, hints=CELLS), r"hints must be bool, not"),
     (lambda: kernels.locate(CELLS, 33), "side must be from 1 to 32, not 33"),
     (lambda: kernels.locate(CELLS, 16, dtype=torch.int8), "cells up to 255 do not fit into int8"),
     (lambda: kernels.locate(CELLS, 8, labels_below=5000), "labels_below must be from 1 to 1024, not 5000"),
@@ -227,13 +229,15 @@ def test_operators_are_registered_properly():
     check(kernels._decode.decode, x, False, None, None, torch.int64, True)
     check(kernels._step.step, x, x, False, 0.5, 0.5, 0.5, 0.5, 0.5, None, 0.0, seeds, 1, "x", True, True)
     check(kernels._noise.noise, seeds, 0, 4, 5, 6, torch.float32, True, cells, one, one)
-    check(kernels._locate.locate, cells, 8, False, torch.int8, 4)
+    check(kernels._locate.locate, cells, 8, False, torch.int8, 4, cells > 0)
+    check(kernels._average.average, x, torch.rand(2, 4, 6, device=DEVICE), x[:, 0].contiguous(), True)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_cuda_graph_replays_the_same_result():
     labels, seeds = torch.randint(-1, 20, (2, 32, 32), device=DEVICE), torch.arange(2, device=DEVICE)
     alpha, sigma, weight = torch.rand(3, 2, device=DEVICE)
+    image = torch.rand(2, 3, 32, 32, device=DEVICE)
     out = torch.rand(2, 6, 32, 32, device=DEVICE, requires_grad=True)
 
     def work():
@@ -241,6 +245,7 @@ def test_cuda_graph_replays_the_same_result():
         xt = kernels.noise(cells, alpha, sigma, seeds, 6)
         loss = kernels.loss(out * xt, cells, weight).mean()
         after = kernels.step(xt, xt, 0.5, 0.5, 0.2, 0.3, 0.1, seeds=seeds)
+        after = kernels.average(after, *diffusion.as_lines(diffusion.edge_aware(image, labels >= 0, 0.2)))
         return cells, xt, loss, torch.autograd.grad(loss, out)[0], after, kernels.decode(after)
 
     stream = torch.cuda.Stream()

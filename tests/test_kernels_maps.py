@@ -70,6 +70,17 @@ def test_locate_with_a_bound_ignores_what_is_beyond_it():
                        bits.locate(labels.masked_fill(labels == 3, -1), 8))
 
 
+@pytest.mark.parametrize("segments, side, share", [(12, 4, 0.05), (40, 4, 0.004), (40, 4, 0.5), (9, 3, 0.0)])
+@pytest.mark.parametrize("largest_first", [False, True])
+def test_locate_with_hints(segments, side, share, largest_first):
+    """A few segments with hints, more segments than places, more hinted segments than places, no hint."""
+    labels = maps(2, 24, 20, segments, 2)
+    hints = torch.rand(labels.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) < share
+    true = bits.locate(labels, side, largest_first, hints=hints & (labels >= 0))
+    assert torch.equal(kernels.locate(labels, side, largest_first, labels_below=segments, hints=hints), true)
+    assert share == 0 or not torch.equal(true, bits.locate(labels, side, largest_first))
+
+
 def test_locate_more_distinct_ids_than_the_kernel_holds():
     labels = torch.randperm(40 * 40).view(1, 40, 40).to(DEVICE)
     labels[0, :20, :20] = 7

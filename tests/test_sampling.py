@@ -1,6 +1,7 @@
 """The samplers of diffusion.py, with an oracle for a network, and against the textbook posterior."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ import torch
 import eval as evaluation
 import sample as sample_py
 import train
+from answers import segment
 from bits import Codec
 from diffusion import SAMPLERS, Diffusion, alpha_sigma, average, edge_aware, sample
+from engine import NoGraph
 
 
 def identity(out):
@@ -265,3 +268,45 @@ def test_a_sampler_is_one_row_of_a_table(monkeypatch, capsys):
             status = e.code
         text = capsys.readouterr().err
         assert status == 2 and "ddim" in text and "jump" in text and "leap" in text
+
+
+def test_which_batches_become_a_cuda_graph(monkeypatch):
+    """From the second of a shape on, the last four shapes; here without a device that makes one."""
+    seen = []
+
+    def image(n):
+        return types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"), shape=(n, 3, 8, 8))
+
+    def capture(run, given):
+        seen.append(("capture", given["image"].shape[0]))
+        return lambda given: (seen.append(("replay", given["image"].shape[0])), run(given))[1]
+
+    def fake_sample(net, dtype, image, **more):
+        seen.append((dtype, image.shape[0]))
+        return torch.full((1,), math.nan if nan and dtype else 0.0)
+
+    monkeypatch.setattr(segment, "fused", lambda codec, device: dict(activation="tanh"))
+    monkeypatch.setattr(segment, "as_cuda_graph", capture)
+    monkeypatch.setattr(segment, "sample", fake_sample)
+    model, nan, half = segment.Model(None, Codec(), Diffusion(), 8, {}, "", 0), False, torch.float16
+    for n in (4, 4, 4, 2):
+        segment.sampled(model, dict(image=image(n)), steps=2)
+    assert seen == [(half, 4), ("capture", 4), ("replay", 4), (half, 4), ("replay", 4), (half, 4), (half, 2)]
+    seen.clear()
+    segment.sampled(model, dict(image=image(4)), steps=3)  # other steps are another graph
+    segment.sampled(model, dict(image=image(4)), callback=print, steps=2)  # which a graph cannot call
+    assert seen == [(half, 4)] * 2
+    for n in (5, 6, 7):
+        segment.sampled(model, dict(image=image(n)), steps=2)
+    assert len(model.graphs) == 4
+    seen.clear()
+    nan = True  # float32 has the range
+    assert segment.sampled(model, dict(image=image(9)), steps=2).isfinite().all()
+    assert seen == [(half, 9), (None, 9)]
+
+    def fails(run, given):
+        raise NoGraph("no CUDA graph of a step (operation not permitted)")
+
+    monkeypatch.setattr(segment, "as_cuda_graph", fails)
+    with pytest.raises(ValueError, match="operation not permitted.: set BITSEG_KERNELS=torch"):
+        segment.sampled(model, dict(image=image(9)), steps=2)
