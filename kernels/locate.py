@@ -182,8 +182,9 @@ def locate(labels: Tensor, side: int, largest_first: bool, dtype: torch.dtype, l
     for part, sums in zip(maps, moments):
         moments_kernel[(B * blocks,)](part, sums, labels_below, H, W, blocks, N=N, BLOCK=BLOCK,
                                       num_warps=WARPS)
+    warps = 1 if max(N, K) <= 256 else 4 if hints is None else 16  # as its registers bear
     assign_kernel[(B,)](moments[0], moments[-1], cell, H, W, side, LARGEST_FIRST=largest_first,
-                        HINTS=hints is not None, N=N, K=K, num_warps=1 if max(N, K) <= 256 else 4)
+                        HINTS=hints is not None, N=N, K=K, num_warps=warps)
     remap_kernel[(B * blocks,)](labels, cell, out, labels_below, H * W, blocks, N=N, BLOCK=BLOCK,
                                 num_warps=WARPS)
     return out

@@ -136,9 +136,9 @@ def every_kernel(layouts, K, side):
     case = "float32 channels_last, normal"
     _noise.noise(seeds, 0, H, W, K, torch.float32, True)
     for below, largest_first in ((256, False), (1024, True)):
-        case = f"int64 below {below}"
-        _locate.locate(cells.long(), 2 ** (K // 2), largest_first, torch.int16, below,
-                       inside if largest_first else None)
+        for hints in None, inside:
+            case = f"int64 below {below}" + ", hints" * (hints is not None)
+            _locate.locate(cells.long(), 2 ** (K // 2), largest_first, torch.int16, below, hints)
 
 
 every = [f"{a}:all:{k}:{n}" for k in (2, 4, 6, 8, 10) for n in (37, 96, 128) for a in (80, 90, 100)]
