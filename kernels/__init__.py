@@ -7,7 +7,6 @@ gradient.
     loss = kernels.loss(net(x, t), cells, weight).mean()                          # differentiable
     xt = kernels.step(out, xt, alpha_t, sigma_t, a, b, c, guidance=1.0, seeds=seeds)  # of the sampler
     x = kernels.average(x, rows, columns)                                         # within an image's edges
-    cells = kernels.decode(xt)
 
 This file is the only door. The functions need Triton and run on CUDA; where Triton cannot run they raise a
 RuntimeError that says why, and a failed launch is never hidden. `live` tells a program beforehand which of
@@ -39,7 +38,6 @@ except ImportError as e:  # macOS, Windows, a CPU build
 else:
     from . import average as _average
     from . import common as _common
-    from . import decode as _decode
     from . import locate as _locate
     from . import loss as _loss
     from . import noise as _noise
@@ -316,28 +314,6 @@ def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=N
     return _loss.loss(out, cells.contiguous(), _float(weight), prediction, activation == "tanh", bce, last,
                       xt, _float(alpha),
                       _float(sigma), _flat(codes))
-
-
-def decode(x, valid=None, cell_of_code=None, soft=False, dtype=torch.int64):
-    """Soft bits (B, k, H, W) -> cells (B, H, W), -1 outside valid (B, H, W) bool. cell_of_code (2^k,); None:
-    2D Gray.
-
-    soft: (cells, confidence, entropy), the last two (B, H, W) float32: the probability of the decoded code
-    and the entropy in bits of the code's distribution (paper, Eq. 3). In plain PyTorch: bits.Codec.decode,
-    confidence and entropy.
-    """
-    _main("x", x)
-    B, K, H, W = x.shape
-    if dtype not in INTEGERS or torch.iinfo(dtype).max < 2**K - 1:
-        raise ValueError(f"cells up to {2**K - 1} do not fit into {str(dtype)[6:]}")
-    if valid is not None:
-        _same("valid", valid, (B, H, W), x.device, (torch.bool,))
-    _table("cell_of_code", cell_of_code, K, x.device)
-    _need_triton(x.device)
-    x = _common.dense(x)
-    cells, confidence, entropy = _decode.decode(x, _common.is_last(x), _flat(valid), _flat(cell_of_code),
-                                                dtype, soft)
-    return (cells, confidence, entropy) if soft else cells
 
 
 def average(x, rows, columns, times=12):

@@ -76,7 +76,6 @@ driver.set_active(NoDriver())
 
 from kernels import (  # they take CPU tensors: nothing is launched
     _average,
-    _decode,
     _locate,
     _loss,
     _noise,
@@ -125,9 +124,6 @@ def every_kernel(layouts, K, side):
             case += ", ddpm"
             _step.step(two, x.float(), last, 0.5, 0.5, 0.1, 0.2, 0.3, inside, 1.0, seeds, 3, "x", True, True)
             case = case.split(",")[0]
-            _decode.decode(x, last, inside, None, torch.int64, False)
-            case += ", soft"
-            _decode.decode(x, last, inside, None, torch.int64, True)
     x = torch.zeros(B, K, H, W)
     case = "float32 nchw, along rows"
     _average.average(x, torch.zeros(B, H, W + 1), x[:, 0], True)

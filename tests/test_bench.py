@@ -45,7 +45,8 @@ def test_kernels(quick, capsys, monkeypatch, mode):
     monkeypatch.setattr(bench, "SIZE", 8)
     table, result = quick(capsys, "kernels")
     assert len(table) == 2 + len(result["rows"])
-    assert {row["kernel"] for row in result["rows"]} >= {"locate", "noise", "decode", "network input"}
+    assert {row["kernel"] for row in result["rows"]} >= {"locate", "noise", "average, once of 12 times",
+                                                         "network input"}
     assert all(row["eager"][0] > 0 for row in result["rows"])
     assert [row["fused"][0] > 0 for row in result["rows"] if "fused" in row] == [True] * len(
         result["rows"]) * (mode == "triton")

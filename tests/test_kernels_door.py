@@ -37,9 +37,10 @@ def fresh(code, cwd, **env):
 @needs_triton
 def test_the_folder_alone_works(tmp_path):
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
-    code = f"import torch, kernels; print(kernels.decode(torch.ones(1, 6, 1, 1, device='{DEVICE}')).item())"
+    code = (f"import torch, kernels; x = torch.ones(1, 2, 1, 1, device='{DEVICE}'); "
+            "print(kernels.step(x, x, 1, 0, 2, 3, activation='none').tolist())")
     env = dict(TRITON_INTERPRET=str(int(DEVICE == "cpu")), BITSEG_KERNELS="triton")
-    assert fresh(code, tmp_path, **env) == ["45"]  # row 5, column 5
+    assert fresh(code, tmp_path, **env) == ["[[[[5.0]], [[5.0]]]]"]  # 2 + 3
 
 
 def test_without_triton_it_says_why_not(tmp_path):
@@ -49,7 +50,8 @@ def test_without_triton_it_says_why_not(tmp_path):
 import torch, kernels
 for mode in ("triton", "auto"):
     try:
-        kernels.decode(torch.ones(1, 6, 1, 1))
+        x = torch.ones(1, 6, 1, 1)
+        kernels.step(x, x, 1, 1, 1, 1)
     except RuntimeError as e:
         print(e)
     kernels.use("auto")
@@ -65,7 +67,7 @@ def test_forced_on_a_cpu_raises_with_the_reason(monkeypatch):
     monkeypatch.setattr(kernels.triton.knobs.runtime, "interpret", False)
     kernels.use("triton")
     with pytest.raises(RuntimeError, match="asked for, but the tensors are on cpu: use 'auto' or 'torch'"):
-        kernels.decode(torch.ones(1, 6, 1, 1))
+        kernels.step(X, X, 1, 1, 1, 1)
 
 
 @needs_triton
@@ -74,7 +76,9 @@ def test_what_is_called_where_pytorch_is_live_says_so():
         kernels.use(mode)
         for call in (lambda: kernels.normal(SEEDS, 6, 2, 2), lambda: kernels.locate(CELLS, 8),
                      lambda: kernels.noise(CELLS, ONE, ONE, SEEDS, 6), lambda: kernels.loss(X, CELLS, ONE),
-                     lambda: kernels.decode(X), lambda: kernels.step(X, X, 1, 1, 1, 1)):
+                     lambda: kernels.average(X, (X[:, 0, :, [*range(5), 0]], X[:, 0]),
+                                             (X[:, 0, [*range(4), 0]], X[:, 0])),
+                     lambda: kernels.step(X, X, 1, 1, 1, 1)):
             with pytest.raises(RuntimeError) as e:
                 call()
             assert str(e.value) == f"the kernels need Triton, but PyTorch is live here ({why})"
@@ -85,7 +89,7 @@ def test_modes_have_names(monkeypatch):
         kernels.use("cuda")
     monkeypatch.setattr(kernels, "mode", "fast")  # as read from the environment
     with pytest.raises(ValueError, match="BITSEG_KERNELS 'fast' is not one of auto, triton, torch"):
-        kernels.decode(torch.ones(1, 6, 1, 1))
+        kernels.step(X, X, 1, 1, 1, 1)
 
 
 def test_auto_takes_triton_on_cuda_alone():
@@ -135,9 +139,9 @@ def test_a_failed_launch_is_not_hidden(monkeypatch):
     def fail(*args):
         raise RuntimeError("out of everything")
 
-    monkeypatch.setattr(kernels._decode, "decode", fail)
+    monkeypatch.setattr(kernels._step, "step", fail)
     with pytest.raises(RuntimeError, match="out of everything"):
-        kernels.decode(torch.ones(1, 6, 1, 1, device=DEVICE))
+        kernels.step(X.to(DEVICE), X.to(DEVICE), 1, 1, 1, 1)
 
 
 X, CELLS, ONE, SEEDS = torch.zeros(2, 6, 4, 5), torch.zeros(2, 4, 5,
@@ -159,12 +163,12 @@ META = torch.zeros(2, 6, 4, 5, device="meta")
     (lambda: kernels.loss(X, CELLS, ONE, "x", "none", bce=True), "bce needs prediction 'x' and activation "
                                                                  "'tanh'"),
     (lambda: kernels.loss(X, CELLS, ONE, codes=SEEDS), r"codes must have shape \(64,\), not \(2,\)"),
-    (lambda: kernels.decode(X.double()), r"x must be \(B, k, H, W\).*in float64"),
-    (lambda: kernels.decode(X[:, :1]), r"k from 2 to 10.*not \(2, 1, 4, 5\)"),
-    (lambda: kernels.decode(X[:0]), "not empty"),
-    (lambda: kernels.decode(X, ONE), r"valid must have shape \(2, 4, 5\), not \(2,\)"),
-    (lambda: kernels.decode(torch.zeros(1, 8, 2, 2), dtype=torch.int8), "cells up to 255 do not fit into "
-                                                                        "int8"),
+    (lambda: kernels.step(X, X.double(), 1, 1, 1, 1), r"xt must be \(B, k, H, W\).*in float64"),
+    (lambda: kernels.step(X, X[:, :1], 1, 1, 1, 1), r"k from 2 to 10.*not \(2, 1, 4, 5\)"),
+    (lambda: kernels.step(X, X[:0], 1, 1, 1, 1), "not empty"),
+    (lambda: kernels.step(X, X, 1, 1, 1, 1, valid=ONE), r"valid must have shape \(2, 4, 5\), not \(2,\)"),
+    (lambda: kernels.average(X, (ONE, ONE), (ONE, ONE)), r"keep must have shape \(2, 4, 6\), not \(2,\)"),
+    (lambda: kernels.average(X.half(), (ONE, ONE), (ONE, ONE)), "x must be float32, not float16"),
     (lambda: kernels.step(X, X, 1, 1, 1, 1, guidance=1.0), r"out must have shape \(4, 6, 4, 5\), not \(2, "
                                                            r"6, 4, 5\)"),
     (lambda: kernels.step(X, X, 1, 1, 1, 1, c=0.5), r"c = 0.5 needs seeds \(2,\)"),
@@ -226,7 +230,6 @@ def test_operators_are_registered_properly():
     check(kernels._loss.loss_forward, x, cells, one, "x", True, False, False, None, None, None, None)
     check(kernels._loss.loss_backward, one, one, one, x, cells, "x", True, False, False, None, None, None,
           None)
-    check(kernels._decode.decode, x, False, None, None, torch.int64, True)
     check(kernels._step.step, x, x, False, 0.5, 0.5, 0.5, 0.5, 0.5, None, 0.0, seeds, 1, "x", True, True)
     check(kernels._noise.noise, seeds, 0, 4, 5, 6, torch.float32, True, cells, one, one)
     check(kernels._locate.locate, cells, 8, False, torch.int8, 4, cells > 0)
@@ -246,7 +249,7 @@ def test_cuda_graph_replays_the_same_result():
         loss = kernels.loss(out * xt, cells, weight).mean()
         after = kernels.step(xt, xt, 0.5, 0.5, 0.2, 0.3, 0.1, seeds=seeds)
         after = kernels.average(after, *diffusion.as_lines(diffusion.edge_aware(image, labels >= 0, 0.2)))
-        return cells, xt, loss, torch.autograd.grad(loss, out)[0], after, kernels.decode(after)
+        return cells, xt, loss, torch.autograd.grad(loss, out)[0], after
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -41,7 +41,7 @@ def packed(folder, n=5, size=16):
     images = np.memmap(folder / "images.u8", np.uint8, "r", shape=(n, size, size, 3))
     labels = np.memmap(folder / "labels.u16", np.uint16, "r", shape=(2 * n, size, size))
     first, sizes = np.arange(0, 2 * n + 1, 2), np.full((n, 2), size)
-    return Packed("noise", images, labels, first, sizes, [], np.arange(n), folder, 9)
+    return Packed("noise", images, images, labels, first, sizes, [], np.arange(n), folder, 9)
 
 
 def taken(data, workers, start=0, n=4, **options):
