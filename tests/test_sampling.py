@@ -285,7 +285,7 @@ def test_which_batches_become_a_cuda_graph(monkeypatch):
         seen.append((dtype, image.shape[0]))
         return torch.full((1,), math.nan if nan and dtype else 0.0)
 
-    monkeypatch.setattr(segment, "fused", lambda codec, device: dict(activation="tanh"))
+    monkeypatch.setattr(segment, "kernel_options", lambda codec, device: dict(activation="tanh"))
     monkeypatch.setattr(segment, "as_cuda_graph", capture)
     monkeypatch.setattr(segment, "sample", fake_sample)
     model, nan, half = segment.Model(None, Codec(), Diffusion(), 8, {}, "", 0), False, torch.float16
