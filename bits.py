@@ -71,6 +71,13 @@ def palette(side, order="similar", seed=0):
     raise ValueError(f"palette '{order}' is not one of {', '.join(PALETTES)}")
 
 
+def finer_bits(few, many):
+    """Where the `few` bits of a `similar` palette are among the `many` of a finer one, whose grid has
+    2^((many - few) / 2) times as many cells a side: column bits, then row bits, each the high ones."""
+    more = (many - few) // 2
+    return [b + (more if b < few // 2 else 2 * more) for b in range(few)]
+
+
 def popcount(i):
     """Number of set bits of non-negative integers below 2^32."""
     return sum((i >> b) & 1 for b in range(32))

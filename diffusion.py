@@ -146,14 +146,15 @@ def to_x0(out, xt, alpha, sigma, prediction, activate):
 
 
 def per_sample_error(x_hat, x0, valid):
-    """Squared error summed over channels, averaged over the valid pixels: (B,). valid (B, H, W)."""
+    """Squared error summed over channels, averaged over the pixels by what they count: (B,). valid (B, H, W):
+    bool, or weights."""
     error = ((x_hat - x0) ** 2).sum(1) * valid  # (B, H, W)
     return error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
 
 
 def per_sample_entropy(out, x0, valid):
-    """-log p(x0) in nats, summed over bits, averaged over the valid pixels: (B,). out: x_hat = tanh(out),
-    valid (B, H, W).
+    """-log p(x0) in nats, summed over bits, averaged over the pixels by what they count: (B,). out: x_hat =
+    tanh(out), valid (B, H, W): bool, or weights.
 
     A bit that is +1 with probability p has the mean 2 p - 1 = tanh(out), so p = sigmoid(2 out): the optimum
     is that of the squared error, E[x0 | xt]. The gradient is tanh(out) - x0, without the factor 1 -
@@ -213,9 +214,9 @@ def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=No
     """The loss of one batch (Eq. 2), a scalar.
 
     x0 (B, C, H, W) in [-1, 1], 0 where not valid; image (B, 3, H, W), normalised, or (B, 3 d^2, H, W), one of
-    d times the resolution, folded; valid (B, H, W) bool. drawn: what `draw` returns, for these B samples;
-    drawn here, with generator as `draw` takes it, if not given. With d.loss "bce", activate must be
-    torch.tanh, x0 bits, -1 or 1.
+    d times the resolution, folded; valid (B, H, W): bool, or what each pixel counts. drawn: what `draw`
+    returns, for these B samples; drawn here, with generator as `draw` takes it, if not given. With d.loss
+    "bce", activate must be torch.tanh, x0 bits, -1 or 1.
     hints: what is known of x0, (B, C, H, W), 0 where unknown.
     """
     hints = hint_channels(hints, d, x0.shape, x0.device)

@@ -48,7 +48,7 @@ import data as datasets
 import kernels
 from answers.pictures import grid, overlay, side_of
 from answers.segment import Model, denoise, packed_job, placed, sample_map
-from bits import Codec, hint_bits, paint, segment_counts
+from bits import Codec, finer_bits, hint_bits, paint, segment_counts
 from diffusion import (
     SAMPLERS,
     VARIANCES,
@@ -142,6 +142,7 @@ class Config:
     image_drop: float = 0.05  # share of samples trained without the image, for guidance
     self_condition: float = 0.0  # share of samples that see a first guess; doubles the forward cost
     hints: float = 0.0  # share of samples that see hints, bits of a few pixels; for encoding bits
+    balance: float = 0.0  # a pixel counts as its segment's area to this power less; 1: all segments alike
     # optimisation
     batch_size: int = 8
     accumulate: int = 1  # micro-batches a step: raise it when batch_size does not fit
@@ -178,6 +179,12 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
                   decay_steps=50_000, ema=0.999,  weighting="uniform", logsnr_space=False, loss="bce",
                   guidance=16.0, bits=6, log_every=100, save_every=500,  eval_every=5000, crop=0.5,
                   jitter=2.0, dropout=0.1, weight_decay=0.03, smooth=0.2, least=2, merge=1.0),
+    # many small segments: finer maps and codes, closer crops; a cell of 100 pixels counts a tenth of a
+    # background of 10,000, not a hundredth (with balance 1, which counts both alike, cells swell)
+    "crowded": dict(network="photo", image_size=128, batch_size=16, max_steps=2400, lr=1e-3, warmup_steps=50,
+                    decay_steps=2200, ema=0.995, weighting="uniform", logsnr_space=False, loss="bce",
+                    guidance=1.0, bits=8, log_every=20, save_every=100, eval_every=1000, crop=0.25,
+                    jitter=2.0, dropout=0.1, weight_decay=0.03, hints=0.3, balance=0.5, least=2, merge=1.0),
     "small": dict(image_size=64,  batch_size=16, max_steps=50_000,  lr=5e-4, warmup_steps=500,
                   decay_steps=25_000, ema=0.999,  weighting="uniform", logsnr_space=False, guidance=1.0,
                   bits=6, log_every=50,  save_every=500,  eval_every=2500),
@@ -199,7 +206,8 @@ RANGES = dict.fromkeys(("batch_size", "accumulate", "max_steps", "image_size", "
                         "steps", "log_every", "save_every"), (1, math.inf))
 RANGES |= dict.fromkeys(("keep_every", "warmup_steps", "decay_steps", "lr", "weight_decay",
                          "grad_clip", "jitter", "guidance", "smooth", "least", "merge"), (0, math.inf))
-RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition", "hints", "max_bad"), (0, 1))
+RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition", "hints", "balance", "max_bad"),
+                        (0, 1))
 RANGES |= {"seed": (0, 2**22 - 1), "crop": (0.01, 1), "ema": (0, 0.999999), "input_scale": (1e-6, math.inf),
            "bias": (-100, 100), "threads": (0, 1024)}
 CHOICES = {"sampler": SAMPLERS, "variance": VARIANCES}
@@ -337,7 +345,8 @@ def make_batch(c, run, step, parts, kernel_options):
     if hints is not None:
         drawn["hints"] = hint_bits(run.codec.encode(cells.int()), hints)
     if not kernel_options:
-        return dict(x0=run.codec.encode(cells), image=x, valid=cells >= 0, **drawn)
+        counts = pixel_weights(cells, run.codec.classes, c.balance) if c.balance else cells >= 0
+        return dict(x0=run.codec.encode(cells), image=x, valid=counts, **drawn)
     seeds = torch.arange(numbers.start, numbers.stop, numbers.step, device=run.device) + c.seed * 2**40
     return dict(cells=cells.to(kernel_dtype(run.codec)), image=x, seeds=seeds, **drawn)
 
@@ -363,6 +372,17 @@ def cells_of(labels, numbers, hints, c, run, kernel_options):
         return kernels.locate(labels, codec.side, dtype=kernel_dtype(codec), labels_below=below, hints=hints)
     on = "cpu" if device.type in NO_FLOAT64 else device  # exact centroids need it
     return codec.cells(labels.to(on), hints=None if hints is None else hints.to(on)).to(device)
+
+
+def pixel_weights(cells, classes, balance):
+    """What each pixel of cells (B, H, W) below classes, -1 = ignored, counts in the loss: (B, H, W), 0 where
+    ignored, 1 on average elsewhere; balance: the power of its segment's area by which it counts less."""
+    flat = torch.where(cells < 0, classes, cells).flatten(1)
+    area = torch.zeros(len(flat), classes + 1, device=cells.device)
+    share = area.scatter_add_(1, flat, torch.ones_like(flat, dtype=area.dtype)).clamp(min=1).pow(-balance)
+    share[:, classes] = 0
+    weight, valid = share.gather(1, flat), (flat < classes).sum(1, keepdim=True)
+    return (weight * valid / weight.sum(1, keepdim=True).clamp(min=1e-9)).view(cells.shape)
 
 
 def random_cells(labels, order, below):
@@ -586,13 +606,23 @@ def extras(d):
     return [name for name in ("hints", "self_condition") if d.get(name, 0) > 0]
 
 
-def widened(weights, wide):
-    """weights, with zeros for the input channels at the end that only wide has; both are a UNet's
-    state_dict."""
-    out = dict(weights)
-    for name in {"stem.weight", "finer.bits.weight"} & wide.keys():  # they fold each channel on its own
-        out[name] = torch.zeros_like(wide[name])
-        out[name][:, : weights[name].shape[1]] = weights[name]
+def widened(weights, wide, bits):
+    """weights in the shapes of wide, both a UNet's state_dict; channels that only wide has are zero. bits:
+    where the narrow network's bits are in wide's."""
+    out, narrow = dict(weights), len(bits)
+    patch = len(weights["head.bias"]) // narrow  # layers at both ends fold each channel on its own
+    most = len(wide["head.bias"]) // patch
+    for name in [name for name in wide if weights[name].shape != wide[name].shape]:
+        fold = patch // 4 if name.startswith("finer") else patch
+        places, axis = bits, 0
+        if name in ("stem.weight", "finer.bits.weight"):  # which see xt, the image, and more copies of bits
+            image, axis = 3 * (name == "stem.weight"), 1
+            copies = (weights[name].shape[1] // fold - image) // narrow
+            starts = [0, *(image + k * most for k in range(1, copies))]
+            places = [start + b for start in starts for b in bits]
+            places[narrow:narrow] = range(most, most + image)
+        at = torch.tensor([p * fold + q for p in places for q in range(fold)], device=wide[name].device)
+        out[name] = torch.zeros_like(wide[name]).index_copy(axis, at, weights[name].to(wide[name].dtype))
     return out
 
 
@@ -641,18 +671,25 @@ def prepare_run(c):
 def load_init(c, run):
     """Start from the weights of --init. Raises ValueError where they are another network's."""
     source = read(c.init, run.device)
-    if lacks := {"network", "ema"} - source.keys():
+    if lacks := {"network", "ema", "codec"} - source.keys():
         raise ValueError(f"--init {c.init} lacks {', '.join(sorted(lacks))}: it is no checkpoint of train.py")
     old, new = (extras(d) for d in (source.get("diffusion", {}), vars(c)))
-    differ = differences(source["network"], run.network, {"dropout"})
-    if new[: len(old)] != old or differences(source["network"], run.network, {"dropout", "in_channels"}):
+    differ, free = differences(source["network"], run.network, {"dropout"}), {"dropout", "in_channels"}
+    few, most = source["network"]["out_channels"], run.codec.channels
+    finer = few < most and all((d["encoding"], d["palette"]) == ("bits", "similar")
+                               for d in (source["codec"], vars(c)))
+    if finer:
+        free.add("out_channels")
+    if new[: len(old)] != old or differences(source["network"], run.network, free):
         # as many channels, of another meaning
         differ = differ or [f"inputs {', '.join(old)} -> {', '.join(new)}"]
         raise ValueError(f"--init {c.init} is another network ({'; '.join(differ)}): "
                          f"choose --network, --bits and --encoding as it has them")
-    run.net.load_state_dict(widened(source["ema"], run.net.state_dict()))
+    places = list(finer_bits(few, most) if finer else range(few))
+    run.net.load_state_dict(widened(source["ema"], run.net.state_dict(), places))
     added = run.network["in_channels"] - source["network"]["in_channels"]
-    run.origin = f"from the weights of {c.init}" + f", {added} more input channels at zero" * (added > 0)
+    run.origin = (f"from the weights of {c.init}" + f", {added} more input channels at zero" * (added > 0)
+                  + f", its {few} bits the high ones of {most}" * finer)
 
 
 def check_resumed(c, run, path):
@@ -661,7 +698,7 @@ def check_resumed(c, run, path):
     if lacks:
         raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it was made by --export or another "
                          f"version; start from its weights with --init, into another --out")
-    old = {"void": "", "hints": 0.0, **run.resumed["config"]}  # versions before had none
+    old = {"void": "", "hints": 0.0, "balance": 0.0, **run.resumed["config"]}  # versions before had none
     if datasets.same(old["dataset"], c.dataset, run.resumed.get("contents"), run.train_data):
         old["dataset"] = c.dataset
     differ = differences(old, vars(c), FREE) + differences(run.resumed["network"], run.network, {"dropout"})
@@ -693,7 +730,8 @@ class Training:
         kind = dict(fused=run.device.type in ("cuda", "cpu"), capturable=run.device.type == "cuda")
         self.optimizer = torch.optim.AdamW(run.net.parameters(), lr=c.lr, betas=(0.9, 0.999),
                                            weight_decay=c.weight_decay, **kind)
-        self.kernel_options = kernel_options(run.codec, run.device)
+        # the kernels weigh no pixels
+        self.kernel_options = None if c.balance else kernel_options(run.codec, run.device)
         compiled, graph = switches(c, run.device, run.dtype, run.world)
         loss = loss_of(run.diffusion, run.codec, run.dtype, self.kernel_options)
         self.update = Step(run.net, loss, self.optimizer, run.dtype, c.accumulate, c.grad_clip, compiled,
@@ -757,10 +795,11 @@ class Training:
         self.say(textwrap.fill(options, 120, break_on_hyphens=False))
         size = "endless" if len(run.train_data) >= 2**31 else len(run.train_data)
         origin = f"going on from step {self.step}" if run.resumed else run.origin
+        live = ("torch", "for --balance") if c.balance else kernels.live(run.device)
         self.say(f"{sum(p.numel() for p in run.net.parameters()):,} parameters on "
                  f"{f'{run.world} x ' if run.world > 1 else ''}{run.device}, "
                  f"{str(run.dtype or torch.float32)[6:]} ({run.why}); "
-                 f"kernels: {' ('.join(kernels.live(run.device))}); "
+                 f"kernels: {' ('.join(live)}); "
                  f"{size} training images; {origin}; into {self.out}/")
 
     def validate(self):

@@ -12,7 +12,7 @@ from test_locate import random_map
 
 import kernels
 import train
-from bits import Codec, hint_bits, locate
+from bits import Codec, finer_bits, hint_bits, locate, palette
 from diffusion import Diffusion, draw, fused_training_loss, sample, training_loss
 from engine import read, save_checkpoint
 from model import SIZES, UNet
@@ -209,7 +209,7 @@ def test_a_widened_network_without_hints_is_the_one_it_came_from(size):
     old, new = (UNet(n * 6 + 3 * d**2, 6, **SIZES[size]).eval() for n in (1, 2))
     for p in old.parameters():
         torch.nn.init.normal_(p, std=0.05)  # what starts at zero would hide the rest
-    new.load_state_dict(train.widened(old.state_dict(), new.state_dict()))
+    new.load_state_dict(train.widened(old.state_dict(), new.state_dict(), list(range(6))))
     x, t = torch.randn(2, 6 + 3 * d**2, 32, 32), torch.rand(2)
     with torch.no_grad():
         true = old(x, t)
@@ -217,7 +217,53 @@ def test_a_widened_network_without_hints_is_the_one_it_came_from(size):
                                                        true)
 
 
+@pytest.mark.parametrize("size", ["tiny", "photo"])
+def test_bits_that_are_added_change_nothing_at_first(size):
+    torch.manual_seed(0)
+    image, at = 3 * SIZES[size].get("detail", 1)**2, finer_bits(4, 8)
+    old, new = (UNet(2 * k + image, k, **SIZES[size]).eval() for k in (4, 8))
+    for p in old.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    new.load_state_dict(train.widened(old.state_dict(), new.state_dict(), at))
+    x, t = torch.randn(2, 2 * 8 + image, 32, 32), torch.rand(2)
+    x[:, 8 + image :, :16] = 0  # known here only
+    with torch.no_grad():
+        few = old(torch.cat([x[:, at], x[:, 8 : 8 + image], x[:, 8 + image :][:, at]], 1), t)
+        many = new(x, t)
+    assert few.abs().max() > 0.01 and torch.allclose(many[:, at], few, atol=1e-5)
+    assert not many[:, [b for b in range(8) if b not in at]].any()
+
+
+@pytest.mark.parametrize("few, many", [(2, 4), (4, 8), (6, 8)])
+def test_a_finer_palette_has_the_coarser_ones_bits(few, many):
+    coarse, fine = palette(2 ** (few // 2)), palette(2 ** (many // 2))
+    times, side = 2 ** ((many - few) // 2), 2 ** (many // 2)
+    for cell in range(side**2):
+        row, col = divmod(cell, side)
+        code = coarse[row // times * (side // times) + col // times]
+        assert [fine[cell] >> b & 1 for b in finer_bits(few, many)] == [code >> b & 1 for b in range(few)]
+
+
 # ---- train.py
+
+
+@pytest.mark.parametrize("balance", [0.5, 1.0])
+def test_pixel_weights(balance):
+    cells = torch.full((2, 8, 8), 3)
+    cells[0, :2, :2], cells[0, 7], cells[1] = 0, -1, 2
+    weight = train.pixel_weights(cells, 4, balance)
+    small, large = weight[0, 0, 0], weight[0, 4, 4]
+    assert torch.allclose(small / large, torch.tensor((52 / 4) ** balance))
+    assert torch.allclose(4 * small + 52 * large, torch.tensor(56.0)) and not weight[0, 7].any()
+    assert torch.allclose(weight[1], torch.ones(8, 8))  # one segment alone
+    one = Diffusion(loss="bce")
+    drawn = draw((2, 2, 8, 8), one, torch.Generator().manual_seed(0))
+    x0, image = torch.randn(2, 2, 8, 8).sign(), torch.zeros(2, 3, 8, 8)
+    out = torch.randn(2, 2, 8, 8)
+    loss = training_loss(lambda x, t: out, x0, image, weight, one, torch.tanh, drawn=drawn)
+    each = -torch.nn.functional.logsigmoid(2 * x0 * out).sum(1) * weight
+    by_hand = each.sum((1, 2)) / torch.tensor([56.0, 64.0])
+    assert torch.allclose(loss, (drawn["weight"].flatten() * by_hand).mean())
 
 
 def run(tmp_path, out, steps, *more):
@@ -238,6 +284,18 @@ def test_a_run_with_hints_resumes_exactly(tmp_path):
     assert a == b and len(a) == 5
     columns = one["net"]["stem.weight"][:, 7 * 4 :]  # patch 2: 4 of each channel
     assert columns.shape[1] == 16 and columns.abs().max() > 0
+
+
+def test_init_takes_fewer_bits(tmp_path, capsys):
+    assert run(tmp_path, "old", 1, "--hints", "0") == 0
+    more = ("--init", str(tmp_path / "old/ckpt.pt"), "--bits", "6", "--balance", "0.5", "--kernels", "torch")
+    assert run(tmp_path, "new", 1, *more) == 0
+    out = capsys.readouterr().out
+    assert "8 more input channels at zero, its 4 bits the high ones of 6" in out and "(for --balance)" in out
+    assert run(tmp_path, "no", 1, *more, "--palette", "random") == 2
+    assert "is another network" in capsys.readouterr().err
+    assert run(tmp_path, "no", 1, *more[:2], "--bits", "2") == 2
+    assert "is another network" in capsys.readouterr().err
 
 
 def test_init_widens_and_refuses_other_meanings(tmp_path, capsys):
