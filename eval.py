@@ -17,8 +17,9 @@ image), report.json, examples.png (best, median and worst images).
 Sweeps: each setting of steps, guidance, sampler, variance and smooth is run with one sample an image; those
 with the checkpoint's own (but any guidance; or the first given) with all n. All but the sweep's table is of
 the checkpoint's own.
-Baselines: grid (3 x 3 rectangles), kmeans (colour in Lab and position, 8 clusters), human (the annotators
-only).
+Baselines: grid (3 x 3 rectangles), kmeans (colour in Lab and position, 8 clusters), otsu (connected parts of
+the foreground of Otsu's threshold), watershed (these cut by their distance transform), human (the annotators
+only). AP at IoU 0.5: TP / (TP + FP + FN) of objects; id 0 and the largest predicted segment are background.
 """
 
 import argparse
@@ -61,7 +62,8 @@ def arguments(argv):
 
     p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
     p.add_argument("--raw", action="store_true", help="the network's last weights instead of their average")
-    p.add_argument("--baseline", choices=["grid", "kmeans", "human"], help="instead of a checkpoint")
+    p.add_argument("--baseline", choices=["grid", "kmeans", "otsu", "watershed", "human"],
+                   help="instead of a checkpoint")
     p.add_argument("--dataset", default="shapes", help="shapes, coco, or a folder")
     p.add_argument("--split", default="val")
     p.add_argument("--components", action="store_true", help="label maps hold classes, whose connected "
@@ -94,6 +96,7 @@ def arguments(argv):
                                              "first (default: the checkpoint's)")
     p.add_argument("--merge", type=float, help="as in sample.py (default: the checkpoint's; 0: samples as "
                                                "the network makes them)")
+    p.add_argument("--tiles", default=1, help="as in sample.py")
     p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
     p.add_argument("--device", default="auto")
     p.add_argument("--kernels", help="auto, triton or torch (default: BITSEG_KERNELS, or auto: Triton with "
@@ -120,14 +123,15 @@ from answers.segment import (
     load_checkpoint,
     newest_checkpoint,
     set_tidy,
+    tiles_of,
 )
 from data import load, originals, parse_parts, parse_void
 from diffusion import SAMPLERS, VARIANCES, WITHOUT_VARIANCE
 from engine import crowded, foreign, pick_device, program
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ",
-        "covering": "covering", "pri": "PRI",
-        "voi": "VoI (bits)", "boundary": "boundary F", "pred": "segments predicted", "true": "segments true"}
+        "ap50": "AP at IoU 0.5", "covering": "covering", "pri": "PRI", "voi": "VoI (bits)",
+        "boundary": "boundary F", "pred": "segments predicted", "true": "segments true"}
 PUBLISHED = [  # covering, PRI, VoI on the BSDS500 test images, best single scale (Arbelaez et al. 2011)
     ("human", 0.72, 0.88, 1.17), ("gPb-owt-ucm", 0.59, 0.83, 1.69), ("mean shift", 0.54, 0.79, 1.85),
     ("Felzenszwalb-Huttenlocher", 0.52, 0.80, 2.21), ("normalised cuts", 0.45, 0.78, 2.23),
@@ -156,16 +160,20 @@ def summary(rows, where):
         s = {key: np.array([one[key] for one in some]) for key in some[0]}
         value = {key: metrics.bootstrap(s[key]) for key in ROWS if key in s}
         value |= {key: metrics.bootstrap(*parts) for key, parts in metrics.quality(s).items()}
-        result[answer] = {key: value[key] for key in ROWS}
+        if math.isnan(value.get("ap50", (math.nan,))[0]):  # no label map has an id 0
+            value.pop("ap50", None)
+        result[answer] = {key: value[key] for key in ROWS if key in value}
     return result
 
 
 def print_summary(title, result):
     print(f"\n{title:<28}" + "".join(f"{answer:<24}" for answer in result))
     for key, name in ROWS.items():
+        if not any(key in r for r in result.values()):
+            continue
         digits = 1 if key in ("pred", "true") else 3
         cells = (f"{m:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" for m, low,
-                 high in (r[key] for r in result.values()))
+                 high in (r.get(key, (math.nan,) * 3) for r in result.values()))
         print(f"  {name:<26}" + "".join(f"{cell:<24}" for cell in cells))
 
 
@@ -314,6 +322,7 @@ def check(a):
     if a.limit < 1 or a.batch < 1 or not 8 <= (8 if a.size is None else a.size) <= 16384:
         raise ValueError(f"--limit and --batch must be at least 1 and --size 8, and this at most 16384, "
                          f"not {a.limit}, {a.batch} and {a.size}")
+    a.tiles = tiles_of(a.tiles)
     if not 0 <= a.max_bad <= 1:
         raise ValueError(f"--max_bad is a share, from 0 to 1, not {a.max_bad}")
     if not 0 <= a.seed < 10**6:
@@ -371,6 +380,8 @@ def load_data(a, model):
         places[str(a.size)] = at_size_of(other)
     if files:
         places["own"] = at_own_size(files, data, a.unlabelled, a.components)
+    if a.tiles != 1 and (not files or not model or a.clicking):
+        raise ValueError("--tiles needs a checkpoint and a data set of files, and no clicks")
     return data, places, files
 
 
@@ -465,7 +476,8 @@ def main(argv=None):
     result.update(reliability_tables(rows, max(ns)))
     chosen, pictures = examples(rows, answer), {}
     if chosen and answer != "human":
-        again = score_images(data, [row["position"] for _, row in chosen], model, a, home, ns, {}, keep=True)
+        again = score_images(data, [row["position"] for _, row in chosen], model, a, home, ns, places,
+                             keep=True)
         titles = [title_of(kind, row, answer) for kind, row in chosen]
         pictures["examples.png"] = lambda path: example_sheet(path, again, titles)
     line = json.dumps(json.loads(json.dumps(result), parse_constant=lambda nan: None))

@@ -144,7 +144,8 @@ def enlarge(labels, image, calm=None):
     whose memory is bounded.
     """
     (h, w), (width, height) = labels.shape[1:], image.size
-    labels, kind = torch.as_tensor(labels), torch.uint8 if int(labels.max()) < 255 else torch.int32
+    labels, most = torch.as_tensor(labels), int(labels.max())
+    kind = torch.uint8 if most < 255 else torch.int16 if most < 32767 else torch.int32
     row, col = ((torch.arange(a) + 0.5) * b / a - 0.5 for a, b in ((height, h), (width, w)))
     near_row, near_col = row.round().long(), col.round().long()
     # squared distances to three rows, or columns, of the map: (H, 3) and (W, 3)

@@ -42,7 +42,7 @@ from PIL import Image, ImageDraw
 from answers import segment
 from answers.pictures import colours, overlaid, runs, shade
 from engine import Threads, complaint, pick_device, program
-from sample import MARK, grain_of, read_image, save, save_json
+from sample import MARK, grain_of, read_image, save, save_ids, save_json
 
 fail = complaint("page.py")
 N, FIRST, SEED, VIEW = 8, 4, 0, 800  # samples, those of a first answer, first seed; pixels of the side shown
@@ -187,9 +187,8 @@ class Desk:
             elif kind == "overlay":
                 save(overlaid(image, one.labels, one.side), out)
             else:
-                ids, side = (hints, 15) if kind == "hints" else (one.labels.numpy().astype(int) + 1, one.side)
-                palette = np.concatenate([np.zeros((1, 3), np.uint8), colours(side)])
-                save(ids.astype(np.uint8 if side * side < 255 else np.uint16), out, palette)
+                kept = (hints.astype(int) - 1, 15) if kind == "hints" else (one.labels.numpy(), one.side)
+                save_ids(*kept, out)
             return out.read_bytes(), "application/json" if kind == "coco" else "image/png"
 
 

@@ -5,11 +5,13 @@
     python sample.py --grain fine photo.jpg                      # more, smaller segments; --grain 12: so many
     python sample.py --points "120,80 160,90; 30,200" photo.jpg  # two belong together, the third apart
     python sample.py --points "120,80; 30,200" --closed a.jpg    # two segments and nothing else
+    python sample.py --tiles 2 crowd.jpg                         # look closer: at 2 x 2 tiles, besides
     python sample.py --init corrected.png --strength 0.4 a.jpg   # a map corrected by hand: sample around it
     torchrun --nproc_per_node 8 -- sample.py --n 4 photos/       # the images are shared among 8 GPUs
 
 For each image a folder --out/<stem>/ (<name>_<suffix> where two have one stem), maps at the image's own size:
-    labels_00.png ...  one id a pixel, coloured when looked at (16-bit grey from 255 ids); 0 is never used
+    labels_00.png ...  one id a pixel, coloured when looked at; 16-bit grey from 255 ids, and from 65,535
+                       R + 256 G + 65,536 B; 0 is never used
     overlay_00.png ... the same over the image; the same place has the same colour in every sample
     answer.png         the joint answer: one map of all samples, as fine as --grain says; answer_overlay.png
     uncertainty.png    the share of samples that see a boundary; the entropy of the mean bits (paper, Eq. 3)
@@ -49,6 +51,8 @@ def options(argv):
     p.add_argument("--sampler", help="ddpm or ddim (default: the checkpoint's)")
     p.add_argument("--smooth", type=float, help="share of the side that answers are averaged over, between "
                                                 "the image's edges; 0 = none")
+    p.add_argument("--tiles", default=1, help="2: look closer, at 2 x 2 overlapping tiles, besides; auto: at "
+                                              "as many as the size of what is found asks for, up to 4 x 4")
     p.add_argument("--grain", default="normal", help="coarse, normal, fine, or how many segments")
     p.add_argument("--closed", action="store_true", help="every pixel belongs to one of the hints")
     p.add_argument("--merge", type=float, help="cut where the odds that people part two regions reach this: "
@@ -103,6 +107,7 @@ from answers.segment import (
     prepare,
     set_tidy,
     summarise,
+    tiles_of,
 )
 from answers.tree import GRAINS
 from engine import Threads, complaint, pick_device, program
@@ -124,6 +129,24 @@ def save(picture, path, palette=None):
     if palette is not None and picture.mode == "L":
         picture.putpalette(palette.tobytes())
     picture.save(path, "PNG", pnginfo=text, compress_level=1)
+
+
+def save_ids(labels, side, path):
+    """Labels (H, W) from 0, places in a palette of side x side, as a PNG of ids from 1: 8 bit, 16 bit or
+    three_bytes."""
+    if side * side > 65535:
+        return save(three_bytes(labels), path)
+    kind = np.uint8 if side * side < 255 else np.uint16
+    save(labels.astype(kind) + kind(1), path, np.concatenate([np.zeros((1, 3), np.uint8), colours(side)]))
+
+
+def three_bytes(labels):
+    """Labels (H, W) from 0 -> (H, W, 3) uint8, COCO's panoptic format: label + 1 = R + 256 G + 65536 B."""
+    out = np.empty((*labels.shape, 3), np.uint8)
+    for row, ids in zip(out, labels):
+        ids = ids.astype(np.uint32) + 1
+        row[:, 0], row[:, 1], row[:, 2] = ids & 255, ids >> 8 & 255, ids >> 16
+    return out
 
 
 def save_json(path, info, images, annotations, category, **more):
@@ -220,9 +243,7 @@ def write(folder, image, result, model, info, hints=None, panoptic=False):
     new.mkdir(parents=True)
 
     def save_map(labels, side, name, over):
-        kind = np.uint8 if side * side < 255 else np.uint16
-        palette = np.concatenate([np.zeros((1, 3), np.uint8), colours(side)])
-        save(labels.numpy().astype(kind) + kind(1), new / f"{name}.png", palette)
+        save_ids(labels.numpy(), side, new / f"{name}.png")
         save(overlaid(image, labels, side), new / f"{over}.png")
 
     try:
@@ -234,9 +255,8 @@ def write(folder, image, result, model, info, hints=None, panoptic=False):
             captions = [(name, *ends) for name, _, _, ends in rows]
             tiles = [shade(value / top) for _, value, top, _ in rows]
             save(grid(tiles, len(rows), 6, captions), new / "uncertainty.png")
-        if panoptic:  # id = R + 256 G + 65536 B
-            ids = joint.labels.numpy().astype(np.uint32) + 1
-            save(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8), new / "panoptic.png")
+        if panoptic:
+            save(three_bytes(joint.labels.numpy()), new / "panoptic.png")
         sizes = {path.name: path.stat().st_size for path in new.iterdir()}
         about = dict(id=1, file_name=Path(info["image"]).name, width=image.width, height=image.height)
         info = {**info, "n": n, "files": sizes}
@@ -349,7 +369,7 @@ def arguments(argv):
     a = options(argv)
     if not a.images:
         raise ValueError("no image is named: python sample.py photo.jpg")
-    a.grain = grain_of(a.grain)
+    a.grain, a.tiles = grain_of(a.grain), tiles_of(a.tiles)
     if a.sampler not in (None, *SAMPLERS):
         raise ValueError(f"--sampler is {' or '.join(SAMPLERS)}, not '{a.sampler}'")
     for name, least, most in (("n", 1, 10**5), ("steps", 1, 10**5), ("batch", 1, 10**5),
@@ -385,6 +405,7 @@ class Run:
     panoptic: bool  # whether there will be a panoptic.json
     steps: int  # that one image takes
     skipped: int = 0  # images that need no sampling
+    tiles: int = 0  # of images that have been sampled
     failed: list = field(default_factory=list)
     reading: deque = field(default_factory=deque)  # (job, image, its pixels, info) of what is being sampled
     bar: tqdm | None = None
@@ -426,7 +447,8 @@ def prepare_run(a):
     digests = {k: digest(getattr(a, k)) for k in ("hint", "init") if getattr(a, k)}
     sampling = {k: v for k in ("steps", "guidance", "sampler", "smooth") if (v := getattr(a, k)) is not None}
     settings = {**model.sampling, **model.tidy, **sampling, "grain": a.grain, **asked,
-                **({"strength": a.strength} if a.init else {}), **({"closed": True} if a.closed else {})}
+                **({"strength": a.strength} if a.init else {}), **({"closed": True} if a.closed else {}),
+                **({"tiles": a.tiles} if a.tiles != 1 else {})}
     info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, format=a.format,
                 **settings)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -462,7 +484,7 @@ def load(run, path):
         if done(run.folders[path], info) and run.options.resume:
             return f"{path}: done already"
         image = read_image(path)
-        job = prepare(image, run.model, **run.prompts, seed=run.options.seed)
+        job = prepare(image, run.model, **run.prompts, seed=run.options.seed, tiles=run.options.tiles)
         return job, path, image.width * image.height, info
     except Exception as e:
         return fault(path, e)
@@ -486,11 +508,14 @@ def sampled(run):
 
     def progress(i, t, xt, x_hat):
         job, path, *_ = run.reading[0]
-        total = (len(run.files) - run.skipped) * run.steps
+        tiles = run.tiles + sum(len(one.tiles or []) for one, *_ in run.reading)
+        total = (len(run.files) - run.skipped + tiles) * run.steps
         if run.bar is None:
             run.bar = tqdm(total=total, unit="step", mininterval=0.5, disable=run.rank > 0, leave=False)
         run.bar.total = total
-        run.bar.set_postfix_str(f"{path.name}: sample {len(job.x_hat) + 1} of {a.n}", refresh=False)
+        there, every = len(job.x_hat), [len(tile.x_hat) for tile in job.tiles or []]
+        run.bar.set_postfix_str(f"{path.name}: sample {there + 1} of {a.n}" if there < a.n else
+                                f"{path.name}: tile {sum(every) + 1} of {len(every) * a.n}", refresh=False)
         run.bar.update(len(xt))
         if words := run.threads():
             run.say(words)
@@ -508,7 +533,7 @@ def sampled(run):
             failed = len(run.reading)
         for _ in range(failed):
             job, path, *_ = run.reading[0]
-            job.x_hat.clear()
+            job.clear()
             try:
                 next(samples_of([job]))
                 yield None
@@ -542,6 +567,7 @@ def sample_all(run):
         try:
             for error in sampled(run):
                 one = run.reading.popleft()
+                run.tiles += len(one[0].tiles or [])
                 if error:
                     run.say(error)
                 if one[0].x_hat:  # all samples, or what there is

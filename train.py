@@ -422,8 +422,7 @@ def validate(net, run, c, stop):
     def maps_of(at, seeds):
         """One sample's map (h, w) of each image."""
         jobs = [packed_job(data, i, seed) for i, seed in zip(at, seeds)]
-        return [sample_map(job.x_hat[0], job.photo, model)
-                for job in denoise(jobs, model, 1, size, callback=look)]
+        return [sample_map(job, 0, model) for job in denoise(jobs, model, 1, size, callback=look)]
 
     try:
         for start in range(size * rank, n, size * world):

@@ -83,7 +83,7 @@ def by_baseline(photo, hints, evidence=None):
     maps = {"nearest click": nearest_click(hints), "watershed, Lab": watershed(jump, hints),
             "random walker": random_walker(photo, hints)}
     if evidence is not None:
-        soft = [np.minimum(np.abs(np.diff(evidence.soft, axis=axis + 1)).sum(-1), 2).mean(0)
+        soft = [np.minimum(np.abs(np.diff(evidence.views[0].soft, axis=axis + 1)).sum(-1), 2).mean(0)
                 for axis in (0, 1)]
         maps["watershed, samples"] = watershed([s + 0.3 * g / 20 for s, g in zip(soft, jump)], hints)
     return maps
@@ -94,9 +94,8 @@ def sampled(model, data, positions, n, seed, batch):
     jobs = denoise((packed_job(data, i, seed_of(seed, i)) for i in positions), model, n, batch)
     for i in tqdm(positions, "clicks", leave=False):
         job = next(jobs)
-        (h, w), photo = job.size, job.photo
-        yield i, photo, data.maps(i)[:, :h, :w].numpy(), evidence_of(torch.stack(job.x_hat), photo,
-                                                                     model.codec)
+        (h, w) = job.size
+        yield i, job.photo, data.maps(i)[:, :h, :w].numpy(), evidence_of(job, model.codec)
 
 
 def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1):

@@ -5,6 +5,7 @@ averages, prints and writes nothing (eval.py does); answers to clicks are clicks
 """
 
 import numpy as np
+import scipy.ndimage
 import torch
 from PIL import Image
 from scipy.cluster.vq import kmeans2
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 import metrics
 from answers import tree
-from answers.segment import denoise, evidence_of, joined, packed_job, placed, sample_map
+from answers.segment import denoise, evidence_of, joined, packed_job, placed, prepare, sample_map
 from answers.tree import lab
 from frame import connected, enlarge, subsample
 from sources.formats import read_image, read_labels
@@ -36,6 +37,38 @@ def kmeans(image, k=8, position=60.0):
     y, x = np.mgrid[:h, :w] * (position / max(h, w))
     features = np.concatenate([lab(image / 255), y[..., None], x[..., None]], axis=-1).reshape(h * w, 5)
     return torch.from_numpy(kmeans2(features, k, minit="++", seed=0)[1].reshape(h, w)).long()
+
+
+def foreground(image):
+    """(h, w, 3) uint8 -> (h, w) bool: the side of Otsu's threshold of grey (1979) with fewer pixels."""
+    grey = np.asarray(Image.fromarray(image).convert("L"))
+    count = np.bincount(grey.ravel(), minlength=256).astype(float)
+    below, total = np.cumsum(count), np.cumsum(count * np.arange(256))
+    between = (total[-1] * below / below[-1] - total) ** 2 / (below * (below[-1] - below)).clip(min=1)
+    bright = grey > between.argmax()
+    return bright if bright.mean() <= 0.5 else ~bright
+
+
+def otsu(image):
+    """The connected parts of the foreground: (h, w, 3) uint8 -> (h, w) int64, 0 = background."""
+    return torch.from_numpy(scipy.ndimage.label(foreground(image))[0]).long()
+
+
+def watershed(image, apart=7):
+    """The foreground, cut where its distance to the background is low between two peaks, which are more than
+    apart / 2 pixels from each other: (h, w, 3) uint8 -> (h, w) int64, 0 = background."""
+    inside = foreground(image)
+    depth = scipy.ndimage.gaussian_filter(scipy.ndimage.distance_transform_edt(inside), 1)
+    peaks = inside & (scipy.ndimage.maximum_filter(depth, apart) == depth)
+    markers, count = scipy.ndimage.label(peaks, np.ones((3, 3)))
+    slope = depth.max() - depth * inside
+    climb = [np.maximum(slope[1:], slope[:-1]), np.maximum(slope[:, 1:], slope[:, :-1])]
+    labels = tree.forest(climb, np.where(inside, markers, count + 1))
+    return torch.from_numpy(np.where(inside, labels + 1, 0)).long()
+
+
+BASELINES = {"grid": lambda image: regular_grid(*image.shape[:2]), "kmeans": kmeans, "otsu": otsu,
+             "watershed": watershed}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -70,18 +103,18 @@ def at_size_of(other):
 # One image
 
 
-def judge(answers, maps):
+def judge(answers, maps, scores=metrics.all_scores):
     """{answer: {metric: mean over annotators}} of answers {name: (H, W)} and label maps (m, H, W); and of
     each annotator against the others, as "human"."""
     result, m = {}, len(maps)
     if answers:
-        s = metrics.all_scores(torch.stack(list(answers.values())).repeat_interleave(m, 0),
+        s = scores(torch.stack(list(answers.values())).repeat_interleave(m, 0),
                                maps.repeat(len(answers), 1, 1))
         for i, name in enumerate(answers):
             result[name] = {key: float(v[i * m : i * m + m].nanmean()) for key, v in s.items()}
     if m > 1:
         a, b = (~torch.eye(m, dtype=torch.bool)).nonzero(as_tuple=True)
-        s = metrics.all_scores(maps[a], maps[b].masked_fill(maps[a] == -1, -1))
+        s = scores(maps[a], maps[b].masked_fill(maps[a] == -1, -1))
         result["human"] = {key: float(v.nanmean()) for key, v in s.items()}
     return result
 
@@ -139,6 +172,11 @@ def segment_table(sure, labels, maps):
     return metrics.reliability(torch.as_tensor(sure), hit[: len(sure)])
 
 
+def own_scores(pred, true):
+    """metrics.all_scores, and the precision of objects, where the ids are the files' own."""
+    return metrics.all_scores(pred, true) | {"ap50": metrics.object_precision(pred, true)}
+
+
 def seed_of(seed, i):
     """The first seed of image i; sample j has j more."""
     return (seed * 10**6 + i) * 1000
@@ -149,11 +187,13 @@ def score_images(data, positions, model, a, setting, ns, places, full=True, keep
     scores; if keep, the maps.
 
     Scores are at the network's size, and at other places {name: function}, which gives the PIL image and the
-    label maps (m, H, W) of image number i there.
+    label maps (m, H, W) of image number i there. With a.tiles, the images are those at their own size, and
+    maps are subsampled to the network's.
     """
     rows, n = [], max(ns)
     bar = tqdm(positions, " ".join(map(str, setting.values())), leave=False)
-    jobs = (packed_job(data, i, seed_of(a.seed, i)) for i in positions)
+    jobs = (packed_job(data, i, seed_of(a.seed, i)) if a.tiles == 1 else
+            prepare(places["own"](i)[0], model, seed=seed_of(a.seed, i), tiles=a.tiles) for i in positions)
     if model:
         jobs = denoise(jobs, model, n, a.batch, **setting)
     for i, job in zip(bar, jobs):
@@ -162,12 +202,11 @@ def score_images(data, positions, model, a, setting, ns, places, full=True, keep
         row = dict(position=i, name=data.names[i] if hasattr(data, "names") else str(i), annotators=len(maps))
         answers = {}
         if model:
-            x_hat = torch.stack(job.x_hat)  # (n, C, h, w)
-            samples = np.stack([sample_map(one, photo, model) for one in x_hat])
-            grown = {k: joined(evidence_of(x_hat[:k], photo, model.codec), model) for k in ns}
             m = len(maps)
-            every = torch.from_numpy(np.concatenate([samples,
-                                                     [labels for _, labels in grown.values()]])).long()
+            samples = np.stack([sample_map(job, k, model) for k in range(n)])
+            grown = {k: joined(evidence_of(job, model.codec, slice(k)), model) for k in ns}
+            every = np.stack([*samples, *(labels for _, labels in grown.values())])
+            every = subsample(torch.from_numpy(every), h, w).long()
             s = metrics.scores(every.repeat_interleave(m, 0), maps.repeat(len(every), 1, 1))
             s = torch.stack([s["ari"], s["iou"]]).view(2, len(every), m).nanmean(2)  # (2, n + len(ns))
             row["curve"] = {k: {"one": s[:, :k].mean(1).tolist(), "oracle": s[:, :k].amax(1).tolist(),
@@ -176,29 +215,31 @@ def score_images(data, positions, model, a, setting, ns, places, full=True, keep
             answers = {"sample": samples[0]} | {name: grown[n][0].cut(grain, offset_of(model)) for name,
                                                 grain in ANSWERS.items()}
         elif a.baseline != "human":
-            answers[a.baseline] = (regular_grid(h, w) if a.baseline == "grid" else kmeans(photo)).numpy()
+            answers[a.baseline] = BASELINES[a.baseline](photo).numpy()
         answers = {name: torch.from_numpy(labels).long() for name, labels in answers.items()}
         rows.append(row)
         if not full:
             continue
-        row["network"] = judge(answers, maps)
+        row["network"] = judge({k: subsample(v, h, w) for k, v in answers.items()}, maps)
         for where, place in places.items():
             picture, truth = place(i)
             H, W = truth.shape[1:]
             row[where] = judge({k: enlarge(v[None], picture)[0].long() if model else subsample(v, H, W)
-                                for k, v in answers.items()}, truth)
+                                for k, v in answers.items()}, truth,
+                               own_scores if where == "own" else metrics.all_scores)
         if model:
-            row |= reliability_of(samples, x_hat, photo, maps, *grown[n], model)
+            row |= reliability_of(job, every[:n], maps, *grown[n], model)
         if keep:
-            shown = [placed(v[None].numpy(), 16)[0][0] for v in answers.values()]
+            shown = [placed(subsample(v[None], h, w).numpy(), 16)[0][0] for v in answers.values()]
             row["tiles"] = [torch.from_numpy(photo), *maps[:2], *shown]
     return rows
 
 
-def reliability_of(samples, x_hat, photo, maps, tree_of_all, labels, model):
+def reliability_of(job, every, maps, tree_of_all, labels, model):
     """How n samples and the confidences of their joint answer compare with the annotators: the entries
-    spread, joined, segments, borders and bits of a row, as far as there are enough of both."""
-    every, n, result = torch.from_numpy(samples).long(), len(samples), {}
+    spread, joined, segments, borders and bits of a row, as far as there are enough of both. every: the
+    samples' maps (n, h, w), at the size of maps (m, h, w)."""
+    n, result, finer = len(every), {}, subsample(maps, *labels.shape)
     if n > 1 and len(maps) > 1:
         result["spread"] = {
             name: [metrics.energy_distance(1 - e, n), metrics.diversity(1 - e[:n, :n]),
@@ -206,12 +247,12 @@ def reliability_of(samples, x_hat, photo, maps, tree_of_all, labels, model):
             for name, e in zip(("ARI", "covering"), metrics.pairwise(torch.cat([every, maps])))}
     if n > 1:
         result["joined"] = joined_table(every, maps)
-    evidence, net = evidence_of(x_hat, photo, model.codec), tree.learnt() if model.tidy["merge"] else None
+    evidence, net = evidence_of(job, model.codec), tree.learnt() if model.tidy["merge"] else None
     sure, _ = tree.confidence(evidence, tree_of_all, labels, net)
-    result["segments"] = segment_table(sure, labels, maps)
-    result["borders"] = border_table(evidence, tree_of_all, labels, maps, net)
+    result["segments"] = segment_table(sure, labels, finer)
+    result["borders"] = border_table(evidence, tree_of_all, labels, finer, net)
     if model.codec.has_bits and model.codec.palette != "none":
-        result["bits"] = bit_table(x_hat[0], maps, model.codec)
+        result["bits"] = bit_table(job.x_hat[0], maps, model.codec)
     return result
 
 

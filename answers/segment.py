@@ -15,7 +15,8 @@ between them. What it is not: it writes no files (sample.py) and compares with n
 import functools
 import sys
 from collections import deque
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,9 @@ from model import UNet
 
 SHOWN = 512  # pixels on the longer side are enough to show uncertainty
 CLICK = 0.005  # radius of a click, as a share of the longer side: about one of the network's pixels
+TILES = 16  # at most so many a side
+NEAR = 100  # network pixels that the median segment should have
+LARGE = 3e7  # pixels of a photo that is not kept twice
 SHIPPED = Path(__file__).parent.parent / "weights" / "photo.pt"
 
 
@@ -186,7 +190,10 @@ def hint_map(width, height, points="", boxes=(), drawn=None):
 
 @dataclass
 class Job:
-    """An image in the network's frame of S x S pixels, what is known about it, and its samples so far."""
+    """An image in the network's frame of S x S pixels, what is known about it, and its samples so far.
+
+    tiles: the same of overlapping parts of it, once its own samples are there: one of the lists in `closer`.
+    """
 
     image: np.ndarray  # (d S, d S, 3) uint8: as a network of detail d sees it
     photo: np.ndarray  # (h, w, 3) uint8: its valid part, at the label map's resolution
@@ -196,6 +203,42 @@ class Job:
     known: torch.Tensor | None = None
     init: torch.Tensor | None = None  # (C, S, S): bits to start from, 0 where there are none
     seed: int = 0  # sample j has the seed `seed` + j
+    closer: list = field(default_factory=list)  # of lists of tiles: those wanted, or ever more to choose from
+    tiles: list | None = None  # Jobs; None: not chosen yet
+    top: int = 0  # of a tile: where it lies in the photo
+    left: int = 0
+
+    @property
+    def scene(self):
+        """(h, w, 3) uint8: the photo; where there are tiles at their resolution, put together from them."""
+        parts = self.tiles or [self]
+        h, w = max(job.top + job.size[0] for job in parts), max(job.left + job.size[1] for job in parts)
+        out = np.empty((h, w, 3), np.uint8)
+        for job in parts:
+            out[job.place] = job.photo
+        return out
+
+    @property
+    def place(self):
+        """Of a tile, in the photo: slices."""
+        return slice(self.top, self.top + self.size[0]), slice(self.left, self.left + self.size[1])
+
+    def done(self, n):
+        """Whether all n samples are there."""
+        return self.tiles is not None and all(len(job.x_hat) == n for job in (self, *self.tiles))
+
+    def first(self, n):
+        """The same with its first n samples, or with as many as all its tiles have; without tiles where one
+        has none."""
+        each = min((len(tile.x_hat) for tile in self.tiles or []), default=0)
+        tiles = [replace(tile, x_hat=tile.x_hat[: min(n, each)]) for tile in self.tiles] if each else []
+        return replace(self, x_hat=self.x_hat[: min(n, each) if each else n], tiles=tiles)
+
+    def clear(self):
+        """Take all samples away."""
+        for job in (self, *sum(self.closer, [])):
+            job.x_hat.clear()
+        self.tiles = None
 
     @property
     def size(self):
@@ -230,31 +273,68 @@ def checked(name, ids, image):
     return ids
 
 
-def prepare(image, model, hints=None, init=None, seed=0):
+def tiles_of(given):
+    """Tiles a side: a number from 1 (none) to TILES, or auto. Raises ValueError."""
+    if given != "auto" and not (str(given).isdecimal() and 1 <= int(given) <= TILES):
+        raise ValueError(f"tiles are a number from 1 to {TILES} a side, or auto, not {given!r}")
+    return given if given == "auto" else int(given)
+
+
+def prepare(image, model, hints=None, init=None, seed=0, tiles=1):
     """PIL image -> Job. hints (H, W): ids, pixels of one id belong together, of different ids apart; init (H,
-    W): ids to start from; both 0 where not given. Raises ValueError for an image without pixels and for
-    prompts that do not fit."""
+    W): ids to start from; both 0 where not given. tiles: t looks closer at t x t overlapping tiles, besides;
+    "auto": at as many as the size of what is found asks for, up to 4 x 4. Raises ValueError for an image
+    without pixels and for prompts that do not fit."""
     if image.mode != "RGB" or 0 in image.size:
         raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {image.width} x "
                          f"{image.height} of mode "
                          f"{image.mode}: formats.read_image gives one, upright, of any file")
-    S, codec = model.image_size, model.codec
-    small, (h, w) = resize_image(image, S)
-    seen, _ = resize_image(image, S * model.detail, (w * model.detail, h * model.detail))
-    hints, init = checked("hint", hints, image), checked("initial map", init, image)
-    job = Job(seen, small[:h, :w], [], hints, seed=seed)
-    if hints is None and init is None:
-        return job
-    if not any(v is not None and v.any() for v in (hints, init)):
+    tiles, hints, init = tiles_of(tiles), checked("hint", hints, image), checked("initial map", init, image)
+    if (hints is not None or init is not None) and not any(v is not None and v.any() for v in (hints, init)):
         raise ValueError("hints and initial map are empty: no pixel has an id above 0")
-    hint = np.zeros((h, w), int) if hints is None else network_hints(hints, h, w)
-    if init is None and not model.diffusion.hints:
+    (job,) = jobs_of(image, model, hints, init, seed, 1)
+    job.hints = hints
+    sides = range(2, 5) if tiles == "auto" else [tiles][tiles == 1 :]
+    job.closer = [jobs_of(image, model, hints, init, seed, t) for t in sides]
+    return job
+
+
+def jobs_of(image, model, hints, init, seed, t):
+    """t x t tiles, each overlapping the next by a quarter, as Jobs; their samples have seeds of their own."""
+    S, d = model.image_size, model.detail
+    side = S * (3 * t + 1) // 4  # of the photo, in a tile's pixels
+    small, (h, w) = resize_image(image, side)
+    seen, _ = resize_image(image, side * d, (w * d, h * d))
+    hint = network_hints(hints, h, w) if hints is not None and hints.any() else None
+    start = None if init is None else shrink(init, h, w)
+    tall, wide = (min(n, 2 * -(-2 * n // (3 * t + 1))) for n in (h, w))
+    corners = [sorted({round(k) for k in np.linspace(0, n - m, t)}) for n, m in ((h, tall), (w, wide))]
+    out = []
+    for k, (y, x) in enumerate(product(*corners), t > 1):
+
+        def part(v, times=1):
+            return None if v is None else v[y * times : (y + tall) * times, x * times : (x + wide) * times]
+
+        framed = np.zeros((S * d, S * d, 3), np.uint8)
+        framed[: tall * d, : wide * d] = part(seen, d)
+        job = Job(framed, part(small), [], seed=seed + k * 2**52, top=y, left=x)
+        out.append(prompted(job, model, part(hint), part(start)))
+    return out
+
+
+def prompted(job, model, hint, start):
+    """A job with what is known of its (h, w) pixels: hint and start, ids from 1, 0 = none; None: none is
+    given. Raises ValueError."""
+    codec, (h, w), S = model.codec, job.size, model.image_size
+    if start is None and (hint is None or not model.diffusion.hints):
         return job
     if not codec.has_bits:
         raise ValueError(f"initial maps need a checkpoint with the encoding bits, not {codec.encoding}")
+    hinting, starting = hint is not None and model.diffusion.hints, start is not None
+    hint, start = (np.zeros((h, w), int) if v is None else v for v in (hint, start))
+    hint = np.where(hint > 0, np.searchsorted(np.unique(hint[hint > 0]), hint) + 1, 0)  # those in a tile
     if hint.max() > codec.classes:
         raise ValueError(f"{hint.max()} ids in the hints are more than the {codec.classes} of this network")
-    start = np.zeros((h, w), int) if init is None else shrink(init, h, w)
     ids, area = np.unique(start[(hint == 0) & (start > 0)], return_counts=True)
     # what has no cell left is not given
     ids = ids[np.argsort(-area, kind="stable")][: codec.classes - hint.max()]
@@ -264,8 +344,8 @@ def prepare(image, model, hints=None, init=None, seed=0):
     hinted[0, :h, :w] = torch.from_numpy(hint > 0)
     labels = torch.from_numpy(labels)[None]
     x0 = codec.encode(codec.cells(labels, torch.Generator().manual_seed(0), hints=hinted))  # (1, C, S, S)
-    job.known = hint_bits(x0, hinted)[0] if model.diffusion.hints and hint.any() else None
-    job.init = None if init is None else x0[0]
+    job.known = hint_bits(x0, hinted)[0] if hinting else None
+    job.init = x0[0] if starting else None
     return job
 
 
@@ -309,8 +389,8 @@ class Segmentation:
 
     @functools.cached_property
     def calm(self):
-        """The photo as `enlarge` looks at it."""
-        return blurred(self.image, *self.cells.shape[1:])
+        """The photo as `enlarge` looks at it; None where a second copy is too large to keep."""
+        return blurred(self.image, *self.cells.shape[1:]) if np.prod(self.image.size) <= LARGE else None
 
     @functools.cached_property
     def labels(self):
@@ -335,13 +415,15 @@ class Segmentation:
         return answer(grown, labels, self, hints)
 
 
-def segment(image, model, n=8, seed=0, grain="normal", closed=False, hints=None, init=None, **options):
+def segment(image, model, n=8, seed=0, grain="normal", closed=False, hints=None, init=None, tiles=1,
+            **options):
     """n samples for one PIL image and their joint answer: a Segmentation. Sample j has the seed `seed` + j.
 
-    grain, closed: as `Segmentation.cut` has them; hints, init: as `prepare`; options: as `denoise`. The same
-    seed gives the same map, whatever else is sampled beside it: on the CPU to the last bit at batch 1.
+    grain, closed: as `Segmentation.cut` has them; hints, init, tiles: as `prepare`; options: as `denoise`.
+    The same seed gives the same map, whatever else is sampled beside it: on the CPU to the last bit at batch
+    1.
     """
-    job = prepare(image, model, hints, init, seed)
+    job = prepare(image, model, hints, init, seed, tiles)
     return summarise(next(denoise([job], model, n, **options)), image, model, grain, closed)
 
 
@@ -417,26 +499,57 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **samplin
             return run(part[half:])
         for job, one in zip(some, x_hat):
             job.x_hat.append(one[:, : job.size[0], : job.size[1]])
+            if len(job.x_hat) == n and job.tiles is None:
+                job.tiles = chosen(job, model)
+                queue.extend((tile, tile.seed + j) for j in range(n) for tile in job.tiles)
 
-    queue, waiting = [], deque()
-    for job in jobs:
-        waiting.append(job)
-        queue += [(job, job.seed + j) for j in range(n)]
-        while len(queue) >= batch:
-            part, queue = queue[:batch], queue[batch:]
-            run(part)
-        while waiting and len(waiting[0].x_hat) == n:
+    queue, waiting, jobs = deque(), deque(), iter(jobs)
+    while True:
+        while len(queue) < batch and (job := next(jobs, None)):
+            waiting.append(job)
+            queue.extend((job, job.seed + j) for j in range(n))
+        if not queue:
+            return
+        run([queue.popleft() for _ in range(min(batch, len(queue)))])
+        while waiting and waiting[0].done(n):
             yield waiting.popleft()
-    if queue:
-        run(queue)
-    yield from waiting
 
 
-def evidence_of(x_hat, image, codec):
-    """Soft bits (n, C, h, w) and photo (h, w, 3) uint8 -> tree.Evidence."""
-    x_hat = x_hat.float().cpu().clamp(-1, 1)
-    cells = codec.decode(x_hat).numpy()
-    return tree.gather(np.asarray(image), x_hat.permute(0, 2, 3, 1).numpy(), cells, int(cells.max()) + 1)
+def chosen(job, model):
+    """The tiles that a job is to have, now that its own samples are there: of several choices, the fewest in
+    which the median segment of the joint answer has NEAR pixels, or else the most."""
+    if len(job.closer) < 2:
+        return sum(job.closer, [])
+    _, labels = joined(evidence_of(replace(job, tiles=[]), model.codec), model)
+    median = np.median(np.bincount(labels.ravel()))
+    t = next((t for t in (1, 2, 3) if median * ((3 * t + 1) / 4) ** 2 >= NEAR), 4)
+    return ([], *job.closer)[t - 1]
+
+
+def evidence_of(job, codec, samples=slice(None)):
+    """What a job's samples say, or some of them, with those of its tiles: tree.Evidence."""
+    photo, tiles, views = job.scene, job.tiles or [], []
+    for one in (job, *tiles):
+        x_hat = torch.stack(one.x_hat[samples]).float().clamp(-1, 1)  # (n, C, h, w)
+        cells = codec.decode(x_hat)
+        if one is job and tiles:  # at the tiles' resolution
+            x_hat = F.interpolate(x_hat, photo.shape[:2], mode="bilinear")
+            cells = subsample(cells, *photo.shape[:2])
+        views.append((x_hat.permute(0, 2, 3, 1).numpy(), cells.numpy()))
+    codes = 1 + max(int(cells.max()) for _, cells in views)
+    closer = [tree.View(*view, rise(tile, photo.shape), tile.top, tile.left)
+              for tile, view in zip(tiles, views[1:])]
+    return tree.gather(photo, *views[0], codes, closer)
+
+
+def rise(tile, shape):
+    """How well a tile sees its pixels (h, w) of a photo of a shape: less towards the border, where the next
+    tile sees them better; all tiles together see each as well."""
+    out = []
+    for n, at, whole in zip(tile.size, (tile.top, tile.left), shape):
+        low, high = np.arange(n) + 0.5 + n * (at == 0), n - 0.5 - np.arange(n) + n * (at + n == whole)
+        out.append(np.minimum(low, high).clip(max=n / 4) / (n / 4))
+    return out[0][:, None] * out[1]
 
 
 def joined(evidence, model, grain="normal", hints=None, closed=False):
@@ -448,12 +561,12 @@ def joined(evidence, model, grain="normal", hints=None, closed=False):
     return grown, grown.cut(grain, -np.log(merge) if merge else 0.0)
 
 
-def sample_map(x_hat, image, model, grain="normal"):
-    """One sample (C, h, w) of a photo (h, w, 3) uint8 -> its map (h, w) from 0: as sampled, or a tree of its
+def sample_map(job, k, model, grain="normal"):
+    """Sample k of a job -> its map (h, w) from 0: as sampled, or (with tiles, always) cut from a tree of its
     own."""
-    if not model.tidy["merge"]:
-        return model.codec.decode(x_hat[None].float().cpu())[0].numpy()
-    return joined(evidence_of(x_hat[None], image, model.codec), model, grain)[1]
+    if not model.tidy["merge"] and not job.tiles:
+        return model.codec.decode(job.x_hat[k][None].float())[0].numpy()
+    return joined(evidence_of(job, model.codec, slice(k, k + 1)), model, grain)[1]
 
 
 def placed(maps, side):
@@ -492,11 +605,12 @@ def answer(grown, labels, result, hints=None):
 
 def summarise(job, image, model, grain="normal", closed=False):
     """Job and its PIL image -> Segmentation."""
-    x_hat, (h, w), codec = torch.stack(job.x_hat), job.size, model.codec
-    n, (width, height), photo = len(x_hat), image.size, job.photo
-    maps = np.stack([sample_map(one, photo, model, grain) for one in x_hat])
-    side = int(np.ceil(codec.classes**0.5))
-    if model.tidy["merge"]:
+    job = job.first(len(job.x_hat))
+    x_hat, codec, (width, height) = torch.stack(job.x_hat), model.codec, image.size
+    n, side = len(x_hat), int(np.ceil(codec.classes**0.5))
+    maps = np.stack([sample_map(job, k, model, grain) for k in range(n)])
+    h, w = maps.shape[1:]
+    if model.tidy["merge"] or job.tiles:
         cells, side = placed(maps, side)
     else:
         cells = torch.from_numpy(maps)
@@ -510,9 +624,14 @@ def summarise(job, image, model, grain="normal", closed=False):
         boundary += F.max_pool2d(edge, reach, 1) / n
     bits = None
     if codec.has_bits:
-        bits = F.interpolate(entropy(x_hat.mean(0, keepdim=True))[None], (tall, wide), mode="bilinear")[0, 0]
+        bits, seen = torch.zeros(2, h, w)
+        for one in job.tiles or [job]:
+            at, weight = one.place, torch.from_numpy(rise(one, (h, w))).float()
+            bits[at] += weight * entropy(torch.stack(one.x_hat).mean(0, keepdim=True))[0]
+            seen[at] += weight
+        bits = F.interpolate((bits / seen)[None, None], (tall, wide), mode="bilinear")[0, 0]
     result = Segmentation(None, cells, side, agreement(cells), boundary[0], bits, x_hat, image,
-                          evidence_of(x_hat, photo, codec), model)
+                          evidence_of(job, codec), model)
     result.answer = result.cut(grain, job.hints, closed)
     return result
 

@@ -31,6 +31,7 @@ GRAINS = {"coarse": -0.9, "normal": 0.0, "fine": 1.0}
 # at one of them, or between two.
 LEVELS = (6, 4, 3, 2.5, 2, 1.6, 1.3, 1, 0.75, 0.5, 0.25, 0, -0.25, -0.5, -0.75, -1, -1.3, -1.6, -2, -2.5, -3,
           -4, -6)
+WHOLE = 0.5  # how well the view of the whole photo sees a pixel, beside its tiles, which share 1
 # who gives every region to a hint first gives those that prefer one hint to any other: weight of that lead
 LEAD = 0.5
 CLEAR = 2.5  # pixels around a hint in which no other region may start
@@ -41,21 +42,38 @@ CLEAR = 2.5  # pixels around a hint in which no other region may start
 
 
 @dataclass
+class View:
+    """n samples of a part of a photo, at the photo's resolution; codes mean nothing outside it."""
+
+    soft: np.ndarray  # (n, h, w, k) soft bits in [-1, 1]
+    cells: np.ndarray  # (n, h, w) codes, from 0
+    weight: np.ndarray  # (h, w) above 0: how well it sees each pixel
+    top: int = 0  # where it lies in the photo
+    left: int = 0
+
+    def of(self, values):
+        """The part of values (H, W, ...) that it sees."""
+        h, w = self.weight.shape
+        return values[self.top : self.top + h, self.left : self.left + w]
+
+
+@dataclass
 class Evidence:
     """What n samples and a photo of (h, w) pixels say; all arrays are numpy's."""
 
     looks: np.ndarray  # (h, w, 28): colour, texture and place, see `looks`
-    soft: np.ndarray  # (n, h, w, k) soft bits in [-1, 1]
-    cells: np.ndarray  # (n, h, w) codes, from 0
+    views: list  # of View: of the whole photo, then of its tiles
     codes: int  # how many codes there are
     steps: list  # for rows and columns: (h - 1, w, 5) and (h, w - 1, 5), see `gather`
     jump: list  # the same pairs: how unlike the two pixels are, smoothed; watersheds are cut along it
     low: np.ndarray  # (h, w) bool: minima of it, where regions start
 
 
-def gather(image, soft, cells, codes):
-    """Photo (h, w, 3) uint8, soft bits (n, h, w, k), their codes (n, h, w) below `codes` -> Evidence."""
-    seen = looks(image)
+def gather(image, soft, cells, codes, tiles=()):
+    """Photo (h, w, 3) uint8, soft bits (n, h, w, k), their codes (n, h, w) below `codes` -> Evidence. tiles:
+    Views of as many samples, each of which looks closer at its part."""
+    views = [View(soft, cells, np.full(image.shape[:2], WHOLE if tiles else 1.0)), *tiles]
+    seen = looks(image, max(views[-1].weight.shape))
     colour = seen[..., :3] * 1.25
     calm = scipy.ndimage.gaussian_filter(colour, (1, 1, 0))
     steps, jump = [], []
@@ -68,28 +86,41 @@ def gather(image, soft, cells, codes):
         pad = [(1, 1) if i == axis else (0, 0) for i in range(3)]
         wide = np.pad(calm, pad, "edge")
         far = np.linalg.norm(along(wide, 3, None) - along(wide, None, -3), axis=2)
-        bits = np.abs(np.diff(soft, axis=axis + 1)).sum(-1)  # 2 for each sure bit that differs
-        differ = (np.diff(cells, axis=axis + 1) != 0).mean(0)
-        steps.append(np.stack([np.ones_like(near), near, far, np.minimum(bits / 2, 1).mean(0), differ],
-                              axis=2))
-        unlike = np.minimum(bits, 2).mean(0) + 0.3 * near
+        said, weight = np.zeros((*near.shape, 3)), np.zeros((*near.shape, 1))
+        for view in views:
+            bits = np.abs(np.diff(view.soft, axis=axis + 1)).sum(-1)  # 2 for each sure bit that differs
+            differ = (np.diff(view.cells, axis=axis + 1) != 0).mean(0)
+            both = pair_weight(view, axis)[..., None]
+            at = slice(view.top, view.top + both.shape[0]), slice(view.left, view.left + both.shape[1])
+            weight[at] += both
+            said[at] += both * np.stack([np.minimum(bits / 2, 1).mean(0), differ,
+                                         np.minimum(bits, 2).mean(0)], axis=2)
+        said /= weight
+        steps.append(np.stack([np.ones_like(near), near, far, said[..., 0], said[..., 1]], axis=2))
+        unlike = said[..., 2] + 0.3 * near
         jump.append(scipy.ndimage.gaussian_filter(unlike, 0.5))
         # views: a pixel has the largest of its four
         for part in (along(edge, 1, None), along(edge, None, -1)):
             np.maximum(part, unlike, out=part)
     edge = scipy.ndimage.gaussian_filter(edge, 0.7)
-    return Evidence(seen, soft, cells, codes, steps, jump, scipy.ndimage.minimum_filter(edge, size=3) == edge)
+    return Evidence(seen, views, codes, steps, jump, scipy.ndimage.minimum_filter(edge, size=3) == edge)
 
 
-def looks(image):
-    """(h, w, 3) uint8 -> (h, w, 28): Lab, texture of L, place, histograms of Lab; all of about the same
-    size."""
+def pair_weight(view, axis):
+    """How well a view sees its pairs of neighbours along an axis: the lesser of the two pixels' weights."""
+    lines = np.moveaxis(view.weight, axis, 0)
+    return np.moveaxis(np.minimum(lines[1:], lines[:-1]), 0, axis)
+
+
+def looks(image, side):
+    """(h, w, 3) uint8 -> (h, w, 28): Lab, texture of L, place in units of `side` pixels, histograms of Lab;
+    all of about the same size."""
     colour = lab(image / 255)
     L, a, b = np.moveaxis(colour, 2, 0)
     mean = scipy.ndimage.uniform_filter(L, 3)
     rough = np.sqrt((scipy.ndimage.uniform_filter(L**2, 3) - mean**2).clip(min=0))
     texture = [abs(scipy.ndimage.sobel(L, 0)) / 16, abs(scipy.ndimage.sobel(L, 1)) / 16, rough / 8]
-    place = np.mgrid[: len(L), : len(L[0])] / max(L.shape)
+    place = np.mgrid[: len(L), : len(L[0])] / side
     bins = [histogram(L, 0, 100, 8), histogram(a, -40, 40, 6), histogram(b, -40, 40, 6)]
     return np.concatenate([colour / 25, np.stack([*texture, *place], axis=2), *bins], axis=2)
 
@@ -181,30 +212,46 @@ def collect(i, j, values, n):
     return pair // n, pair % n, groups(at, len(pair)) @ values[apart]
 
 
+def neighbours(maps, values):
+    """Of maps (h, w) and what is known of their pairs of neighbours along rows and columns, (h - 1, w, F) and
+    (h, w - 1, F): both pixels of every pair, (m,), and their values (m, F)."""
+    lines = [np.moveaxis(maps, axis, 0) for axis in (0, 1)]
+    values = [np.moveaxis(v, axis, 0).reshape(-1, v.shape[2]) for axis, v in enumerate(values)]
+    return (np.concatenate([v[1:].ravel() for v in lines]), np.concatenate([v[:-1].ravel() for v in lines]),
+            np.concatenate(values))
+
+
 class Graph:
     """Regions (h, w) from 0 and the pairs i, j of them that touch; `merge` joins regions, `features`
-    describes pairs."""
+    describes pairs.
+
+    What a view sees of a region is a part of it, with a mean and counts of its own, and two parts that touch
+    are a sight of the pair: what samples say of a pair is the mean of its sights.
+    """
 
     def __init__(self, evidence, region):
-        samples, h, w, bits = evidence.soft.shape
-        self.n, self.samples = int(region.max()) + 1, samples
-        self.codes, self.looks = evidence.codes, evidence.looks.shape[2]
-        flat = region.ravel()
-        pixels = np.concatenate([np.ones((h * w, 1)), evidence.looks.reshape(h * w, -1),
-                                 evidence.soft.transpose(1, 2, 0, 3).reshape(h * w, -1)], axis=1)
-        self.total = groups(flat, self.n) @ pixels  # (n, 1 + 28 + samples * bits): area and sums
-        place = (flat * samples)[None] + np.arange(samples)[:, None]
-        place = place * evidence.codes + evidence.cells.reshape(samples, -1)
-        size = self.n * samples * evidence.codes
+        views, (h, w, looks) = evidence.views, evidence.looks.shape
+        samples, self.views = len(views[0].soft), len(views)
+        self.n, self.samples, self.codes = int(region.max()) + 1, samples, evidence.codes
+        pixels = np.concatenate([np.ones((h * w, 1)), evidence.looks.reshape(h * w, looks)], axis=1)
+        self.total = groups(region.ravel(), self.n) @ pixels  # (n, 1 + 28): area and sums
+        keys = [(view.of(region) * self.views + k).ravel() for k, view in enumerate(views)]
+        self.part, at = np.unique(np.concatenate(keys), return_inverse=True)  # region * views + view
+        weight = np.concatenate([view.weight.ravel() for view in views])
+        soft = [view.soft.transpose(1, 2, 0, 3).reshape(view.weight.size, -1) for view in views]
+        soft = np.concatenate([np.ones((len(at), 1)), np.concatenate(soft)], axis=1) * weight[:, None]
+        self.seen = groups(at, len(self.part)) @ soft  # (parts, 1 + samples * bits): weight and sums
+        place = (at * samples)[None] + np.arange(samples)[:, None]
+        place = place * self.codes + np.concatenate([v.cells.reshape(samples, -1) for v in views], axis=1)
+        size = len(self.part) * samples * self.codes
         # of each code
-        self.count = np.bincount(place.ravel(), minlength=size).reshape(self.n, -1).astype(float)
-        i, j, steps = [], [], []
-        for axis in (0, 1):
-            lines = np.moveaxis(region, axis, 0)
-            i.append(lines[1:].ravel())
-            j.append(lines[:-1].ravel())
-            steps.append(np.moveaxis(evidence.steps[axis], axis, 0).reshape(-1, 5))
-        i, j, steps = map(np.concatenate, (i, j, steps))
+        self.count = np.bincount(place.ravel(), np.tile(weight, samples), size).reshape(len(self.part), -1)
+        sights, ends = [], np.cumsum([len(key) for key in keys])
+        for view, end in zip(views, ends):
+            maps = at[end - view.weight.size : end].reshape(view.weight.shape)
+            sights.append(neighbours(maps, [pair_weight(view, axis)[..., None] for axis in (0, 1)]))
+        self.a, self.b, self.sight = collect(*map(np.concatenate, zip(*sights)), len(self.part))
+        i, j, steps = neighbours(region, evidence.steps)
         inside = i == j
         self.inner = groups(i[inside], self.n) @ steps[inside]  # (n, 5): of pairs of pixels inside a region
         self.i, self.j, self.border = collect(i, j, steps, self.n)  # border (m, 5): of those between two
@@ -212,7 +259,12 @@ class Graph:
     def merge(self, to, n):
         """Regions k become to[k], which are n."""
         joined = groups(to, n)
-        self.total, self.count, self.inner = (joined @ v for v in (self.total, self.count, self.inner))
+        self.total, self.inner = joined @ self.total, joined @ self.inner
+        self.part, at = np.unique(to[self.part // self.views] * self.views + self.part % self.views,
+                                  return_inverse=True)
+        joined = groups(at, len(self.part))
+        self.seen, self.count = joined @ self.seen, joined @ self.count
+        self.a, self.b, self.sight = collect(at[self.a], at[self.b], self.sight, len(self.part))
         i, j = to[self.i], to[self.j]
         inside = i == j
         self.inner = self.inner + groups(i[inside], n) @ self.border[inside]
@@ -223,26 +275,42 @@ class Graph:
         """(m, 53) of the pairs."""
         i, j = self.i, self.j
         area = self.total[:, 0]
-        mean = self.total[:, 1:] / area[:, None]
-        look, soft = mean[:, : self.looks], mean[:, self.looks :].reshape(self.n, self.samples, -1)
+        look = self.total[:, 1:] / area[:, None]
         apart = abs(look[i] - look[j])
-        bits = np.minimum(abs(soft[i] - soft[j]).sum(2) / 2, 2)  # (m, samples)
-        share = (self.count / area[:, None]).reshape(self.n, self.samples, self.codes)
-        pure = (share**2).sum(2)  # (n, samples): the chance that two pixels of a region have one code
-        together = np.einsum("msk,msk->ms", share[i], share[j])  # the same of two pixels, one in each
-        alike = together / np.sqrt(pure[i] * pure[j]).clip(1e-6)
-        together, same, pure = together.mean(1), alike.mean(1), pure.mean(1)
-        inner = self.inner[:, 1:] / self.inner[:, :1].clip(1)
         smaller = area[i] < area[j]
+        weight = self.seen[:, :1]
+        soft = (self.seen[:, 1:] / weight).reshape(len(weight), self.samples, -1)
+        share = (self.count / weight).reshape(len(weight), self.samples, self.codes)
+        pure = (share**2).sum(2)  # (parts, samples): the chance that two pixels of a part have one code
+        bits, together, pure_i, pure_j, alike = self.over_sights(
+            np.minimum(abs(soft[self.a] - soft[self.b]).sum(2) / 2, 2),
+            together := np.einsum("msk,msk->ms", share[self.a], share[self.b]),  # the same, one in each
+            pure[self.a], pure[self.b], together / np.sqrt(pure[self.a] * pure[self.b]).clip(1e-6))
+        together, same, pure_i, pure_j = (v.mean(1) for v in (together, alike, pure_i, pure_j))
+        inner = self.inner[:, 1:] / self.inner[:, :1].clip(1)
         small, large = np.where(smaller, i, j), np.where(smaller, j, i)
         length = self.border[:, 0]
         sizes = [length / np.sqrt(area[small]), area[large] / area.sum(), area[small] / area.sum()]
         samples = [bits.mean(1), bits.min(1), together, np.log(together + 0.02), same, np.log(same + 0.02),
-                   (alike > 0.5).mean(1), pure[small], pure[large]]
+                   (alike > 0.5).mean(1), *np.where(smaller, (pure_i, pure_j), (pure_j, pure_i))]
         return np.concatenate([np.linalg.norm(apart[:, :3], axis=1)[:, None], apart,
                                np.stack(samples, axis=1),
                                self.border[:, 1:] / length[:, None], inner[small], inner[large],
                                np.log(np.stack(sizes, axis=1))], axis=1)
+
+
+    def over_sights(self, *values):
+        """Values (sights, samples) -> of each pair (m, samples), weighted by how well each sight sees it."""
+        if self.views == 1:  # the sights are the pairs
+            return values
+        i, j = self.part[self.a] // self.views, self.part[self.b] // self.views
+        pair = np.searchsorted(self.i * self.n + self.j, i * self.n + j)
+        small = np.where(self.total[i, 0] < self.total[j, 0], i, j)
+        held = np.where(small == i, self.seen[self.a, 0], self.seen[self.b, 0])
+        weight = self.sight * (held / self.total[small, 0])[:, None]
+        joined = groups(pair, len(self.i))
+        weight /= (joined @ weight)[pair]
+        return [joined @ (weight * v) for v in values]
 
 
 # the column of `features` that is the share of samples that put both together, as far as regions are pure

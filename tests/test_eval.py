@@ -17,7 +17,7 @@ import frame
 import metrics
 import train
 from answers import scoring, tree
-from answers.segment import evidence_of, joined, load_checkpoint
+from answers.segment import Job, evidence_of, joined, load_checkpoint
 from bits import Codec
 from diffusion import sample
 from metrics import calibration_error
@@ -156,7 +156,7 @@ def test_rows_are_scores_of_plain_samples_and_of_their_tree(lively, merge):
     lively.tidy = dict(least=0, merge=merge)
     images, _, sizes = (shapes := data.load("shapes", "val", 16)).get([0, 1])
     setting = {**lively.sampling, "steps": 2}
-    a = argparse.Namespace(seed=3, batch=4, baseline=None)
+    a = argparse.Namespace(seed=3, batch=4, baseline=None, tiles=1)
     rows = scoring.score_images(shapes, [0, 1], lively, a, setting, [1, 3], {}, keep=True)
     x, inside = frame.normalise(images, sizes)
     for i, row in enumerate(rows):
@@ -164,11 +164,12 @@ def test_rows_are_scores_of_plain_samples_and_of_their_tree(lively, merge):
         alone = [sample(lively.net, x[i : i + 1], inside[i : i + 1], 4, [(3 * 10**6 + i) * 1000 + j],
                         lively.diffusion,
                         torch.tanh, **setting)[0, :, :h, :w] for j in range(3)]
-        evidence = evidence_of(torch.stack(alone), photo[:h, :w], lively.codec)
+        job = Job(None, photo[:h, :w], alone)
+        evidence = evidence_of(job, lively.codec)
         grown, joint = joined(evidence, lively)
         each = [lively.codec.decode(v[None])[0] for v in alone] if not merge else [
-            torch.from_numpy(joined(evidence_of(v[None], photo[:h, :w], lively.codec),
-                                    lively)[1]) for v in alone]
+            torch.from_numpy(joined(evidence_of(job, lively.codec, slice(k, k + 1)), lively)[1])
+            for k in range(3)]
         true = shapes.maps(i)[:, :h, :w]
 
         def score(labels):

@@ -100,7 +100,7 @@ def test_enlarging_pixel_by_pixel(width, height, monkeypatch):
     whole = enlarge(maps, image)
     monkeypatch.setattr("frame.STRIP", 1)
     assert torch.equal(enlarge(maps, image), whole) and whole.shape == (2, height,
-                                                                        width) and whole.dtype == torch.int32
+                                                                        width) and whole.dtype == torch.int16
     few = enlarge(maps % 16, image)
     assert few.dtype == torch.uint8
     for got, labels in zip([*whole, *few], [*maps, *maps % 16]):

@@ -65,6 +65,27 @@ def test_segments_json_is_the_answer_in_coco_format(ckpt, tmp_path):
     assert all(i != j and {i, j} <= set(answer.flat) and 0 <= p <= 1 for i, j, p in content["borders"])
 
 
+def test_tiles(ckpt, tmp_path, capsys):
+    photo((70, 50)).save(tmp_path / "a.png")
+    points = ("--points", "20,20 50,30; 60,5")
+    assert run(ckpt, tmp_path, tmp_path / "a.png", "--n", 2, "--tiles", 2, *points) == 0
+    out = tmp_path / "out" / "a"
+    content = json.loads((out / "segments.json").read_text())
+    answer = np.array(Image.open(out / "answer.png"))
+    assert content["info"]["tiles"] == 2 and answer.shape == (50, 70)
+    assert answer[20, 20] == answer[30, 50] != answer[5, 60]
+    assert sorted(np.unique(answer)) == [s["id"] for s in content["annotations"]]
+    assert len(list(out.glob("labels_*.png"))) == 2 and (out / "uncertainty.png").exists()
+    capsys.readouterr()
+    for tiles, done in ((2, True), (1, False)):
+        assert run(ckpt, tmp_path, tmp_path / "a.png", "--n", 2, "--tiles", tiles, *points, "--resume") == 0
+        assert ("done already" in capsys.readouterr().out) == done
+    for wrong in ("0", "two", "17"):
+        assert run(ckpt, tmp_path, tmp_path / "a.png", "--tiles", wrong) == 2
+        err = capsys.readouterr().err
+        assert "tiles are a number from 1 to 16 a side, or auto" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("name, mode, size", [
     ("grey.png", "L", (40, 30)), ("alpha.png", "RGBA", (40, 30)), ("cmyk.jpg", "CMYK", (40, 30)),
     ("p.gif", "P", (40, 30)),
