@@ -5,12 +5,13 @@ tree.py.
     python -m answers.fit_tree --ckpt weights/photo.pt --dataset PATH --out tree.npz
     python -m answers.fit_tree --ckpt weights/photo.pt --dataset photos:3,streets:1:ignore --out tree.npz
 
-Samples of the checkpoint for random crops of the training images become trees, with and without simulated
-clicks: once by a plain measure, once by a first network's odds. For every two regions that touch on the way,
-the target is the share of pairs of pixels, one in each, that the annotators put together. No set has more
-than a third of the weight. Sets differ in how finely people cut; the network is told which set it sees, and
-in the end it answers as for the first. Sets must be labelled everywhere, or else say `ignore`. To use the
-file: tree.LEARNT.
+Samples of the checkpoint for random crops of the training images become trees: once by a plain measure, once
+by a first network's odds. For every two regions that touch on the way, the target is the share of pairs of
+pixels, one in each, that the annotators put together. Then simulated users click: for every leaf and every
+hint, the target is the share of the leaf in what the hint means (claims.py). No set has more than a third of
+the weight. Sets differ in how finely people cut; the network of the pairs is told which set it sees, and in
+the end it answers as for the first. Sets must be labelled everywhere, or else say `ignore`. To use the file:
+tree.LEARNT.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 import metrics
 from answers import tree
+from answers.claims import features, first_owner, leaves_of
 from answers.scoring import own_maps
 from answers.segment import denoise, load_checkpoint, newest_checkpoint, prepare
 from data import originals, parse_parts
@@ -34,7 +36,7 @@ from engine import pick_device
 from frame import fitted, subsample
 from sources.formats import read_image
 
-WIDTH, DROPOUT, STEPS, BATCH, LR = 48, 0.1, 3000, 2048, 5e-3  # of the small network and its training
+WIDTH, STEPS, LR = 48, 3000, 5e-3  # of the small networks and their training
 MOST = 1 / 3  # of the weight, for any one set
 
 
@@ -56,37 +58,43 @@ def crops(items, count, size, own, seed):
         yield part, subsample(labels, *fitted(w, h, size)[::-1])
 
 
-def clicks(labels, count, rng):
-    """A hint map (h, w): clicks into up to `count` segments of labels (h, w), -1 = unlabelled, the largest
-    first, each at the pixel farthest from its border, or (one in three) anywhere in it."""
-    hints = np.zeros(labels.shape, int)
-    ids, area = np.unique(labels[labels >= 0], return_counts=True)
-    for number, label in enumerate(ids[np.argsort(-area, kind="stable")][:count], 1):
-        depth = distance_transform_edt(np.pad(labels == label, 1))[1:-1, 1:-1]
-        anywhere = np.flatnonzero(labels.ravel() == label)
-        at = rng.choice(anywhere) if rng.random() < 1 / 3 else depth.argmax()
-        hints.flat[at] = number
-    return hints
+def clicks(labels, rng):
+    """Simulated hints (h, w) for labels (h, w), -1 = unlabelled: numbers from 1 to K, and the segments that
+    are meant: (K, h, w) bool. In three of ten cases one object against the rest, some clicks each; else
+    clicks into the largest segments. Each in the middle of what is meant, or (four in ten) anywhere in it."""
+    hints, meant, known = np.zeros(labels.shape, int), [], labels >= 0
+    ids, area = np.unique(labels[known], return_counts=True)
+    large = ids[area >= 0.01 * labels.size]
+    if len(large) and rng.random() < 0.3:
+        one = labels == rng.choice(large)
+        wanted = [(one, rng.integers(1, 6)), (known & ~one, rng.integers(0, 5))]
+    else:
+        most = rng.choice([1, 2, 4, 8, 16, 10**6])
+        wanted = [(labels == i, rng.geometric(0.8)) for i in ids[np.argsort(-area, kind="stable")][:most]]
+    for mask, count in wanted:
+        for _ in range(count):
+            free = mask & (hints == 0)
+            if not free.any():
+                break
+            middle = distance_transform_edt(np.pad(free, 1))[1:-1, 1:-1].argmax()
+            hints.flat[middle if rng.random() < 0.6 else rng.choice(np.flatnonzero(free))] = len(meant) + 1
+        if (hints == len(meant) + 1).any():
+            meant.append(mask)
+    return hints, np.array(meant)
 
 
 def region_pairs(drawn, net, rng, share):
-    """Pairs of regions met while trees grow, (m, 54) features, (m,) targets and (m,) number of the set.
+    """Pairs of regions met while trees grow: (m, 53) features, (m,) targets and (m,) number of the set.
 
     drawn: [(set, image, maps, soft, cells, codes)]; share: of the pairs that are kept, at random.
     """
     pairs, targets, of = [], [], []
     for number, image, maps, soft, cells, codes in drawn:
         some = rng.permutation(len(soft))[: rng.choice([1, 2, len(soft)])]
-        evidence = tree.gather(image, soft[some], cells[some], codes)
-        hints, closed = None, False
-        if rng.random() < 0.5:  # one annotator clicks
-            maps = maps[rng.integers(len(maps))][None]
-            closed = rng.random() < 0.5
-            hints = clicks(maps[0], rng.choice([1, 2, 4, 8, 16, 10**6]), rng)
         known = [v >= 0 for v in maps]
         ids = [np.unique(v[k], return_inverse=True) if k.any() else None for v, k in zip(maps, known)]
 
-        def watch(region, features, claimed, i, j):
+        def watch(region, features, i, j):
             together, counted, n = np.zeros(len(i)), np.zeros(len(i)), region.max() + 1
             for k, pair in zip(known, ids):
                 if pair is None:
@@ -98,21 +106,43 @@ def region_pairs(drawn, net, rng, share):
                 part = count / total.clip(1)[:, None]
                 together += np.where(both, (part[i] * part[j]).sum(1), 0)
                 counted += both
-            use = (counted > 0) & (claimed < 2) & (rng.random(len(i)) < share)
-            pairs.append(np.concatenate([features, (claimed == 1)[:, None]], axis=1)[use].astype(np.float32))
+            use = (counted > 0) & (rng.random(len(i)) < share)
+            pairs.append(features[use].astype(np.float32))
             targets.append((together[use] / counted[use]).astype(np.float32))
             of.append(np.full(use.sum(), number))
 
-        tree.grow(evidence, net, hints, closed, watch=watch)
+        tree.grow(tree.gather(image, soft[some], cells[some], codes), net, watch=watch)
     if not sum(map(len, of)):
         raise ValueError("no two labelled regions touch in any image: there is nothing to learn from")
     return np.concatenate(pairs), np.concatenate(targets), np.concatenate(of)
 
 
-def weights(pairs, of):
-    """(m,): larger regions count more, and no set for more than MOST of all, as far as there are enough
-    sets."""
-    weight = np.exp(0.5 * pairs[:, 52])  # the root of the smaller one's share of the map
+def hinted_leaves(drawn, net, rng, times=2):
+    """Leaves of trees beside simulated hints: [(features (n, K, 49), the share (n, K) of each leaf in what
+    each hint means, area (n,), number of the set)]."""
+    out = []
+    for number, image, maps, soft, cells, codes in drawn:
+        some = rng.permutation(len(soft))[: rng.choice([1, 2, len(soft)])]
+        evidence = tree.gather(image, soft[some], cells[some], codes)
+        for _ in range(times):
+            labels = maps[rng.integers(len(maps))]
+            hints, meant = clicks(labels, rng)
+            if not len(meant):
+                continue
+            grown = tree.grow(evidence, net, hints)
+            leaves, region = leaves_of(evidence, grown, hints), grown.region.ravel()
+            known = np.bincount(region, (labels >= 0).ravel())
+            inside = np.stack([np.bincount(region, mask.ravel()) for mask in meant], axis=1)
+            use = (leaves.held == 0) & (known > 0)
+            x = features(leaves, first_owner(leaves))[use].astype(np.float32)
+            out.append((x, (inside / known.clip(1)[:, None])[use].astype(np.float32),
+                        leaves.area[use] / leaves.area.sum(), number))
+    return out
+
+
+def balanced(weight, of):
+    """Weights (m,) such that no set has more than MOST of all, as far as there are enough sets; of (m,):
+    their numbers."""
     total = np.bincount(of, weight)
     share = total / total.sum()
     for _ in range(50):
@@ -121,36 +151,84 @@ def weights(pairs, of):
     return weight * (share / total.clip(1e-9))[of]
 
 
-def fit(pairs, targets, of, seed):
-    """-> {name: array}: what tree.log_odds computes with."""
-    torch.manual_seed(seed)
-    sets = int(of.max()) + 1
-    which = F.one_hot(torch.from_numpy(of), sets).float()
-    x, y, weight = torch.from_numpy(pairs), torch.from_numpy(targets), torch.from_numpy(weights(pairs, of))
-    mean, scale = x.mean(0), x.std(0) + 1e-6
-    x = torch.cat([((x - mean) / scale).clamp(-6, 6), which], dim=1)
-    net = torch.nn.Sequential(torch.nn.Linear(x.shape[1], WIDTH), torch.nn.SiLU(), torch.nn.Dropout(DROPOUT),
-                              torch.nn.Linear(WIDTH, WIDTH), torch.nn.SiLU(), torch.nn.Dropout(DROPOUT),
+def train(inputs, weight, batch, dropout, loss_of):
+    """A small network for so many inputs, trained to a small mean of loss_of(net, rows), over rows drawn by
+    weight."""
+    net = torch.nn.Sequential(torch.nn.Linear(inputs, WIDTH), torch.nn.SiLU(), torch.nn.Dropout(dropout),
+                              torch.nn.Linear(WIDTH, WIDTH), torch.nn.SiLU(), torch.nn.Dropout(dropout),
                               torch.nn.Linear(WIDTH, 1))
     optimizer = torch.optim.AdamW(net.parameters(), LR, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=STEPS)
-    chance = weight.cumsum(0)
-    for step in range(STEPS):
-        some = torch.searchsorted(chance,
-                                  torch.rand(BATCH, dtype=torch.float64) * chance[-1]).clamp(max=len(x) - 1)
-        loss = F.binary_cross_entropy_with_logits(net(x[some])[:, 0], y[some])
+    chance = torch.from_numpy(weight).cumsum(0)
+    for _ in range(STEPS):
+        rows = torch.searchsorted(chance, torch.rand(batch, dtype=torch.float64) * chance[-1])
+        loss = loss_of(net, rows.clamp(max=len(chance) - 1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+    return net.eval()
+
+
+def standardised(x, of):
+    """Features (m, F) -> the network's inputs: standardised, with the number of the set (m,) as one of S;
+    mean and scale (F,)."""
+    mean, scale = x.mean(0), x.std(0) + 1e-6
+    return torch.cat([((x - mean) / scale).clamp(-6, 6), F.one_hot(of).float()], dim=1), mean, scale
+
+
+def arrays(net, mean, scale, name=""):
+    """What tree.perceptron computes with: the network as it answers for the first set."""
+    first = net[0].weight[:, len(mean)]
+    result = dict(mean=mean, scale=scale, w1=net[0].weight[:, : len(mean)], b1=net[0].bias + first,
+                  w2=net[3].weight, b2=net[3].bias, w3=net[6].weight, b3=net[6].bias)
+    return {name + key: v.detach().numpy().astype(np.float32) for key, v in result.items()}
+
+
+def fit(pairs, targets, of, seed):
+    """-> {name: array}: the odds of pairs of regions, as tree.log_odds takes them."""
+    torch.manual_seed(seed)
+    weight = balanced(np.exp(0.5 * pairs[:, 52]), of)  # by the root of the smaller region's share of the map
+    x, mean, scale = standardised(torch.from_numpy(pairs), torch.from_numpy(of))
+    y = torch.from_numpy(targets)
+
+    def loss_of(net, rows):
+        return F.binary_cross_entropy_with_logits(net(x[rows])[:, 0], y[rows])
+
+    net = train(x.shape[1], weight, 2048, 0.1, loss_of)
     with torch.no_grad():
-        each = F.binary_cross_entropy_with_logits(net.eval()(x)[:, 0], y, reduction="none")
+        each = F.binary_cross_entropy_with_logits(net(x)[:, 0], y, reduction="none").numpy()
     print(f"{len(x)} pairs, {float(y.mean()):.3f} of them together; cross entropy "
-          f"{float((each * weight).sum() / weight.sum()):.4f}")
-    w1, b1 = net[0].weight[:, : -sets], net[0].bias + net[0].weight[:, -sets]  # as for the first set
-    result = dict(mean=mean, scale=scale, w1=w1, b1=b1, w2=net[3].weight, b2=net[3].bias, w3=net[6].weight,
-                  b3=net[6].bias)
-    return {name: v.detach().numpy().astype(np.float32) for name, v in result.items()}
+          f"{(each * weight).sum() / weight.sum():.4f}")
+    return arrays(net, mean, scale)
+
+
+def fit_hints(rows, seed):
+    """-> {name: array}: the odds that a leaf belongs to a hint, as claims.odds takes them. Two errors are
+    made small: of each leaf and hint by itself, and of the choice among the hints."""
+    torch.manual_seed(seed)
+    hints = torch.from_numpy(np.concatenate([np.full(len(x), x.shape[1]) for x, *_ in rows]))
+    of = np.concatenate([np.full(len(x), number) for x, *_, number in rows])
+    weight = balanced(np.sqrt(np.concatenate([area for *_, area, _ in rows])), of)
+    x = torch.from_numpy(np.concatenate([x.reshape(-1, x.shape[2]) for x, *_ in rows]))
+    x, mean, scale = standardised(x, torch.from_numpy(of).repeat_interleave(hints))
+    y = torch.from_numpy(np.concatenate([y.ravel() for _, y, *_ in rows]))
+    start = hints.cumsum(0) - hints
+
+    def loss_of(net, leaf):
+        count = hints[leaf]
+        at = torch.arange(int(count.max()))[None].expand(len(leaf), -1)
+        there = at < count[:, None]
+        row = torch.where(there, start[leaf][:, None] + at, 0)
+        target, score = y[row] * there, torch.full(row.shape, -1e4)
+        score[there] = net(x[row[there]])[:, 0]
+        each = F.binary_cross_entropy_with_logits(score, target, reduction="none") * there
+        choice = -(target * score.log_softmax(1)).sum() / target.sum().clamp(min=1e-3)
+        return (each.sum(1) / count.sqrt()).mean() + choice
+
+    net = train(x.shape[1], weight, 256, 0.25, loss_of)
+    print(f"{len(hints)} leaves, {len(x)} pairs of a leaf and a hint")
+    return arrays(net, mean, scale, "hint_")
 
 
 def fit_confidence(drawn, net):
@@ -241,12 +319,13 @@ def fit_sets(model, sets, a):
 
 
 def fit_all(drawn, seed):
-    """What `fit_sets` fits to what was drawn: see `region_pairs`."""
+    """What `fit_sets` fits to what was drawn: see `region_pairs` and `hinted_leaves`."""
     rng = np.random.default_rng(seed)
     first = region_pairs(drawn[::2], None, rng, 0.12)
     second = region_pairs(drawn, fit(*first, seed), rng, 0.2)
     net = fit(*(np.concatenate(v) for v in zip(first, second)), seed)
-    return {**net, "confidence": fit_confidence(drawn[::2], net)}
+    hints = fit_hints(hinted_leaves(drawn, net, rng), seed)
+    return {**net, **hints, "confidence": fit_confidence(drawn[::2], net)}
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from answers import tree
+from answers.claims import claims
 from bits import Codec, entropy, hint_bits, locate
 from diffusion import SAMPLERS, VARIANCES, Diffusion, kernel_options, sample
 from engine import NoGraph, as_cuda_graph, newest, out_of_memory, pick_precision
@@ -557,8 +558,10 @@ def joined(evidence, model, grain="normal", hints=None, closed=False):
     none."""
     merge, least = model.tidy["merge"], model.tidy["least"]
     hint = None if hints is None or not hints.any() else network_hints(hints, *evidence.low.shape)
-    grown = tree.grow(evidence, tree.learnt() if merge else None, hint, closed, least)
-    return grown, grown.cut(grain, -np.log(merge) if merge else 0.0)
+    net, offset = tree.learnt() if merge else None, -np.log(merge) if merge else 0.0
+    grown = tree.grow(evidence, net, hint, least)
+    claimed = None if hint is None else claims(evidence, grown, hint, net, closed, offset)
+    return grown, grown.cut(grain, offset, claimed)
 
 
 def sample_map(job, k, model, grain="normal"):

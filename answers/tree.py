@@ -32,8 +32,6 @@ GRAINS = {"coarse": -0.9, "normal": 0.0, "fine": 1.0}
 LEVELS = (6, 4, 3, 2.5, 2, 1.6, 1.3, 1, 0.75, 0.5, 0.25, 0, -0.25, -0.5, -0.75, -1, -1.3, -1.6, -2, -2.5, -3,
           -4, -6)
 WHOLE = 0.5  # how well the view of the whole photo sees a pixel, beside its tiles, which share 1
-# who gives every region to a hint first gives those that prefer one hint to any other: weight of that lead
-LEAD = 0.5
 CLEAR = 2.5  # pixels around a hint in which no other region may start
 
 
@@ -328,19 +326,24 @@ def learnt(path=LEARNT):
                          f"restore it from the repository, or use --merge 0") from None
 
 
-def log_odds(features, net, claimed):
-    """Log odds (m,) that people see one segment in a pair, of features (m, 53) and of whether one of the two
-    is claimed by a hint, (m,) bool. net: of `learnt`; None: what the samples alone say."""
+def perceptron(x, net, name=""):
+    """Features (..., F) -> (...): the output of a small network whose arrays in `net` begin with a name."""
+    x = ((x - net[name + "mean"]) / net[name + "scale"]).clip(-6, 6)
+    for layer in ("1", "2"):
+        x = x @ net[f"{name}w{layer}"].T + net[f"{name}b{layer}"]
+        x = x / (1 + np.exp(-x))
+    return x @ net[name + "w3"][0] + net[name + "b3"][0]
+
+
+def log_odds(features, net):
+    """Log odds (m,) that people see one segment in a pair, of features (m, 53). net: of `learnt`; None: what
+    the samples alone say."""
     if not len(features):
         return np.zeros(0)
     if net is None:
         share = features[:, SAME].clip(0.02, 0.98)
         return np.log(share / (1 - share))
-    x = ((np.concatenate([features, claimed[:, None]], axis=1) - net["mean"]) / net["scale"]).clip(-6, 6)
-    for layer in ("1", "2"):
-        x = x @ net["w" + layer].T + net["b" + layer]
-        x = x / (1 + np.exp(-x))
-    return x @ net["w3"][0] + net["b3"][0]
+    return perceptron(features, net)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -355,16 +358,13 @@ class Tree:
     children: np.ndarray  # (m, 2): what each merge joins
     odds: np.ndarray  # (m,): log odds of each merge
     height: np.ndarray  # (m,): the lowest odds of a merge and of all below it: cuts at one height nest
-    closed: bool  # nothing is left unclaimed: every merge counts
-    claim: np.ndarray  # (leaves,): the hint that a leaf holds, 0 = none; leaves of one hint are one segment
 
-    def cut(self, grain="normal", offset=0.0):
-        """A label map (h, w), from 0. grain: a name of GRAINS, or the number of segments (int; hints may make
-        it more); offset is added to the log odds of GRAINS: above 0, finer."""
+    def cut(self, grain="normal", offset=0.0, claimed=None):
+        """A label map (h, w), from 0. grain: a name of GRAINS, or the number of segments (int); offset is
+        added to the log odds of GRAINS: above 0, finer. claimed (leaves,): which leaves are one segment,
+        whatever the grain says, by a number above 0 (see claims.py)."""
         leaves, merges = int(self.region.max()) + 1, len(self.height)
-        if self.closed:
-            used = np.arange(merges)
-        elif isinstance(grain, str):
+        if isinstance(grain, str):
             if grain not in GRAINS:
                 raise ValueError(f"grain '{grain}' is not one of {', '.join(GRAINS)}, nor a number of "
                                  f"segments")
@@ -376,61 +376,38 @@ class Tree:
         home = np.arange(leaves + merges)
         for k in np.sort(used)[::-1]:  # from the root down: a node hands its name on to what it joins
             home[self.children[k]] = home[leaves + k]
-        for number in np.unique(self.claim[self.claim > 0]):
-            held = home[:leaves][self.claim == number]
-            home[np.isin(home, held)] = held[0]
+        home = home[:leaves]
+        if claimed is not None:
+            home = np.where(claimed > 0, leaves + merges + claimed, home)
         return np.unique(home[self.region], return_inverse=True)[1].reshape(self.region.shape)
 
 
-def lead(score, i, j, claim):
-    """By how much the score of a pair exceeds what the region without a hint would get from any other hint:
-    (m,), at most 3, and 0 where it does not. claim (n,): the hints of the regions, 0 = none."""
-    one = (claim[i] > 0) != (claim[j] > 0)
-    free = np.where(claim[i] > 0, j, i)
-    first, second = np.full(len(claim), -np.inf), np.full(len(claim), -np.inf)
-    np.maximum.at(first, free[one], score[one])
-    beaten = one & (score < first[free])
-    np.maximum.at(second, free[beaten], score[beaten])
-    out = np.zeros(len(score))
-    winner = one & ~beaten
-    out[winner] = np.minimum(score[winner] - second[free[winner]], 3)
-    return out
-
-
-def grow(evidence, net=None, hints=None, closed=False, least=0, watch=None):
+def grow(evidence, net=None, hints=None, least=0, watch=None):
     """Evidence -> Tree. Two regions join that are surest of each other, level by level of LEVELS.
 
-    net: of `learnt`; None: the samples alone decide. hints (h, w): numbers from 1, 0 = none: pixels of one
-    hint are together, those of two never. closed: go on until every region belongs to a hint. least: regions
-    of fewer pixels join first. watch(tree region (h, w), features, claimed, i, j) is told of every round, for
-    fitting.
+    net: of `learnt`; None: the samples alone decide. hints (h, w): numbers from 1, 0 = none, each connected
+    part of which becomes a leaf, with what is around it. least: regions of fewer pixels join first.
+    watch(tree region (h, w), features, i, j) is told of every round, for fitting.
     """
     region = regions(evidence, hints)
     graph = Graph(evidence, region)
-    node, claim, children, odds, height = np.arange(graph.n), np.zeros(graph.n, int), [], [], []
+    node, children, odds, height = np.arange(graph.n), [], [], []
     high = np.full(2 * graph.n, np.inf)  # of every node
-    if hints is not None:
-        claim[region[hints > 0]] = hints[hints > 0]
-    held = claim.copy()
-    closed = bool(closed and claim.any())
     score, leaves, home = None, graph.n, np.arange(graph.n)
     for level in (*LEVELS, -np.inf):
         while len(graph.i):
             i, j = graph.i, graph.j
             if score is None:
-                claimed = (claim[i] > 0).astype(int) + (claim[j] > 0)
                 features = graph.features()
                 if watch:
-                    watch(home[region], features, claimed, i, j)
-                score = log_odds(features, net, claimed == 1)
+                    watch(home[region], features, i, j)
+                score = log_odds(features, net)
                 if least:
                     score = score + 10.0 * (np.minimum(graph.total[i, 0], graph.total[j, 0]) < least)
-                score = np.where((claimed == 2) & (claim[i] != claim[j]), -np.inf, score)
-                rank = score + LEAD * lead(score, i, j, claim) if closed else score
                 best = np.full(graph.n, -np.inf)
-                np.maximum.at(best, i, rank)
-                np.maximum.at(best, j, rank)
-            pick = np.flatnonzero((rank > level) & (rank == best[i]) & (rank == best[j]))
+                np.maximum.at(best, i, score)
+                np.maximum.at(best, j, score)
+            pick = np.flatnonzero((score > level) & (score == best[i]) & (score == best[j]))
             to, free = np.arange(graph.n), np.ones(graph.n, bool)
             for k in pick:
                 a, b = i[k], j[k]
@@ -440,15 +417,14 @@ def grow(evidence, net=None, hints=None, closed=False, least=0, watch=None):
                 high[leaves + len(odds)] = min(score[k], high[node[a]], high[node[b]])
                 height.append(high[leaves + len(odds)])
                 children.append((node[a], node[b]))
-                to[b], node[a], claim[a] = a, leaves + len(odds), max(claim[a], claim[b])
+                to[b], node[a] = a, leaves + len(odds)
                 odds.append(score[k])
             if len(pick) == 0:
                 break
             kept, to = np.unique(to, return_inverse=True)
-            node, claim, home, score = node[kept], claim[kept], to[home], None
+            node, home, score = node[kept], to[home], None
             graph.merge(to, len(kept))
-    children = np.array(children, int).reshape(-1, 2)
-    return Tree(region, children, np.array(odds), np.array(height), closed, held)
+    return Tree(region, np.array(children, int).reshape(-1, 2), np.array(odds), np.array(height))
 
 
 def sureness(evidence, tree, labels, net=None, graph=None):
@@ -477,7 +453,7 @@ def sureness(evidence, tree, labels, net=None, graph=None):
 
 def border_chances(graph, net=None):
     """(m,): the chance that a person parts the two regions of each pair of a graph."""
-    return 1 / (1 + np.exp(log_odds(graph.features(), net, np.zeros(len(graph.i), bool))))
+    return 1 / (1 + np.exp(log_odds(graph.features(), net)))
 
 
 def confidence(evidence, tree, labels, net=None):

@@ -19,45 +19,26 @@ def test_targets_are_shares_of_pairs_of_pixels_and_unlabelled_ones_never_count(m
     maps[:, region == 3], maps[0, region == 2] = -1, -1
     i, j = (np.array(v) for v in zip(*[(a, b) for a in range(4) for b in range(a + 1, 4)]))
     features = rng.normal(0, 1, (6, 53))
-    seen = []
-
-    def grow(evidence, net, hints, closed, watch):
-        claimed = (hints is not None) * np.array([0, 1, 2, 0, 0, 0])
-        watch(region, features, claimed, i, j)
-        seen.append(hints)
-
-    monkeypatch.setattr(fit_tree.tree, "grow", grow)
+    monkeypatch.setattr(fit_tree.tree, "grow", lambda evidence, net, watch: watch(region, features, i, j))
     soft = np.zeros((2, 9, 7, 2))
     drawn = [(4, np.zeros((9, 7, 3), np.uint8), maps, soft, soft[..., 0].astype(int), 4)]
-    clicked = 0
-    for seed in range(12):
-        pairs, targets, of = fit_tree.region_pairs(drawn, None, np.random.default_rng(seed), 1.1)
-        want = []
-        # where one annotator clicks, which one is not told: either's answer will do, but all of the same
-        for one in [maps] if seen[-1] is None else [maps[:1], maps[1:]]:
-            rows = []
-            for k, (a, b) in enumerate(zip(i, j)):
-                shares = []
-                for labels in one:
-                    p, q = (labels[(region == r) & (labels >= 0)] for r in (a, b))
-                    if len(p) and len(q):
-                        shares.append((p[:, None] == q).mean())
-                if shares and not (seen[-1] is not None and k == 2):  # both claimed: never asked
-                    rows.append((k, np.mean(shares)))
-            want.append(rows)
-        clicked += seen[-1] is not None
-        found = [[k for k in range(6) if np.allclose(row[:53], features[k])][0] for row in pairs]
-        assert any(
-            found == [k for k, _ in rows] and np.allclose(targets, [s for _, s in rows]) for rows in want
-        )
-        assert (of == 4).all() and (pairs[:, 53] == [seen[-1] is not None and k == 1 for k in found]).all()
-        assert all(3 not in (i[k], j[k]) for k in found)
-    assert 2 < clicked < 10
+    pairs, targets, of = fit_tree.region_pairs(drawn, None, np.random.default_rng(0), 1.1)
+    rows = []
+    for k, (a, b) in enumerate(zip(i, j)):
+        shares = []
+        for labels in maps:
+            p, q = (labels[(region == r) & (labels >= 0)] for r in (a, b))
+            if len(p) and len(q):
+                shares.append((p[:, None] == q).mean())
+        if shares:
+            rows.append((k, np.mean(shares)))
+    assert len(rows) == 3 and (of == 4).all()
+    assert np.allclose(pairs, features[[k for k, _ in rows]]) and np.allclose(targets, [s for _, s in rows])
 
 
 def test_no_set_has_more_than_a_third():
     rng = np.random.default_rng(0)
-    pairs = rng.normal(-4, 2, (2000, 54)).astype(np.float32)
+    raw = rng.uniform(0.1, 3, 2000)
     for counts, most in (
         ([1970, 20, 10], 1 / 3),
         ([1500, 400, 90, 10], 1 / 3),
@@ -65,24 +46,61 @@ def test_no_set_has_more_than_a_third():
         ([2000], 1.0),
     ):
         of = np.repeat(np.arange(len(counts)) + 1, counts)  # set 0 has no pair
-        weight = fit_tree.weights(pairs, of)
+        weight = fit_tree.balanced(raw, of)
         share = np.bincount(of, weight)[1:] / weight.sum()
         assert share.max() == pytest.approx(most, abs=1e-6) and share.min() > 0
-        within = weight[of == 1]
-        assert np.allclose(within / within[0], np.exp(0.5 * (pairs[of == 1, 52] - pairs[0, 52])), rtol=1e-4)
+        assert np.allclose(weight[of == 1] / weight[0], raw[of == 1] / raw[0])
 
 
-def test_clicks_lie_in_the_largest_segments():
+def test_clicks_say_what_they_mean():
+    """Into the largest segments, or into one object and the rest; never where nobody has labelled."""
     labels = np.full((12, 12), -1)
     labels[:8, :8], labels[:8, 8:], labels[9, :3] = 5, 0, 7
-    deep = 0
-    for seed in range(60):
-        hints = fit_tree.clicks(labels, 2, np.random.default_rng(seed))
-        (one,), (two,) = np.argwhere(hints == 1), np.argwhere(hints == 2)
-        assert labels[tuple(one)] == 5 and labels[tuple(two)] == 0 and (hints > 0).sum() == 2
-        deep += 3 <= one[0] <= 4 and 3 <= one[1] <= 4  # no farther than 4 from every border
-    assert 30 <= deep < 60  # two in three
-    assert fit_tree.clicks(labels, 10**6, np.random.default_rng(0)).max() == 3
+    objects, deep, middle = 0, 0, 0
+    for seed in range(200):
+        hints, meant = fit_tree.clicks(labels, np.random.default_rng(seed))
+        assert set(np.unique(hints)) - {0} == set(range(1, len(meant) + 1))
+        for k, mask in enumerate(meant, 1):
+            assert mask[hints == k].all() and (labels[mask] >= 0).all()
+        if [set(labels[mask]) for mask in meant] == [{5}, {0}, {7}][: len(meant)]:
+            y, x = np.argwhere(hints == 1)[0]
+            middle, deep = middle + 1, deep + (3 <= y <= 4 and 3 <= x <= 4)  # no farther than 4 from borders
+        else:  # one object, and perhaps the rest
+            objects += 1
+            assert set(labels[meant[0]]) in ({0}, {5}, {7})
+            assert len(meant) == 1 or (meant[0] ^ meant[1] == (labels >= 0)).all()
+    assert 25 < objects < 80 and 0.4 < deep / middle < 0.9
+
+
+def test_leaves_beside_hints(monkeypatch):
+    """The target is the leaf's share in what each hint means; leaves with a hint, or without a label, are
+    left out."""
+    rng = np.random.default_rng(0)
+    image, soft = rng.integers(0, 255, (12, 12, 3)).astype(np.uint8), rng.uniform(-1, 1, (2, 12, 12, 2))
+    labels = np.where(np.arange(12) < 5, 0, 1) + np.zeros((12, 1), int)
+    labels[9:] = -1
+    seen, grow = [], tree.grow
+
+    def watched(evidence, net, hints):
+        seen.append((grow(evidence, net, hints), hints))
+        return seen[-1][0]
+
+    monkeypatch.setattr(fit_tree.tree, "grow", watched)
+    drawn = [(3, image, labels[None], soft, ((soft > 0) * [1, 2]).sum(-1), 4)]
+    rows = fit_tree.hinted_leaves(drawn, None, rng, times=6)
+    assert len(rows) == len(seen) == 6
+    for (x, target, area, number), (grown, hints) in zip(rows, seen):
+        region, k = grown.region, 0
+        for leaf in range(region.max() + 1):
+            inside = (region == leaf) & (labels >= 0)
+            if not inside.any() or hints[region == leaf].any():
+                continue
+            for hint in range(1, hints.max() + 1):
+                means = labels[hints == hint][0]
+                assert target[k, hint - 1] == pytest.approx((labels[inside] == means).mean())
+            assert area[k] == pytest.approx((region == leaf).mean())
+            k += 1
+        assert len(x) == len(target) == len(area) == k and x.shape[1:] == (hints.max(), 49) and number == 3
 
 
 def test_crops_of_a_set(tmp_path):
@@ -152,7 +170,6 @@ def folder(tmp_path):
 
 def test_it_learns_colours_from_a_folder(folder, capsys, monkeypatch):
     monkeypatch.setattr(fit_tree, "STEPS", 300)
-    monkeypatch.setattr(fit_tree, "BATCH", 256)
     two, out = folder / "two", folder / "tree.npz"
     words = [
         "--ckpt",

@@ -198,9 +198,9 @@ def test_a_click_into_a_segment_splits_it_and_grains_nest(model):
     result = segment(picture(64, 48), model, n=3)
     whole = result.cut(1)
     assert len(whole.segments) == 1 and not whole.borders
-    two = result.cut(1, hint_map(64, 48, "10,10; 50,40"))
+    two = result.cut(1, hint_map(64, 48, "10,10; 50,40"), closed=True)
     assert len(two.segments) == 2 and len(two.borders) == 1 and two.labels[10, 10] != two.labels[40, 50]
-    three = result.cut(1, hint_map(64, 48, "10,10; 50,40; 55,5"))
+    three = result.cut(1, hint_map(64, 48, "10,10; 50,40; 55,5"), closed=True)
     assert len(three.segments) == 3
     counts = [len(result.cut(grain).segments) for grain in (2, 4, 8)]
     assert counts == sorted(counts) and counts[0] >= 2

@@ -6,8 +6,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
 from answers import tree
@@ -45,18 +43,13 @@ def evidence_of(seed, h=12, w=11, n=3, codes=16, smooth=True, times=1):
 
 def network(seed, bias=0.0):
     """Random weights of the kind that fit_tree.py fits."""
-    rng = RNG(seed)
-    return dict(
-        mean=rng.normal(0, 1, 54),
-        scale=rng.uniform(0.5, 3, 54),
-        w1=rng.normal(0, 0.3, (8, 54)),
-        b1=rng.normal(0, 1, 8),
-        w2=rng.normal(0, 0.5, (6, 8)),
-        b2=rng.normal(0, 1, 6),
-        w3=rng.normal(0, 1, (1, 6)),
-        b3=np.full(1, bias),
-        confidence=rng.normal(0, 1, 4),
-    )
+    rng, net = RNG(seed), {}
+    for name, inputs in (("", 53), ("hint_", 49)):
+        shapes = dict(w1=(8, inputs), b1=(8,), w2=(6, 8), b2=(6,), w3=(1, 6))
+        net[name + "mean"], net[name + "scale"] = rng.normal(0, 1, inputs), rng.uniform(0.5, 3, inputs)
+        net |= {name + key: rng.normal(0, 0.4, shape) for key, shape in shapes.items()}
+        net[name + "b3"] = np.full(1, bias)
+    return {**net, "confidence": rng.normal(0, 1, 4)}
 
 
 def hints_at(shape, *points):
@@ -233,19 +226,20 @@ def test_features_pixel_by_pixel_and_after_merges():
         region = to[region]
 
 
-def test_the_network_is_what_torch_computes():
+@pytest.mark.parametrize("name, inputs", [("", 53), ("hint_", 49)])
+def test_the_networks_are_what_torch_computes(name, inputs):
     net = learnt()
-    w = len(net["b1"])
+    w = len(net[name + "b1"])
     linear, silu = torch.nn.Linear, torch.nn.SiLU()
-    model = torch.nn.Sequential(linear(54, w), silu, linear(w, w), silu, linear(w, 1)).double()
-    for p, name in zip(model.parameters(), ("w1", "b1", "w2", "b2", "w3", "b3")):
-        p.data = torch.from_numpy(net[name])
-    rng = RNG(0)
-    features = net["mean"][:53] + net["scale"][:53] * rng.normal(0, 4, (50, 53))
-    claimed = rng.random(50) < 0.5
-    x = np.concatenate([features, claimed[:, None]], axis=1)
-    want = model(torch.from_numpy((x - net["mean"]) / net["scale"]).clamp(-6, 6))[:, 0].detach().numpy()
-    assert np.allclose(log_odds(features, net, claimed), want)
+    model = torch.nn.Sequential(linear(inputs, w), silu, linear(w, w), silu, linear(w, 1)).double()
+    for p, key in zip(model.parameters(), ("w1", "b1", "w2", "b2", "w3", "b3")):
+        p.data = torch.from_numpy(net[name + key])
+    mean, scale = net[name + "mean"], net[name + "scale"]
+    x = mean + scale * RNG(0).normal(0, 4, (5, 10, inputs))
+    want = model(torch.from_numpy((x - mean) / scale).clamp(-6, 6))[..., 0].detach().numpy()
+    assert np.allclose(tree.perceptron(x, net, name), want)
+    if not name:
+        assert np.allclose(log_odds(x[0], net), want[0])
 
 
 def test_a_lost_file_is_named(tmp_path):
@@ -267,18 +261,13 @@ def test_regions_join_level_by_level(seed, hinted):
     grown = grow(evidence, net, hints, watch=lambda *seen: rounds.append([np.copy(v) for v in seen]))
     level, start = 0, rounds[0][0]
     assert same(start, regions(evidence, hints)) and len(rounds) > 3
-    for (region, features, claimed, i, j), after in zip(rounds, [*(r[0] for r in rounds[1:]), None]):
+    for (region, features, i, j), after in zip(rounds, [*(r[0] for r in rounds[1:]), None]):
         graph = Graph(evidence, region)
-        owners = [set(hints[region == k]) - {0} if hinted else set() for k in range(graph.n)]
-        assert list(zip(i, j)) == list(zip(graph.i, graph.j)) and np.allclose(
-            features, graph.features(), atol=1e-9
-        )
-        assert claimed.tolist() == [bool(owners[a]) + bool(owners[b]) for a, b in zip(i, j)]
-        odds = log_odds(features, net, claimed == 1)
-        score = {(a, b): s for a, b, s, c in zip(i, j, odds, claimed) if c < 2 or owners[a] == owners[b]}
-        best = {
-            k: max((s for pair, s in score.items() if k in pair), default=-np.inf) for k in range(graph.n)
-        }
+        assert list(zip(i, j)) == list(zip(graph.i, graph.j))
+        assert np.allclose(features, graph.features(), atol=1e-9)
+        score = dict(zip(zip(i.tolist(), j.tolist()), log_odds(features, net)))
+        best = {k: max((s for pair, s in score.items() if k in pair), default=-np.inf)
+                for k in range(graph.n)}
         mutual = [pair for pair, s in score.items() if s == best[pair[0]] == best[pair[1]]]
         while mutual and level < len(LEVELS) and not any(score[pair] > LEVELS[level] for pair in mutual):
             level += 1
@@ -287,11 +276,8 @@ def test_regions_join_level_by_level(seed, hinted):
         for a, b in mutual:
             if score[a, b] > lowest:
                 want[want == b] = a
-        left = len(np.unique(want))
-        # of the hint in two places, both may be left
-        assert left in ((3, 4) if hinted else (1,)) if after is None else same(want, after)
-    assert len(grown.odds) == len(np.unique(start)) - left
-    assert len(np.unique(grown.cut(1))) == (3 if hinted else 1)
+        assert len(np.unique(want)) == 1 if after is None else same(want, after)
+    assert len(grown.odds) == len(np.unique(start)) - 1 and len(np.unique(grown.cut(1))) == 1
 
 
 def cut_by_force(grown, bar):
@@ -308,83 +294,29 @@ def cut_by_force(grown, bar):
 @pytest.mark.parametrize(
     "net", [None, network(1), network(2, bias=2.0)], ids=["samples alone", "net", "coarser net"]
 )
-@pytest.mark.parametrize("hinted", [False, True])
-def test_cuts_are_what_the_merges_say_and_nest(net, hinted):
+def test_cuts_are_what_the_merges_say_and_nest(net):
     for seed in range(3):
-        evidence = evidence_of(seed)
-        hints = hints_at((12, 11), (1, (2, 2)), (2, (9, 8)), (1, (10, 1))) if hinted else None
-        grown = grow(evidence, net, hints)
+        grown = grow(evidence_of(seed), net)
+        leaves = grown.region.max() + 1
         chain = [grown.cut("normal", offset) for offset in (-9, -1, -0.3, 0.2, 1, 9)]  # ever finer
         for grain, bar in GRAINS.items():
             for offset in (0.0, 0.4):
-                want = cut_by_force(grown, bar + offset)
-                if hinted:  # in two places
-                    want[want == want[10, 1]] = want[2, 2]
-                assert same(grown.cut(grain, offset), want)
-        leaves = grown.region.max() + 1
+                assert same(grown.cut(grain, offset), cut_by_force(grown, bar + offset))
         numbers = [grown.cut(k) for k in range(1, leaves + 2)]
-        counts = [len(np.unique(m)) for m in numbers]
-        if hinted:  # a hint in two places is one segment
-            assert all(max(2, k - 1) <= n <= max(2, k) for k, n in enumerate(counts[:leaves], 1))
-        else:
-            assert counts == [min(leaves, k) for k in range(1, leaves + 2)]
-        for maps in ([grown.cut(g) for g in ("coarse", "normal", "fine")], chain, numbers):
-            assert all(
-                finer(b, a) and set(np.unique(b)) == set(range(b.max() + 1))
-                for a, b in itertools.pairwise(maps)
-            )
-        for m in [*chain, *numbers] if hinted else []:
-            assert m[2, 2] == m[10, 1] != m[9, 8]
+        assert [len(np.unique(m)) for m in numbers] == [min(leaves, k) for k in range(1, leaves + 2)]
+        claimed = RNG(seed).integers(0, 3, leaves)  # half of two claims, the rest free
+        claims = [grown.cut(k, claimed=claimed) for k in range(1, leaves + 2)]
+        for maps in ([grown.cut(g) for g in ("coarse", "normal", "fine")], chain, numbers, claims):
+            assert all(finer(b, a) and set(np.unique(b)) == set(range(b.max() + 1))
+                       for a, b in itertools.pairwise(maps))
+        owner = claimed[grown.region]
+        for m, free in zip(claims, numbers):
+            assert len(np.unique(m[owner == 1])) == len(np.unique(m[owner == 2])) == 1
+            assert same(m[owner == 0], free[owner == 0])
     with pytest.raises(ValueError, match="'huge' is not one of coarse, normal, fine"):
         grown.cut("huge")
     with pytest.raises(ValueError, match="at least 1 segment, not 0"):
         grown.cut(0)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_hints_are_kept_at_every_size(data):
-    """From 1 x 1 on, with ties everywhere (a constant photo): together, apart, closed, the same again."""
-    h, w = data.draw(st.tuples(st.integers(1, 7), st.integers(1, 7)), "size")
-    n, seed = data.draw(st.integers(1, 3), "n"), data.draw(st.integers(0, 99), "seed")
-    if data.draw(st.booleans(), "flat"):
-        evidence = gather(np.full((h, w, 3), 90, np.uint8), np.ones((n, h, w, 2)), np.full((n, h, w), 3), 4)
-    else:
-        evidence = evidence_of(seed, h, w, n, 4, smooth=False)
-    net = data.draw(st.sampled_from([None, network(0), learnt()]), "net")
-    pixels = st.lists(st.sampled_from([0, 0, 0, 1, 2, 3]), min_size=h * w, max_size=h * w)
-    hints = np.array(data.draw(pixels, "hints")).reshape(h, w)
-    numbers = [k for k in (1, 2, 3) if (hints == k).any()]
-    for closed in (False, True):
-        grown = grow(evidence, net, hints, closed)
-        again = grow(evidence, net, hints.copy(), closed)
-        for grain in ("coarse", "fine", 1, 5):
-            labels = grown.cut(grain)
-            mine = [set(labels[hints == k]) for k in numbers]
-            assert (
-                labels.shape == (h, w)
-                and all(len(s) == 1 for s in mine)
-                and len(set().union(*mine)) == len(numbers)
-            )
-            assert np.array_equal(labels, again.cut(grain))
-            if closed and numbers:
-                assert set(labels.flat) == set().union(*mine)
-            sure, borders = confidence(evidence, grown, labels, net)
-            assert sure.shape == (labels.max() + 1,) and ((0 <= sure) & (sure <= 1)).all()
-            assert all(0 <= p <= 1 for _, _, p in borders) and [(i, j) for i, j, _ in borders] == touching(
-                labels
-            )
-
-
-def test_a_click_splits_what_all_samples_join():
-    """Everything says one segment; clicks of two hints make two, of any grain."""
-    flat = gather(np.full((20, 24, 3), 90, np.uint8), np.ones((4, 20, 24, 3)), np.full((4, 20, 24), 7), 8)
-    assert len(np.unique(grow(flat).cut("fine"))) == 1
-    labels = grow(flat, hints=hints_at((20, 24), (1, (10, 4)), (2, (10, 20)))).cut("coarse")
-    assert labels[10, 4] != labels[10, 20] and len(np.unique(labels)) == 2
-    tree_ = grow(flat, hints=hints_at((20, 24), (1, (10, 4)), (1, (0, 23)), (2, (10, 20))), closed=True)
-    labels = tree_.cut(17)
-    assert labels[10, 4] == labels[0, 23] != labels[10, 20] and set(np.unique(labels)) == {0, 1}
 
 
 def test_the_samples_alone_join_what_most_join():
@@ -446,7 +378,7 @@ def test_sureness_by_hand():
         assert inside[k] == pytest.approx(want) and share[k] == pytest.approx((labels == k).mean())
     graph, chance = Graph(evidence, labels), {}
     for i, j, p in zip(
-        graph.i, graph.j, 1 / (1 + np.exp(log_odds(graph.features(), net, np.zeros(len(graph.i), bool))))
+        graph.i, graph.j, 1 / (1 + np.exp(log_odds(graph.features(), net)))
     ):
         chance[i, j] = chance[j, i] = p
     for k in range(4):

@@ -1,0 +1,214 @@
+"""Who gets a region: what hints (clicks, strokes, boxes) make of a tree of answers.
+
+What it is: `claims` gives leaves of a tree to hints, by how likely a person sees them as one segment; a small
+network says so of every leaf and every hint, near or far, from where the two meet in the tree, the way from
+one to the other, and how alike they look to the photo and to the samples. What it is not: it asks nobody
+again; the samples stay as they are.
+
+    from answers.claims import claims
+    tree = grow(evidence, net, hints)  # hints (h, w): numbers from 1, 0 = none
+    labels = tree.cut("normal", claimed=claims(evidence, tree, hints, net))
+"""
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import breadth_first_order, breadth_first_tree, dijkstra, minimum_spanning_tree
+
+from answers.tree import collect, perceptron, sums
+
+ROUNDS = 2  # what a hint looks like is learnt from the leaves that it gets: so often
+WANTED = 0.5  # mean log odds above which a hint takes a segment that it does not lie in
+
+
+@dataclass
+class Leaves:
+    """What evidence says about the n leaves of a tree, and about each and the K hints."""
+
+    area: np.ndarray  # (n,) pixels
+    mean: np.ndarray  # (n, F): of looks and of all samples' soft bits
+    looks: int  # how many of these are looks
+    codes: np.ndarray  # (n, samples, codes): each leaf's pixels of each code
+    links: tuple  # pairs of leaves that touch: i, j, (m,) each
+    held: np.ndarray  # (n,): the hint, from 1, that lies in a leaf; 0 = none
+    near: np.ndarray  # (n, K, 8): see `nearness`
+
+
+def leaves_of(evidence, tree, hints):
+    """Leaves for hints (h, w): numbers from 1 to K, 0 = none."""
+    region, view = tree.region, evidence.views[0]
+    flat, n, samples = region.ravel(), int(region.max()) + 1, len(view.soft)
+    pixels = np.concatenate([np.ones((region.size, 1)), evidence.looks.reshape(region.size, -1),
+                             view.soft.transpose(1, 2, 0, 3).reshape(region.size, -1)], axis=1)
+    total = sums(pixels, flat, n)
+    place = (flat * samples)[None] + np.arange(samples)[:, None]
+    place = place * evidence.codes + view.cells.reshape(samples, -1)
+    codes = np.bincount(place.ravel(), minlength=n * samples * evidence.codes)
+    held = np.zeros(n, int)
+    held[region[hints > 0]] = hints[hints > 0]
+    mean = total[:, 1:] / total[:, :1]
+    i, j, jump = touching(region, evidence.jump)
+    return Leaves(total[:, 0], mean, evidence.looks.shape[2], codes.reshape(n, samples, -1).astype(float),
+                  (i, j), held, nearness(tree, held, mean[:, 6:8], i, j, jump))
+
+
+def touching(region, jumps):
+    """The pairs i < j of regions that touch, and the jumps between them, least and mean: (m, 2)."""
+    ends, values = [], []
+    for axis in (0, 1):
+        lines, jump = np.moveaxis(region, axis, 0), np.moveaxis(jumps[axis], axis, 0)
+        ends.append(np.stack([lines[1:].ravel(), lines[:-1].ravel()]))
+        values.append(jump.ravel())
+    (a, b), values = np.concatenate(ends, axis=1), np.concatenate(values)
+    i, j, total = collect(a, b, np.stack([np.ones_like(values), values], axis=1), int(region.max()) + 1)
+    least = np.full(len(i), np.inf)
+    apart = a != b
+    key = np.minimum(a, b) * (region.max() + 1) + np.maximum(a, b)
+    np.minimum.at(least, np.searchsorted(i * (region.max() + 1) + j, key[apart]), values[apart])
+    return i, j, np.stack([least, total[:, 1] / total[:, 0]], axis=1)
+
+
+def nearness(tree, held, place, i, j, jump):
+    """How near each leaf is to each hint, and how much nearer than to any other: (n, K, 8), in pairs.
+
+    The highest jump on the way (a watershed's measure), the cheapest way, the odds at which they meet in the
+    tree, and the distance; a hint that lies in several leaves is as near as its nearest.
+    """
+    n, seeds = len(held), np.flatnonzero(held)
+    low, mean = jump[:, 0] + 1e-3, jump[:, 1] + 0.05
+    ridge = minimum_spanning_tree(csr_matrix((low, (i, j)), shape=(n, n))).tocoo()
+    passes = highest(ridge.row, ridge.col, ridge.data, seeds, n)
+    ways = dijkstra(csr_matrix((mean, (i, j)), shape=(n, n)), directed=False, indices=seeds).T
+    some = np.arange(n + len(tree.height))  # of every node, one of its leaves
+    for node, (a, _) in enumerate(tree.children, n):
+        some[node] = some[a]
+    meet = highest(*some[tree.children].T, -tree.height, seeds, n)
+    far = np.linalg.norm(place[:, None] - place[seeds][None], axis=2)
+    out = []
+    for value, top in ((passes, 4), (ways, 20), (meet, 6), (4 * far, 4)):
+        each = np.stack([value[:, held[seeds] == k].min(1) for k in range(1, held.max() + 1)], axis=1)
+        each = each.clip(-top, top)
+        out += [-each, ahead(-each)]
+    return np.stack(out, axis=2)
+
+
+def highest(i, j, cost, seeds, n):
+    """The highest cost on the way from each node of a spanning tree with the edges i, j (n - 1,) to each of
+    the seeds: (n, seeds). From a node to itself there is none: -inf."""
+    out = np.full((n, len(seeds)), np.inf)
+    out[seeds, np.arange(len(seeds))] = -np.inf
+    if n == 1:
+        return out
+    least = cost.min() - 1  # a matrix without an entry has no edge
+    links = csr_matrix((cost - least, (i, j)), shape=(n, n))
+    edges = breadth_first_tree(links, 0, directed=False).tocoo()
+    above, up = np.zeros(n, int), np.zeros(n)
+    above[edges.col], up[edges.col] = edges.row, edges.data + least
+    order = breadth_first_order(links, 0, directed=False, return_predecessors=False)[1:]
+    for k in order[::-1]:
+        np.minimum(out[above[k]], np.maximum(out[k], up[k]), out=out[above[k]])
+    for k in order:
+        np.minimum(out[k], np.maximum(out[above[k]], up[k]), out=out[k])
+    return out
+
+
+def ahead(values):
+    """Values (n, K) -> by how much each exceeds the highest of the others in its row; 0 if there is none."""
+    if values.shape[1] == 1:
+        return np.zeros_like(values)
+    first, second = np.sort(values, axis=1)[:, :-3:-1].T[:, :, None]
+    return values - np.where(values == first, second, first)
+
+
+def features(leaves, owner):
+    """(n, K, 49) of every leaf and every hint, where hints look as the leaves do that they own; owner (n,):
+    their numbers, 0 = nobody's."""
+    n, K, area = *leaves.near.shape[:2], leaves.area
+    own = (owner[None] == np.arange(1, K + 1)[:, None]).astype(float)
+    size = own @ area
+    mean = (own * area) @ leaves.mean / size[:, None]
+    share = leaves.codes / area[:, None, None]
+    theirs = np.tensordot(own, leaves.codes, 1) / size[:, None, None]
+    pure = np.sqrt((share**2).sum(2)[:, None] * (theirs**2).sum(2)[None]).clip(1e-6)
+    together = np.einsum("nsk,hsk->nhs", share, theirs)  # the chance of one code for two pixels, one in each
+    alike = (together / pure).mean(2)
+    together = together.mean(2)
+    apart = abs(leaves.mean[:, None] - mean[None])
+    look = apart[..., : leaves.looks]
+    bits = np.minimum(apart[..., leaves.looks :].reshape(n, K, leaves.codes.shape[1], -1).sum(3) / 2, 2)
+    colour = np.linalg.norm(look[..., :3], axis=2)
+    same = np.broadcast_to(1.0, (n, K))
+    more = [together, np.log(together + 0.02), np.log(alike + 0.02), ahead(alike), bits.mean(2), bits.min(2),
+            colour, ahead(-colour), same * np.log(size / area.sum()),
+            same * np.log(area / area.sum())[:, None], own.T, same * np.log(K)]
+    return np.concatenate([leaves.near, np.stack(more, axis=2), look, alike[..., None]], axis=2)
+
+
+def odds(leaves, owner, net):
+    """Log odds (n, K) that people see one segment in a leaf and a hint; of leaves that hold one: certain."""
+    x = features(leaves, owner)
+    if net is None:  # the samples alone decide
+        share = x[..., -1].clip(0.02, 0.98)
+        score = np.log(share / (1 - share))
+    else:
+        score = perceptron(x, net, "hint_")
+    sure = leaves.held > 0
+    score[sure] = np.where(leaves.held[sure, None] == np.arange(1, score.shape[1] + 1), 99, -99)
+    return score
+
+
+def first_owner(leaves):
+    """Before anything is known: leaves (n,) belong to the hint that they meet first, at even odds or better;
+    0 where there is none, or several."""
+    meet, lead = leaves.near[..., 4], leaves.near[..., 5]
+    clear = (meet.max(1) > 0) & ((lead.max(1) > 0) | (meet.shape[1] == 1))
+    return np.where(leaves.held > 0, leaves.held, np.where(clear, meet.argmax(1) + 1, 0))
+
+
+def flood(leaves, score):
+    """Leaves (n,) -> hints, from 1: from the leaves that hold one outwards, the surest first."""
+    around = [[] for _ in leaves.held]
+    for a, b in zip(*(v.tolist() for v in leaves.links)):
+        around[a].append(b)
+        around[b].append(a)
+    owner, waiting = np.zeros(len(around), int), []
+
+    def take(leaf, hint):
+        owner[leaf] = hint
+        for other in around[leaf]:
+            if not owner[other]:
+                heapq.heappush(waiting, (-score[other, hint - 1], other, hint))
+
+    for leaf in np.flatnonzero(leaves.held):
+        owner[leaf] = leaves.held[leaf]
+    for leaf in np.flatnonzero(leaves.held):
+        take(leaf, owner[leaf])
+    while waiting:
+        _, leaf, hint = heapq.heappop(waiting)
+        if not owner[leaf]:
+            take(leaf, hint)
+    return owner
+
+
+def claims(evidence, tree, hints, net=None, closed=False, offset=0.0):
+    """The hint (n,) that each leaf of a tree belongs to, from 1; 0 = none, which happens unless closed.
+
+    tree: grown with these hints (h, w), numbers from 1 to K, 0 = none. net: of `tree.learnt`; None: the
+    samples alone decide. A segment of the tree, cut at the normal grain with this offset, stays as it is
+    where no hint lies in it and none wants it by more than WANTED.
+    """
+    leaves = leaves_of(evidence, tree, hints)
+    owner = first_owner(leaves)
+    for _ in range(ROUNDS):
+        score = odds(leaves, owner, net)
+        owner = np.where(score.max(1) > 0, score.argmax(1) + 1, 0)
+    owner = flood(leaves, score)
+    if closed:
+        return owner
+    segment = np.zeros(len(owner), int)
+    segment[tree.region.ravel()] = tree.cut("normal", offset).ravel()
+    held, area = np.bincount(segment, leaves.held) > 0, np.bincount(segment, leaves.area)
+    wish = np.stack([np.bincount(segment, leaves.area * s) / area for s in score.clip(-6, 6).T], axis=1)
+    return np.where((held | (wish.max(1) > WANTED))[segment], owner, 0)
