@@ -17,7 +17,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import breadth_first_order, breadth_first_tree, dijkstra, minimum_spanning_tree
 
-from answers.tree import collect, perceptron, sums
+from answers.tree import collect, groups, perceptron
 
 ROUNDS = 2  # what a hint looks like is learnt from the leaves that it gets: so often
 WANTED = 0.5  # mean log odds above which a hint takes a segment that it does not lie in
@@ -42,7 +42,7 @@ def leaves_of(evidence, tree, hints):
     flat, n, samples = region.ravel(), int(region.max()) + 1, len(view.soft)
     pixels = np.concatenate([np.ones((region.size, 1)), evidence.looks.reshape(region.size, -1),
                              view.soft.transpose(1, 2, 0, 3).reshape(region.size, -1)], axis=1)
-    total = sums(pixels, flat, n)
+    total = groups(flat, n) @ pixels
     place = (flat * samples)[None] + np.arange(samples)[:, None]
     place = place * evidence.codes + view.cells.reshape(samples, -1)
     codes = np.bincount(place.ravel(), minlength=n * samples * evidence.codes)

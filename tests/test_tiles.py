@@ -51,7 +51,7 @@ def by_grey(monkeypatch):
     """In place of sampling: bits that name each grey level, by another code in every pass."""
     calls = []
 
-    def sampled(net, image, inside, channels, seeds, *_, callback=None, **given):
+    def sampled(net, image, valid, channels, seeds, callback=None, **given):
         grey = ((image[:, 0] * 0.229 + 0.485) * 255).round()
         level = torch.where(grey > 40, ((grey - 60) / 3).round().clamp(1, 62), 0).long()  # (B, S, S)
         out = []
