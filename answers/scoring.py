@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import metrics
 from answers import tree
-from answers.segment import denoise, evidence_of, joined, packed_job, placed, prepare, sample_map
+from answers.segment import denoise, evidence_of, joined, odds_of, packed_job, placed, prepare, sample_map
 from answers.tree import lab
 from frame import connected, enlarge, subsample
 from sources.formats import read_image, read_labels
@@ -212,7 +212,7 @@ def score_images(data, positions, model, a, setting, ns, places, full=True, keep
             row["curve"] = {k: {"one": s[:, :k].mean(1).tolist(), "oracle": s[:, :k].amax(1).tolist(),
                                 "answer": s[:, n + p].tolist()}
                             for p, k in enumerate(ns)}
-            answers = {"sample": samples[0]} | {name: grown[n][0].cut(grain, offset_of(model)) for name,
+            answers = {"sample": samples[0]} | {name: grown[n][0].cut(grain, odds_of(model)[1]) for name,
                                                 grain in ANSWERS.items()}
         elif a.baseline != "human":
             answers[a.baseline] = BASELINES[a.baseline](photo).numpy()
@@ -247,15 +247,10 @@ def reliability_of(job, every, maps, tree_of_all, labels, model):
             for name, e in zip(("ARI", "covering"), metrics.pairwise(torch.cat([every, maps])))}
     if n > 1:
         result["joined"] = joined_table(every, maps)
-    evidence, net = evidence_of(job, model.codec), tree.learnt() if model.tidy["merge"] else None
+    evidence, net = evidence_of(job, model.codec), odds_of(model)[0]
     sure, _ = tree.confidence(evidence, tree_of_all, labels, net)
     result["segments"] = segment_table(sure, labels, finer)
     result["borders"] = border_table(evidence, tree_of_all, labels, finer, net)
     if model.codec.has_bits and model.codec.palette != "none":
         result["bits"] = bit_table(job.x_hat[0], maps, model.codec)
     return result
-
-
-def offset_of(model):
-    """Of the tree's cuts, in log odds: what `merge` says."""
-    return -np.log(model.tidy["merge"]) if model.tidy["merge"] else 0.0

@@ -553,13 +553,19 @@ def rise(tile, shape):
     return out[0][:, None] * out[1]
 
 
+def odds_of(model):
+    """By what the regions of this model's samples join: the learnt network (None: by the samples alone), and
+    the offset of its cuts in log odds, which lets the samples alone join what most of them do."""
+    merge = model.tidy["merge"]
+    return (tree.learnt(), -np.log(merge)) if merge else (None, -tree.GRAINS["normal"])
+
+
 def joined(evidence, model, grain="normal", hints=None, closed=False):
     """Evidence -> its tree, and the map (h, w) that is cut from it. hints: (H, W) ids at any size, 0 =
     none."""
-    merge, least = model.tidy["merge"], model.tidy["least"]
     hint = None if hints is None or not hints.any() else network_hints(hints, *evidence.low.shape)
-    net, offset = tree.learnt() if merge else None, -np.log(merge) if merge else 0.0
-    grown = tree.grow(evidence, net, hint, least)
+    net, offset = odds_of(model)
+    grown = tree.grow(evidence, net, hint, model.tidy["least"])
     claimed = None if hint is None else claims(evidence, grown, hint, net, closed, offset)
     return grown, grown.cut(grain, offset, claimed)
 
@@ -583,7 +589,7 @@ def placed(maps, side):
 def answer(grown, labels, result, hints=None):
     """A tree and a map (h, w) cut from it -> Answer at the size of result.image; hints may have another
     size."""
-    net = tree.learnt() if result.model.tidy["merge"] else None
+    net, _ = odds_of(result.model)
     sure, borders = tree.confidence(result.evidence, grown, labels, net)
     cells, side = placed(labels[None], result.side)
     place = cells[0].numpy()

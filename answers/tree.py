@@ -26,7 +26,7 @@ from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 LEARNT = Path(__file__).parent.parent / "weights" / "tree.npz"
 # cut where the log odds that two regions are one fall below this
-GRAINS = {"coarse": -0.9, "normal": 0.0, "fine": 1.0}
+GRAINS = {"coarse": -0.9, "normal": -0.25, "fine": 1.2}
 # Regions join in the order of these odds: all pairs above the first, then all above the second, ... A cut is
 # at one of them, or between two.
 LEVELS = (6, 4, 3, 2.5, 2, 1.6, 1.3, 1, 0.75, 0.5, 0.25, 0, -0.25, -0.5, -0.75, -1, -1.3, -1.6, -2, -2.5, -3,
