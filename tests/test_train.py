@@ -221,7 +221,7 @@ def test_export_sampling_and_fine_tuning(tmp_path, capsys):
     ema = read(tmp_path / "run" / "ckpt.pt")["ema"]
     assert exported.stat().st_size < 0.35 * (tmp_path / "run" / "ckpt.pt").stat().st_size
     model = load_checkpoint(exported)
-    assert all(torch.equal(v, ema[k]) for k, v in model.net.state_dict().items())
+    assert all(torch.equal(v, ema[k].to(v.dtype)) for k, v in model.net.state_dict().items())
 
     folder = make_folder(tmp_path / "mine")  # other data, learning rate and length
     tuned = ["--dataset", str(folder), "--preset", "tiny", "--init", str(exported)]
