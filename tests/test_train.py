@@ -231,7 +231,7 @@ def test_export_sampling_and_fine_tuning(tmp_path, capsys):
     assert all(torch.equal(v, tuned_weights[f"net.{k}"]) for k, v in ema.items())
 
     capsys.readouterr()
-    for more, words in ((["--bits", "6"], "in_channels 7 -> 9; out_channels 4 -> 6"),
+    for more, words in ((["--bits", "2"], "in_channels 7 -> 5; out_channels 4 -> 2"),
                         (["--network", "small"], "width 32 -> 64")):
         assert run(tmp_path, *tuned, *more, out="other") == 2
         err = capsys.readouterr().err
