@@ -6,7 +6,7 @@ gradient.
     x = kernels.network_input(cells, alpha, sigma, seeds, 6, image)               # noisy bits and image
     loss = kernels.loss(net(x, t), cells, weight).mean()                          # differentiable
     xt = kernels.step(out, xt, alpha_t, sigma_t, a, b, c, guidance=1.0, seeds=seeds)  # of the sampler
-    x = kernels.average(x, rows, columns)                                         # within an image's edges
+    xt = kernels.average(xt, rows, columns)                                       # within an image's edges
 
 This file is the only door. The functions need Triton and run on CUDA; where Triton cannot run they raise a
 RuntimeError that says why, and a failed launch is never hidden. `live` tells a program beforehand which of
