@@ -173,7 +173,7 @@ def test_whatever_is_raised_for_one_image_is_its_own_fault(run, model, monkeypat
     function = getattr(target, "sample" if where == "denoise" else where)
     of_b = {"read_image": lambda path: "b.png" in str(path),
             "prepare": lambda image, *_, **__: image.size == (20, 22),
-            "denoise": lambda *args, **_: 2 in args[4],  # its seeds are 2 and 3
+            "denoise": lambda *_, seeds, **__: 2 in seeds,  # its seeds are 2 and 3
             "summarise": lambda job, image, *_: image.size == (20, 22),
             "write": lambda folder, image, *_: image.size == (20, 22)}
 
