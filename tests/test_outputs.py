@@ -214,11 +214,11 @@ def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
     whole, sizes, real = list(denoise([prepare(picture(), model)], model, 7,
                                       batch=8))[0], [], diffusion.sample
 
-    def small(net, x, *rest, **options):
-        sizes.append(len(x))
-        if len(x) > 2:
+    def small(net, image, **options):
+        sizes.append(len(image))
+        if len(image) > 2:
             raise torch.OutOfMemoryError("no")
-        return real(net, x, *rest, **options)
+        return real(net, image=image, **options)
 
     monkeypatch.setattr("answers.segment.sample", small)
     job = next(denoise([prepare(picture(), model)], model, 7, batch=8))

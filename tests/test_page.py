@@ -522,6 +522,8 @@ def test_keyboard_alone(browser, server, tmp_path):
     assert tab.js("state.strokes") == strokes
     tab.key("y", control=True)
     assert tab.js("state.strokes") == strokes[:2]
+    while tab.js("state.strokes.length"):
+        tab.key("z", control=True)
     tab.settle()
     before = tab.js("state.maps.a.area.size")
     tab.key("+")

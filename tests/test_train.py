@@ -432,7 +432,7 @@ def test_a_signal_during_validation_stops_it_and_it_is_made_up_for(tmp_path, mon
 
 
 def test_validation_scores_answers_as_sample_and_eval_make_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("answers.tree.log_odds", lambda features, net, claimed: np.zeros(len(features)))
+    monkeypatch.setattr("answers.tree.log_odds", lambda features, net: np.zeros(len(features)))
     assert run(tmp_path, "--least", "3", "--merge", "99") == 0  # everything joins: one segment, ARI 0
     assert log(tmp_path)[-1]["ari"] == 0
     assert load_checkpoint(tmp_path / "run" / "ckpt.pt").tidy == dict(least=3, merge=99.0)
