@@ -383,7 +383,7 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
             kind, w = (d.prediction, kernel_options["activation"]), guidance
             if smooth:
                 out = kernels.step(out, xt, alpha[i], sigma[i], 0.0, 1.0, 0.0, valid, w, None, 0, *kind,
-                                   limit=math.inf)
+                                   clamp=False)
                 out, kind, w = kernels.average(out, *lines), ("x", "none"), 0.0
             after, x_hat = kernels.step(out, xt, alpha[i], sigma[i], a, b, c, valid, w, keys, next(stream),
                                         *kind, with_x_hat=True)

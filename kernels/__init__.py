@@ -338,14 +338,14 @@ def average(x, rows, columns, times=12):
 
 
 def step(out, xt, alpha, sigma, a, b, c=0.0, valid=None, guidance=0.0, seeds=None, stream=0, prediction="x",
-         activation="tanh", with_x_hat=False, limit=1.0):
+         activation="tanh", with_x_hat=False, clamp=True):
     """One update of the sampler: a xt + b x_hat + c eps (B, k, H, W), in xt's dtype; with_x_hat: and x_hat,
     float32.
 
     out (B, k, H, W); with guidance w (2B, k, H, W), both halves: x_hat = (1 + w) x_hat(image) - w x_hat(no
-    image). Then x_hat is clamped to [-limit, limit] and 0 outside valid (B, H, W) bool. alpha, sigma, a, b,
-    c: numbers, the first two of xt's time; eps = normal(seeds, ..., stream), needed unless c is 0. In plain
-    PyTorch: the body of diffusion.sample; a, b, c:
+    image). Then x_hat is clamped to [-1, 1], if clamp, and 0 outside valid (B, H, W) bool. alpha, sigma, a,
+    b, c: numbers, the first two of xt's time; eps = normal(seeds, ..., stream), needed unless c is 0. In
+    plain PyTorch: the body of diffusion.sample; a, b, c:
       ddpm: r alpha_s / alpha, (1 - r) alpha_s, std      ddim: sigma_s / sigma, alpha_s - sigma_s alpha /
       sigma, 0
     """
@@ -367,5 +367,5 @@ def step(out, xt, alpha, sigma, a, b, c=0.0, valid=None, guidance=0.0, seeds=Non
     after, x_hat = _step.step(out, _common.like(xt, last), last, alpha, sigma, a, b, c, _flat(valid),
                               guidance,
                               _flat(seeds) if c else None, stream, prediction, activation == "tanh",
-                              with_x_hat, limit)
+                              with_x_hat, clamp)
     return (after, x_hat) if with_x_hat else after

@@ -182,7 +182,8 @@ def locate(labels: Tensor, side: int, largest_first: bool, dtype: torch.dtype, l
     for part, sums in zip(maps, moments):
         moments_kernel[(B * blocks,)](part, sums, labels_below, H, W, blocks, N=N, BLOCK=BLOCK,
                                       num_warps=WARPS)
-    warps = 1 if max(N, K) <= 256 else 4 if hints is None else 16  # as its registers bear
+    # as its registers bear
+    warps = 1 if max(N, K) <= 256 else 4 if hints is None else 8 if K <= 16 else 16
     assign_kernel[(B,)](moments[0], moments[-1], cell, H, W, side, LARGEST_FIRST=largest_first,
                         HINTS=hints is not None, N=N, K=K, num_warps=warps)
     remap_kernel[(B * blocks,)](labels, cell, out, labels_below, H * W, blocks, N=N, BLOCK=BLOCK,

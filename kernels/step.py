@@ -1,7 +1,7 @@
 """step: one update of the sampler, from the network's output to the next xt.
 
     out (B or 2B, K, H, W), xt (B, K, H, W) -> a xt + b x_hat + c eps (B, K, H, W), in xt's dtype [, x_hat]
-with x_hat = (1 + w) x_hat(image) - w x_hat(no image) if out holds both halves, clamped to [-limit, limit],
+with x_hat = (1 + w) x_hat(image) - w x_hat(no image) if out holds both halves, clamped to [-1, 1] or not,
 0 outside `valid`. DDPM, DDIM and the last step differ only in a, b and c (c = 0: no noise); see diffusion.py.
 
 Bytes a pixel, K = 6, bfloat16 out, float32 xt: reads 12 for each half, 24 and 1 (valid), writes 24. eps is
@@ -26,10 +26,10 @@ def step_kernel(
     # (B or 2B, K, H, W); (B, K, H, W); (B, H, W) if MASK; (B,) if NOISE
     out_ptr, xt_ptr, valid_ptr, seeds_ptr,
     alpha: tl.float32, sigma: tl.float32, w: tl.float32, a: tl.float32, b: tl.float32, c: tl.float32,
-    limit: tl.float32,
     stream, half, HW, blocks,  # half: elements of the first half of out, 64-bit where needed
     K: tl.constexpr, GUIDED: tl.constexpr, MASK: tl.constexpr, NOISE: tl.constexpr, X_HAT: tl.constexpr,
-    PREDICTION: tl.constexpr, TANH: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+    CLAMP: tl.constexpr, PREDICTION: tl.constexpr, TANH: tl.constexpr, LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     sample, p0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
     base = sample.to(tl.int64) * HW
@@ -43,7 +43,8 @@ def step_kernel(
         if GUIDED:
             out = tl.load(out_ptr + half + base * K + e, mask=inside, other=0).to(tl.float32)
             x = (1 + w) * x - w * x_hat_of(out, xt, alpha, sigma, PREDICTION, TANH)
-        x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))  # a nan stays one
+        if CLAMP:
+            x = tl.where(x > 1, 1.0, tl.where(x < -1, -1.0, x))  # a nan stays one
         if MASK:
             x = tl.where(tl.load(valid_ptr + base + p, mask=inside, other=0) != 0, x, 0.0)
         if X_HAT:
@@ -58,7 +59,7 @@ def step_kernel(
 def step(out: Tensor, xt: Tensor, last: bool, alpha: float, sigma: float, a: float, b: float, c: float,
          valid: Optional[Tensor], guidance: float, seeds: Optional[Tensor], stream: int, prediction: str,
          tanh: bool,
-         with_x_hat: bool, limit: float = 1.0) -> Tuple[Tensor, Tensor]:
+         with_x_hat: bool, clamp: bool = True) -> Tuple[Tensor, Tensor]:
     """The launcher. out and xt in the layout that `last` says, valid contiguous -> next xt, x_hat (float32,
     or empty)."""
     B, K, H, W = xt.shape
@@ -68,15 +69,14 @@ def step(out: Tensor, xt: Tensor, last: bool, alpha: float, sigma: float, a: flo
     x_hat = torch.empty_like(xt, dtype=torch.float32) if with_x_hat else xt.new_empty(0, dtype=torch.float32)
     step_kernel[(B * blocks,)](
         after, x_hat, out, xt, out if valid is None else valid.view(torch.uint8), seeds, alpha, sigma,
-        guidance, a, b, c, limit,
-        stream, xt.numel(), H * W, blocks, K=K, GUIDED=len(out) > B, MASK=valid is not None,
-        NOISE=seeds is not None,
-        X_HAT=with_x_hat, PREDICTION=prediction, TANH=tanh, LAST=last, BLOCK=block, num_warps=WARPS)
+        guidance, a, b, c, stream, xt.numel(), H * W, blocks, K=K, GUIDED=len(out) > B,
+        MASK=valid is not None, NOISE=seeds is not None, X_HAT=with_x_hat, CLAMP=clamp,
+        PREDICTION=prediction, TANH=tanh, LAST=last, BLOCK=block, num_warps=WARPS)
     return after, x_hat
 
 
 @step.register_fake
 def _(out, xt, last, alpha, sigma, a, b, c, valid, guidance, seeds, stream, prediction, tanh, with_x_hat,
-      limit=1.0):
+      clamp=True):
     x_hat = torch.empty_like(xt, dtype=torch.float32) if with_x_hat else xt.new_empty(0, dtype=torch.float32)
     return torch.empty_like(xt), x_hat
