@@ -1,6 +1,6 @@
 """Train a bit-diffusion segmenter.
 
-    python train.py                           # tiny, on synthetic shapes: 4 minutes on 2 CPU cores
+    python train.py                           # tiny, on synthetic shapes: 3 minutes on 2 CPU cores
     python train.py --dataset path/to/folder  # small, on your images/ and labels/
     python train.py --dataset coco            # the paper's model, on COCO panoptic
 

@@ -140,7 +140,7 @@ def newest_checkpoint(root="out", shipped=SHIPPED):
     found = sorted(Path(root).glob("**/ckpt.pt"), key=lambda p: p.stat().st_mtime)
     if not found and not shipped.exists():
         raise ValueError(f"no checkpoint under {root}/, and no {shipped}: train one first (python train.py, "
-                         f"about 4 minutes "
+                         f"about 3 minutes "
                          f"on a laptop), or name one with --ckpt")
     return found[-1] if found else shipped
 
