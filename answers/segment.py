@@ -249,14 +249,12 @@ class Job:
 
 def network_hints(hints, height, width):
     """Hint map (H, W) of ids, 0 and below = none -> the same at the network's size, numbered from 1 in the
-    order of the ids.
-    Raises ValueError where an id has no pixel left."""
+    order of the ids. Raises ValueError where an id has no pixel left."""
     names = np.unique(hints[hints > 0])
     small = shrink(hints, height, width)
     if lost := sorted(set(names.tolist()) - set(small.flat)):
         raise ValueError(f"contradictory hints: id {lost[0]} shares all its pixels with others at the "
-                         f"network's "
-                         f"{max(height, width)} pixels; make it larger or move it away")
+                         f"network's {max(height, width)} pixels; make it larger or move it away")
     return np.where(small > 0, np.searchsorted(names, small) + 1, 0)
 
 
@@ -288,8 +286,7 @@ def prepare(image, model, hints=None, init=None, seed=0, tiles=1):
     without pixels and for prompts that do not fit."""
     if image.mode != "RGB" or 0 in image.size:
         raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {image.width} x "
-                         f"{image.height} of mode "
-                         f"{image.mode}: formats.read_image gives one, upright, of any file")
+                         f"{image.height} of mode {image.mode}: formats.read_image gives one, upright, of any file")
     tiles, hints, init = tiles_of(tiles), checked("hint", hints, image), checked("initial map", init, image)
     if (hints is not None or init is not None) and not any(v is not None and v.any() for v in (hints, init)):
         raise ValueError("hints and initial map are empty: no pixel has an id above 0")
