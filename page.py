@@ -37,16 +37,17 @@ if __name__ == "__main__":
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy, whose products are small here
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from answers import segment
 from answers.pictures import colours, overlaid, runs, shade
+from answers.prompts import strokes_map
 from engine import Threads, complaint, pick_device, program
 from sample import MARK, grain_of, read_image, save, save_ids, save_json
 
 fail = complaint("page.py")
 N, FIRST, SEED, VIEW = 8, 4, 0, 800  # samples, those of a first answer, first seed; pixels of the side shown
-PHOTOS, HINTS, UPLOAD, TEXT = 4, 225, 64_000_000, 1_000_000  # at hand, ids in each; bytes of one, of others
+PHOTOS, UPLOAD, TEXT = 4, 64_000_000, 1_000_000  # at hand; bytes of one, of anything else
 POLICY = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; img-src data:; "
           "connect-src 'self'; frame-ancestors 'none'")  # nothing comes from elsewhere, nothing goes there
 
@@ -62,21 +63,6 @@ class Photo:
     result: segment.Segmentation | None = None  # what they say, at the view's size
     version: int = 0  # counts what the page should know of
     error: str = ""
-
-
-def hints_of(strokes, size):
-    """Strokes [{id, points: [[x, y], ...]}] in a photo of (W, H) pixels -> hint map (H, W) uint8, later ones
-    over earlier ones; None if there are none. Raises ValueError."""
-    hints, r = Image.new("L", size), max(1, segment.CLICK * max(size))  # as large as sample.py's --points
-    pen = ImageDraw.Draw(hints)
-    for number, points in ((int(s["id"]), [(int(x), int(y)) for x, y in s["points"]]) for s in strokes):
-        pen.line(points, min(number, 255), round(2 * r))
-        for x, y in points:
-            pen.ellipse((x - r, y - r, x + r, y + r), min(number, 255))
-    pixels = hints.histogram()
-    if not all(0 < s["id"] <= HINTS and pixels[s["id"]] for s in strokes):
-        raise ValueError(f"a hint is wholly under later ones, outside, or beyond the {HINTS}th: take it away")
-    return np.array(hints) if strokes else None
 
 
 class Desk:
@@ -114,7 +100,7 @@ class Desk:
                 if photo.asked is not strokes or photo.file.name not in self.photos:
                     raise InterruptedError  # nobody asks for these samples any more
 
-        job = segment.prepare(read_image(photo.file), self.model, hints_of(strokes, photo.size), seed=SEED)
+        job = segment.prepare(read_image(photo.file), self.model, strokes_map(strokes, photo.size), seed=SEED)
         for most in (FIRST, N) if next(self.model.net.parameters()).device.type == "cpu" else (N,):
             part = replace(job, x_hat=[], seed=SEED + len(job.x_hat))
             next(segment.denoise([part], self.model, most - len(job.x_hat), callback=step))
@@ -153,7 +139,7 @@ class Desk:
     def cut(self, photo, strokes, grain, closed):
         """The joint answer at once; where the network sees hints, samples that have seen them follow."""
         p, grain = self.photos[photo], grain_of(grain)
-        hints = hints_of(strokes, p.size)
+        hints = strokes_map(strokes, p.size)
         with self.turn:
             tree, labels = segment.joined(p.result.evidence, self.model, grain, hints, closed)
             one = segment.answer(tree, labels, p.result, hints)
@@ -176,7 +162,8 @@ class Desk:
         p, grain = self.photos[photo], grain_of(grain)
         if self.model.diffusion.hints and p.done != strokes:
             raise ValueError("the samples that see these clicks are not there yet: wait a moment")
-        hints, job, out = hints_of(strokes, p.size), replace(p.job, x_hat=p.job.x_hat[:n]), self.folder / "a"
+        hints, job = strokes_map(strokes, p.size), replace(p.job, x_hat=p.job.x_hat[:n])
+        out = self.folder / "a"
         with self.slow:
             result, image = segment.summarise(job, p.view, self.model, grain), read_image(p.file)
             one = replace(result, image=image).cut(grain, hints, closed)

@@ -96,12 +96,12 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from answers.pictures import colours, grid, overlaid, panel, shade, uncertainty
+from answers.prompts import hint_map
 from answers.segment import (
     SAMPLERS,
     SHIPPED,
     Model,
     denoise,
-    hint_map,
     load_checkpoint,
     newest_checkpoint,
     prepare,

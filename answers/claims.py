@@ -17,7 +17,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import breadth_first_order, breadth_first_tree, dijkstra, minimum_spanning_tree
 
-from answers.tree import collect, groups, perceptron
+from answers.tree import collect, groups, neighbours, perceptron
 
 ROUNDS = 2  # what a hint looks like is learnt from the leaves that it gets: so often
 WANTED = 0.5  # mean log odds above which a hint takes a segment that it does not lie in
@@ -56,17 +56,12 @@ def leaves_of(evidence, tree, hints):
 
 def touching(region, jumps):
     """The pairs i < j of regions that touch, and the jumps between them, least and mean: (m, 2)."""
-    ends, values = [], []
-    for axis in (0, 1):
-        lines, jump = np.moveaxis(region, axis, 0), np.moveaxis(jumps[axis], axis, 0)
-        ends.append(np.stack([lines[1:].ravel(), lines[:-1].ravel()]))
-        values.append(jump.ravel())
-    (a, b), values = np.concatenate(ends, axis=1), np.concatenate(values)
-    i, j, total = collect(a, b, np.stack([np.ones_like(values), values], axis=1), int(region.max()) + 1)
-    least = np.full(len(i), np.inf)
-    apart = a != b
-    key = np.minimum(a, b) * (region.max() + 1) + np.maximum(a, b)
-    np.minimum.at(least, np.searchsorted(i * (region.max() + 1) + j, key[apart]), values[apart])
+    n = int(region.max()) + 1
+    a, b, values = neighbours(region, [v[..., None] for v in jumps])
+    i, j, total = collect(a, b, np.concatenate([np.ones_like(values), values], axis=1), n)
+    least, apart = np.full(len(i), np.inf), a != b
+    pair = np.searchsorted(i * n + j, (np.minimum(a, b) * n + np.maximum(a, b))[apart])
+    np.minimum.at(least, pair, values[apart, 0])
     return i, j, np.stack([least, total[:, 1] / total[:, 0]], axis=1)
 
 

@@ -1,11 +1,12 @@
-"""Segment images, from Python: checkpoints, prompts, samples, label maps at the images' own size.
+"""Segment images, from Python: checkpoints, samples, label maps at the images' own size.
 
 What it is: `load_checkpoint(path)` -> Model; `segment(image, model, n)` -> Segmentation, which `cut` cuts
 anew, coarser, finer or by clicks, without sampling again; `denoise` samples many images without waiting
 between them. What it is not: it writes no files (sample.py) and compares with no truth (scoring.py).
 
     from sources.formats import read_image                # upright, RGB
-    from answers.segment import hint_map, load_checkpoint, segment
+    from answers.prompts import hint_map
+    from answers.segment import load_checkpoint, segment
     result = segment(read_image("photo.jpg"), load_checkpoint("weights/photo.pt"), n=8)
     result.answer.labels, result.labels, result.boundary  # (H, W), (8, H, W), (H, W)
     clicks = hint_map(640, 480, "120,80 160,90; 30,200")
@@ -27,6 +28,7 @@ from pycocotools import mask as coco_mask
 
 from answers import tree
 from answers.claims import claims
+from answers.prompts import checked, network_hints
 from bits import Codec, entropy, hint_bits, locate
 from diffusion import SAMPLERS, VARIANCES, Diffusion, kernel_options, sample
 from engine import NoGraph, as_cuda_graph, newest, out_of_memory, pick_precision
@@ -35,7 +37,6 @@ from metrics import ari, contingency
 from model import UNet
 
 SHOWN = 512  # pixels on the longer side are enough to show uncertainty
-CLICK = 0.005  # radius of a click, as a share of the longer side: about one of the network's pixels
 TILES = 16  # at most so many a side
 NEAR = 100  # network pixels that the median segment should have
 LARGE = 3e7  # pixels of a photo that is not kept twice
@@ -146,47 +147,8 @@ def newest_checkpoint(root="out", shipped=SHIPPED):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Prompts. Hints and initial maps are label maps of the image's own size; 0 and below = not given.
+# Jobs: an image, and closer looks at parts of it
 
-
-def hint_map(width, height, points="", boxes=(), drawn=None):
-    """Points, boxes and drawn hints as one hint map (height, width), of integers. Raises ValueError.
-
-    points: "x,y x,y;x,y", groups of clicks: each is a disc of CLICK of the longer side, smaller if another
-    group is near.
-    boxes: (x0, y0, x1, y1), each about one segment: an ellipse of half its size is known; small boxes lie
-    over large ones, points and drawn (height, width) over all.
-    """
-    out = np.zeros((height, width), np.int32 if drawn is None else np.int64)
-    y, x = np.arange(height)[:, None], np.arange(width)
-    if drawn is not None and drawn.shape != out.shape:
-        raise ValueError(f"the hint has {drawn.shape[1]} x {drawn.shape[0]} pixels, but the image {width} x "
-                         f"{height}")
-    first = 1 if drawn is None else max(0, int(drawn.max())) + 1  # the first id not taken
-    for i, (x0, y0, x1, y1) in enumerate(sorted(boxes, key=lambda b: (b[0] - b[2]) * (b[3] - b[1]))):
-        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise ValueError(f"box {x0:g},{y0:g},{x1:g},{y1:g} does not lie in the image of {width} x "
-                             f"{height} pixels")
-        at = slice(int(y0), int(y1) + 1), slice(int(x0), int(x1) + 1)
-        down, across = (2 * y[at[0]] + 1 - y0 - y1) / (y1 - y0), (2 * x[at[1]] + 1 - x0 - x1) / (x1 - x0)
-        out[at][down**2 + across**2 <= 0.25] = first + i
-        out[int((y0 + y1) / 2), int((x0 + x1) / 2)] = first + i  # at least one pixel
-    try:
-        clicks = [(g, *map(float, p.split(","))) for g, group in enumerate(points.split(";"))
-                  for p in group.split()]
-        clicks = [(first + len(boxes) + g, int(px), int(py)) for g, px, py in clicks]
-    except (ValueError, OverflowError):
-        raise ValueError(f"points '{points}' are not of the form \"x,y x,y;x,y\"") from None
-    for g, px, py in clicks:
-        if not (0 <= px < width and 0 <= py < height):
-            raise ValueError(f"point {px},{py} lies outside the image of {width} x {height} pixels")
-        apart = min([np.hypot(px - qx, py - qy) for other, qx, qy in clicks if other != g], default=np.inf)
-        if apart == 0 or drawn is not None and drawn[py, px] > 0:
-            raise ValueError(f"contradictory hints: point {px},{py} belongs to something else already")
-        radius = min(CLICK * max(width, height), apart / 2.1)
-        at = tuple(slice(max(0, int(p - radius)), int(p + radius) + 1) for p in (py, px))
-        out[at][np.hypot(y[at[0]] - py, x[at[1]] - px) <= radius] = g
-    return out if drawn is None else np.where(drawn > 0, drawn, out)
 
 
 @dataclass
@@ -247,31 +209,6 @@ class Job:
         return self.photo.shape[:2]
 
 
-def network_hints(hints, height, width):
-    """Hint map (H, W) of ids, 0 and below = none -> the same at the network's size, numbered from 1 in the
-    order of the ids. Raises ValueError where an id has no pixel left."""
-    names = np.unique(hints[hints > 0])
-    small = shrink(hints, height, width)
-    if lost := sorted(set(names.tolist()) - set(small.flat)):
-        raise ValueError(f"contradictory hints: id {lost[0]} shares all its pixels with others at the "
-                         f"network's {max(height, width)} pixels; make it larger or move it away")
-    return np.where(small > 0, np.searchsorted(names, small) + 1, 0)
-
-
-def checked(name, ids, image):
-    """A map of ids for a PIL image, as integers from 0; None stays None. Raises ValueError where the sizes
-    differ."""
-    if ids is None:
-        return None
-    ids = np.asarray(ids)
-    ids = ids if ids.dtype in (np.int32, np.int64) else ids.astype(np.int64)
-    ids = ids.clip(min=0) if (ids < 0).any() else ids
-    if ids.shape != image.size[::-1]:
-        raise ValueError(f"the {name} has {' x '.join(map(str, ids.shape[::-1]))} pixels, but the image "
-                         f"{image.width} x {image.height}")
-    return ids
-
-
 def tiles_of(given):
     """Tiles a side: a number from 1 (none) to TILES, or auto. Raises ValueError."""
     if given != "auto" and not (str(given).isdecimal() and 1 <= int(given) <= TILES):
@@ -286,7 +223,8 @@ def prepare(image, model, hints=None, init=None, seed=0, tiles=1):
     without pixels and for prompts that do not fit."""
     if image.mode != "RGB" or 0 in image.size:
         raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {image.width} x "
-                         f"{image.height} of mode {image.mode}: formats.read_image gives one, upright, of any file")
+                         f"{image.height} of mode {image.mode}: formats.read_image gives one, upright, of "
+                         f"any file")
     tiles, hints, init = tiles_of(tiles), checked("hint", hints, image), checked("initial map", init, image)
     if (hints is not None or init is not None) and not any(v is not None and v.any() for v in (hints, init)):
         raise ValueError("hints and initial map are empty: no pixel has an id above 0")

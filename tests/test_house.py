@@ -63,6 +63,11 @@ def test_rooms_floors_and_arrows():
     assert len(floors) <= 16 and max(floors.values()) <= 6 and count <= 45
 
 
+def test_what_has_to_stay_short():
+    for name, most in (("README.md", 200), ("page.py", 250), ("page.html", 400)):
+        assert len((ROOT / name).read_text().splitlines()) <= most, name
+
+
 def test_a_circle_is_found():
     try:
         floors_of({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()})

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from answers.segment import Model, denoise, hint_map, joined, prepare, segment
+from answers.prompts import hint_map
+from answers.segment import Model, denoise, joined, prepare, segment
 from bits import Codec
 from diffusion import Diffusion, alpha_sigma, sample
 from frame import shrink

@@ -10,8 +10,9 @@ from PIL import Image, ImageDraw
 import answers.segment as segmenting
 import sample
 from answers import tree
+from answers.prompts import hint_map
 from answers.scoring import otsu, watershed
-from answers.segment import Model, denoise, hint_map, jobs_of, prepare, rise, segment
+from answers.segment import Model, denoise, jobs_of, prepare, rise, segment
 from bits import Codec
 from diffusion import Diffusion
 from frame import resize_image
