@@ -307,8 +307,8 @@ def find_bsds500(home, split):
                                                                     "BSR/BSDS500/data"))
     if not truth or not (images := truth.parent.parent / "images" / split).is_dir():
         raise FileNotFoundError(f"BSDS500 is not complete in {home}: images/{split}/*.jpg and "
-                                f"groundTruth/{split}/*.mat are needed "
-                                f"(www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/resources.html)")
+                                f"groundTruth/{split}/*.mat are needed (www2.eecs.berkeley.edu/Research/"
+                                f"Projects/CS/vision/grouping/resources.html)")
 
     def listing():
         items = []

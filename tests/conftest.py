@@ -34,3 +34,18 @@ def kernel_device():
     kernels.use("triton")
     yield "cuda" if torch.cuda.is_available() else "cpu"
     kernels.use("auto")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """An untrained network whose head is not zero, ready to sample from: maps of 16 x 16, 16 codes."""
+    from answers.segment import Model
+    from bits import Codec
+    from diffusion import Diffusion
+    from model import SIZES, UNet
+    torch.manual_seed(0)
+    net = UNet(7, 4, **SIZES["tiny"]).eval().requires_grad_(False)
+    for p in net.parameters():
+        p.copy_(p + 0.05 * torch.randn_like(p))
+    sampling = dict(steps=2, guidance=1.0, sampler="ddpm", variance="large")
+    return Model(net, Codec(bits=4), Diffusion(), 16, sampling, "mine", 0)

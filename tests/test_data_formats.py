@@ -514,8 +514,8 @@ def test_reduced_jpeg_decoding_stays_close_to_the_area_filter(tmp_path):
     """A noisy JPEG, decoded at 1/2 and then resized, against the mean of all pixels in each new pixel's
     area."""
     rng = np.random.default_rng(0)
-    smooth = Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).resize((1280, 960),
-                                                                                       Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8))
+    smooth = coarse.resize((1280, 960), Image.Resampling.BICUBIC)
     file = write(tmp_path / "x.jpg",
                  (np.asarray(smooth) * 0.8 + rng.integers(0, 50, (960, 1280, 1))).astype(np.uint8),
                  quality=90)

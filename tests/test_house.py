@@ -61,6 +61,7 @@ def test_rooms_floors_and_arrows():
     for name in sorted(floors, key=lambda name: (floors[name], name)):
         print(f"  {floors[name]} {name:<12} -> {', '.join(sorted(arrows[name])) or '-'}")
     assert len(floors) <= 16 and max(floors.values()) <= 6 and count <= 45
+    assert longest[0] <= 110
 
 
 def test_what_has_to_stay_short():

@@ -126,8 +126,8 @@ def test_colours_of_16_bits_of_which_few_are_used_are_refused(tmp_path):
                           ("p.ppm", {})])
 def test_a_file_without_its_last_bytes_is_taken_and_one_without_its_half_is_not(tmp_path, name, options):
     rng = np.random.default_rng(0)
-    rgb = np.asarray(Image.fromarray(rng.integers(0, 255, (15, 20, 3), dtype=np.uint8)).resize((240, 180),
-                                                                                               Image.Resampling.BICUBIC))
+    coarse = Image.fromarray(rng.integers(0, 255, (15, 20, 3), dtype=np.uint8))
+    rgb = np.asarray(coarse.resize((240, 180), Image.Resampling.BICUBIC))
     whole = write(tmp_path / name, rgb, **options).read_bytes()
     right = np.asarray(read_image(tmp_path / name)).astype(int)
     for missing in (1, 2, 9):
@@ -305,9 +305,8 @@ def test_label_maps_of_every_kind(tmp_path, kind):
 
 
 def smooth(ids):
-    return np.asarray(Image.fromarray(COLOURS[ids]).resize((4 * W, 4 * H),
-                                                           Image.Resampling.BICUBIC).rotate(20).resize((W, H),
-                                                                                                       Image.Resampling.LANCZOS))
+    large = Image.fromarray(COLOURS[ids]).resize((4 * W, 4 * H), Image.Resampling.BICUBIC)
+    return np.asarray(large.rotate(20).resize((W, H), Image.Resampling.LANCZOS))
 
 
 @pytest.mark.parametrize("words, label", [

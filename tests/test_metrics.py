@@ -375,8 +375,8 @@ def test_reliability():
     p = torch.rand(200_000, generator=g)
     # calibrated by construction
     assert calibration_error(reliability(p, torch.rand(200_000, generator=g) < p)) < 0.006
-    assert calibration_error(reliability(p, torch.rand(200_000, generator=g) < p**2)) == pytest.approx(1 / 6,
-                                                                                                       abs=0.006)
+    error = calibration_error(reliability(p, torch.rand(200_000, generator=g) < p**2))
+    assert error == pytest.approx(1 / 6, abs=0.006)
     shares = torch.arange(9) / 8  # shares of 8 samples: a bin each
     assert reliability(shares, shares, bins=9)[:, 0].tolist() == [1] * 9
 

@@ -17,18 +17,7 @@ from bits import Codec
 from diffusion import Diffusion
 from frame import enlarge, outline, subsample
 from metrics import scores
-from model import SIZES, UNet
 from sample import folder_names
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    net = UNet(7, 4, **SIZES["tiny"]).eval().requires_grad_(False)
-    for p in net.parameters():
-        p.copy_(p + 0.05 * torch.randn_like(p))  # the head is zero in a new network
-    return Model(net, Codec(bits=4), Diffusion(), 16,
-                 dict(steps=2, guidance=1.0, sampler="ddpm", variance="large"), "mine", 0)
 
 
 @pytest.fixture

@@ -21,16 +21,6 @@ def identity(out):
     return out
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    net = UNet(7, 4, **SIZES["tiny"]).eval().requires_grad_(False)
-    for p in net.parameters():
-        p.copy_(p + 0.05 * torch.randn_like(p))  # the head is zero in a new network
-    return Model(net, Codec(bits=4), D, 16, dict(steps=2, guidance=1.0, sampler="ddpm", variance="large"),
-                 "mine", 0)
-
-
 def picture(width=40, height=30, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 

@@ -15,21 +15,8 @@ import eval as evaluation
 import sample
 from answers import segment as answers
 from answers.pictures import overlaid, overlay
-from answers.segment import Model, coco_segments, segment
-from bits import Codec
-from diffusion import Diffusion
+from answers.segment import coco_segments, segment
 from metrics import pairwise
-from model import SIZES, UNet
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    net = UNet(7, 4, **SIZES["tiny"]).eval().requires_grad_(False)
-    for p in net.parameters():
-        p.copy_(p + 0.05 * torch.randn_like(p))  # the head is zero in a new network
-    sampling = dict(steps=2, guidance=1.0, sampler="ddpm", variance="large")
-    return Model(net, Codec(bits=4), Diffusion(), 16, sampling, "mine", 0)
 
 
 @pytest.fixture
