@@ -177,8 +177,8 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
                   bits=4, log_every=50,  save_every=250,  eval_every=1250, smooth=0.2),
     "photo": dict(image_size=96,  batch_size=16, max_steps=100_000, lr=1e-3, warmup_steps=200,
                   decay_steps=50_000, ema=0.999,  weighting="uniform", logsnr_space=False, loss="bce",
-                  guidance=8.0, bits=6, log_every=100, save_every=500,  eval_every=5000, crop=0.5,
-                  hints=0.4, jitter=2.0, dropout=0.1, weight_decay=0.03, smooth=0.2, least=2, merge=1.0),
+                  guidance=16.0, bits=6, log_every=100, save_every=500,  eval_every=5000, crop=0.5,
+                  jitter=2.0, dropout=0.1, weight_decay=0.03, smooth=0.2, least=2, merge=1.0),
     # many small segments: finer maps and codes, closer crops; a cell of 100 pixels counts a tenth of a
     # background of 10,000, not a hundredth
     "crowded": dict(network="photo", image_size=128, batch_size=16, max_steps=2400, lr=1e-3, warmup_steps=50,

@@ -305,6 +305,8 @@ def test_init_widens_and_refuses_other_meanings(tmp_path, capsys):
     assert "4 more input channels at zero" in capsys.readouterr().out
     new = read(tmp_path / "new/ckpt.pt")["net"]["stem.weight"]
     assert torch.equal(new[:, :28], old["ema"]["stem.weight"]) and not new[:, 28:].any()
+    assert run(tmp_path, "no", 1, "--init", str(tmp_path / "new/ckpt.pt"), "--hints", "0") == 2
+    assert "--hints as it has them" in capsys.readouterr().err
     del old["diffusion"]["hints"]  # a checkpoint from before there were hints
     old["diffusion"]["self_condition"] = 0.5
     old["network"]["in_channels"] = 11

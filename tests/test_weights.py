@@ -1,6 +1,8 @@
 """The weights in the box: what is in the file, and that they segment."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 
 import sample
+import train
 from answers.segment import (
     SHIPPED,
     load_checkpoint,
@@ -60,3 +63,23 @@ def test_the_command_says_that_it_uses_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # no out/ here
     assert sample.main(["--n", "2", "a.png"]) == 0
     assert "come with this repository" in capsys.readouterr().out and Path("samples/a/answer.png").exists()
+
+
+def test_the_readmes_commands_start_from_them(tmp_path):
+    """Every `python train.py ... --init weights/photo.pt` of README and docs, one step on a small folder."""
+    texts = [(SHIPPED.parent.parent / name).read_text() for name in ("README.md", "docs/results.md")]
+    commands = [c for text in texts for c in re.findall(r"python train\.py ((?:\\\n|[^`\n])*)", text)
+                if "--init weights/photo.pt" in c]
+    assert len(commands) >= 4
+    for kind, value in (("images", 90), ("labels", 1)):
+        (tmp_path / "mine" / kind).mkdir(parents=True)
+        for k in range(4):
+            picture = Image.fromarray(np.full((16, 24), value + k, np.uint8))
+            picture.save(tmp_path / "mine" / kind / f"{k}.png")
+    quick = dict(dataset=tmp_path / "mine", init=SHIPPED, cache=tmp_path / "cache", max_steps=1, batch_size=1,
+                 eval_images=1, steps=1, eval_every=9, device="cpu")
+    for k, command in enumerate(commands):
+        words = shlex.split(command.replace("\\\n", " "), comments=True)
+        for key, value in {**quick, "out": tmp_path / f"run{k}"}.items():
+            words += [f"--{key}", str(value)]
+        assert train.main(words) == 0, command
