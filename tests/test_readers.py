@@ -1,6 +1,7 @@
 """Processes that make samples: the same batches, one sentence where one fails, and none that outlives its
 parent."""
 
+import contextlib
 import glob
 import multiprocessing
 import os
@@ -104,12 +105,13 @@ def test_a_failing_process_is_one_sentence(tmp_path, monkeypatch, capsys):
 
 @forks
 def test_a_killed_process_is_one_sentence():
-    source = batches(Shapes("train", 16), 0, 20, 3, 3)
-    next(source)
-    os.kill(multiprocessing.active_children()[1].pid, signal.SIGKILL)
-    with pytest.raises(Unread, match="was killed, perhaps for lack of memory: use fewer --workers"):
-        for _ in range(10):
-            next(source)
+    with contextlib.closing(batches(Shapes("train", 16), 0, 20, 3, 3)) as source:
+        next(source)
+        os.kill(multiprocessing.active_children()[1].pid, signal.SIGKILL)
+        until = time.time() + 30  # on a busy machine, a killed process ends late
+        with pytest.raises(Unread, match="was killed, perhaps for lack of memory: use fewer --workers"):
+            while time.time() < until:
+                next(source)
     assert not multiprocessing.active_children()
 
 
