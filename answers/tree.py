@@ -202,12 +202,17 @@ def groups(at, n):
     return csr_matrix((np.ones(len(at)), np.argsort(at, kind="stable"), ends), shape=(n, len(at)))
 
 
+def sums(at, n, values):
+    """The same for values of few columns: (n, F)."""
+    return np.stack([np.bincount(at, column, n) for column in values.T], axis=1)
+
+
 def collect(i, j, values, n):
     """Values (m, F) of pairs of groups, in either order -> the pairs that differ, i < j, once each, and their
     sums."""
     apart = i != j
     pair, at = np.unique((np.minimum(i, j) * n + np.maximum(i, j))[apart], return_inverse=True)
-    return pair // n, pair % n, groups(at, len(pair)) @ values[apart]
+    return pair // n, pair % n, sums(at, len(pair), values[apart])
 
 
 def neighbours(maps, values):
@@ -229,7 +234,7 @@ class Graph:
 
     def __init__(self, evidence, region):
         views, (h, w, looks) = evidence.views, evidence.looks.shape
-        samples, self.views = len(views[0].soft), len(views)
+        samples, self.bits, self.views = len(views[0].soft), views[0].soft.shape[-1], len(views)
         self.n, self.samples, self.codes = int(region.max()) + 1, samples, evidence.codes
         pixels = np.concatenate([np.ones((h * w, 1)), evidence.looks.reshape(h * w, looks)], axis=1)
         self.total = groups(region.ravel(), self.n) @ pixels  # (n, 1 + 28): area and sums
@@ -251,7 +256,7 @@ class Graph:
         self.a, self.b, self.sight = collect(*map(np.concatenate, zip(*sights)), len(self.part))
         i, j, steps = neighbours(region, evidence.steps)
         inside = i == j
-        self.inner = groups(i[inside], self.n) @ steps[inside]  # (n, 5): of pairs of pixels inside a region
+        self.inner = sums(i[inside], self.n, steps[inside])  # (n, 5): of pairs of pixels inside a region
         self.i, self.j, self.border = collect(i, j, steps, self.n)  # border (m, 5): of those between two
 
     def merge(self, to, n):
@@ -265,50 +270,56 @@ class Graph:
         self.a, self.b, self.sight = collect(at[self.a], at[self.b], self.sight, len(self.part))
         i, j = to[self.i], to[self.j]
         inside = i == j
-        self.inner = self.inner + groups(i[inside], n) @ self.border[inside]
+        self.inner = self.inner + sums(i[inside], n, self.border[inside])
         self.i, self.j, self.border = collect(i, j, self.border, n)
         self.n = n
 
-    def features(self):
-        """(m, 53) of the pairs."""
-        i, j = self.i, self.j
-        area = self.total[:, 0]
+    def features(self, of=slice(None)):
+        """(m, 53) of the pairs, or of some: a mask or a slice."""
+        i, j, area = self.i[of], self.j[of], self.total[:, 0]
+        seen, joined = self.sights(of)
+        parts, at = np.unique(np.concatenate([self.a[seen], self.b[seen]]), return_inverse=True)
+        a, b = np.split(at, 2)
         look = self.total[:, 1:] / area[:, None]
         apart = abs(look[i] - look[j])
         smaller = area[i] < area[j]
-        weight = self.seen[:, :1]
-        soft = (self.seen[:, 1:] / weight).reshape(len(weight), self.samples, -1)
-        share = (self.count / weight).reshape(len(weight), self.samples, self.codes)
+        weight = self.seen[parts, :1]
+        soft = (self.seen[parts, 1:] / weight).reshape(len(parts), self.samples, self.bits)
+        share = (self.count[parts] / weight).reshape(len(parts), self.samples, self.codes)
         pure = (share**2).sum(2)  # (parts, samples): the chance that two pixels of a part have one code
-        bits, together, pure_i, pure_j, alike = self.over_sights(
-            np.minimum(abs(soft[self.a] - soft[self.b]).sum(2) / 2, 2),
-            together := np.einsum("msk,msk->ms", share[self.a], share[self.b]),  # the same, one in each
-            pure[self.a], pure[self.b], together / np.sqrt(pure[self.a] * pure[self.b]).clip(1e-6))
-        together, same, pure_i, pure_j = (v.mean(1) for v in (together, alike, pure_i, pure_j))
+        together = np.einsum("msk,msk->ms", share[a], share[b])  # the same, one in each
+        alike = together / np.sqrt(pure[a] * pure[b]).clip(1e-6)
+        bits = np.minimum(abs(soft[a] - soft[b]).sum(2) / 2, 2)
+        bits, alike = joined @ bits, joined @ alike
+        together, pure_i, pure_j = ((joined @ v).mean(1) for v in (together, pure[a], pure[b]))
+        same = alike.mean(1)
         inner = self.inner[:, 1:] / self.inner[:, :1].clip(1)
         small, large = np.where(smaller, i, j), np.where(smaller, j, i)
-        length = self.border[:, 0]
+        border = self.border[of]
+        length = border[:, 0]
         sizes = [length / np.sqrt(area[small]), area[large] / area.sum(), area[small] / area.sum()]
         samples = [bits.mean(1), bits.min(1), together, np.log(together + 0.02), same, np.log(same + 0.02),
                    (alike > 0.5).mean(1), *np.where(smaller, (pure_i, pure_j), (pure_j, pure_i))]
         return np.concatenate([np.linalg.norm(apart[:, :3], axis=1)[:, None], apart,
                                np.stack(samples, axis=1),
-                               self.border[:, 1:] / length[:, None], inner[small], inner[large],
+                               border[:, 1:] / length[:, None], inner[small], inner[large],
                                np.log(np.stack(sizes, axis=1))], axis=1)
 
-
-    def over_sights(self, *values):
-        """Values (sights, samples) -> of each pair (m, samples), weighted by how well each sight sees it."""
-        if self.views == 1:  # the sights are the pairs
-            return values
+    def sights(self, of):
+        """Of the sights, those of some pairs, and a matrix: its product with values (sights, F) is their mean
+        of each pair, weighted by how well each sight sees it."""
         i, j = self.part[self.a] // self.views, self.part[self.b] // self.views
         pair = np.searchsorted(self.i * self.n + self.j, i * self.n + j)
+        chosen = np.zeros(len(self.i), bool)
+        chosen[of] = True
+        seen = np.flatnonzero(chosen[pair])
+        i, j, pair = i[seen], j[seen], (np.cumsum(chosen) - 1)[pair[seen]]
         small = np.where(self.total[i, 0] < self.total[j, 0], i, j)
-        held = np.where(small == i, self.seen[self.a, 0], self.seen[self.b, 0])
-        weight = self.sight * (held / self.total[small, 0])[:, None]
-        joined = groups(pair, len(self.i))
-        weight /= (joined @ weight)[pair]
-        return [joined @ (weight * v) for v in values]
+        held = self.seen[np.where(small == i, self.a[seen], self.b[seen]), 0]
+        joined = groups(pair, chosen.sum())
+        joined.data = (self.sight[seen, 0] * held / self.total[small, 0])[joined.indices]
+        joined.data /= (joined @ np.ones(len(seen)))[pair[joined.indices]]
+        return seen, joined
 
 
 # the column of `features` that is the share of samples that put both together, as far as regions are pure
@@ -393,17 +404,19 @@ def grow(evidence, net=None, hints=None, least=0, watch=None):
     graph = Graph(evidence, region)
     node, children, odds, height = np.arange(graph.n), [], [], []
     high = np.full(2 * graph.n, np.inf)  # of every node
-    score, leaves, home = None, graph.n, np.arange(graph.n)
+    score, leaves, home = np.zeros(len(graph.i)), graph.n, np.arange(graph.n)
+    new = np.ones(graph.n, bool)  # regions whose pairs have no score yet
     for level in (*LEVELS, -np.inf):
         while len(graph.i):
             i, j = graph.i, graph.j
-            if score is None:
-                features = graph.features()
+            if new.any():
                 if watch:
-                    watch(home[region], features, i, j)
-                score = log_odds(features, net)
+                    watch(home[region], graph.features(), i, j)
+                of = new[i] | new[j]
+                score[of] = log_odds(graph.features(of), net)
                 if least:
-                    score = score + 10.0 * (np.minimum(graph.total[i, 0], graph.total[j, 0]) < least)
+                    score[of] += 10.0 * (np.minimum(graph.total[i, 0], graph.total[j, 0])[of] < least)
+                new[:] = False
                 best = np.full(graph.n, -np.inf)
                 np.maximum.at(best, i, score)
                 np.maximum.at(best, j, score)
@@ -421,9 +434,12 @@ def grow(evidence, net=None, hints=None, least=0, watch=None):
                 odds.append(score[k])
             if len(pick) == 0:
                 break
-            kept, to = np.unique(to, return_inverse=True)
-            node, home, score = node[kept], to[home], None
+            kept, to, size = np.unique(to, return_inverse=True, return_counts=True)
+            node, home, new = node[kept], to[home], size > 1
+            old = score[~(new[to[i]] | new[to[j]])]
             graph.merge(to, len(kept))
+            score = np.zeros(len(graph.i))
+            score[~(new[graph.i] | new[graph.j])] = old  # `to` keeps the order of the others
     return Tree(region, np.array(children, int).reshape(-1, 2), np.array(odds), np.array(height))
 
 
