@@ -1,22 +1,26 @@
 """Learn from people's segmentations which regions belong together: the small network behind the odds of
 tree.py.
 
-    # 800 crops: a quarter of an hour
-    python -m answers.fit_tree --ckpt weights/photo.pt --dataset PATH --out tree.npz
+    # 800 crops: half an hour
+    python -m answers.fit_tree --ckpt out/photos-photo/ckpt.pt --dataset photos
     python -m answers.fit_tree --ckpt weights/photo.pt --dataset photos:3,streets:1:ignore --out tree.npz
 
-Samples of the checkpoint for random crops of the training images become trees: once by a plain measure, once
-by a first network's odds. For every two regions that touch on the way, the target is the share of pairs of
-pixels, one in each, that the annotators put together. Then simulated users click: for every leaf and every
-hint, the target is the share of the leaf in what the hint means (claims.py). No set has more than a third of
-the weight. Sets differ in how finely people cut; the network of the pairs is told which set it sees, and in
-the end it answers as for the first. Sets must be labelled everywhere, or else say `ignore`. To use the file:
-tree.LEARNT.
+Samples of the checkpoint for random crops of the training images, every second one seen through tiles as
+well, become trees: once by a plain measure, once by a first network's odds. For every two regions that touch
+on the way, the target is the share of pairs of pixels, one in each, that the annotators put together. Then
+simulated users click: for every leaf and every hint, the target is the share of the leaf in what the hint
+means (claims.py). No set has more than a third of the weight. Sets differ in how finely people cut; the
+network of the pairs is told which set it sees, and in the end it answers as for the first. Sets must be
+labelled everywhere, or else say `ignore`. The file that is used is the tree.npz beside a checkpoint, or else
+the one in weights/.
 """
 
 import argparse
 import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,19 +34,19 @@ import metrics
 from answers import tree
 from answers.claims import features, first_owner, leaves_of
 from answers.scoring import own_maps
-from answers.segment import denoise, load_checkpoint, newest_checkpoint, prepare
+from answers.segment import denoise, evidence_of, load_checkpoint, newest_checkpoint, prepare, tiles_of
 from data import originals, parse_parts
 from engine import pick_device
-from frame import fitted, subsample
+from frame import subsample
 from sources.formats import read_image
 
 WIDTH, STEPS, LR = 48, 3000, 5e-3  # of the small networks and their training
 MOST = 1 / 3  # of the weight, for any one set
 
 
-def crops(items, count, size, own, seed):
-    """(PIL image, all annotators' maps (m, h, w) at the network's size) of `count` random crops of a set's
-    items, half of them mirrored; the first of each image is all of it. own: dict(unlabelled, components)."""
+def crops(items, count, own, seed):
+    """(PIL image, all annotators' maps (m, H, W)) of `count` random crops of a set's items, half of them
+    mirrored; the first of each image is all of it. own: dict(unlabelled, components)."""
     order = np.random.default_rng(seed).permutation(len(items))
     for c in range(count):
         item, r = items[order[c % len(items)]], np.random.default_rng([*seed, c])
@@ -55,7 +59,24 @@ def crops(items, count, size, own, seed):
         part, labels = image.crop((x, y, x + w, y + h)), maps[:, y : y + h, x : x + w]
         if r.random() < 0.5:
             part, labels = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT), labels.flip(2)
-        yield part, subsample(labels, *fitted(w, h, size)[::-1])
+        yield part, labels
+
+
+@dataclass
+class Crop:
+    """A crop of set number `set` that was sampled n times: what people drew, and evidence(slice), of some of
+    its samples (tree.Evidence)."""
+
+    set: int
+    maps: np.ndarray  # (m, h, w), -1 = unlabelled
+    evidence: Callable
+    n: int
+
+    def some(self, rng):
+        """Evidence of one of its samples, of two, or of all."""
+        k = min(self.n, rng.choice([1, 2, self.n]))
+        first = rng.integers(self.n - k + 1)
+        return self.evidence(slice(first, first + k))
 
 
 def clicks(labels, rng):
@@ -86,13 +107,12 @@ def clicks(labels, rng):
 def region_pairs(drawn, net, rng, share):
     """Pairs of regions met while trees grow: (m, 53) features, (m,) targets and (m,) number of the set.
 
-    drawn: [(set, image, maps, soft, cells, codes)]; share: of the pairs that are kept, at random.
+    drawn: [Crop]; share: of the pairs that are kept, at random.
     """
     pairs, targets, of = [], [], []
-    for number, image, maps, soft, cells, codes in drawn:
-        some = rng.permutation(len(soft))[: rng.choice([1, 2, len(soft)])]
-        known = [v >= 0 for v in maps]
-        ids = [np.unique(v[k], return_inverse=True) if k.any() else None for v, k in zip(maps, known)]
+    for crop in drawn:
+        known = [v >= 0 for v in crop.maps]
+        ids = [np.unique(v[k], return_inverse=True) if k.any() else None for v, k in zip(crop.maps, known)]
 
         def watch(region, features, i, j):
             together, counted, n = np.zeros(len(i)), np.zeros(len(i)), region.max() + 1
@@ -109,9 +129,9 @@ def region_pairs(drawn, net, rng, share):
             use = (counted > 0) & (rng.random(len(i)) < share)
             pairs.append(features[use].astype(np.float32))
             targets.append((together[use] / counted[use]).astype(np.float32))
-            of.append(np.full(use.sum(), number))
+            of.append(np.full(use.sum(), crop.set))
 
-        tree.grow(tree.gather(image, soft[some], cells[some], codes), net, watch=watch)
+        tree.grow(crop.some(rng), net, watch=watch)
     if not sum(map(len, of)):
         raise ValueError("no two labelled regions touch in any image: there is nothing to learn from")
     return np.concatenate(pairs), np.concatenate(targets), np.concatenate(of)
@@ -121,11 +141,10 @@ def hinted_leaves(drawn, net, rng, times=2):
     """Leaves of trees beside simulated hints: [(features (n, K, 49), the share (n, K) of each leaf in what
     each hint means, area (n,), number of the set)]."""
     out = []
-    for number, image, maps, soft, cells, codes in drawn:
-        some = rng.permutation(len(soft))[: rng.choice([1, 2, len(soft)])]
-        evidence = tree.gather(image, soft[some], cells[some], codes)
+    for crop in drawn:
+        evidence = crop.some(rng)
         for _ in range(times):
-            labels = maps[rng.integers(len(maps))]
+            labels = crop.maps[rng.integers(len(crop.maps))]
             hints, meant = clicks(labels, rng)
             if not len(meant):
                 continue
@@ -136,7 +155,7 @@ def hinted_leaves(drawn, net, rng, times=2):
             use = (leaves.held == 0) & (known > 0)
             x = features(leaves, first_owner(leaves))[use].astype(np.float32)
             out.append((x, (inside / known.clip(1)[:, None])[use].astype(np.float32),
-                        leaves.area[use] / leaves.area.sum(), number))
+                        leaves.area[use] / leaves.area.sum(), crop.set))
     return out
 
 
@@ -235,14 +254,14 @@ def fit_confidence(drawn, net):
     """How `tree.confidence` weighs what it sees: (4,), by logistic regression on the share of annotators who
     have a segment with IoU above one half, of the maps at every grain."""
     seen, hits = [], []
-    for _, image, maps, soft, cells, codes in drawn:
-        evidence = tree.gather(image, soft, cells, codes)
+    for crop in drawn:
+        evidence = crop.evidence(slice(None))
         grown = tree.grow(evidence, net)
         for grain in tree.GRAINS:
             labels = grown.cut(grain)
             inside, outside, share = tree.sureness(evidence, grown, labels, net)
-            table = metrics.contingency(torch.from_numpy(labels).long().expand(len(maps), -1, -1),
-                                        torch.from_numpy(maps))
+            maps = torch.from_numpy(crop.maps)
+            table = metrics.contingency(torch.from_numpy(labels).long().expand(len(maps), -1, -1), maps)
             hits.append((metrics.iou_matrix(table).amax(2) > 0.5).double().mean(0)[: len(share)])
             seen.append(torch.from_numpy(tree.confidence_features(inside, outside, share).T))
     x, y = torch.cat(seen), torch.cat(hits)
@@ -267,9 +286,10 @@ def main(argv=None):
     p.add_argument("--unlabelled", default="segment", choices=("segment", "ignore"),
                    help="id 0, where a set does not say :ignore")
     p.add_argument("--ckpt", help="default: the newest under out/, else the weights in the box")
-    p.add_argument("--out", default="tree.npz", help="the file to write")
+    p.add_argument("--out", help="the file to write (default: tree.npz beside the checkpoint)")
     p.add_argument("--crops", type=int, default=800, help="of all images; the first of each is all of it")
     p.add_argument("--n", type=int, default=4, help="samples of each crop")
+    p.add_argument("--tiles", type=tiles_of, default=2, help="tiles a side of every second crop; 1: none")
     p.add_argument("--limit", type=int, help="at most so many images of each set")
     p.add_argument("--batch", type=int, default=8, help="samples at once")
     p.add_argument("--seed", type=int, default=0)
@@ -278,9 +298,11 @@ def main(argv=None):
     try:
         if min(a.crops, a.n, a.batch) < 1 or a.seed < 0:
             raise ValueError("--crops, --n and --batch must be 1 or more, --seed 0 or more")
+        ckpt = a.ckpt or newest_checkpoint()
+        a.out = a.out or Path(ckpt).with_name("tree.npz")
         if Path(a.out).exists():
             raise ValueError(f"{a.out} exists and is not overwritten: choose another --out, or remove it")
-        model = load_checkpoint(a.ckpt or newest_checkpoint(), pick_device(a.device))
+        model = load_checkpoint(ckpt, pick_device(a.device))
         if not model.codec.has_bits:
             raise ValueError(f"trees are fitted to samples of the encoding bits, not {model.codec.encoding}")
         sets = parse_parts(a.dataset)
@@ -302,19 +324,16 @@ def main(argv=None):
 
 def fit_sets(model, sets, a):
     """Draw, grow, fit, grow again by what was learnt, fit again: {name: array}."""
-    jobs, truth = [], []
+    jobs, drawn = [], []
     whole = sum(weight for _, weight, _ in sets)
     for s, (items, weight, own) in enumerate(sets):
-        for image, maps in crops(items, math.ceil(a.crops * weight / whole), model.image_size, own,
-                                 (a.seed, s)):
-            jobs.append(prepare(image, model, seed=a.seed + len(jobs) * 1000))
-            truth.append((s, maps.numpy()))
-    drawn = []
-    for job in tqdm(denoise(jobs, model, a.n, a.batch), "sampling", len(jobs), leave=False):
-        x = torch.stack(job.x_hat).clamp(-1, 1)
-        s, maps = truth[len(drawn)]
-        drawn.append((s, job.photo, maps, x.permute(0, 2, 3, 1).numpy(),
-                      model.codec.decode(x).numpy(), model.codec.classes))
+        for image, maps in crops(items, math.ceil(a.crops * weight / whole), own, (a.seed, s)):
+            job = prepare(image, model, seed=a.seed + len(jobs) * 1000, tiles=a.tiles if len(jobs) % 2 else 1)
+            h, w, _ = replace(job, tiles=sum(job.closer, [])).scene.shape
+            jobs.append(job)
+            drawn.append(Crop(s, subsample(maps, h, w).numpy(), partial(evidence_of, job, model.codec), a.n))
+    for _ in tqdm(denoise(jobs, model, a.n, a.batch), "sampling", len(jobs), leave=False):
+        pass
     return fit_all(drawn, a.seed)
 
 

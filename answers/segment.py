@@ -58,6 +58,7 @@ class Model:
     # above 0: every sample and all together are trees by the learnt odds, cut where the odds that people part
     # two regions reach `merge` (1: the usual); least: regions of fewer pixels are joined first
     tidy: dict = field(default_factory=lambda: dict(least=0, merge=0.0))
+    odds: Path = tree.LEARNT  # the file of learnt odds
     graphs: dict = field(default_factory=dict)  # of `sampled`, on CUDA
 
     @property
@@ -78,8 +79,9 @@ def read_checkpoint(path, device="cpu"):
 
 
 def load_checkpoint(path, device="cpu", raw=False):
-    """The EMA network of a checkpoint, or the network itself (raw), ready to sample from. Raises ValueError
-    naming the file, RuntimeError as `diffusion.kernel_options`."""
+    """The EMA network of a checkpoint, or the network itself (raw), ready to sample from; its samples are
+    joined by the odds in the tree.npz beside it, if there is one. Raises ValueError naming the file,
+    RuntimeError as `diffusion.kernel_options`."""
     c = read_checkpoint(path, device)
     if lacks := {"network", "ema", "codec", "diffusion", "image_size", "sampling", "dataset",
                  "step"} - c.keys():
@@ -115,13 +117,15 @@ def load_checkpoint(path, device="cpu", raw=False):
         net = net.to(device, dtype).eval().requires_grad_(False)
         model = Model(net, codec, diffusion, c["image_size"],
                       {"smooth": 0.0, **c["sampling"]}, c["dataset"], c["step"],
-                      {"least": 0, "merge": 0.0, **c.get("tidy", {})})
+                      {"least": 0, "merge": 0.0, **c.get("tidy", {})},
+                      beside if (beside := Path(path).with_name("tree.npz")).exists() else tree.LEARNT)
     except Exception as e:  # of whatever kind, for whatever lies in it
         known = {ValueError: str(e), RuntimeError: "its weights do not fit its network"}
         why = known.get(type(e), "entries of a wrong kind")
         raise ValueError(f"{path}: no checkpoint that this version can use: {why}") from None
-    # now, not in the midst of sampling: raises where kernels were forced that cannot run
+    # now, not in the midst of sampling: raise where kernels were forced that cannot run, or odds are damaged
     kernel_options(model.codec, device)
+    odds_of(model)
     return model
 
 
@@ -492,7 +496,7 @@ def odds_of(model):
     """By what the regions of this model's samples join: the learnt network (None: by the samples alone), and
     the offset of its cuts in log odds, which lets the samples alone join what most of them do."""
     merge = model.tidy["merge"]
-    return (tree.learnt(), -np.log(merge)) if merge else (None, -tree.GRAINS["normal"])
+    return (tree.learnt(model.odds), -np.log(merge)) if merge else (None, -tree.GRAINS["normal"])
 
 
 def joined(evidence, model, grain="normal", hints=None, closed=False):

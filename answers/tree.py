@@ -16,6 +16,7 @@ fitted by fit_tree.py to people's segmentations.
 """
 
 import functools
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -328,13 +329,17 @@ SAME = 33
 
 @functools.cache
 def learnt(path=LEARNT):
-    """The network in a file of fit_tree.py: {name: array}. Raises ValueError where there is none."""
+    """The networks in a file of fit_tree.py: {name: array}. Raises ValueError where there are none."""
     try:
         with np.load(path, allow_pickle=False) as f:
-            return {name: f[name].astype(np.float64) for name in f.files}
-    except (OSError, KeyError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read ({e}): "
-                         f"restore it from the repository, or use --merge 0") from None
+            net = {name: f[name].astype(np.float64) for name in f.files}
+        for name, inputs in (("", 53), ("hint_", 49)):
+            perceptron(np.zeros((1, inputs)), net, name)
+        net["confidence"].reshape(4)
+    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{path} cannot be read ({e}): fit it anew (python -m answers.fit_tree), or restore "
+                         f"it from the repository, or use --merge 0") from None
+    return net
 
 
 def perceptron(x, net, name=""):

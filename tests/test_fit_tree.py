@@ -7,7 +7,7 @@ from PIL import Image
 
 import engine
 from answers import fit_tree, tree
-from frame import fitted
+from answers.segment import load_checkpoint
 from model import SIZES, UNet
 from sources.formats import Item
 
@@ -21,7 +21,8 @@ def test_targets_are_shares_of_pairs_of_pixels_and_unlabelled_ones_never_count(m
     features = rng.normal(0, 1, (6, 53))
     monkeypatch.setattr(fit_tree.tree, "grow", lambda evidence, net, watch: watch(region, features, i, j))
     soft = np.zeros((2, 9, 7, 2))
-    drawn = [(4, np.zeros((9, 7, 3), np.uint8), maps, soft, soft[..., 0].astype(int), 4)]
+    evidence = tree.gather(np.zeros((9, 7, 3), np.uint8), soft, soft[..., 0].astype(int), 4)
+    drawn = [fit_tree.Crop(4, maps, lambda samples: evidence, 2)]
     pairs, targets, of = fit_tree.region_pairs(drawn, None, np.random.default_rng(0), 1.1)
     rows = []
     for k, (a, b) in enumerate(zip(i, j)):
@@ -86,7 +87,8 @@ def test_leaves_beside_hints(monkeypatch):
         return seen[-1][0]
 
     monkeypatch.setattr(fit_tree.tree, "grow", watched)
-    drawn = [(3, image, labels[None], soft, ((soft > 0) * [1, 2]).sum(-1), 4)]
+    cells = ((soft > 0) * [1, 2]).sum(-1)
+    drawn = [fit_tree.Crop(3, labels[None], lambda s: tree.gather(image, soft[s], cells[s], 4), 2)]
     rows = fit_tree.hinted_leaves(drawn, None, rng, times=6)
     assert len(rows) == len(seen) == 6
     for (x, target, area, number), (grown, hints) in zip(rows, seen):
@@ -116,7 +118,7 @@ def test_crops_of_a_set(tmp_path):
                 k,
             )
         )
-    drawn = list(fit_tree.crops(items, 6, 16, dict(unlabelled="ignore", components=False), (0, 1)))
+    drawn = list(fit_tree.crops(items, 6, dict(unlabelled="ignore", components=False), (0, 1)))
     value = [int(np.array(image)[0, 0, 0]) - 100 for image, _ in drawn]
     assert sorted(value) == [0, 0, 0, 1, 1, 1] and value[0] != value[1]
     assert [image.size == (32, 24) for image, _ in drawn] == [
@@ -128,7 +130,7 @@ def test_crops_of_a_set(tmp_path):
         False,
     ]  # all of it first
     for k, (image, maps) in zip(value, drawn):
-        assert maps.shape == (1, *fitted(*image.size, 16)[::-1]) and set(maps.unique().tolist()) <= {
+        assert maps.shape == (1, *image.size[::-1]) and set(maps.unique().tolist()) <= {
             k + 1,
             -1,
         }
@@ -180,12 +182,12 @@ def test_it_learns_colours_from_a_folder(folder, capsys, monkeypatch):
         "12",
         "--n",
         "2",
-        "--out",
-        str(out),
         "--device",
         "cpu",
     ]
-    assert fit_tree.main(words) == 0
+    assert load_checkpoint(folder / "ckpt.pt").odds == tree.LEARNT
+    assert fit_tree.main(words) == 0  # beside the checkpoint
+    assert load_checkpoint(folder / "ckpt.pt").odds == out
     losses = [
         float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "cross entropy" in line
     ]

@@ -11,6 +11,7 @@ from scipy.ndimage import gaussian_filter
 from answers import tree
 from answers.tree import (
     GRAINS,
+    LEARNT,
     LEVELS,
     Graph,
     confidence,
@@ -244,7 +245,14 @@ def test_the_networks_are_what_torch_computes(name, inputs):
 
 def test_a_lost_file_is_named(tmp_path):
     (tmp_path / "b.npz").write_bytes(b"nothing")
-    for name in ("a.npz", "b.npz"):
+    whole = LEARNT.read_bytes()
+    (tmp_path / "c.npz").write_bytes(whole[: len(whole) // 2])
+    np.savez(tmp_path / "d.npz", **{**learnt(), "w1": np.zeros((48, 52))})
+    np.save(tmp_path / "e.npy", np.zeros(3))
+    (tmp_path / "e.npy").rename(tmp_path / "e.npz")
+    (tmp_path / "f.npz").write_bytes(b"")
+    np.savez(tmp_path / "g.npz", **{k: v for k, v in learnt().items() if k != "confidence"})
+    for name in ("a.npz", "b.npz", "c.npz", "d.npz", "e.npz", "f.npz", "g.npz"):
         with pytest.raises(ValueError, match=f"{name} cannot be read"):
             learnt(tmp_path / name)
 
