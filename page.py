@@ -27,6 +27,7 @@ def options(argv=None):
     p.add_argument("--no_browser", action="store_true", help="print the address, and open no browser")
     p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--tiles", default="1", help="also look closer at T x T tiles, as sample.py does; or auto")
     p.error = lambda message: p.exit(2, f"page.py: {message}\n")
     return p.parse_args(argv)
 
@@ -68,11 +69,11 @@ class Photo:
 class Desk:
     """The last PHOTOS photos. `work` samples one at a time; the methods after `sample` answer requests."""
 
-    def __init__(self, model, ckpt, folder):
-        self.model, self.ckpt, self.folder, self.photos = model, ckpt, Path(folder), {}
+    def __init__(self, model, ckpt, folder, tiles):
+        self.model, self.ckpt, self.folder, self.tiles, self.photos = model, ckpt, Path(folder), tiles, {}
         self.news, self.turn, self.slow = threading.Condition(), threading.Lock(), threading.Lock()
-        on_cpu = next(model.net.parameters()).device.type == "cpu"
-        self.threads = Threads() if on_cpu else lambda: ""
+        self.on_cpu = next(model.net.parameters()).device.type == "cpu"
+        self.threads = Threads() if self.on_cpu else lambda: ""
 
     def tell(self, photo, **news):
         with self.news:
@@ -93,20 +94,19 @@ class Desk:
                     self.tell(photo, done=strokes, error=f"this photo could not be sampled: {e}")
 
     def sample(self, photo, strokes):
-        """FIRST samples, then the others; on a GPU, whose rounding depends on the batch, all at once."""
+        """FIRST samples, then the rest; on a GPU, whose rounding depends on the batch, all at once."""
         def step(*_):
             self.threads()
             with self.turn:
                 if photo.asked is not strokes or photo.file.name not in self.photos:
                     raise InterruptedError  # nobody asks for these samples any more
 
-        job = segment.prepare(read_image(photo.file), self.model, strokes_map(strokes, photo.size), seed=SEED)
-        for most in (FIRST, N) if next(self.model.net.parameters()).device.type == "cpu" else (N,):
-            part = replace(job, x_hat=[], seed=SEED + len(job.x_hat))
-            next(segment.denoise([part], self.model, most - len(job.x_hat), callback=step))
-            job = replace(job, x_hat=job.x_hat + part.x_hat, hints=None)
-            result, done = segment.summarise(job, photo.view, self.model), strokes if most == N else None
-            self.tell(photo, job=job, result=result, done=done, error="")
+        job = segment.prepare(read_image(photo.file), self.model, strokes_map(strokes, photo.size), seed=SEED,
+                              tiles=self.tiles)
+        for part, n in ((replace(job, closer=[]), FIRST), (job, N))[not self.on_cpu :]:
+            part = replace(next(segment.denoise([part], self.model, n, callback=step)).first(n), hints=None)
+            result, done = segment.summarise(part, photo.view, self.model), strokes if part.done(N) else None
+            self.tell(photo, job=part, result=result, done=done, error="")
 
     def open(self, data, name="this file"):
         """The bytes of an image file; the oldest photo goes."""
@@ -162,14 +162,14 @@ class Desk:
         p, grain = self.photos[photo], grain_of(grain)
         if self.model.diffusion.hints and p.done != strokes:
             raise ValueError("the samples that see these clicks are not there yet: wait a moment")
-        hints, job = strokes_map(strokes, p.size), replace(p.job, x_hat=p.job.x_hat[:n])
-        out = self.folder / "a"
+        hints, out = strokes_map(strokes, p.size), self.folder / "a"
         with self.slow:
-            result, image = segment.summarise(job, p.view, self.model, grain), read_image(p.file)
-            one = replace(result, image=image).cut(grain, hints, closed)
+            result = segment.summarise(p.job.first(n), p.view, self.model, grain)
+            one = replace(result, image=(image := read_image(p.file))).cut(grain, hints, closed)
             if kind == "coco":
                 about = dict(id=1, file_name=name[:200], width=image.width, height=image.height)
-                info = dict(software=MARK, checkpoint=self.ckpt, n=n, seed=SEED, grain=grain, closed=closed)
+                info = dict(software=MARK, checkpoint=self.ckpt, n=n, seed=SEED, grain=grain, closed=closed,
+                            tiles=self.tiles)
                 save_json(out, info, [about], one.segments, {}, borders=one.borders)
             elif kind == "overlay":
                 save(overlaid(image, one.labels, one.side), out)
@@ -227,7 +227,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory(prefix="bitseg-", ignore_cleanup_errors=True) as folder:
         try:
             device, ckpt = pick_device(a.device), a.ckpt or segment.newest_checkpoint()
-            desk = Desk(segment.load_checkpoint(ckpt, device), str(ckpt), folder)
+            desk = Desk(segment.load_checkpoint(ckpt, device), str(ckpt), folder, segment.tiles_of(a.tiles))
             first = a.photo and dict(desk.open(Path(a.photo).read_bytes(), a.photo), name=Path(a.photo).name)
             server = ThreadingHTTPServer(("127.0.0.1", a.port), Handler)
         except OSError as e:
@@ -235,7 +235,7 @@ def main(argv=None):
         except (ValueError, RuntimeError, OverflowError) as e:
             fail(e)
         server.desk, server.config = desk, dict(
-            token=secrets.token_hex(16), first=first, ckpt=a.ckpt, seed=SEED, upload=UPLOAD)
+            token=secrets.token_hex(16), first=first, ckpt=a.ckpt, seed=SEED, upload=UPLOAD, tiles=a.tiles)
         threading.Thread(target=desk.work, daemon=True).start()
         print(url := f"http://127.0.0.1:{server.server_port}/", f"on {device}; Ctrl-C ends it", flush=True)
         try:

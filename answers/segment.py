@@ -192,7 +192,7 @@ class Job:
 
     def done(self, n):
         """Whether all n samples are there."""
-        return self.tiles is not None and all(len(job.x_hat) == n for job in (self, *self.tiles))
+        return self.tiles is not None and all(len(job.x_hat) >= n for job in (self, *self.tiles))
 
     def first(self, n):
         """The same with its first n samples, or with as many as all its tiles have; without tiles where one
@@ -401,7 +401,8 @@ def sampled(model, given, callback=None, **options):
 
 
 def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **sampling):
-    """The jobs of an iterable, each with n samples, in order; a batch holds samples of several images.
+    """The jobs of an iterable, each with n samples, in order; a batch holds samples of several images. A job
+    keeps the samples that it has already.
 
     batch: samples at once (default 64; on a CPU 4 in bfloat16, else 1: its float32 rounds otherwise in every
     batch, its bfloat16 does not); halved when the device's memory is not enough.
@@ -439,18 +440,25 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **samplin
             return run(part[half:])
         for job, one in zip(some, x_hat):
             job.x_hat.append(one[:, : job.size[0], : job.size[1]])
-            if len(job.x_hat) == n and job.tiles is None:
-                job.tiles = chosen(job, model)
-                queue.extend((tile, tile.seed + j) for j in range(n) for tile in job.tiles)
+            if len(job.x_hat) == n:
+                look_closer(job)
+
+    def look_closer(job):
+        """Ask for the samples of its tiles, now that its own are there."""
+        job.tiles = chosen(job, model) if job.tiles is None else job.tiles
+        queue.extend((tile, tile.seed + j) for j in range(n) for tile in job.tiles if j >= len(tile.x_hat))
 
     queue, waiting, jobs = deque(), deque(), iter(jobs)
     while True:
         while len(queue) < batch and (job := next(jobs, None)):
             waiting.append(job)
-            queue.extend((job, job.seed + j) for j in range(n))
-        if not queue:
+            queue.extend((job, job.seed + j) for j in range(len(job.x_hat), n))
+            if len(job.x_hat) >= n:
+                look_closer(job)
+        if not waiting:
             return
-        run([queue.popleft() for _ in range(min(batch, len(queue)))])
+        if queue:
+            run([queue.popleft() for _ in range(min(batch, len(queue)))])
         while waiting and waiting[0].done(n):
             yield waiting.popleft()
 

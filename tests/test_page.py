@@ -537,9 +537,9 @@ def test_keyboard_alone(browser, server, tmp_path):
 
 
 @in_browser
-@pytest.mark.parametrize("share", ["0", "0.5"])  # of the network's samples that saw hints
-def test_what_is_saved_is_repeated_by_the_command_shown(browser, tmp_path, monkeypatch, share):
-    server = Server("--ckpt", trained(tmp_path / "run", "--hints", share))
+@pytest.mark.parametrize("share, tiles", [("0", "1"), ("0.5", "2")])  # share of training that saw hints
+def test_what_is_saved_is_repeated_by_the_command_shown(browser, tmp_path, monkeypatch, share, tiles):
+    server = Server("--ckpt", trained(tmp_path / "run", "--hints", share), "--tiles", tiles)
     shutil.rmtree(browser.folder / "saved", ignore_errors=True)
     tab = opened(browser, server, tmp_path)
     tab.click(0.2, 0.2)

@@ -116,6 +116,19 @@ def test_off_is_as_before_and_seeds_are_of_each_samples_own(by_grey):
     assert alike(one.cells[0], again.cells[1]) == 1
 
 
+def test_a_job_keeps_its_samples_and_gets_those_that_it_lacks(by_grey):
+    image, _ = crowd()
+    whole, job = (prepare(image, model_of(), seed=7, tiles=2) for _ in range(2))
+    (all_at_once,) = denoise([whole], model_of(), 3, 1)
+    first = replace(job, closer=[])  # the same list of samples
+    assert next(denoise([first], model_of(), 2, 1)) is first and first.done(2) and first.tiles == []
+    for n, made in ((2, 8), (3, 5), (3, 0), (1, 0)):
+        by_grey.clear()
+        assert next(denoise([job], model_of(), n, 1)) is job and job.done(n) and len(by_grey) == made
+    for a, b in zip((whole, *whole.tiles), (job, *job.tiles)):
+        assert len(a.x_hat) == len(b.x_hat) == 3 and all(map(torch.equal, a.x_hat, b.x_hat))
+
+
 def test_hints_reach_every_tile_that_they_lie_in(by_grey):
     image, _ = crowd()
     hints = hint_map(128, 128, "64,64; 10,10")
