@@ -2,6 +2,7 @@
 
     python train.py                           # tiny, on synthetic shapes: 3 minutes on 2 CPU cores
     python train.py --dataset path/to/folder  # small, on your images/ and labels/
+    python train.py --dataset path/to/folder --preset finetune  # from the weights in the box, on a laptop
     python train.py --dataset coco            # the paper's model, on COCO panoptic
 
     torchrun --nproc_per_node=8 train.py --preset paper-fast --dataset coco  # the same run, shared by 8 GPUs
@@ -47,7 +48,7 @@ from PIL import Image
 import data as datasets
 import kernels
 from answers.pictures import grid, overlay, side_of
-from answers.segment import Model, denoise, packed_job, placed, sample_map
+from answers.segment import SHIPPED, Model, denoise, packed_job, placed, sample_map
 from bits import Codec, finer_bits, hint_bits, paint, segment_counts
 from diffusion import (
     SAMPLERS,
@@ -179,6 +180,12 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
                   decay_steps=50_000, ema=0.999,  weighting="uniform", logsnr_space=False, loss="bce",
                   guidance=16.0, bits=6, log_every=100, save_every=500,  eval_every=5000, crop=0.5,
                   jitter=2.0, dropout=0.1, weight_decay=0.03, smooth=0.2, least=2, merge=1.0),
+    # from the weights in the box: your own images, on a laptop
+    "finetune": dict(network="photo", init=str(SHIPPED), image_size=96, batch_size=16, max_steps=1000,
+                     lr=5e-4, warmup_steps=50, decay_steps=900, ema=0.98, weighting="uniform",
+                     logsnr_space=False, loss="bce", steps=4, guidance=8.0, bits=6, log_every=20,
+                     save_every=100, eval_every=250, eval_images=64, crop=0.5, jitter=2.0, dropout=0.1,
+                     weight_decay=0.03, hints=0.4, smooth=0.2, least=2, merge=1.0),
     # many small segments: finer maps and codes, closer crops; a cell of 100 pixels counts a tenth of a
     # background of 10,000, not a hundredth
     "crowded": dict(network="photo", image_size=128, batch_size=16, max_steps=2400, lr=1e-3, warmup_steps=50,

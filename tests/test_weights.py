@@ -66,10 +66,10 @@ def test_the_command_says_that_it_uses_them(tmp_path, monkeypatch, capsys):
 
 
 def test_the_readmes_commands_start_from_them(tmp_path):
-    """Every `python train.py ... --init weights/photo.pt` of README and docs, one step on a small folder."""
+    """Every command of README and docs that starts from weights/photo.pt, one step on a small folder."""
     texts = [(SHIPPED.parent.parent / name).read_text() for name in ("README.md", "docs/results.md")]
     commands = [c for text in texts for c in re.findall(r"python train\.py ((?:\\\n|[^`\n])*)", text)
-                if "--init weights/photo.pt" in c]
+                if "--init weights/photo.pt" in c or "--preset finetune" in c]
     assert len(commands) >= 4
     for kind, value in (("images", 90), ("labels", 1)):
         (tmp_path / "mine" / kind).mkdir(parents=True)
