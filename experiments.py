@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 
-import data
 import eval as evaluation
 import train
 from engine import complaint, program
@@ -218,8 +217,7 @@ def main(argv=None):
             raise ValueError(f"--part is i/k with i from 1 to k, not {a.part}")
         if a.seeds < 1 or a.limit < 1:
             raise ValueError(f"--seeds and --limit are at least 1, not {a.seeds} and {a.limit}")
-        if len(data.names(a.dataset)) > 1:
-            raise ValueError(f"--dataset {a.dataset}: a mixture cannot be evaluated; train on one data set")
+        evaluation.check(evaluation.arguments(["--dataset", a.dataset]))
         names = list(EXPERIMENTS) if "all" in a.names else list(dict.fromkeys(a.names))
         tables = {name: [row for row in EXPERIMENTS[name]
                          if any(word in row[0] for word in a.rows.split(","))] for name in names}

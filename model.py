@@ -21,6 +21,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
+try:
+    import kernels  # GroupNorm and SiLU as one, on CUDA; this file works without the folder
+except ImportError:
+    kernels = None
+
 # patch: pixels are folded p x p into channels before the first layer and unfolded after the last (1 = the
 # paper).
 # mult: one entry a level; blocks: residual blocks a level (the decoder has one more); attn: how many of the
@@ -65,6 +70,13 @@ def position_features(height, width, octaves, device=None):
     return torch.cat([y.expand(-1, -1, width), x.expand(-1, height, -1)])[None]
 
 
+def normed(norm, x, act=True):
+    """A GroupNorm of x (B, C, H, W), then SiLU if act; by the kernel where kernels.norms says so."""
+    if kernels is not None and kernels.norms(x.device):
+        return kernels.norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, act)
+    return F.silu(norm(x)) if act else norm(x)
+
+
 class ResBlock(nn.Module):
     """GroupNorm -> SiLU -> conv -> + time -> GroupNorm -> SiLU -> dropout -> conv, plus a skip.
 
@@ -84,10 +96,10 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb):  # emb: SiLU already applied
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(normed(self.norm1, x))
         if self.emb is not None:
             h = h + self.emb(emb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(normed(self.norm2, h)))
         return self.skip(x) + h
 
 
@@ -103,7 +115,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         h, w = x.shape[-2:]
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b (n m c) h w -> n b m (h w) c", n=3, m=self.heads)
+        qkv = self.qkv(normed(self.norm, x, act=False))
+        q, k, v = rearrange(qkv, "b (n m c) h w -> n b m (h w) c", n=3, m=self.heads)
         y = attend(q, k, v)  # (B, heads, H*W, C/heads)
         return x + self.out(rearrange(y, "b m (h w) c -> b (m c) h w", h=h, w=w))
 
@@ -187,7 +200,8 @@ class UNet(nn.Module):
         if self.look is None:
             return h, None
         fine = self.look[:-4](F.pixel_shuffle(image, self.detail))  # all but the last halving
-        return h + self.look[-4:](fine), fine if self.finer else None
+        halve, norm, _, last = self.look[-4:]
+        return h + last(normed(norm, halve(fine))), fine if self.finer else None
 
     def forward(self, x, t, image_part=None):  # given: x is without the image
         if x.shape[-2] % self.multiple or x.shape[-1] % self.multiple:
@@ -219,7 +233,7 @@ class UNet(nn.Module):
             h = layer(h, emb)
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], dim=1), emb)
-        out = F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.patch)  # (B, out_channels, H, W)
+        out = F.pixel_shuffle(self.head(normed(self.norm, h)), self.patch)  # (B, out_channels, H, W)
         return out if self.finer is None else out + self.finer(h, x, image_part[1], emb)
 
 
@@ -256,7 +270,7 @@ class Finer(nn.Module):
     def forward(self, h, bits, image, emb):
         x = self.bits(F.pixel_unshuffle(bits, self.fold)) + self.image(image)  # (B, width, H/fold, W/fold)
         x = self.res(x + F.interpolate(self.below(h), scale_factor=2, mode="nearest"), emb)
-        return F.pixel_shuffle(self.head(F.silu(self.norm(x))), self.fold)
+        return F.pixel_shuffle(self.head(normed(self.norm, x)), self.fold)
 
 
 def looking(fold, width, groups):

@@ -1,5 +1,5 @@
 """Fused kernels for everything between a label map and the network's input, and between its output and the
-gradient.
+gradient; and for the network's normalisations.
 
     import kernels
     cells = kernels.locate(labels, side=8, dtype=torch.int8)                      # location-aware palette
@@ -7,11 +7,13 @@ gradient.
     loss = kernels.loss(net(x, t), cells, weight).mean()                          # differentiable
     xt = kernels.step(out, xt, alpha_t, sigma_t, a, b, c, guidance=1.0, seeds=seeds)  # of the sampler
     xt = kernels.average(xt, rows, columns)                                       # within an image's edges
+    h = kernels.norm(h, gain, bias, groups=3)                                     # GroupNorm and SiLU
 
 This file is the only door. The functions need Triton and run on CUDA; where Triton cannot run they raise a
 RuntimeError that says why, and a failed launch is never hidden. `live` tells a program beforehand which of
 the two it has to take, the kernels or plain PyTorch; use("triton" or "torch"), or the environment variable
-BITSEG_KERNELS, forces one.
+BITSEG_KERNELS, forces one. `norms` tells whether networks take `norm`: only with BITSEG_NORM=on, until it has
+been measured.
 
 The folder needs torch, and triton on CUDA, and nothing else: copy it. The operators are registered as
 bitseg::*, so they work inside torch.compile, and none of them waits for the device, so they work inside CUDA
@@ -41,6 +43,7 @@ else:
     from . import locate as _locate
     from . import loss as _loss
     from . import noise as _noise
+    from . import norm as _norm
     from . import step as _step
     why_not = ""
 
@@ -49,6 +52,7 @@ LIMIT = 2**30  # elements of a sample: 32-bit offsets inside it
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 mode = os.environ.get("BITSEG_KERNELS", "auto")
+norm_mode = os.environ.get("BITSEG_NORM", "off")  # or on
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -71,6 +75,8 @@ def live(device):
     device = torch.device(device)
     if mode not in MODES:
         raise ValueError(f"BITSEG_KERNELS '{mode}' is not one of {', '.join(MODES)}")
+    if norm_mode not in ("on", "off"):
+        raise ValueError(f"BITSEG_NORM is on or off, not '{norm_mode}'")
     if mode == "torch":
         return "torch", "asked for"
     reason = why_not
@@ -117,9 +123,21 @@ def _need_triton(device):
         raise RuntimeError(f"the kernels need Triton, but PyTorch is live here ({why})")
 
 
+def _is_live(device):
+    return live(device)[0] == "triton"
+
+
 # torch.compile asks once and does not look inside. As torch.compiler.assume_constant_result, which imports
 # the compiler: 1 s
-_need_triton._dynamo_marked_constant = True
+_need_triton._dynamo_marked_constant = _is_live._dynamo_marked_constant = True
+
+
+def norms(device):
+    """Whether networks normalise by `norm` on a device: BITSEG_NORM is on, and Triton is live there.
+
+    Raises as `live`.
+    """
+    return norm_mode == "on" and _is_live(device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -369,3 +387,26 @@ def step(out, xt, alpha, sigma, a, b, c=0.0, valid=None, guidance=0.0, seeds=Non
                               _flat(seeds) if c else None, stream, prediction, activation == "tanh",
                               with_x_hat, clamp)
     return (after, x_hat) if with_x_hat else after
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Inside the network
+
+
+def norm(x, weight, bias, groups, eps=1e-5, silu=True):
+    """GroupNorm, then SiLU if silu: (B, C, H, W) channels_last in x's dtype, differentiable once.
+
+    x (B, C, H, W) in float32, float16 or bfloat16, channels_last or copied to it; weight, bias (C,) floats;
+    groups: a divisor of C. Arithmetic is float32, rounded once; two runs give the same bits. In plain
+    PyTorch: F.silu(F.group_norm(x, groups, weight, bias, eps)).
+    """
+    if x.dim() != 4 or x.dtype not in FLOATS or x.numel() == 0 or x[0].numel() >= LIMIT:
+        raise ValueError(f"x must be (B, C, H, W), not empty, below 2^30 elements a sample, in float32, "
+                         f"float16 or bfloat16; not {tuple(x.shape)} in {str(x.dtype)[6:]}")
+    C = x.shape[1]
+    if groups < 1 or C % groups:
+        raise ValueError(f"groups must divide the {C} channels, not be {groups}")
+    for name, v in (("weight", weight), ("bias", bias)):
+        _same(name, v, (C,), x.device, FLOATS)
+    _need_triton(x.device)
+    return _norm.Norm.apply(_common.like(x, True), _flat(weight), _flat(bias), groups, eps, silu)

@@ -79,6 +79,7 @@ from kernels import (  # they take CPU tensors: nothing is launched
     _locate,
     _loss,
     _noise,
+    _norm,
     _step,
 )
 
@@ -135,6 +136,18 @@ def every_kernel(layouts, K, side):
         for hints in None, inside:
             case = f"int64 below {below}" + ", hints" * (hints is not None)
             _locate.locate(cells.long(), 2 ** (K // 2), largest_first, torch.int16, below, hints)
+
+
+def norm_kernels(channels, groups):
+    """Compile GroupNorm and SiLU, and GroupNorm alone, forward and backward, of maps of 16 x 16."""
+    global case
+    weight, stats = torch.ones(channels), torch.ones(2, 2, groups)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.zeros(2, channels, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        for silu in True, False:
+            case = f"{str(dtype)[6:]} channels_last" + ", silu" * silu
+            _norm.norm_forward(x, weight, weight, groups, 1e-5, silu)
+            _norm.norm_backward(x, x, stats, weight, weight, silu)
 
 
 every = [f"{a}:all:{k}:{n}" for k in (2, 4, 6, 8, 10) for n in (37, 96, 128) for a in (80, 90, 100)]

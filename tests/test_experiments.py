@@ -168,4 +168,4 @@ def test_the_evaluation_sees_the_labels_as_the_training_does(fake, tmp_path, cap
                              "ignore"]) == 2
     assert f"{report} was not written by experiments.py" in capsys.readouterr().err
     assert experiments.main(arguments("palette", "--dataset", "shapes:2,shapes", out=tmp_path)) == 2
-    assert "a mixture cannot be evaluated" in capsys.readouterr().err
+    assert "--dataset names 2 data sets: one at a time is evaluated" in capsys.readouterr().err
