@@ -34,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -137,6 +138,9 @@ def kernel_cases(B, dtype, device):
     leaf = out.clone().requires_grad_()
     filters = diffusion.edge_aware(image, valid, 0.2)
     lines = diffusion.as_lines(filters)
+    # of the network's first level, x, weight and bias
+    normed = rand(B, 64, SIZE, SIZE), torch.ones(64, device=device), torch.zeros(64, device=device)
+    leaves = [v.clone().requires_grad_() for v in normed]
 
     def plain_noise():
         x0 = codec.encode(cells)
@@ -158,13 +162,20 @@ def kernel_cases(B, dtype, device):
             return after + c * torch.randn_like(after) if c else after
         return step
 
+    def plain_norm(x, *affine):  # float32 inside, as under autocast
+        return F.silu(F.group_norm(x.float(), 32, *affine)).to(dtype)
+
     def fused_step(c):
         return lambda: kernels.step(two, xt, 0.5, 0.8, 0.3, 0.6, c, valid, 1.0, seeds, 1)
 
     def both(loss):
         return lambda: torch.autograd.grad(loss(leaf).sum(), leaf)
 
+    def norm_both(norm):
+        return lambda: torch.autograd.grad(norm(*leaves), leaves, normed[0])
+
     fused_loss = lambda o: kernels.loss(o, small, weight)
+    fused_norm = lambda x, *affine: kernels.norm(x, *affine, 32)
     step_bytes = n * (2 * k * item + 2 * k * 4 + 1)
     return {
         "locate": (lambda: kernels.locate(labels, 8, dtype=torch.int8, labels_below=64),
@@ -185,6 +196,10 @@ def kernel_cases(B, dtype, device):
                                       2 * n * (2 * k + 2) * 4),
         "step, guided, no noise": (fused_step(0.0), plain_step(0.0), True, step_bytes),
         "step, guided, noise": (fused_step(0.2), plain_step(0.2), True, step_bytes),
+        "norm + SiLU, forward": (lambda: fused_norm(*normed), lambda: plain_norm(*normed), True,
+                                 3 * item * normed[0].numel()),
+        "norm + SiLU, both ways": (norm_both(fused_norm), norm_both(plain_norm), True,
+                                   8 * item * normed[0].numel()),
     }
 
 
@@ -405,6 +420,7 @@ class Variant:
     fused_optimizer: bool = True
     compiled: bool = False
     graph: bool = False
+    norm: str = "off"  # or on: GroupNorm + SiLU by the kernel
     times: list = field(default_factory=list)  # of whole steps
     parts: list = field(default_factory=list)  # of PARTS, waiting after each
     warm_up: float = 0.0
@@ -416,7 +432,7 @@ class Variant:
 
     def start(self, c, run):
         """Make what it needs, warm up, compile, make the graph."""
-        device, began = run.device, time.perf_counter()
+        device, began, kernels.norm_mode = run.device, time.perf_counter(), self.norm
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
@@ -434,7 +450,7 @@ class Variant:
 
     def measure(self, c, device, kind):
         """A step with a wait after each part, and a step as training makes it."""
-        step, marks = self.step, [clock(device, kind)]
+        step, kernels.norm_mode, marks = self.step, self.norm, [clock(device, kind)]
         batch = next(self.coming)
         marks.append(clock(device, kind))
         with step.autocast():
@@ -459,17 +475,24 @@ class Variant:
         self.step = self.ema = self.coming = None
 
 
-def training_variants(dtype, device, fast, compiled, graph):
-    """name -> Variant, from plain PyTorch to what train.py does; each adds something to the one before."""
+def training_variants(dtype, device, fast, compiled, graph, norm):
+    """name -> Variant, from plain PyTorch to what train.py does; each adds something to the one before.
+
+    norm: what it does with GroupNorm + SiLU by the kernel, too, and that before anything is compiled.
+    """
     low, last = dtype or torch.bfloat16, torch.channels_last
     name = f"{str(low)[6:]} NHWC"
     found = {"plain float32 NCHW": Variant(None, torch.contiguous_format, fused_optimizer=False),
              f"plain {name}": Variant(low, last)}
     if fast:
         found[f"kernels {name}"] = Variant(low, last, fast)
+        if norm:
+            found["and GroupNorm"] = Variant(low, last, fast, norm="on")
     if compiled and graph:
         found["compiled, no graph"] = Variant(dtype, layout(device), fast, True, True)
     found["train.py"] = Variant(dtype, layout(device), fast, True, compiled, graph)
+    if norm:
+        found["train.py, GroupNorm"] = Variant(dtype, layout(device), fast, True, compiled, graph, norm="on")
     return found
 
 
@@ -490,7 +513,8 @@ def bench_train(args):
     device, dtype = run.device, run.dtype
     run.train_data = data.load("shapes", "train", c.image_size * run.net.detail, seed=c.seed)
     compiled, graph = train.switches(c, device, dtype, 1)
-    variants = training_variants(dtype, device, kernel_options(run.codec, device), compiled, graph)
+    variants = training_variants(dtype, device, kernel_options(run.codec, device), compiled, graph,
+                                 args.norm)
 
     batch = next(train.batches(c, run, 0, None))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -627,17 +651,19 @@ def gpu_parts(small):
         photos = "--device cpu --n 1 --images 1 --steps 1 --rounds 1"
         reading = "--device cpu --batch 2 --seconds 0.05"
     else:
-        files = ["cuda", "kernels", "kernels_door", "kernels_maps", "kernels_noise", "fused"]
+        files = ["cuda", "kernels", "kernels_door", "kernels_maps", "kernels_noise", "kernels_norm", "fused"]
         kernel = "--batch 8 256 --dtype bfloat16".split()
-        training = {f"train-{n}": f"--preset paper --batch {n} --rounds 5" for n in (8, 64, 256)}
+        training = {f"train-{n}": f"--preset paper --batch {n} --rounds 5{' --norm' * (n == 64)}"
+                    for n in (8, 64, 256)}
         photos, reading = "--images 1 64", "--batch 64 --seconds 1"
     tests = [*python, *"-m pytest -v --tb short -p no:cacheprovider".split()]
     tests += [f"tests/test_{name}.py" for name in files]
     tests += [] if small else ["tests/test_data_cache.py::test_augmentation_never_waits_for_the_host"]
-    return [("tests", 90, tests), ("kernels", 80, [*bench, "kernels", *kernel]),
-            *((name, 95, [*bench, "train", *options.split()]) for name, options in training.items()),
-            ("photos", 45, [*bench, "photos", *photos.split()]),
-            ("data", 30, [*bench, "data", *reading.split()])]
+    return [("tests", 85, tests), ("kernels", 90, [*bench, "kernels", *kernel]),
+            *((name, 130 if "--norm" in options else 85, [*bench, "train", *options.split()])
+              for name, options in training.items()),
+            ("photos", 40, [*bench, "photos", *photos.split()]),
+            ("data", 25, [*bench, "data", *reading.split()])]
 
 
 def bench_gpu(args):
@@ -732,6 +758,7 @@ def main(argv=None):
     t.add_argument("--batch", type=int, help="(default: the preset's)")
     t.add_argument("--rounds", type=int, default=9)
     t.add_argument("--graph", default="auto")
+    t.add_argument("--norm", action="store_true", help="two more rows: GroupNorm + SiLU by the kernel")
     t.set_defaults(run=bench_train)
     s = what.add_parser("sample", help="sampling")
     s.add_argument("--n", type=int, default=8, help="samples of an image")

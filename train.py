@@ -805,7 +805,8 @@ class Training:
         self.say(f"{sum(p.numel() for p in run.net.parameters()):,} parameters on "
                  f"{f'{run.world} x ' if run.world > 1 else ''}{run.device}, "
                  f"{str(run.dtype or torch.float32)[6:]} ({run.why}); "
-                 f"kernels: {' ('.join(live)}){', GroupNorm too' * kernels.norms(run.device)}; "
+                 f"kernels: {' ('.join(live)}); "
+                 f"GroupNorm: {'triton' if kernels.norms(run.device) else 'torch'}; "
                  f"{size} training images; {origin}; into {self.out}/")
 
     def validate(self):

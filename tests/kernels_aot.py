@@ -2,11 +2,12 @@
 
     # sm_90, both layouts, 6 bits, 128 x 128; and sm_80
     python tests/kernels_aot.py 90:all:6:128 80:last:10:37
+    python tests/kernels_aot.py 90:norm:64:32  # GroupNorm + SiLU of 64 channels in 32 groups
     python tests/kernels_aot.py  # everything: an hour; the spills once more last
 
 Prints one JSON line a kernel: registers, stack and local memory (where spills go) and the bytes a thread
 moves in accesses of at least 16. Works by letting Triton compile for a given target instead of launching.
-Layouts: all, last (channels_last) or half (channels_last and bfloat16 only).
+Layouts: all, last (channels_last) or half (channels_last and bfloat16 only); norm and norm-half.
 """
 
 import json
@@ -63,7 +64,8 @@ compile_and_launch = JITFunction.run
 
 def run(self, *args, grid, warmup, **options):
     kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
-    found = dict(arch=arch, bits=bits, side=side, case=case, kernel=self.__name__,
+    found = dict(arch=arch, bits=bits, side=side, case=case + ", sums" * options.get("SUMS", False),
+                 kernel=self.__name__,
                  load=wide(kernel.asm["ptx"], "ld"),
                  store=wide(kernel.asm["ptx"], "st"), **resources(kernel.asm["cubin"]))
     print(json.dumps(found), flush=True)
@@ -82,6 +84,7 @@ from kernels import (  # they take CPU tensors: nothing is launched
     _norm,
     _step,
 )
+from model import SIZES, UNet
 
 
 def every_kernel(layouts, K, side):
@@ -138,22 +141,26 @@ def every_kernel(layouts, K, side):
             _locate.locate(cells.long(), 2 ** (K // 2), largest_first, torch.int16, below, hints)
 
 
-def norm_kernels(channels, groups):
-    """Compile GroupNorm and SiLU, and GroupNorm alone, forward and backward, of maps of 16 x 16."""
+def norm_kernels(layouts, channels, groups):
+    """Compile GroupNorm and SiLU, and unless "norm-half" GroupNorm alone and float32, of maps of 16 x 16."""
     global case
     weight, stats = torch.ones(channels), torch.ones(2, 2, groups)
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype, silu in [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True),
+                        (torch.float32, False)][: 1 if layouts == "norm-half" else 4]:
         x = torch.zeros(2, channels, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        for silu in True, False:
-            case = f"{str(dtype)[6:]} channels_last" + ", silu" * silu
-            _norm.norm_forward(x, weight, weight, groups, 1e-5, silu)
-            _norm.norm_backward(x, x, stats, weight, weight, silu)
+        case = f"{str(dtype)[6:]} channels_last" + ", silu" * silu
+        _norm.norm_forward(x, weight, weight, groups, 1e-5, silu)
+        _norm.norm_backward(x, x, stats, weight, weight, silu)
 
 
+with torch.device("meta"):  # what two of the networks have
+    NORMS = sorted({(m.num_channels, m.num_groups) for name in ("photo", "paper")
+                    for m in UNet(64, 6, **SIZES[name]).modules() if isinstance(m, torch.nn.GroupNorm)})
 every = [f"{a}:all:{k}:{n}" for k in (2, 4, 6, 8, 10) for n in (37, 96, 128) for a in (80, 90, 100)]
+every += [f"{a}:norm:{c}:{g}" for c, g in NORMS for a in (80, 90, 100)]
 for task in sys.argv[1:] or every:
     arch, layouts, bits, side = task.split(":")
     arch, bits, side = int(arch), int(bits), int(side)
-    every_kernel(layouts, bits, side)
+    (norm_kernels if "norm" in layouts else every_kernel)(layouts, bits, side)
 if len(sys.argv) == 1:
     print(f"{len(spills)} spills", *map(json.dumps, spills), sep="\n")

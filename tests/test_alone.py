@@ -35,6 +35,7 @@ labels, image, seeds = torch.randint(-1, 5, (2, 8, 8)), torch.randn(2, 3, 8, 8),
 alpha, sigma, weight, t = torch.rand(4, 2)
 net, out, xt = lambda x, t: x[:, :6], torch.randn(4, 6, 8, 8), torch.randn(2, 6, 8, 8)
 alpha_t, sigma_t, a, b, c = 0.6, 0.8, 0.3, 0.5, 0.1
+h, gain, bias = torch.randn(2, 6, 8, 8), torch.rand(6), torch.rand(6)
 rows = torch.nn.functional.pad(torch.rand(2, 8, 7), (1, 1)), torch.ones(2, 8, 8)
 columns = torch.nn.functional.pad(torch.rand(2, 7, 8), (0, 0, 1, 1)), torch.ones(2, 8, 8)""",
 }
@@ -55,8 +56,8 @@ def test_every_file_runs_its_example_alone(tmp_path):
     """In one process, which forgets what it has loaded from a folder before it enters the next."""
     for name, given in GIVEN.items():
         if name == "kernels" and pytest.importorskip("triton") and torch.cuda.is_available():
-            given += "\nlabels, image, seeds, alpha, sigma, weight, out, xt = (\n    " \
-                     "v.cuda() for v in (labels, image, seeds, alpha, sigma, weight, out, xt))\n" \
+            names = "labels, image, seeds, alpha, sigma, weight, out, xt, h, gain, bias"
+            given += f"\n{names} = (v.cuda() for v in ({names}))\n" \
                      "rows, columns = ([v.cuda() for v in pair] for pair in (rows, columns))"
         home = tmp_path / name.replace("/", "_").removesuffix(".py")
         (home / name).parent.mkdir(parents=True)

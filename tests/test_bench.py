@@ -23,6 +23,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench, "MIN_SECONDS", 0)
     monkeypatch.setattr(bench, "SIZE", 16)
     monkeypatch.setattr(kernels, "mode", "auto")
+    monkeypatch.setattr(kernels, "norm_mode", "off")
     monkeypatch.setitem(train.SIZES, "tiny", dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=4, patch=2))
     monkeypatch.setattr(bench, "matrix_rate", lambda device, dtype, kind: 1e12)
     monkeypatch.setattr(bench, "copy_gb_s", lambda device: 10.0)
@@ -46,7 +47,8 @@ def test_kernels(quick, capsys, monkeypatch, mode):
     table, result = quick(capsys, "kernels")
     assert len(table) == 2 + len(result["rows"])
     assert {row["kernel"] for row in result["rows"]} >= {"locate", "noise", "average, once of 12 times",
-                                                         "network input"}
+                                                         "network input", "norm + SiLU, forward",
+                                                         "norm + SiLU, both ways"}
     assert all(row["eager"][0] > 0 for row in result["rows"])
     assert [row["fused"][0] > 0 for row in result["rows"] if "fused" in row] == [True] * len(
         result["rows"]) * (mode == "triton")
@@ -86,12 +88,16 @@ def test_only_the_plain_variants_are_plain(quick, capsys, monkeypatch):
     for name in real:
         monkeypatch.setattr(train, name, lambda *a, name=name, **k: seen.append((name, k.get("dtype")))
                             or real[name](*a, **k))
-    result = quick(capsys, *"train --batch 2 --rounds 1 --device cpu --precision bf16".split())[1]
-    assert list(result["variants"]) == [*PLAIN, "kernels bfloat16 NHWC", "train.py"]
+    normed, norm = [], kernels.norm
+    monkeypatch.setattr(kernels, "norm", lambda *a: normed.append(1) or norm(*a))
+    result = quick(capsys, *"train --batch 2 --rounds 1 --device cpu --precision bf16 --norm".split())[1]
+    assert list(result["variants"]) == [*PLAIN, "kernels bfloat16 NHWC", "and GroupNorm", "train.py",
+                                        "train.py, GroupNorm"]
     assert not [row for row in result["variants"].values() if "failed" in row]
     steps = 2 + 2  # to warm up, and measured
     assert seen.count(("training_loss", None)) == 1 + 2 * steps  # and once to count
-    assert seen.count(("fused_training_loss", torch.bfloat16)) == 2 * steps and len(seen) == 1 + 4 * steps
+    assert seen.count(("fused_training_loss", torch.bfloat16)) == 4 * steps and len(seen) == 1 + 6 * steps
+    assert len(normed) == 2 * steps * 16
 
 
 def small_images(setting):

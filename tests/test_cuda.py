@@ -79,6 +79,27 @@ def test_compiled_with_a_graph_learns_as_eager_without(tmp_path):
     close(weights(tmp_path / "eager"), weights(tmp_path / "fast"), atol=2e-3)
 
 
+@pytest.mark.parametrize("more", [["--compile", "off"], ["--compile", "on", "--graph", "on"]])
+def test_groupnorm_by_the_kernel_learns_the_same(tmp_path, monkeypatch, capsys, more):
+    for mode in "off", "on":
+        monkeypatch.setattr(train.kernels, "norm_mode", mode)
+        assert train.main([*QUICK, *more, "--precision", "fp32", "--out", str(tmp_path / mode)]) == 0
+        assert f"GroupNorm: {'triton' if mode == 'on' else 'torch'}" in capsys.readouterr().out
+    close(weights(tmp_path / "on"), weights(tmp_path / "off"), atol=2e-3)
+
+
+def test_groupnorm_by_the_kernel_samples_the_same(monkeypatch):
+    """The weights in the box in float16, replayed as a graph."""
+    turned = {}
+    for mode in "off", "on":
+        monkeypatch.setattr(train.kernels, "norm_mode", mode)
+        model, jobs = load_checkpoint(SHIPPED, "cuda"), []
+        for _ in range(2):
+            jobs = list(denoise(photos(model, 4), model, 4))
+        turned[mode] = torch.cat([torch.stack(job.x_hat) for job in jobs]) > 0
+    assert (turned["on"] != turned["off"]).float().mean() < 2e-3  # another rounding in float16
+
+
 def test_a_step_that_cannot_be_captured_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
     real_loss = train.kernels.loss
 

@@ -12,10 +12,14 @@ import pytest
 pytest.importorskip("triton")
 PIXELS, THREADS = 1024, 128  # pixels and threads of a program, as kernels/*.py have them
 # The scripts use 6 bits, 128 x 128 and channels_last. `python tests/kernels_aot.py` compiles everything else.
-TASKS = [["90:all:6:128"], ["80:half:6:128", "100:half:6:128", "90:half:10:96", "80:half:2:37"]]
+# norm: channels and groups of the first level of `paper`, one that is no power of two, and the most.
+TASKS = [["90:all:6:128", "90:norm-half:64:32"],
+         ["80:half:6:128", "100:half:6:128", "90:half:10:96", "80:half:2:37", "80:norm-half:192:8",
+          "100:norm-half:512:32"]]
 KERNELS = {"noise_kernel", "loss_forward_kernel", "loss_sum_kernel", "loss_backward_kernel", "step_kernel",
            "average_kernel",
            "moments_kernel", "assign_kernel", "remap_kernel"}
+NORM_KERNELS = {f"norm_{name}_kernel" for name in ("moments", "statistics", "forward", "backward")}
 
 
 def bytes_a_thread(channels, item, pixels=PIXELS):
@@ -35,6 +39,12 @@ def expected(case, kernel, K):
             return None, bytes_a_thread(channels, item, 512) if item == 4 else None
         load = bytes_a_thread(image, 4, rows) + wide if case.endswith("input") else None
         return load, bytes_a_thread(channels, item, rows)
+    if kernel in NORM_KERNELS:  # 32 elements a thread; of up to 64 channels, weight and bias are as wide
+        if kernel == "norm_statistics_kernel":
+            return None, None
+        weights = 64 if K <= 64 and kernel != "norm_moments_kernel" else 0
+        load = (2 if kernel == "norm_backward_kernel" else 1) * 32 * item + weights
+        return load, 0 if kernel == "norm_moments_kernel" or "sums" in case else 32 * item
     if kernel == "average_kernel":  # 2,048 elements a program; what is kept along rows has no even length
         return (128 if "rows" in case else 256), 64
     if kernel not in ("step_kernel", "loss_forward_kernel", "loss_backward_kernel") or K > 8:
@@ -68,7 +78,7 @@ def test_every_kernel_compiles_without_spills(compiled):
     for task in sum(TASKS, []):
         arch, _, bits, side = (int(v) if v.isdigit() else v for v in task.split(":"))
         mine = [r for r in compiled if (r["arch"], r["bits"], r["side"]) == (arch, bits, side)]
-        assert {r["kernel"] for r in mine} == KERNELS
+        assert {r["kernel"] for r in mine} == (NORM_KERNELS if "norm" in task else KERNELS)
     assert not [r for r in compiled if r["stack"] or r["local"]]
 
 
@@ -81,5 +91,6 @@ def test_main_arrays_move_16_bytes_at_a_time(compiled):
         assert load is None or r["load"] == load, r
         assert store is None or r["store"] == store, r
         seen |= {(r["arch"], r["kernel"])} if load is not None or store is not None else set()
-    main = {"noise_kernel", "loss_forward_kernel", "loss_backward_kernel", "step_kernel", "average_kernel"}
+    main = {"noise_kernel", "loss_forward_kernel", "loss_backward_kernel", "step_kernel", "average_kernel",
+            *NORM_KERNELS - {"norm_statistics_kernel"}}
     assert seen == {(arch, kernel) for arch in (80, 90, 100) for kernel in main}

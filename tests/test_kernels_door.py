@@ -78,7 +78,8 @@ def test_what_is_called_where_pytorch_is_live_says_so():
                      lambda: kernels.noise(CELLS, ONE, ONE, SEEDS, 6), lambda: kernels.loss(X, CELLS, ONE),
                      lambda: kernels.average(X, (X[:, 0, :, [*range(5), 0]], X[:, 0]),
                                              (X[:, 0, [*range(4), 0]], X[:, 0])),
-                     lambda: kernels.step(X, X, 1, 1, 1, 1)):
+                     lambda: kernels.step(X, X, 1, 1, 1, 1),
+                     lambda: kernels.norm(X, torch.ones(6), torch.ones(6), 3)):
             with pytest.raises(RuntimeError) as e:
                 call()
             assert str(e.value) == f"the kernels need Triton, but PyTorch is live here ({why})"
