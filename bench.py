@@ -486,8 +486,8 @@ def training_variants(dtype, device, fast, compiled, graph, norm):
              f"plain {name}": Variant(low, last)}
     if fast:
         found[f"kernels {name}"] = Variant(low, last, fast)
-        if norm:
-            found["and GroupNorm"] = Variant(low, last, fast, norm="on")
+    if norm:
+        found["and GroupNorm"] = Variant(low, last, fast, norm="on")
     if compiled and graph:
         found["compiled, no graph"] = Variant(dtype, layout(device), fast, True, True)
     found["train.py"] = Variant(dtype, layout(device), fast, True, compiled, graph)
@@ -513,6 +513,9 @@ def bench_train(args):
     device, dtype = run.device, run.dtype
     run.train_data = data.load("shapes", "train", c.image_size * run.net.detail, seed=c.seed)
     compiled, graph = train.switches(c, device, dtype, 1)
+    live, why = kernels.live(device)
+    if args.norm and live != "triton":
+        raise ValueError(f"--norm needs Triton, but PyTorch is live here ({why}): leave it out")
     variants = training_variants(dtype, device, kernel_options(run.codec, device), compiled, graph,
                                  args.norm)
 
