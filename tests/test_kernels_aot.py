@@ -14,7 +14,7 @@ PIXELS, THREADS = 1024, 128  # pixels and threads of a program, as kernels/*.py 
 # The scripts use 6 bits, 128 x 128 and channels_last. `python tests/kernels_aot.py` compiles everything else.
 # norm: channels and groups of the first level of `paper`, one that is no power of two, and the most.
 TASKS = [["90:all:6:128", "90:norm-half:64:32"],
-         ["80:half:6:128", "100:half:6:128", "90:half:10:96", "80:half:2:37", "80:norm-half:192:8",
+         ["80:half:6:128", "100:half:6:128", "90:half:10:96", "80:half:2:37", "80:norm-half:192:32",
           "100:norm-half:512:32"]]
 KERNELS = {"noise_kernel", "loss_forward_kernel", "loss_sum_kernel", "loss_backward_kernel", "step_kernel",
            "average_kernel",
