@@ -36,15 +36,27 @@ def kernel_device():
     kernels.use("auto")
 
 
+SMALL = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=4, patch=2)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """`--preset tiny` trains a network that takes half the time."""
+    import train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.SIZES, "tiny", SMALL)
+        yield
+
+
 @pytest.fixture(scope="module")
 def model():
     """An untrained network whose head is not zero, ready to sample from: maps of 16 x 16, 16 codes."""
     from answers.segment import Model
     from bits import Codec
     from diffusion import Diffusion
-    from model import SIZES, UNet
+    from model import UNet
     torch.manual_seed(0)
-    net = UNet(7, 4, **SIZES["tiny"]).eval().requires_grad_(False)
+    net = UNet(7, 4, **SMALL).eval().requires_grad_(False)
     for p in net.parameters():
         p.copy_(p + 0.05 * torch.randn_like(p))
     sampling = dict(steps=2, guidance=1.0, sampler="ddpm", variance="large")

@@ -103,7 +103,9 @@ def test_killed_packing_goes_on(tmp_path):
     whole = content(opened(tmp_path, cache=tmp_path / "other"))
     slow = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import data; from sources import "
             f"packing; packing.SAVE_EVERY, convert = 0, packing.convert\n"
-            f"def slowly(item, **o): time.sleep(0.02); return convert(item, **o)\n"
+            f"done = []\n"
+            f"def slowly(item, **o):\n"  # the kill comes before the 30th, however late it comes
+            f"    done.append(item); time.sleep(0.02 if len(done) < 30 else 300); return convert(item, **o)\n"
             f"packing.convert = slowly; data.load({str(tmp_path / 'd')!r}, 'train', 8, "
             f"cache={str(tmp_path / 'cache')!r}, workers=1)")
     process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.DEVNULL)

@@ -51,7 +51,7 @@ def processes(world, out, *more, before=lambda rank: None):
     return children
 
 
-def ends(children, seconds=60):
+def ends(children, seconds=300):
     """Exit statuses (negative: killed), in order. Fails when one is still there after so many seconds."""
     left, statuses, until = dict(enumerate(children)), {}, time.time() + seconds
     while left:

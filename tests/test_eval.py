@@ -24,7 +24,7 @@ from metrics import calibration_error
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
+def ckpt(tmp_path_factory, small):
     out = tmp_path_factory.mktemp("run")
     options = ("--preset tiny --device cpu --max_steps 2 --batch_size 2 --image_size 16 --bits 4 "
                "--eval_images 1 --steps 2 --guidance 0")

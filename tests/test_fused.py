@@ -1,28 +1,30 @@
 """The kernels' path through diffusion.py and the scripts: the same as the plain path, for the same noise."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import diffusion
 import kernels
+import train
 from bits import Codec
 from diffusion import Diffusion, draw, fused_training_loss, sample, training_loss
 from model import UNet
 
-ROOT = Path(__file__).parent.parent
 SIZE = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=2, patch=2)
 
 
 @pytest.fixture
 def scene(kernel_device):
     torch.manual_seed(0)
-    labels = torch.randint(-1, 5, (3, 8, 8)).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    return [v.to(kernel_device) for v in (labels, torch.randn(3, 3, 16, 16), torch.tensor([5, 2**40, 7]))]
+    labels = torch.randint(-1, 5, (2, 4, 4)).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return [v.to(kernel_device) for v in (labels, torch.randn(2, 3, 8, 8), torch.tensor([5, 2**40]))]
+
+
+@pytest.fixture
+def smoothed_once(monkeypatch):
+    """Instead of 12 times, for the interpreter's sake."""
+    for smoothing in kernels, diffusion:
+        monkeypatch.setattr(smoothing.average, "__defaults__", (1,))
 
 
 def network(d, channels, device):
@@ -41,8 +43,8 @@ def test_fused_training_loss_is_training_loss(scene, prediction, again, palette,
     # eps / alpha(1) is noise
     d = Diffusion(prediction=prediction, loss=loss, self_condition=again, image_drop=0.3, logsnr_min=-8)
     net, cells = network(d, 4, labels.device), codec.cells(labels)
-    drawn = draw((3, 4, 16, 16), d, torch.Generator().manual_seed(1), labels.device)
-    drawn["eps"] = kernels.normal(seeds, 4, 16, 16)
+    drawn = draw((2, 4, 8, 8), d, torch.Generator().manual_seed(1), labels.device)
+    drawn["eps"] = kernels.normal(seeds, 4, 8, 8)
     expected = training_loss(net, codec.encode(cells), image, cells >= 0, d, codec.activate, drawn=drawn)
     codes = None if palette == "similar" else codec.cell_of_code.argsort().to(labels.device)
     loss = fused_training_loss(net, cells, image, 4, seeds, d, drawn, codec.activate, codec.activation, codes)
@@ -55,41 +57,32 @@ def test_fused_training_loss_is_training_loss(scene, prediction, again, palette,
 @pytest.mark.parametrize("sampler, variance, guidance, smooth",
                          [("ddpm", "large", 1.0, 0.0), ("ddpm", "small", 0.0, 0.2),
                           ("ddim", "large", 8.0, 0.2)])
-def test_fused_steps_are_plain_steps(scene, monkeypatch, sampler, variance, guidance, smooth):
-    """The plain loop with the kernels' noise in place of torch.randn; smoothed once, for the interpreter's
-    sake."""
-    for smoothing in kernels, diffusion:
-        monkeypatch.setattr(smoothing.average, "__defaults__", (1,))
+def test_fused_steps_are_plain_steps(scene, smoothed_once, monkeypatch, sampler, variance, guidance, smooth):
+    """The plain loop with the kernels' noise in place of torch.randn."""
     _, image, seeds = scene
     codec, d = Codec(bits=4), Diffusion()
-    net, valid = network(d, 4, image.device), torch.rand(3, 16, 16, device=image.device) < 0.8
+    net, valid = network(d, 4, image.device), torch.rand(2, 8, 8, device=image.device) < 0.8
     options = dict(steps=3, sampler=sampler, variance=variance, guidance=guidance, smooth=smooth)
     given = dict(activation="tanh", codes=None)
     result = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, kernel_options=given, **options)
-    numbers = iter([one for j in range(3) for one in kernels.normal(seeds, 4, 16, 16, stream=j)])
+    numbers = iter([one for j in range(3) for one in kernels.normal(seeds, 4, 8, 8, stream=j)])
     monkeypatch.setattr(torch, "randn", lambda *shape, **where: next(numbers))
     plain = sample(net, image, valid, 4, seeds.tolist(), d, codec.activate, **options)
     assert torch.allclose(result, plain, atol=1e-5)
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
-def test_training_and_sampling_through_triton(tmp_path):
+def test_training_and_sampling_through_triton(kernel_device, smoothed_once, tmp_path, monkeypatch, capsys):
     """train.py, which samples to validate, with the kernels forced; without a GPU in Triton's interpreter."""
-    env = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "TRITON_INTERPRET": "1"}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = ("--max_steps 2 --batch_size 2 --image_size 8 --eval_images 2 --steps 2 --log_every 1 "
-               "--compile off --kernels triton")
-    run = [sys.executable, ROOT / "train.py", *options.split(), "--device", device, "--out", tmp_path / "run"]
-    done = subprocess.run(run, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "kernels: triton (asked for); GroupNorm: torch" in done.stdout
+    monkeypatch.setitem(train.SIZES, "tiny", SIZE)
+    options = ("--max_steps 2 --batch_size 2 --image_size 8 --eval_images 1 --steps 2 --log_every 1 "
+               "--compile off --kernels triton").split()
+    assert train.main([*options, "--device", kernel_device, "--out", str(tmp_path / "run")]) == 0
+    assert "kernels: triton (asked for); GroupNorm: torch" in capsys.readouterr().out
 
 
-def test_forced_triton_without_a_gpu_says_why(tmp_path):
-    if torch.cuda.is_available():
+def test_forced_triton_without_a_gpu_says_why(kernel_device, tmp_path, monkeypatch, capsys):
+    if kernel_device == "cuda":
         pytest.skip("there is a GPU")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = [sys.executable, ROOT / "train.py", "--kernels", "triton", "--device", "cpu", "--out", tmp_path]
-    done = subprocess.run(run, env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "Triton kernels were asked for, but" in done.stderr
+    monkeypatch.setattr(kernels.triton.knobs.runtime, "interpret", False)
+    assert train.main(["--kernels", "triton", "--device", "cpu", "--out", str(tmp_path / "run")]) == 2
+    assert "Triton kernels were asked for, but" in capsys.readouterr().err

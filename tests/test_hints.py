@@ -18,6 +18,7 @@ from engine import read, save_checkpoint
 from model import SIZES, UNet
 from sources.hints import NUMBERS, draw_hints
 
+pytestmark = pytest.mark.usefixtures("small")
 QUICK = ("--device cpu --batch_size 4 --image_size 16 --eval_images 2 --steps 1 --log_every 1 --save_every "
          "2 --eval_every 4 "
          "--precision fp32 --hints 0.7").split()

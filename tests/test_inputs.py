@@ -713,11 +713,6 @@ def run(root, *more):
                        "--cache", str(root / "cache"), "--out", str(root / "out"), *more])
 
 
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(train.SIZES, "tiny", dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=4, patch=2))
-
-
 def test_bad_files_do_not_keep_from_training(tmp_path, small, capsys):
     """What the message names, the command has; and a copy that data.py made so is taken."""
     root = folder(tmp_path / "mine", 10)

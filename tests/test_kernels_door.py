@@ -34,15 +34,6 @@ def fresh(code, cwd, **env):
     return r.stdout.splitlines()
 
 
-@needs_triton
-def test_the_folder_alone_works(tmp_path):
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
-    code = (f"import torch, kernels; x = torch.ones(1, 2, 1, 1, device='{DEVICE}'); "
-            "print(kernels.step(x, x, 1, 0, 2, 3, activation='none').tolist())")
-    env = dict(TRITON_INTERPRET=str(int(DEVICE == "cpu")), BITSEG_KERNELS="triton")
-    assert fresh(code, tmp_path, **env) == ["[[[[5.0]], [[5.0]]]]"]  # 2 + 3
-
-
 def test_without_triton_it_says_why_not(tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('no triton here')")
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")

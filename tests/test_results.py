@@ -1,6 +1,7 @@
 """sample.py's results: all old or all new, an image's fault is its own, what is sampled is written."""
 
 import errno
+import itertools
 import json
 import os
 from pathlib import Path
@@ -130,28 +131,28 @@ def test_files_of_others_stay_when_folders_change_places(run):
     assert Path("samples/a/list.json").read_text() == "[]"
 
 
-@pytest.mark.parametrize("name", [
-    "a/labels_01.png", "a/overlay_00.png", "a/panel.png", "a/answer.png", "a/answer_overlay.png",
-    "a/uncertainty.png", "a/segments.json", "panoptic/a.png"])
-@pytest.mark.parametrize("kept", [None, 0, -1])
-def test_resume_counts_on_nothing_that_is_not_there(run, capsys, name, kept):
+def test_resume_counts_on_nothing_that_is_not_there(run, capsys):
     picture().save("a.png")
     words = ("a.png", "--n", 2, "--resume", "--format", "coco_panoptic")
-    path = Path("samples", name)
     assert run(*words) == 0 and run(*words) == 0 and "done already" in capsys.readouterr().out
-    if kept is None:
-        path.unlink()
-    else:  # by a crash of the machine
-        path.write_bytes(path.read_bytes()[:kept])
-    assert run(*words) == 0 and "a.png ->" in capsys.readouterr().out and path.stat().st_size > 0
-    assert is_whole(Path("samples/a")) == 0
+    names = ("a/labels_01.png", "a/overlay_00.png", "a/panel.png", "a/answer.png", "a/answer_overlay.png",
+             "a/uncertainty.png", "a/segments.json", "panoptic/a.png")
+    for name, kept in itertools.product(names, (None, 0, -1)):
+        path = Path("samples", name)
+        if kept is None:
+            path.unlink()
+        else:  # by a crash of the machine
+            path.write_bytes(path.read_bytes()[:kept])
+        assert run(*words) == 0 and "a.png ->" in capsys.readouterr().out and path.stat().st_size > 0, name
+        assert is_whole(Path("samples/a")) == 0
 
 
 # ---- one image among several
 
 
-@pytest.mark.parametrize("where", ["read_image", "prepare", "denoise", "summarise", "write"])
-@pytest.mark.parametrize("error", [KeyError("Orientation"), MemoryError(), OSError(errno.EIO, "no answer")])
+@pytest.mark.parametrize("where, error", [
+    ("read_image", KeyError("Orientation")), ("prepare", MemoryError()), ("summarise", OSError("no answer")),
+    *itertools.product(("denoise", "write"), (KeyError("x"), MemoryError(), OSError(5, "no answer")))])
 def test_whatever_is_raised_for_one_image_is_its_own_fault(run, model, monkeypatch, capsys, where, error):
     """In a batch, too: the one at fault is named, the others are done."""
     for k, name in enumerate("abc"):

@@ -15,7 +15,7 @@ from answers.segment import load_checkpoint, segment
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
+def ckpt(tmp_path_factory, small):
     out = tmp_path_factory.mktemp("run")
     options = ("--device cpu --max_steps 3 --batch_size 2 --image_size 16 --eval_images 1 --steps 2 "
                "--eval_every 3")

@@ -20,6 +20,7 @@ import sample
 import train
 from engine import HANGUP, Output, program
 
+pytestmark = pytest.mark.usefixtures("small")
 ROOT = Path(__file__).parent.parent
 OPTIONS = ("--device cpu --max_steps 6 --batch_size 2 --image_size 16 --eval_images 1 --steps 1 "
            "--log_every 1 --eval_every 6").split()
@@ -49,7 +50,7 @@ ERRORS = [OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError(errn
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
+def ckpt(tmp_path_factory, small):
     out = tmp_path_factory.mktemp("run")
     assert train.main([*OPTIONS, "--out", str(out)]) == 0
     return out / "ckpt.pt"
@@ -122,7 +123,7 @@ sys.exit(main())
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("command", [
-    "PROGRAM >&- 2>&-", "PROGRAM >&-", "PROGRAM <&- 2>&-", "PROGRAM > /dev/full 2> /dev/full",
+    "PROGRAM >&- 2>&-", "PROGRAM <&- 2>&-", "PROGRAM > /dev/full 2> /dev/full",
     "set -o pipefail; PROGRAM 2> /dev/null | true"])
 def test_a_program_ends_as_if_it_had_been_heard(tmp_path, command):
     """Also at the end, where Python flushes; and nothing that is printed gets into a file that is opened."""
@@ -138,7 +139,7 @@ def test_a_signal_ends_a_program_with_a_sentence(capsys, number, status):
     @program("p.py", "run it again")
     def main(argv=None):
         os.kill(os.getpid(), number)
-        threading.Event().wait(5)
+        threading.Event().wait(60)
 
     assert main() == status and capsys.readouterr().err == "\np.py: stopped: run it again\n"
     assert signal.getsignal(number) == before
@@ -186,7 +187,7 @@ def test_processes_that_were_forked_meanwhile_end_at_once():
         if child == 0:
             try:
                 os.write(here, b".")
-                threading.Event().wait(20)
+                threading.Event().wait(60)
             finally:  # not reached: a pool's process catches what a task raises, and goes on
                 os._exit(0)
         os.read(ready, 1)
