@@ -153,9 +153,9 @@ class Desk:
         p = self.photos[photo]
         with self.slow:
             result = segment.summarise(p.job, p.view, self.model, grain_of(grain))
-        boundary = Image.fromarray((result.boundary.numpy() * N).round().astype(np.uint8)).resize(p.view.size)
+        votes = Image.fromarray((result.boundary.numpy() * N).round().astype("u1")).resize(p.view.size, 0)
         return dict(samples=[runs(one) for one in result.enlarged()], colours=colours(result.side).tolist(),
-                    boundary=runs(boundary), shades=shade(np.linspace(0, 1, N + 1)).tolist())
+                    boundary=runs(votes), shades=shade(np.linspace(0, 1, N + 1)).tolist())
 
     def download(self, photo, kind, n, strokes, grain, closed, name):
         """labels, overlay, coco or hints at the photo's size, of n samples: (bytes, type)."""

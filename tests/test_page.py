@@ -224,7 +224,7 @@ def trained(out, *more):
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
+def ckpt(tmp_path_factory, small):
     return trained(tmp_path_factory.mktemp("run"))
 
 
