@@ -104,7 +104,7 @@ def test_the_baselines_train_and_sample(tmp_path, encoding, palette, prediction)
 
 @pytest.mark.parametrize("arguments, words", [
     (["--dataset", "cocoo"], "neither shapes, nor coco, nor a folder"),
-    (["--preset", "huge"], "preset 'huge' is not one of tiny, photo, crowded, small, paper"),
+    (["--preset", "huge"], "preset 'huge' is not one of tiny, photo, finetune, crowded, small, paper"),
     (["--learning_rate", "1"], "unknown option '--learning_rate'"),
     (["--batchsize", "1"], "did you mean --batch_size?"),
     (["--lr", "fast"], "--lr needs a number"),
