@@ -1,25 +1,24 @@
 """Learn from people's segmentations which regions belong together: the small network behind the odds of
 tree.py.
 
-    # 800 crops: half an hour
+    # 800 crops: a quarter of an hour
     python -m answers.fit_tree --ckpt out/photos-photo/ckpt.pt --dataset photos
     python -m answers.fit_tree --ckpt weights/photo.pt --dataset photos:3,streets:1:ignore --out tree.npz
 
-Samples of the checkpoint for random crops of the training images, every second one seen through tiles as
-well, become trees: once by a plain measure, once by a first network's odds. For every two regions that touch
-on the way, the target is the share of pairs of pixels, one in each, that the annotators put together. Then
-simulated users click: for every leaf and every hint, the target is the share of the leaf in what the hint
-means (claims.py). No set has more than a third of the weight. Sets differ in how finely people cut; the
-network of the pairs is told which set it sees, and in the end it answers as for the first. Sets must be
-labelled everywhere, or else say `ignore`. The file that is used is the tree.npz beside a checkpoint, or else
-the one in weights/.
+Samples of the checkpoint for random crops of the training images become trees: once by a plain measure, once
+by a first network's odds. For every two regions that touch on the way, the target is the share of pairs of
+pixels, one in each, that the annotators put together. Then simulated users click: for every leaf and every
+hint, the target is the share of the leaf in what the hint means (claims.py). No set has more than a third of
+the weight. Sets differ in how finely people cut; the network of the pairs is told which set it sees, and in
+the end it answers as for the first. Sets must be labelled everywhere, or else say `ignore`. The file that is
+used is the tree.npz beside a checkpoint, or else the one in weights/.
 """
 
 import argparse
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +33,7 @@ import metrics
 from answers import tree
 from answers.claims import features, first_owner, leaves_of
 from answers.scoring import own_maps
-from answers.segment import denoise, evidence_of, load_checkpoint, newest_checkpoint, prepare, tiles_of
+from answers.segment import denoise, evidence_of, load_checkpoint, newest_checkpoint, prepare
 from data import originals, parse_parts
 from engine import pick_device
 from frame import subsample
@@ -289,7 +288,6 @@ def main(argv=None):
     p.add_argument("--out", help="the file to write (default: tree.npz beside the checkpoint)")
     p.add_argument("--crops", type=int, default=800, help="of all images; the first of each is all of it")
     p.add_argument("--n", type=int, default=4, help="samples of each crop")
-    p.add_argument("--tiles", type=tiles_of, default=2, help="tiles a side of every second crop; 1: none")
     p.add_argument("--limit", type=int, help="at most so many images of each set")
     p.add_argument("--batch", type=int, default=8, help="samples at once")
     p.add_argument("--seed", type=int, default=0)
@@ -328,10 +326,10 @@ def fit_sets(model, sets, a):
     whole = sum(weight for _, weight, _ in sets)
     for s, (items, weight, own) in enumerate(sets):
         for image, maps in crops(items, math.ceil(a.crops * weight / whole), own, (a.seed, s)):
-            job = prepare(image, model, seed=a.seed + len(jobs) * 1000, tiles=a.tiles if len(jobs) % 2 else 1)
-            h, w, _ = replace(job, tiles=sum(job.closer, [])).scene.shape
+            job = prepare(image, model, seed=a.seed + len(jobs) * 1000)
             jobs.append(job)
-            drawn.append(Crop(s, subsample(maps, h, w).numpy(), partial(evidence_of, job, model.codec), a.n))
+            seen = partial(evidence_of, job, model.codec)
+            drawn.append(Crop(s, subsample(maps, *job.size).numpy(), seen, a.n))
     for _ in tqdm(denoise(jobs, model, a.n, a.batch), "sampling", len(jobs), leave=False):
         pass
     return fit_all(drawn, a.seed)
