@@ -3,13 +3,11 @@
     # sm_90, both layouts, 6 bits, 128 x 128; and sm_80
     python tests/kernels_aot.py 90:all:6:128 80:last:10:37
     python tests/kernels_aot.py 90:norm:64:32  # GroupNorm + SiLU of 64 channels in 32 groups
-    python tests/kernels_aot.py 80:half:10:96:noise_kernel,assign_kernel  # of these only two kernels
     python tests/kernels_aot.py  # everything: an hour; the spills once more last
 
 Prints one JSON line a kernel: registers, stack and local memory (where spills go) and the bytes a thread
 moves in accesses of at least 16. Works by letting Triton compile for a given target instead of launching.
-Layouts: all, last (channels_last), pairs (channels_last in bfloat16, nchw in float32) or half (channels_last
-and bfloat16 only); norm and norm-half.
+Layouts: all, last (channels_last) or half (channels_last and bfloat16 only); norm and norm-half.
 """
 
 import json
@@ -29,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-arch, bits, side, case, only, spills = 0, 0, 0, "", "", []
+arch, bits, side, case, spills = 0, 0, 0, "", []
 
 
 class NoDriver:
@@ -65,8 +63,6 @@ compile_and_launch = JITFunction.run
 
 
 def run(self, *args, grid, warmup, **options):
-    if only and self.__name__ not in only.split(","):
-        return
     kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
     found = dict(arch=arch, bits=bits, side=side, case=case + ", sums" * options.get("SUMS", False),
                  kernel=self.__name__,
@@ -100,7 +96,7 @@ def every_kernel(layouts, K, side):
     inside = cells == 0
     codes = torch.zeros(2**K, dtype=torch.int64)
     for dtype in (torch.bfloat16,) if layouts == "half" else (torch.bfloat16, torch.float32):
-        for last in dict(all=(True, False), pairs=(dtype == torch.bfloat16,)).get(layouts, (True,)):
+        for last in (True, False) if layouts == "all" else (True,):
             case = f"{str(dtype)[6:]} {'channels_last' if last else 'nchw'}"
             memory = torch.channels_last if last else torch.contiguous_format
             x, two = (torch.zeros(n * B, K, H, W, dtype=dtype).contiguous(memory_format=memory) for n in (1,
@@ -163,8 +159,7 @@ with torch.device("meta"):  # what two of the networks have
 every = [f"{a}:all:{k}:{n}" for k in (2, 4, 6, 8, 10) for n in (37, 96, 128) for a in (80, 90, 100)]
 every += [f"{a}:norm:{c}:{g}" for c, g in NORMS for a in (80, 90, 100)]
 for task in sys.argv[1:] or every:
-    arch, layouts, bits, side, *names = task.split(":")
-    only = "".join(names)
+    arch, layouts, bits, side = task.split(":")
     arch, bits, side = int(arch), int(bits), int(side)
     (norm_kernels if "norm" in layouts else every_kernel)(layouts, bits, side)
 if len(sys.argv) == 1:

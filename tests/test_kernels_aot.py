@@ -11,12 +11,10 @@ import pytest
 
 pytest.importorskip("triton")
 PIXELS, THREADS = 1024, 128  # pixels and threads of a program, as kernels/*.py have them
-# The scripts use 6 bits, 128 x 128 and channels_last. Of the rest, the two kernels with most registers, for
-# the oldest GPU and the most bits. `python tests/kernels_aot.py` compiles everything.
+# The scripts use 6 bits, 128 x 128 and channels_last. `python tests/kernels_aot.py` compiles everything else.
 # norm: channels and groups of the first level of `paper`, one that is no power of two, and the most.
-MOST = {"noise_kernel", "assign_kernel"}
-TASKS = ["90:pairs:6:128", "80:half:10:96:noise_kernel,assign_kernel", "90:norm-half:64:32",
-         "80:norm-half:192:32", "100:norm-half:512:32"]
+TASKS = [["90:all:6:128", "90:norm-half:64:32", "80:norm-half:192:32", "100:norm-half:512:32"],
+         ["80:half:6:128", "100:half:6:128", "90:half:10:96", "80:half:2:37"]]
 KERNELS = {"noise_kernel", "loss_forward_kernel", "loss_sum_kernel", "loss_backward_kernel", "step_kernel",
            "average_kernel",
            "moments_kernel", "assign_kernel", "remap_kernel"}
@@ -61,30 +59,37 @@ def expected(case, kernel, K):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """[what kernels_aot.py says of a kernel, ...]"""
+    """[what kernels_aot.py says of a kernel, ...], compiled by two processes side by side."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = str(Path(__file__).with_name("kernels_aot.py"))
-    done = subprocess.run([sys.executable, script, *TASKS], env=env, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    running = [subprocess.Popen([sys.executable, script, *tasks], env=env, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE)
+               for tasks in TASKS]
+    results = []
+    for process in running:
+        out, err = process.communicate()
+        assert process.returncode == 0, err[-2000:]
+        results += map(json.loads, out.splitlines())
+    return results
 
 
 def test_every_kernel_compiles_without_spills(compiled):
-    for task, kernels in zip(TASKS, (KERNELS, MOST, NORM_KERNELS, NORM_KERNELS, NORM_KERNELS)):
-        arch, _, bits, side = (int(v) if v.isdigit() else v for v in task.split(":")[:4])
+    for task in sum(TASKS, []):
+        arch, kind, bits, side = (int(v) if v.isdigit() else v for v in task.split(":"))
         mine = [r for r in compiled if (r["arch"], r["bits"], r["side"]) == (arch, bits, side)]
-        assert {r["kernel"] for r in mine} == kernels
+        assert {r["kernel"] for r in mine} == (NORM_KERNELS if "norm" in kind else KERNELS)
     assert not [r for r in compiled if r["stack"] or r["local"]]
 
 
 def test_main_arrays_move_16_bytes_at_a_time(compiled):
     seen = set()
     for r in compiled:
+        if r["side"] == 37:  # rows of odd length begin anywhere
+            continue
         load, store = expected(r["case"], r["kernel"], r["bits"])
         assert load is None or r["load"] == load, r
         assert store is None or r["store"] == store, r
         seen |= {(r["arch"], r["kernel"])} if load is not None or store is not None else set()
     main = {"noise_kernel", "loss_forward_kernel", "loss_backward_kernel", "step_kernel", "average_kernel"}
     norm = NORM_KERNELS - {"norm_statistics_kernel"}
-    assert seen == {(90, kernel) for kernel in main} | {(80, "noise_kernel")} | {
-        (arch, kernel) for arch in (80, 90, 100) for kernel in norm}
+    assert seen == {(arch, kernel) for arch in (80, 90, 100) for kernel in main | norm}
