@@ -123,9 +123,8 @@ def load_checkpoint(path, device="cpu", raw=False):
         known = {ValueError: str(e), RuntimeError: "its weights do not fit its network"}
         why = known.get(type(e), "entries of a wrong kind")
         raise ValueError(f"{path}: no checkpoint that this version can use: {why}") from None
-    # now, not in the midst of sampling: raise where kernels were forced that cannot run, or odds are damaged
+    # now, not in the midst of sampling: raises where kernels were forced that cannot run
     kernel_options(model.codec, device)
-    odds_of(model)
     return model
 
 
@@ -137,6 +136,7 @@ def set_tidy(model, least, merge):
         raise ValueError(f"--least and --merge must be 0 (off) to 1000000, and 0 with the encoding rgb, "
                          f"not {new['least']} and {new['merge']:g}")
     model.tidy = new
+    odds_of(model)  # now, not after sampling: raises where the odds' file is damaged
 
 
 def newest_checkpoint(root="out", shipped=SHIPPED):

@@ -2,6 +2,7 @@
 wrong use."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -191,6 +192,17 @@ def test_wrong_use_gets_one_sentence(ckpt, tmp_path, capsys, arguments, words):
         sample.main([str(tmp_path / "a.png"), "--ckpt", str(ckpt), "--out", str(tmp_path), *arguments])
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and words in err and err.count("\n") == 1
+
+
+def test_damaged_odds_are_named_before_sampling_and_can_be_done_without(ckpt, tmp_path, capsys):
+    shutil.copy(ckpt, tmp_path / "ckpt.pt")
+    (tmp_path / "tree.npz").write_bytes(b"nothing")
+    photo().save(tmp_path / "a.png")
+    assert run(tmp_path / "ckpt.pt", tmp_path, tmp_path / "a.png", "--n", 1, "--merge", 1) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'tree.npz'} cannot be read" in said and said.count("\n") == 1
+    assert "--merge 0" in said and not (tmp_path / "out").exists()
+    assert run(tmp_path / "ckpt.pt", tmp_path, tmp_path / "a.png", "--n", 1, "--merge", 0) == 0
 
 
 def test_the_newest_checkpoint_is_taken_and_without_one_the_weights_in_the_box(ckpt, tmp_path, monkeypatch,
