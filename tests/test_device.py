@@ -27,7 +27,7 @@ class AnyGenerator(torch.Generator):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """steps(device, *options): losses and norms of two training steps, the weights then, the last batch."""
+    """steps(device, *options): losses and norms of three training steps, the weights then, the last batch."""
     monkeypatch.setitem(train.SIZES, "tiny", SMALL)
     monkeypatch.setattr(kernels, "mode", "auto")
     for name in ("pick_device", "layout"):  # `meta` is no device for training
@@ -46,7 +46,7 @@ def steps(monkeypatch):
         update = Step(net, train.loss_of(run.diffusion, run.codec, run.dtype, fast),
                       torch.optim.AdamW(net.parameters(), fused=True), run.dtype)
         coming, values = train.batches(c, run, 5, fast), []
-        for batch in itertools.islice(coming, 2):
+        for batch in itertools.islice(coming, 3):
             values.append(update(batch, 1e-3))
             if len(values) == 1:
                 del waits[:]  # what is copied once, at the start

@@ -1,4 +1,4 @@
-"""Files that somebody or something changed: mutated 150 times each, they are used, or named in one
+"""Files that somebody or something changed: mutated 300 times each, they are used, or named in one
 sentence."""
 
 import hashlib
@@ -23,7 +23,7 @@ from sources.packing import BAD, DONE, EMPTY, LEFT, convert
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning",
                                         "ignore::RuntimeWarning",
                                         "ignore::PIL.Image.DecompressionBombWarning")
-mutated = settings(max_examples=150, deadline=None, derandomize=True, database=None,
+mutated = settings(max_examples=300, deadline=None, derandomize=True, database=None,
                    suppress_health_check=list(HealthCheck))
 JUNK = st.sampled_from([None, True, 0, 1, -1, 3, 2.5, 1e300, float("nan"), float("inf"), 2**70, "", "x", "7",
                         [], [1], [[]], [[1, 2], [3, 4]], {}, {"x": 1}, "../x", "\0", "é" * 300])
@@ -184,7 +184,7 @@ def test_checkpoint_content(tmp_path_factory, data):
     content = once("checkpoint", lambda: trained(tmp_path_factory.mktemp("run")))
     path = once("changed", lambda: tmp_path_factory.mktemp("changed") / "ckpt.pt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda number: None)  # 150 times
+        patch.setattr(os, "fsync", lambda number: None)  # 300 times
         if data.draw(st.booleans()):
             save_checkpoint(path, change(data.draw, content, 2))
         else:

@@ -412,12 +412,13 @@ def test_only_the_last_photos_are_at_hand(server):
     assert status == 400 and "open this one again" in json.loads(reply)["error"]
 
 
-def test_control_c_ends_it_in_the_middle_of_sampling_and_nothing_is_left(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_control_c_ends_it_in_the_middle_of_sampling_and_nothing_is_left(tmp_path, monkeypatch, how):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     photo((300, 200)).save(tmp_path / "a.png")
     server = Server(tmp_path / "a.png", "--ckpt", ROOT / "weights" / "photo.pt")
     assert server.config["first"]["name"] == "a.png" and len(list(tmp_path.glob("bitseg-*/*"))) == 1
-    assert server.stop() == (0, "")
+    assert server.stop(how) == (0, "")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 

@@ -123,7 +123,7 @@ sys.exit(main())
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("command", [
-    "PROGRAM >&- 2>&-", "PROGRAM <&- 2>&-", "PROGRAM > /dev/full 2> /dev/full",
+    "PROGRAM >&- 2>&-", "PROGRAM >&-", "PROGRAM <&- 2>&-", "PROGRAM > /dev/full 2> /dev/full",
     "set -o pipefail; PROGRAM 2> /dev/null | true"])
 def test_a_program_ends_as_if_it_had_been_heard(tmp_path, command):
     """Also at the end, where Python flushes; and nothing that is printed gets into a file that is opened."""
