@@ -17,6 +17,7 @@ import contextlib
 import copy
 import dataclasses
 import getpass
+import itertools
 import math
 import os
 import signal
@@ -62,7 +63,9 @@ from diffusion import (
 )
 from engine import (
     HANGUP,
+    LAYOUTS,
     NO_FLOAT64,
+    PRECISIONS,
     Beside,
     Damaged,
     NoGraph,
@@ -71,6 +74,7 @@ from engine import (
     Watch,
     any_stopped,
     append,
+    fastest_form,
     fit_state,
     foreign,
     forget,
@@ -109,7 +113,8 @@ class Config:
     cache: str = "cache"  # resized copies of the data set; safe to delete
     seed: int = 0  # of everything random; below 2^22
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: str = "auto"  # auto, fp32, bf16, fp16
+    precision: str = "auto"  # auto, fp32, bf16, fp16; auto: on a CPU, a run of 100 steps or more measures it
+    layout: str = "auto"  # auto, nchw, nhwc; auto: as precision
     kernels: str = ""  # auto (Triton with CUDA), triton, torch; "": BITSEG_KERNELS, or auto
     compile: str = "auto"  # on, off; auto: on with CUDA. A minute at the start, then faster steps
     graph: str = "auto"  # on, off; auto: on with CUDA. A step is one CUDA graph then
@@ -205,8 +210,8 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
 }
 
 # May change on resume.
-FREE = {"out", "root", "cache", "device", "kernels", "compile", "graph", "workers", "threads", "init",
-        "export", "accumulate", "max_steps", "eval_every", "eval_images", "log_every", "save_every",
+FREE = {"out", "root", "cache", "device", "layout", "kernels", "compile", "graph", "workers", "threads",
+        "init", "export", "accumulate", "max_steps", "eval_every", "eval_images", "log_every", "save_every",
         "keep_every", "max_bad"}
 
 RANGES = dict.fromkeys(("batch_size", "accumulate", "max_steps", "image_size", "eval_every", "eval_images",
@@ -217,7 +222,7 @@ RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition", "
                         (0, 1))
 RANGES |= {"seed": (0, 2**22 - 1), "crop": (0.01, 1), "ema": (0, 0.999999), "input_scale": (1e-6, math.inf),
            "bias": (-100, 100), "threads": (0, 1024)}
-CHOICES = {"sampler": SAMPLERS, "variance": VARIANCES}
+CHOICES = {"sampler": SAMPLERS, "variance": VARIANCES, "layout": ("auto", *LAYOUTS)}
 
 
 def parse(argv):
@@ -506,7 +511,7 @@ def main(argv=None):
 
 def portable(content):
     """What sampling needs of a checkpoint: the averaged weights and the configuration."""
-    return {k: v for k, v in content.items() if k not in ("net", "optimizer", "scaler")}
+    return {k: v for k, v in content.items() if k not in ("net", "optimizer", "scaler", "form")}
 
 
 def export(c):
@@ -528,6 +533,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype | None  # of autocast; None: float32
     why: str  # this dtype
+    form: tuple  # names of dtype and layout: keys of PRECISIONS and LAYOUTS
     codec: Codec
     diffusion: Diffusion
     network: dict  # the arguments of UNet
@@ -550,6 +556,9 @@ def build(c, local=None):
         torch.cuda.set_stream(torch.cuda.Stream(device))  # graphs cannot be made on the default one
         torch.backends.cudnn.benchmark = True
     dtype, why = pick_precision(c.precision, device)
+    memory = layout(device) if c.layout == "auto" else LAYOUTS[c.layout]
+    form = tuple(next(name for name in names if names[name] == value)
+                 for names, value in ((PRECISIONS, dtype), (LAYOUTS, memory)))
     try:
         kernels.use(c.kernels or kernels.mode)
         kernels.live(device)
@@ -574,7 +583,41 @@ def build(c, local=None):
         near = max(1, round(c.image_size / net.multiple)) * net.multiple
         raise ValueError(f"--image_size {c.image_size}: network {c.network} needs a multiple of "
                          f"{net.multiple}, e.g. {near}")
-    return Run(device, dtype, why, codec, diffusion, network, net.to(device, memory_format=layout(device)))
+    return Run(device, dtype, why, form, codec, diffusion, network, net.to(device, memory_format=memory))
+
+
+def settle_form(c, run):
+    """On a CPU, replace precision and layout as `build` chose them, where they are auto: by a checkpoint's,
+    or in a new run by what is fastest here. -> a sentence that says what was measured, or "".
+
+    Unmeasured stay runs of fewer than 100 steps, which it does not pay for, and those with --compile on.
+    Checkpoints of versions before and of GPUs name neither: `build` has the last word then, too.
+    """
+    usual, words = run.form, ""
+    if run.resumed:
+        run.form = run.resumed.get("form") or usual
+        if c.layout != "auto":
+            run.form = run.form[0], c.layout
+    elif c.max_steps >= 100 and c.compile != "on":
+        asked = zip((c.precision, c.layout), (("fp32", "bf16"), LAYOUTS))
+        forms = list(itertools.product(*(known if name == "auto" else [name] for name, known in asked)))
+        forms.sort(key=lambda form: form != usual)  # the usual one first
+        if run.rank == 0 and len(forms) > 1:
+            source = datasets.batches(run.train_data, 0, c.batch_size, c.seed, ranks=run.world)
+            batch = make_batch(c, run, 0, next(source), None)
+            source.close()
+            part = {k: v.chunk(c.accumulate)[0] for k, v in batch.items()}
+            loss = loss_of(run.diffusion, run.codec, None, None)
+            run.form, words = fastest_form(run.net, loss, part, forms)
+        chosen = torch.tensor(forms.index(run.form))
+        if run.world > 1:
+            dist.broadcast(chosen, 0)
+        run.form = forms[chosen]
+    if run.form != usual:
+        run.why = "measured" if words else "as the run began"
+    run.dtype = PRECISIONS[run.form[0]]
+    run.net.to(memory_format=LAYOUTS[run.form[1]])
+    return words
 
 
 def switches(c, device, dtype, world):
@@ -732,6 +775,9 @@ class Training:
     def __init__(self, c, run):
         self.c, self.run, self.out = c, run, Path(c.out)
         self.step, self.best, self.validated = 0, -math.inf, 0
+        alone = run.device.type == "cpu" and run.world == 1
+        self.threads = Threads(c.threads if alone else torch.get_num_threads())
+        self.measured = settle_form(c, run) if run.device.type == "cpu" else ""  # with those threads
         self.ema = copy.deepcopy(run.net).eval().requires_grad_(False)
         kind = dict(fused=run.device.type in ("cuda", "cpu"), capturable=run.device.type == "cuda")
         self.optimizer = torch.optim.AdamW(run.net.parameters(), lr=c.lr, betas=(0.9, 0.999),
@@ -746,8 +792,6 @@ class Training:
             self.resume(run.resumed, kind)
         self.first, self.started = self.step, time.time()
         self.writer, self.watch = Beside(), Watch()
-        alone = run.device.type == "cpu" and run.world == 1
-        self.threads = Threads(c.threads if alone else torch.get_num_threads())
         self.stop = []  # signals; looked at between steps
         self.seen = []  # losses and norms since the last line
 
@@ -769,7 +813,8 @@ class Training:
             image_size=c.image_size, network=run.network, contents=datasets.contents(run.train_data),
             codec=chosen(c, CODEC), diffusion=dataclasses.asdict(run.diffusion), sampling=chosen(c, SAMPLING),
             tidy=chosen(c, TIDY), net=run.net.state_dict(), ema=self.ema.state_dict(),
-            optimizer=self.optimizer.state_dict(), scaler=self.update.scaler.state_dict())
+            optimizer=self.optimizer.state_dict(), scaler=self.update.scaler.state_dict(),
+            form=run.form if run.device.type == "cpu" else None)
 
     def put(self, name, action):  # rank 0 writes; a full disk only warns
         return self.run.rank > 0 or try_to_write(self.out / name, lambda: action(self.out / name))
@@ -804,10 +849,12 @@ class Training:
         live = ("torch", "for --balance") if c.balance else kernels.live(run.device)
         self.say(f"{sum(p.numel() for p in run.net.parameters()):,} parameters on "
                  f"{f'{run.world} x ' if run.world > 1 else ''}{run.device}, "
-                 f"{str(run.dtype or torch.float32)[6:]} ({run.why}); "
+                 f"{str(run.dtype or torch.float32)[6:]} in {run.form[1]} ({run.why}); "
                  f"kernels: {' ('.join(live)}); "
                  f"GroupNorm: {'triton' if kernels.norms(run.device) else 'torch'}; "
                  f"{size} training images; {origin}; into {self.out}/")
+        if self.measured:
+            self.say(self.measured)
 
     def validate(self):
         """Score the averaged weights and keep the best; nothing if the run is stopped meanwhile, as a resumed

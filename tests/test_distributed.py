@@ -136,6 +136,32 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
     assert ends(processes(2, tmp_path / "two")) == [0, 0]
 
 
+def test_all_compute_in_the_form_that_the_first_one_measured(tmp_path):
+    def before(rank):
+        def fastest_form(net, loss, batch, forms):
+            assert rank == 0 and len(forms) == 4 and len(batch["image"]) == 2
+            return ("bf16", "nhwc"), "measured by the first"
+
+        def interrupts(*args):
+            real(*args)
+            if rank == 0 and args[2] == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        real = train.update_ema
+        train.fastest_form, train.update_ema = fastest_form, interrupts
+
+    more = ["--max_steps", "100", "--eval_every", "100"]
+    assert ends(processes(2, tmp_path / "two", *more, "--precision", "auto", before=before)) == [143, 143]
+    assert "measured by the first" in (tmp_path / "two.0.txt").read_text()
+    measured = read(tmp_path / "two" / "ckpt.pt")
+    assert measured["form"] == ("bf16", "nhwc")
+    asked = ["--precision", "bf16", "--layout", "nhwc"]
+    assert ends(processes(2, tmp_path / "asked", *more, *asked, before=before)) == [143, 143]
+    asked = read(tmp_path / "asked" / "ckpt.pt")
+    assert asked["step"] == measured["step"]
+    assert all(torch.equal(v, asked["net"][k]) for k, v in measured["net"].items())
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     assert ends(processes(2, tmp_path / "two", "--batch_size", "3")) == [2, 2]
     assert "--batch_size 3 cannot be split among 2 processes" in (tmp_path / "two.0.txt").read_text()

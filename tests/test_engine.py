@@ -14,6 +14,7 @@ from engine import (
     Step,
     Watch,
     append,
+    fastest_form,
     fit_state,
     forget,
     pick_device,
@@ -233,3 +234,44 @@ def test_threads_follow_what_steps_take(monkeypatch):
         assert steps(crew, 2000) == [] and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+FORMS = [("fp32", "nchw"), ("fp32", "nhwc"), ("bf16", "nchw"), ("bf16", "nhwc")]
+
+
+@pytest.mark.parametrize("rates, chosen, words", [
+    ((10, 12, 8, 9), 1, "fp32 nhwc, 12 images a processor second; fp32 nchw 10, bf16 nchw 8, bf16 nhwc 9"),
+    ((10, 10.5, 8, 10.9), 0, "fp32 nchw, 10 images a processor second; fp32 nhwc 10.5, bf16 nchw 8, "
+                             "bf16 nhwc 10.9; under 10 % more does not count"),
+    ((2, 3, 20, 15), 2, "bf16 nchw, 20 images a processor second; fp32 nchw far fewer, fp32 nhwc far fewer, "
+                        "bf16 nhwc 15"),
+    ((30, 32, 40, 15), 2, "bf16 nchw, 40 images a processor second; fp32 nchw 30, fp32 nhwc 32, "
+                          "bf16 nhwc 15"),
+    ((0, 0, 0, 0), 0, "fp32 nchw, 0 images a processor second; fp32 nhwc 0, bf16 nchw 0, bf16 nhwc 0")])
+def test_the_fastest_form_is_chosen_and_nothing_else_changes(monkeypatch, rates, chosen, words):
+    """By a clock that goes on by what each form takes; 0: it raises."""
+    now, seen, net = [0.0], [], torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Dropout(0.5))
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(engine.time, "thread_time", lambda: now[0])
+
+    def loss(candidate, batch):
+        out = candidate(batch["x"])
+        nhwc = candidate[0].weight.is_contiguous(memory_format=torch.channels_last)
+        form = ("bf16" if out.dtype == torch.bfloat16 else "fp32", "nhwc" if nhwc else "nchw")
+        seen.append((form, len(out)))
+        rate = rates[FORMS.index(form)]
+        now[0] += len(out) / rate if rate else 1
+        if not rate:
+            raise NotImplementedError("no such convolution")
+        return out.float().square().mean()
+
+    batch, before, random = dict(x=torch.randn(8, 3, 6, 6)), weights(net), torch.get_rng_state()
+    form, why = fastest_form(net, loss, batch, FORMS, seconds=40)
+    assert form == FORMS[chosen] and why == f"precision and layout: {words}"
+    assert torch.equal(torch.get_rng_state(), random) and torch.equal(weights(net), before)
+    assert all(p.grad is None for p in net.parameters())
+    assert now[0] < 60 and {rows for _, rows in seen[:4]} == {1}
+    for form, rate in zip(FORMS, rates):
+        count = sum(1 for other, _ in seen if other == form)
+        # one row, once more, and all of them
+        assert count == 1 if 4 * rate < max(rates) else count == 3 if 2 * rate < max(rates) else count > 3

@@ -127,6 +127,7 @@ def test_the_baselines_train_and_sample(tmp_path, encoding, palette, prediction)
     (["--sampler", "dpm"], "--sampler is ddpm or ddim, not 'dpm'"),
     (["--variance", "big"], "--variance is large or small"),
     (["--device", "meta"], "none of cpu, cuda and mps"),
+    (["--layout", "nwhc"], "--layout is auto or nchw or nhwc, not 'nwhc'"),
     (["--network", "large"], "network 'large' is not one of"),
     (["--compile", "yes"], "compile is auto, on or off"),
     (["--graph", "1"], "graph is auto, on or off"), (["--graph", "on"], "--graph on needs CUDA"),
@@ -353,19 +354,104 @@ def test_what_is_compiled_and_captured():
         switches(world=2, graph="on")
 
 
-@pytest.mark.parametrize("before, after", [(torch.contiguous_format, torch.channels_last),
-                                           (torch.channels_last, torch.contiguous_format)])
-def test_a_run_goes_on_in_the_layout_of_another_device(tmp_path, monkeypatch, before, after):
-    """As from a GPU to a CPU and back: `layout` differs, and AdamW's moments come with the file."""
-    more = ["--precision", "fp32", "--decay_steps", "1"]
-    monkeypatch.setattr(train, "layout", lambda device: before)
-    assert run(tmp_path, *more, out="stays") == 0 and run(tmp_path, *more, "--max_steps", "2",
-                                                          out="moves") == 0
-    monkeypatch.setattr(train, "layout", lambda device: after)
-    assert run(tmp_path, *more, out="moves") == 0
+@pytest.mark.parametrize("before, after", [("nchw", "nhwc"), ("nhwc", "nchw")])
+def test_a_run_goes_on_in_the_layout_of_another_device(tmp_path, before, after):
+    """As from a GPU to a CPU and back: the layout differs, and AdamW's moments come with the file."""
+    more = ["--precision", "fp32", "--decay_steps", "1", "--layout"]
+    assert run(tmp_path, *more, before, out="stays") == 0
+    assert run(tmp_path, *more, before, "--max_steps", "2", out="moves") == 0
+    assert run(tmp_path, *more, after, out="moves") == 0
+    assert read(tmp_path / "moves" / "ckpt.pt")["form"] == ("fp32", after)
     stays, moves = weights(tmp_path, "stays"), weights(tmp_path, "moves")
     for k in stays:  # paired wrongly, they are 0.002 apart and more
         torch.testing.assert_close(moves[k], stays[k], rtol=1e-4, atol=1e-5)
+
+
+def three_steps(tmp_path, monkeypatch, *more, out):
+    """A run of 100 steps that Ctrl-C stops after three more: its weights."""
+    with monkeypatch.context() as patch:
+        real, calls = train.update_ema, []
+
+        def update_ema(*args):
+            real(*args)
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        patch.setattr(train, "update_ema", update_ema)
+        assert run(tmp_path, "--max_steps", "100", "--eval_every", "100", "--dropout", "0.1", *more,
+                   out=out) == 130
+    return weights(tmp_path, out)
+
+
+def unmeasured(*args, **more):
+    raise AssertionError("this run has nothing to measure")
+
+
+@pytest.mark.parametrize("precision, layout", [("bf16", "nhwc"), ("fp32", "nhwc"), ("fp32", "nchw")])
+def test_a_measured_form_is_kept_and_gives_the_same_bits(tmp_path, monkeypatch, capsys, precision, layout):
+    real, halves = train.fastest_form, ("--accumulate", "2")
+
+    def fastest_form(net, loss, batch, forms):
+        assert forms[0] == ("bf16", "nchw") and len(forms) == 4 and len(batch["image"]) == 1
+        return (precision, layout), real(net, loss, batch, forms, seconds=0.0)[1]
+
+    monkeypatch.setattr("engine.cpu_has", lambda name: True)
+    monkeypatch.setattr(train, "fastest_form", fastest_form)
+    three_steps(tmp_path, monkeypatch, *halves, out="measured")
+    out = capsys.readouterr().out
+    name = "bfloat16" if precision == "bf16" else "float32"
+    assert "precision and layout: " in out and f"{name} in {layout} (measured)" in out
+    monkeypatch.setattr(train, "fastest_form", unmeasured)
+    monkeypatch.setattr("engine.cpu_has", lambda name: False)  # on another machine
+    measured = three_steps(tmp_path, monkeypatch, *halves, out="measured")
+    out = capsys.readouterr().out
+    assert "precision and layout" not in out and f"{name} in {layout} (" in out
+    assert read(tmp_path / "measured" / "ckpt.pt")["form"] == (precision, layout)
+    asked = [*halves, "--precision", precision, "--layout", layout]
+    three_steps(tmp_path, monkeypatch, *asked, out="asked")
+    plain = three_steps(tmp_path, monkeypatch, *asked, out="asked")
+    assert all(torch.equal(v, plain[k]) for k, v in measured.items())
+    losses = [[line["loss"] for line in log(tmp_path, out)] for out in ("measured", "asked")]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_a_checkpoint_that_names_no_form_goes_on_as_before(tmp_path, monkeypatch):
+    """As versions wrote it that asked the processor's flags alone."""
+    monkeypatch.setattr("engine.cpu_has", lambda name: False)
+    three_steps(tmp_path, monkeypatch, "--precision", "fp32", "--layout", "nchw", out="asked")
+    plain = three_steps(tmp_path, monkeypatch, "--precision", "fp32", "--layout", "nchw", out="asked")
+    monkeypatch.setattr(train, "fastest_form", lambda *args: (("fp32", "nchw"), "measured"))
+    three_steps(tmp_path, monkeypatch, out="old")
+    content = read(tmp_path / "old" / "ckpt.pt")
+    del content["form"], content["config"]["layout"]
+    save_checkpoint(tmp_path / "old" / "ckpt.pt", content)
+    monkeypatch.setattr(train, "fastest_form", unmeasured)
+    old = three_steps(tmp_path, monkeypatch, out="old")
+    assert all(torch.equal(v, plain[k]) for k, v in old.items())
+
+
+def test_what_is_asked_for_is_not_measured(monkeypatch):
+    def measured(*options):
+        c, asked = train.parse(["--device", "cpu", "--image_size", "16", *options]), []
+        run = train.build(c)
+        run.train_data = train.datasets.load("shapes", "train", 16)
+
+        def fastest_form(net, loss, batch, forms):
+            asked.extend(forms)
+            return forms[-1], "words"
+
+        monkeypatch.setattr(train, "fastest_form", fastest_form)
+        words = train.settle_form(c, run)
+        assert words == "words" * bool(asked) and run.form == (asked[-1] if asked else train.build(c).form)
+        nhwc = run.net.stem.weight.is_contiguous(memory_format=torch.channels_last)
+        assert run.form[1] == ("nhwc" if nhwc else "nchw") and run.dtype == train.PRECISIONS[run.form[0]]
+        return asked
+
+    assert len(measured()) == 4 and measured("--max_steps", "99") == measured("--compile", "on") == []
+    assert measured("--precision", "fp32", "--layout", "nhwc") == []
+    assert measured("--precision", "bf16") == [("bf16", "nchw"), ("bf16", "nhwc")]
+    assert {precision for precision, _ in measured("--layout", "nhwc")} == {"fp32", "bf16"}
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
