@@ -45,7 +45,7 @@ import kernels
 import train
 from answers.segment import SHIPPED, denoise, load_checkpoint, prepare, summarise
 from diffusion import kernel_options, sample
-from engine import Step, layout, pick_device, update_ema
+from engine import LAYOUTS, Step, pick_device, update_ema
 
 BITS, SIZE = 6, 128
 MIN_SECONDS = 0.2  # of measuring, for each figure on a CPU
@@ -475,7 +475,7 @@ class Variant:
         self.step = self.ema = self.coming = None
 
 
-def training_variants(dtype, device, fast, compiled, graph, norm):
+def training_variants(dtype, memory, fast, compiled, graph, norm):
     """name -> Variant, from plain PyTorch to what train.py does; each adds something to the one before.
 
     norm: what it does with GroupNorm + SiLU by the kernel, too, and that before anything is compiled.
@@ -489,10 +489,10 @@ def training_variants(dtype, device, fast, compiled, graph, norm):
     if norm:
         found["and GroupNorm"] = Variant(low, last, fast, norm="on")
     if compiled and graph:
-        found["compiled, no graph"] = Variant(dtype, layout(device), fast, True, True)
-    found["train.py"] = Variant(dtype, layout(device), fast, True, compiled, graph)
+        found["compiled, no graph"] = Variant(dtype, memory, fast, True, True)
+    found["train.py"] = Variant(dtype, memory, fast, True, compiled, graph)
     if norm:
-        found["train.py, GroupNorm"] = Variant(dtype, layout(device), fast, True, compiled, graph, norm="on")
+        found["train.py, GroupNorm"] = Variant(dtype, memory, fast, True, compiled, graph, norm="on")
     return found
 
 
@@ -510,13 +510,16 @@ def run_variants(variants, rounds, start, measure):
 
 def bench_train(args):
     c, run = setting(args, "--graph", args.graph)
-    device, dtype = run.device, run.dtype
+    device = run.device
     run.train_data = data.load("shapes", "train", c.image_size * run.net.detail, seed=c.seed)
+    if device.type == "cpu" and args.precision == "auto":
+        print(train.settle_form(c, run))
+    dtype, memory = run.dtype, LAYOUTS[run.form[1]]
     compiled, graph = train.switches(c, device, dtype, 1)
     live, why = kernels.live(device)
     if args.norm and live != "triton":
         raise ValueError(f"--norm needs Triton, but PyTorch is live here ({why}): leave it out")
-    variants = training_variants(dtype, device, kernel_options(run.codec, device), compiled, graph,
+    variants = training_variants(dtype, memory, kernel_options(run.codec, device), compiled, graph,
                                  args.norm)
 
     batch = next(train.batches(c, run, 0, None))
@@ -528,8 +531,8 @@ def bench_train(args):
     how = f"{'compiled' if compiled else 'not compiled'}, {'one CUDA graph' if graph else 'no CUDA graph'}"
     print(f"{args.preset}: batch {c.batch_size}, {c.image_size} x {c.image_size}, on "
           f"{where(device)};\n{speed};\n"
-          f"train.py: {str(dtype or torch.float32)[6:]} ({run.why}), {how}; medians of {args.rounds} rounds, "
-          f"{args.clock} clock\n")
+          f"train.py: {str(dtype or torch.float32)[6:]} in {run.form[1]} ({run.why}), {how}; medians of "
+          f"{args.rounds} rounds, {args.clock} clock\n")
     print(f"| {'':24}| images/s | speed | step ms |" + "".join(f" {p:>9} |" for p in PARTS)
           + " GFLOP/s | of rate | warm-up s | GB    |")
     print("|" + "-" * 25 + "|----------|-------|---------|" + "-----------|" * len(PARTS)

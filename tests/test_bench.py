@@ -78,6 +78,14 @@ def test_train(quick, capsys, precision):
     assert result["gflop_per_image"] > 0
 
 
+def test_train_measures_precision_and_layout_as_train_py_does(quick, capsys, monkeypatch):
+    monkeypatch.setattr(train, "fastest_form", lambda *args: (("fp32", "nhwc"), "fp32 nhwc is fastest"))
+    monkeypatch.setattr(train, "pick_precision", lambda *args: (torch.bfloat16, "this CPU has bf16"))
+    assert bench.main("train --batch 2 --rounds 1 --device cpu".split()) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("fp32 nhwc is fastest\n") and "train.py: float32 in nhwc (measured), " in out
+
+
 @pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
 def test_only_the_plain_variants_are_plain(quick, capsys, monkeypatch):
     """In Triton's interpreter: a bf16 run through the kernels beside plain float32."""
