@@ -72,8 +72,7 @@ def pick_precision(name, device):
 def cpu_has(name):
     """Whether torch knows that this CPU has a capability; torch before 2.10 does not say, which counts as
     no."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(known.get(name))
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get(name))
 
 
 def layout(device):
@@ -272,9 +271,8 @@ def fit_state(optimizer):
 
 def out_of_memory(e):
     """Whether an exception says so, on any device."""
-    return isinstance(e, torch.OutOfMemoryError) or any(words in str(e)
-                                                        for words in ("out of memory", "allocate memory",
-                                                                      "not enough memory"))
+    phrases = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(e, torch.OutOfMemoryError) or any(phrase in str(e) for phrase in phrases)
 
 
 def pick_device(name):
@@ -330,10 +328,10 @@ class Threads:
     steps, and when steps take twice as long as they did. fixed: that many, unmeasured.
     """
 
-    def __init__(self, fixed=None, tries=3):
+    def __init__(self, fixed=None):
         most = fixed or torch.get_num_threads()
         self.choices = [fixed] if fixed else sorted({1, max(1, most // 2), most})
-        self.tries, self.before, self.chosen = tries, None, None
+        self.before, self.chosen = None, None
         self.measure()
 
     def measure(self):
@@ -353,7 +351,7 @@ class Threads:
             return ""
         self.times[torch.get_num_threads()].append(now - before)
         best = min(min(t) for t in self.times.values() if t)
-        if todo := [n for n, t in self.times.items() if len(t) < self.tries and (not t or min(t) < 3 * best)]:
+        if todo := [n for n, t in self.times.items() if len(t) < 3 and (not t or min(t) < 3 * best)]:
             torch.set_num_threads(todo[0])
             return ""
         last, self.chosen = self.chosen, min(self.times, key=lambda n: min(self.times[n]))
@@ -379,19 +377,19 @@ class Watch:
     """What the losses (N,) and gradient norms (N,) of the last steps say: mean, skipped steps, spikes, steps
     lost in a row."""
 
-    def __init__(self, spike=5.0):
-        self.spike, self.mean, self.row, self.worst = spike, None, 0, 0
+    def __init__(self):
+        self.mean, self.row, self.worst = None, 0, 0
 
     def __call__(self, losses, norms, first):
-        """-> dict(loss, skipped, spikes [(step, loss)]); self.worst: the longest row of steps without a
-        finite gradient."""
+        """-> dict(loss, skipped, spikes [(step, loss)], above 5 times the mean before); self.worst: the
+        longest row of steps without a finite gradient."""
         ok = [abs(n) < float("inf") for n in norms]  # False for nan, too
         for good in ok:
             self.row = 0 if good else self.row + 1
             self.worst = max(self.worst, self.row)
         finite = [v for v, good in zip(losses, ok) if good]
         spikes = [(first + i, v) for i, (v, good) in enumerate(zip(losses, ok))
-                  if good and self.mean is not None and v > self.spike * self.mean]
+                  if good and self.mean is not None and v > 5 * self.mean]
         mean = sum(finite) / len(finite) if finite else None
         self.mean = self.mean if mean is None else mean
         return dict(loss=mean, skipped=len(ok) - len(finite), spikes=spikes)

@@ -1,8 +1,9 @@
 """The denoising network: an attention U-Net on (noisy bits, image), for any number of channels and any level
 count.
 
-What it is: one nn.Module, `UNet`, plus the table of its sizes. It maps (B, in_channels, H, W) and t in [0, 1]
-to (B, out_channels, H, W). What it is not: it knows nothing of bits, noise or losses (bits.py, diffusion.py).
+What it is: one nn.Module, `UNet`, the table of its sizes, and `widened`, which fits weights to a network of
+more bits. It maps (B, in_channels, H, W) and t in [0, 1] to (B, out_channels, H, W). What it is not: it knows
+nothing of noise or losses (diffusion.py), nor what bits mean (bits.py).
 
 Use it alone:
     from model import UNet, SIZES
@@ -291,3 +292,23 @@ def zero_init(module):
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
+
+
+def widened(weights, wide, bits):
+    """weights in the shapes of wide, both a UNet's state_dict; channels that only wide has are zero. bits:
+    where the narrow network's bits are in wide's."""
+    out, narrow = dict(weights), len(bits)
+    patch = len(weights["head.bias"]) // narrow  # layers at both ends fold each channel on its own
+    most = len(wide["head.bias"]) // patch
+    for name in [name for name in wide if weights[name].shape != wide[name].shape]:
+        fold = patch // 4 if name.startswith("finer") else patch
+        places, axis = bits, 0
+        if name in ("stem.weight", "finer.bits.weight"):  # which see xt, the image, and more copies of bits
+            image, axis = 3 * (name == "stem.weight"), 1
+            copies = (weights[name].shape[1] // fold - image) // narrow
+            starts = [0, *(image + k * most for k in range(1, copies))]
+            places = [start + b for start in starts for b in bits]
+            places[narrow:narrow] = range(most, most + image)
+        at = torch.tensor([p * fold + q for p in places for q in range(fold)], device=wide[name].device)
+        out[name] = torch.zeros_like(wide[name]).index_copy(axis, at, weights[name].to(wide[name].dtype))
+    return out

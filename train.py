@@ -94,7 +94,7 @@ from engine import (
     update_ema,
 )
 from metrics import scores
-from model import SIZES, UNet
+from model import SIZES, UNet, widened
 
 
 @dataclass
@@ -246,9 +246,9 @@ def parse(argv):
         if not (low <= getattr(c, key) <= high and (math.isfinite(getattr(c, key)) or key == "grad_clip")):
             span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"--{key} must be {span}, not {getattr(c, key)}")
-    for key, known in CHOICES.items():
-        if getattr(c, key) not in known:
-            raise ValueError(f"--{key} is {' or '.join(known)}, not '{getattr(c, key)}'")
+    for key, allowed in CHOICES.items():
+        if getattr(c, key) not in allowed:
+            raise ValueError(f"--{key} is {' or '.join(allowed)}, not '{getattr(c, key)}'")
     if c.workers != "auto" and not c.workers.isdecimal():
         raise ValueError(f"--workers is auto or a number of processes, not '{c.workers}'")
     codec = codec_of(c)
@@ -338,7 +338,7 @@ def batches(c, run, step, kernel_options):
 def make_batch(c, run, step, parts, kernel_options):
     """images, labels, sizes and uniform numbers, of data.batches -> the dictionary of a step's batch."""
     images, labels, sizes, u = parts
-    detail, mine = run.net.detail, slice(run.rank, None, run.world)
+    detail, share = run.net.detail, slice(run.rank, None, run.world)
     if c.augment and datasets.names(c.dataset) != ["shapes"]:
         x, _, labels = datasets.augment(images, labels, sizes, u, c.image_size, c.crop, c.jitter, detail)
     else:
@@ -349,10 +349,10 @@ def make_batch(c, run, step, parts, kernel_options):
     if run.diffusion.hints > 0:
         u = torch.rand(c.batch_size, datasets.NUMBERS, generator=generator)
         drawn["u"] = to_device(u, run.device)
-    drawn, hints = {k: v[mine] for k, v in drawn.items()}, None
+    drawn, hints = {k: v[share] for k, v in drawn.items()}, None
     if run.diffusion.hints > 0:
         hints = datasets.draw_hints(labels, drawn.pop("u"), run.diffusion.hints, promised(run.train_data))
-    numbers = range(step * c.batch_size, (step + 1) * c.batch_size)[mine]  # of the run's samples
+    numbers = range(step * c.batch_size, (step + 1) * c.batch_size)[share]  # of the run's samples
     cells = cells_of(labels, numbers, hints, c, run, kernel_options)
     if hints is not None:
         drawn["hints"] = hint_bits(run.codec.encode(cells.int()), hints)
@@ -427,22 +427,23 @@ def validate(net, run, c, stop):
                   chosen(c, TIDY))
     size = min(32, c.batch_size) if device.type == "cpu" else 32  # small: a signal is looked at in between
 
-    def look(*_):
+    def leave_if_stopped(*_):
         if stop:
             raise Stopped
 
     def maps_of(at, seeds):
         """One sample's map (h, w) of each image."""
         jobs = [packed_job(data, i, seed) for i, seed in zip(at, seeds)]
-        return [sample_map(job, 0, model) for job in denoise(jobs, model, 1, size, callback=look)]
+        return [sample_map(job, 0, model)
+                for job in denoise(jobs, model, 1, size, callback=leave_if_stopped)]
 
     try:
         for start in range(size * rank, n, size * world):
             at = list(range(start, min(start + size, n)))
             found = maps_of(at, at)
-            for i, one in zip(at, found):
-                maps = data.maps(i)[:, : one.shape[0], : one.shape[1]]
-                s = scores(torch.from_numpy(one).long().expand(len(maps), -1, -1), maps)
+            for i, segments in zip(at, found):
+                maps = data.maps(i)[:, : segments.shape[0], : segments.shape[1]]
+                s = scores(torch.from_numpy(segments).long().expand(len(maps), -1, -1), maps)
                 totals.append([float(s["ari"].nanmean()), float(s["iou"].nanmean())])
             m = min(8 - len(tiles), len(at)) if rank == 0 else 0
             if m > 0:
@@ -451,11 +452,11 @@ def validate(net, run, c, stop):
                 more = [maps_of(at[:m], [1000 * j + i for i in at[:m]]) for j in (1, 2)]
                 for i, true, *three in zip(at, truth, found, *more):
                     if c.merge:
-                        three = [placed(one[None], side)[0][0] for one in three]
+                        three = [placed(segments[None], side)[0][0] for segments in three]
                     image, (h, w) = np.zeros((*true.shape, 3), np.uint8), three[0].shape
                     image[:h, :w] = packed_job(data, i).photo
-                    padded = [np.pad(one, [(0, c.image_size - n) for n in one.shape],
-                                     constant_values=-1) for one in three]
+                    padded = [np.pad(segments, [(0, c.image_size - n) for n in segments.shape],
+                                     constant_values=-1) for segments in three]
                     tiles.append([image, *(overlay(image, v, side, 0.8) for v in (true, *padded))])
     except Stopped:
         pass
@@ -599,8 +600,8 @@ def settle_form(c, run):
         if c.layout != "auto":
             run.form = run.form[0], c.layout
     elif c.max_steps >= 100 and c.compile != "on":
-        asked = zip((c.precision, c.layout), (("fp32", "bf16"), LAYOUTS))
-        forms = list(itertools.product(*(known if name == "auto" else [name] for name, known in asked)))
+        options = (c.precision, ("fp32", "bf16")), (c.layout, LAYOUTS)
+        forms = list(itertools.product(*(names if asked == "auto" else [asked] for asked, names in options)))
         forms.sort(key=lambda form: form != usual)  # the usual one first
         if run.rank == 0 and len(forms) > 1:
             source = datasets.batches(run.train_data, 0, c.batch_size, c.seed, ranks=run.world)
@@ -633,12 +634,10 @@ def loss_of(diffusion, codec, dtype, kernel_options):
     def loss(net, batch):
         if kernel_options:
             return fused_training_loss(net, batch["cells"], batch["image"], codec.channels, batch["seeds"],
-                                       diffusion, batch,
-                                       codec.activate, **kernel_options, dtype=dtype or torch.float32,
-                                       hints=batch.get("hints"))
+                                       diffusion, batch, codec.activate, **kernel_options,
+                                       dtype=dtype or torch.float32, hints=batch.get("hints"))
         return training_loss(net, batch["x0"], batch["image"], batch["valid"], diffusion, codec.activate,
-                             drawn=batch,
-                             hints=batch.get("hints"))
+                             drawn=batch, hints=batch.get("hints"))
 
     return loss
 
@@ -653,26 +652,6 @@ def extras(d):
     """What a network trained with these options sees beside xt and the image, in the order of its input
     channels."""
     return [name for name in ("hints", "self_condition") if d.get(name, 0) > 0]
-
-
-def widened(weights, wide, bits):
-    """weights in the shapes of wide, both a UNet's state_dict; channels that only wide has are zero. bits:
-    where the narrow network's bits are in wide's."""
-    out, narrow = dict(weights), len(bits)
-    patch = len(weights["head.bias"]) // narrow  # layers at both ends fold each channel on its own
-    most = len(wide["head.bias"]) // patch
-    for name in [name for name in wide if weights[name].shape != wide[name].shape]:
-        fold = patch // 4 if name.startswith("finer") else patch
-        places, axis = bits, 0
-        if name in ("stem.weight", "finer.bits.weight"):  # which see xt, the image, and more copies of bits
-            image, axis = 3 * (name == "stem.weight"), 1
-            copies = (weights[name].shape[1] // fold - image) // narrow
-            starts = [0, *(image + k * most for k in range(1, copies))]
-            places = [start + b for start in starts for b in bits]
-            places[narrow:narrow] = range(most, most + image)
-        at = torch.tensor([p * fold + q for p in places for q in range(fold)], device=wide[name].device)
-        out[name] = torch.zeros_like(wide[name]).index_copy(axis, at, weights[name].to(wide[name].dtype))
-    return out
 
 
 def prepare_run(c):
@@ -937,8 +916,8 @@ def train(c, run):
         t.say(f"{out}/ckpt.pt is complete at step {t.step}: raise --max_steps to go on, or start anew with "
               f"another --out")
         return 0
-    known = lambda line: line["step"] <= (t.validated if "ari" in line else t.step)
-    t.put("log.jsonl", lambda path: forget(path, known))
+    holds = lambda line: line["step"] <= (t.validated if "ari" in line else t.step)
+    t.put("log.jsonl", lambda path: forget(path, holds))
     kinds = [signal.SIGINT, signal.SIGTERM]
     if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # which nohup does
         kinds.append(HANGUP)

@@ -151,7 +151,7 @@ def test_the_device_picked_is_the_current_one(monkeypatch):
 
 
 def test_watch_counts_rows_and_names_spikes():
-    watch, nan = Watch(spike=5), float("nan")
+    watch, nan = Watch(), float("nan")
     assert watch([1.0, 1.2, nan, 0.8], [1, 1, nan, 1], first=0) == dict(loss=pytest.approx(1.0), skipped=1,
                                                                         spikes=[])
     report = watch([1.0, 5.5, 1.0], [1, 1, float("inf")], first=4)

@@ -15,7 +15,7 @@ import train
 from bits import Codec, finer_bits, hint_bits, locate, palette
 from diffusion import Diffusion, draw, fused_training_loss, sample, training_loss
 from engine import read, save_checkpoint
-from model import SIZES, UNet
+from model import SIZES, UNet, widened
 from sources.hints import NUMBERS, draw_hints
 
 pytestmark = pytest.mark.usefixtures("small")
@@ -210,7 +210,7 @@ def test_a_widened_network_without_hints_is_the_one_it_came_from(size):
     old, new = (UNet(n * 6 + 3 * d**2, 6, **SIZES[size]).eval() for n in (1, 2))
     for p in old.parameters():
         torch.nn.init.normal_(p, std=0.05)  # what starts at zero would hide the rest
-    new.load_state_dict(train.widened(old.state_dict(), new.state_dict(), list(range(6))))
+    new.load_state_dict(widened(old.state_dict(), new.state_dict(), list(range(6))))
     x, t = torch.randn(2, 6 + 3 * d**2, 32, 32), torch.rand(2)
     with torch.no_grad():
         true = old(x, t)
@@ -225,7 +225,7 @@ def test_bits_that_are_added_change_nothing_at_first(size):
     old, new = (UNet(2 * k + image, k, **SIZES[size]).eval() for k in (4, 8))
     for p in old.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    new.load_state_dict(train.widened(old.state_dict(), new.state_dict(), at))
+    new.load_state_dict(widened(old.state_dict(), new.state_dict(), at))
     x, t = torch.randn(2, 2 * 8 + image, 32, 32), torch.rand(2)
     x[:, 8 + image :, :16] = 0  # known here only
     with torch.no_grad():
