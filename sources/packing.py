@@ -6,6 +6,7 @@ a full disk costs seconds. What it is not: it knows no file format (formats.py),
 augmentation (data.py).
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -170,131 +171,154 @@ def whole(folder):
 
 def too_bad(folder, bad, total, max_bad, example):
     return ValueError(f"{example} ({bad} of {total} items cannot be used, more than --max_bad {max_bad:g} "
-                      f"allows; "
-                      f"{folder / 'skipped.txt'} lists them)")
+                      f"allows; {folder / 'skipped.txt'} lists them)")
+
+
+class Store:
+    """The files of a packed copy in the making. Only what a row of rows.npy tells of counts as done; all else is
+    cut off."""
+
+    def __init__(self, folder, options):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.size = folder, options["size"]
+        self.sides = {self.size * options["detail"], self.size}  # of the pictures that each image has
+        self.images, self.labels = (open(folder / file, "ab", 0) for file in ("images.u8", "labels.u16"))
+        self.notices = open(folder / "notices.txt", "a", encoding="utf-8", errors="replace")
+        # item, h, w, maps, largest number of an id, segments before resizing, after
+        self.rows = np.load(folder / "rows.npy").tolist() if (folder / "rows.npy").exists() else []
+        if any(os.fstat(file.fileno()).st_size < length for file, length in self.lengths().items()):
+            self.rows = []  # cut off from outside
+        self.truncate()
+
+    def close(self):
+        for file in (self.images, self.labels, self.notices):
+            file.close()
+
+    def bytes_of(self, images, label_maps):
+        return 3 * sum(side**2 for side in self.sides) * images, 2 * self.size**2 * label_maps
+
+    def lengths(self):
+        """{file: bytes that the rows tell of}."""
+        return dict(zip((self.images, self.labels),
+                        self.bytes_of(len(self.rows), sum(row[3] for row in self.rows))))
+
+    def truncate(self):
+        for file, length in self.lengths().items():
+            file.truncate(length)
+
+    def add(self, number, pictures, sizes, labels, counts, notices):
+        """What `convert` made of an item."""
+        self.notices.writelines(text.replace("\n", " ") + "\n" for text in notices)
+        for picture in pictures:
+            append(self.images, picture)
+        append(self.labels, labels)
+        ids = 1 + int(labels[labels != IGNORE].max(initial=0))
+        self.rows.append([number, *sizes, len(labels), ids, *counts])
+
+    def commit(self):
+        """Write rows.npy, once their pixels are surely on the disk."""
+        os.fsync(self.images.fileno())
+        os.fsync(self.labels.fileno())
+        with open(self.folder / "rows.tmp", "wb") as f:
+            np.save(f, np.array(self.rows, np.int64).reshape(-1, 7))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(self.folder / "rows.tmp", self.folder / "rows.npy")
+
+    def rescue(self):
+        """Commit what is there; on a full disk fewer rows, which makes room for the list of the others."""
+        while True:
+            try:
+                return self.commit()
+            except OSError as e:
+                if e.errno != errno.ENOSPC or not self.rows:
+                    return
+                del self.rows[-1 - len(self.rows) // 20 :]
+                self.truncate()
 
 
 def pack_items(target, items, name, options, fingerprint, workers, max_bad):
     """Pack items into target.part, going on from what an earlier call left there, and rename it when it is
     complete."""
-    part, S = target.with_name(target.name + ".part"), options["size"]
-
-    def lengths(images, label_maps):
-        """Bytes of so many images and label maps."""
-        sides = {S * options["detail"], S}
-        return 3 * sum(side**2 for side in sides) * images, 2 * S * S * label_maps
-
-    def lengths_of(rows):
-        return lengths(len(rows), sum(row[3] for row in rows))
-
-    part.mkdir(exist_ok=True)
-    # item, h, w, maps, largest number of an id, segments before resizing, after
-    rows = np.load(part / "rows.npy").tolist() if (part / "rows.npy").exists() else []
-    if any(not (part / file).exists() or (part / file).stat().st_size < length
-           for file, length in zip(("images.u8", "labels.u16"), lengths_of(rows))):
-        rows = []  # cut off from outside
-    todo = sorted(set(range(len(items))) - {row[0] for row in rows})
-    need = sum(lengths(len(items), sum(len(item.labels) for item in items)))
-    full = OSError(f"{name} needs {need / 1e9:.2f} GB in {target.parent} when packed, and the disk is full; "
-                   f"what was "
-                   f"written is kept: free some space, or give another --cache, and run the same command "
-                   f"again")
-    if shutil.disk_usage(part).free < need - sum(lengths_of(rows)):
-        raise full
-    reasons, started, already = {EMPTY: [], BAD: [], LEFT: []}, time.monotonic(), len(rows)
-    saved = started
-    task = functools.partial(convert, size=S, unlabelled=options["unlabelled"],
-                             components=options["components"], detail=options["detail"])
-    workers = max(1, min(workers, len(todo) // 16))
-    pool = None
-    with (open(part / "images.u8", "ab", 0) as images, open(part / "labels.u16", "ab", 0) as labels,
-          open(part / "notices.txt", "a", encoding="utf-8", errors="replace") as notices):
-        def truncate():
-            """Cut off what no row tells of."""
-            for file, length in zip((images, labels), lengths_of(rows)):
-                file.truncate(length)
-
-        def commit():
-            """Only rows whose pixels are surely on the disk count as done."""
-            os.fsync(images.fileno())
-            os.fsync(labels.fileno())
-            with open(part / "rows.tmp", "wb") as f:
-                np.save(f, np.array(rows, np.int64).reshape(-1, 7))
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(part / "rows.tmp", part / "rows.npy")
-
-        truncate()
+    part, started = target.with_name(target.name + ".part"), time.monotonic()
+    with contextlib.closing(Store(part, options)) as store:
+        rows, already = store.rows, len(store.rows)
+        todo = sorted(set(range(len(items))) - {row[0] for row in rows})
+        workers = max(1, min(workers, len(todo) // 16))
+        need = sum(store.bytes_of(len(items), sum(len(item.labels) for item in items)))
+        full = OSError(f"{name} needs {need / 1e9:.2f} GB in {target.parent} when packed, and the disk is "
+                       f"full; what was written is kept: free some space, or give another --cache, and run "
+                       f"the same command again")
+        if shutil.disk_usage(part).free < need - sum(store.lengths().values()):
+            raise full
         try:
-            if workers > 1:  # not threads: no lock limits them
-                context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-                pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-                results = pool.map(task, [items[i] for i in todo], chunksize=8)
-            else:
-                results = map(task, (items[i] for i in todo))
-            bar = tqdm(results, f"packing {name}", len(items), initial=len(rows), unit="image", leave=False)
-            for i, (outcome, *result) in zip(todo, bar):
-                if outcome != DONE:
-                    reasons[outcome].append(result[0])
-                    continue
-                pictures, (h, w), segmentations, counts, told = result
-                notices.writelines(text.replace("\n", " ") + "\n" for text in told)
-                for picture in pictures:
-                    append(images, picture)
-                append(labels, segmentations)
-                rows.append([i, h, w, len(segmentations),
-                             1 + int(segmentations[segmentations != IGNORE].max(initial=0)), *counts])
-                if time.monotonic() - saved > SAVE_EVERY:
-                    commit()
-                    saved = time.monotonic()
-            commit()
+            reasons = convert_all(store, items, todo, name, options, workers)
         except BrokenProcessPool:
             raise OSError(f"a process that packed {name} was killed, perhaps for lack of memory: run again "
-                          f"with fewer "
-                          f"--workers; what was written is kept") from None
+                          f"with fewer --workers; what was written is kept") from None
         except OSError as e:
             raise full if e.errno == errno.ENOSPC else e from None
         finally:
-            if pool:
-                pool.shutdown(cancel_futures=True)
-            while True:
-                try:
-                    commit()
-                    break
-                except OSError as e:
-                    if e.errno != errno.ENOSPC or not rows:
-                        break
-                    del rows[-1 - len(rows) // 20 :]  # makes room for the list of the others
-                    truncate()
+            store.rescue()
     skipped = reasons[BAD] + reasons[EMPTY] + reasons[LEFT]
-    (part / "skipped.txt").write_text("".join(reason.replace("\n", " ") + "\n" for reason in skipped),
-                                      "utf-8", "replace")
+    write_lines(part / "skipped.txt", skipped)
     total = len(items) - len(reasons[LEFT])
     if len(reasons[BAD]) > max_bad * total:
         raise too_bad(part, len(reasons[BAD]), total, max_bad, reasons[BAD][0])
     if not rows:
         raise ValueError(f"{name} holds no image that can be used" + (f": {skipped[0]}" if skipped else ""))
-    (part / "names.txt").write_text("".join(Path(items[row[0]].image).stem + "\n" for row in rows), "utf-8",
-                                    "replace")
-    sizes = {file: (part / file).stat().st_size for file in ("images.u8", "labels.u16", "rows.npy",
-                                                             "names.txt")}
+    write_lines(part / "names.txt", [Path(items[row[0]].image).stem for row in rows])
+    files = ("images.u8", "labels.u16", "rows.npy", "names.txt")
+    sizes = {file: (part / file).stat().st_size for file in files}
     index = dict(version=VERSION, name=name, options=options, fingerprint=fingerprint, images=len(rows),
-                 bytes=sizes,
-                 label_maps=sum(row[3] for row in rows), segments=max(row[4] for row in rows),
-                 bad=len(reasons[BAD]),
-                 empty=len(reasons[EMPTY]), example=reasons[BAD][0] if reasons[BAD] else "")
+                 bytes=sizes, label_maps=sum(row[3] for row in rows), segments=max(row[4] for row in rows),
+                 bad=len(reasons[BAD]), empty=len(reasons[EMPTY]), example=next(iter(reasons[BAD]), ""))
     (part / "index.json").write_text(json.dumps(index, indent=1))
     os.replace(part, target)
-    spent = time.monotonic() - started
-    new = len(rows) - already
+    spent, new = time.monotonic() - started, len(rows) - already
     print(f"packed {name}: {len(rows):,} images into {target} ({sum(sizes.values()) / 1e9:.2f} GB), {new:,} "
-          f"of them now in "
-          f"{spent:.1f} s = {new / spent:.0f} a second with {workers} process{'es' * (workers > 1)}; "
-          f"{len(reasons[BAD])} skipped "
-          f"as bad, {len(reasons[EMPTY])} without labels" + f" ({target / 'skipped.txt'})" * bool(skipped))
+          f"of them now in {spent:.1f} s = {new / spent:.0f} a second with {workers} "
+          f"process{'es' * (workers > 1)}; {len(reasons[BAD])} skipped as bad, {len(reasons[EMPTY])} without "
+          f"labels" + f" ({target / 'skipped.txt'})" * bool(skipped))
     told = (target / "notices.txt").read_text("utf-8").splitlines()
-    for text in warned(rows, S, reasons[LEFT] + told, target):
+    for text in warned(rows, options["size"], reasons[LEFT] + told, target):
         print(f"NOTE: {text}")
+
+
+def convert_all(store, items, todo, name, options, workers):
+    """Convert the items number `todo` into the store. -> {EMPTY, BAD or LEFT: reasons}."""
+    task = functools.partial(convert, size=options["size"], unlabelled=options["unlabelled"],
+                             components=options["components"], detail=options["detail"])
+    reasons, saved = {EMPTY: [], BAD: [], LEFT: []}, time.monotonic()
+    with contextlib.closing(mapped(task, [items[i] for i in todo], workers)) as results:
+        bar = tqdm(results, f"packing {name}", len(items), initial=len(store.rows), unit="image", leave=False)
+        for i, (outcome, *result) in zip(todo, bar):
+            if outcome == DONE:
+                store.add(i, *result)
+            else:
+                reasons[outcome].append(result[0])
+            if time.monotonic() - saved > SAVE_EVERY:
+                store.commit()
+                saved = time.monotonic()
+        store.commit()
+    return reasons
+
+
+def mapped(task, items, workers):
+    """task(item) of each item, in order, by so many processes: not threads, so that no lock limits them."""
+    if workers == 1:
+        yield from map(task, items)
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield from pool.map(task, items, chunksize=8)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def write_lines(path, lines):
+    path.write_text("".join(line.replace("\n", " ") + "\n" for line in lines), "utf-8", "replace")
 
 
 def warned(rows, S, notices, target):
