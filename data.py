@@ -310,58 +310,16 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
         return tuple(torch.cat(v) for v in zip(*(augment(*piece, size, crop, jitter,
                                                          detail) for piece in pieces)))
     u = u.to(device, non_blocking=True).T  # (16 or 20, B)
-    on = [u[i] < p for i, p in enumerate((0.5, *(jitter * p for p in (0.3, 0.3, 0.3, 0.1)), 0.3))]
-    r = 2 * u[6:16] - 1  # (10, B) in [-1, 1]
-
-    def when(i, amount, neutral=0.0):  # (B,)
-        return torch.where(on[i], amount, neutral)
-
-    # colours: a power, then brightness, contrast, hue, saturation, value and shift as one affine map. A turn
-    # of the hue is a rotation about the grey axis, whose matrix is circulant: rows (a, b, c), (c, a, b), (b,
-    # c, a)
-    gamma, contrast = when(1, 2 ** (0.5 * r[0]), 1.0), when(2, 1 + 0.2 * r[1], 1.0)
-    brightness = when(2, 0.2 * r[2])
-    turn, chroma, value = when(3, 0.35 * r[3]), when(3, 1 + 0.3 * r[4], 1.0), when(3, 1 + 0.15 * r[5], 1.0)
-    near, across = chroma * turn.cos() / 3, chroma * turn.sin() / 3**0.5
-    a, b, c = (contrast * value * v for v in (1 / 3 + 2 * near, 1 / 3 - near - across, 1 / 3 - near + across))
-    offset = value * (0.5 - 0.5 * contrast + brightness) + when(4, 0.08 * r[6:9])  # (3, B)
-    # the same map takes mean and deviation off
-    rows = zip(((a, b, c), (c, a, b), (b, c, a)), STD)
-    matrix = torch.stack([v / std for row, std in rows for v in row])  # (9, B)
-    offset = torch.stack([(v - mean) / std for v, mean, std in zip(offset, MEAN, STD)], dim=1)  # (B, 3)
-    # (B, 256): a table spares a power a pixel
-    powers = (torch.arange(256, device=device) / 255) ** gamma[:, None]
-    x = powers.gather(1, images.permute(0, 3, 1, 2).reshape(B, -1).long())
-    x = torch.baddbmm(offset[..., None], matrix.T.reshape(B, 3, 3), x.view(B, 3, -1)).view(B, 3, T, T)
-    for channel, mean, std in zip(x.unbind(1), MEAN, STD):
-        channel.clamp_(-mean / std, (1 - mean) / std)
-
-    # flip, rotation and crop about the middle of the valid part, as one map from new to old pixels
+    x = recoloured(images, u, jitter)
     old = sizes.to(device, non_blocking=True).T.float()  # (2, B): h, w
-    new = old if S == T else (old * S / (2 * T)).ceil().mul(2).clamp(max=S)  # as `formats.fitted`
-    cos, sin = (f(when(5, r[9] * torch.pi / 9)) for f in (torch.cos, torch.sin))
-    fine, side = new * detail, S * detail  # the image's
-    middle, scale = (old - 1) / 2, old / fine
-    if crop < 1:
-        stretch = 2 ** (0.5 * u[19] - 0.25)  # (B,); as shares of both sides: (2, B)
-        zoom = ((1 - (1 - crop) * u[16]) * torch.stack([stretch, 1 / stretch])).clamp(crop, 1)
-        middle, scale = middle + (1 - zoom) * old * (u[17:19] - 0.5), scale * zoom
-    axis = torch.arange(side, device=device)
-    dy, dx = (axis - (n[:, None] - 1) / 2 for n in fine)  # (B, d S)
-    sy, sx = scale[0], scale[1] * when(0, -1.0, 1.0)
-    far = [torch.where(axis < n[:, None], 0.0, 1e6) for n in fine]  # beyond the valid part: from nowhere
-    row_y, row_x = (sy * cos)[:, None] * dy + middle[0][:, None] + far[0], (sy * sin)[:, None] * dx
-    col_x, col_y = (sx * cos)[:, None] * dx + middle[1][:, None] + far[1], (sx * sin)[:, None] * dy
-    # folded as the network sees it, (B, d^2, S, S): cheaper than pixel_unshuffle after sampling
-    row_y, col_y, row_x, col_x = (v.view(B, S, detail).mT.contiguous() for v in (row_y, col_y, row_x, col_x))
-    row = (row_y[:, :, None, :, None] + row_x[:, None, :, None]).flatten(1, 2)
-    col = (col_x[:, None, :, None] - col_y[:, :, None, :, None]).flatten(1, 2)
+    row, col = source_pixels(old, u, T, S, crop, detail)
     last_row, last_col = old.view(2, B, 1, 1) - 1
     # (B, S, S), the label's
-    r_, c_ = (v[:, 0].round() if detail == 1 else v.mean(1).round() for v in (row, col))
-    r_in, c_in = torch.minimum(r_.clamp(min=0), last_row), torch.minimum(c_.clamp(min=0), last_col)
-    inside = (r_ == r_in) & (c_ == c_in)
-    nearest = r_in.mul_(T).add_(c_in).long()  # (B, S, S)
+    label_row, label_col = (v[:, 0].round() if detail == 1 else v.mean(1).round() for v in (row, col))
+    row_in = torch.minimum(label_row.clamp(min=0), last_row)
+    col_in = torch.minimum(label_col.clamp(min=0), last_col)
+    inside = (label_row == row_in) & (label_col == col_in)
+    nearest = row_in.mul_(T).add_(col_in).long()  # (B, S, S)
     labels = torch.where(inside, labels.view(B, -1).gather(1, nearest.view(B, -1)).view(B, S, S), -1)
     # clamped to the valid part, so that the padding's black does not bleed in at its border
     row = torch.minimum(row.clamp_(min=0), last_row[:, None])
@@ -370,6 +328,66 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     grid = torch.view_as_real(torch.complex(col, row)).mul_(2 / T).add_(1 / T - 1).flatten(1, 2)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False).view(B, -1, S, S)
     return x.mul_(inside[:, None].float()), inside, labels
+
+
+def recoloured(images, u, jitter):
+    """(B, T, T, 3) uint8 -> (B, 3, T, T) float32, normalised, of other colours. u (16 or 20, B): uniform."""
+    B, T = images.shape[:2]
+    r = 2 * u[6:16] - 1  # (10, B) in [-1, 1]
+
+    def when(i, amount, neutral=0.0, p=0.3):  # (B,)
+        return torch.where(u[i] < jitter * p, amount, neutral)
+
+    # a power, then brightness, contrast, hue, saturation, value and shift as one affine map. A turn of the
+    # hue is a rotation about the grey axis, whose matrix is circulant: rows (a, b, c), (c, a, b), (b, c, a)
+    gamma, contrast = when(1, 2 ** (0.5 * r[0]), 1.0), when(2, 1 + 0.2 * r[1], 1.0)
+    brightness = when(2, 0.2 * r[2])
+    turn, chroma, value = when(3, 0.35 * r[3]), when(3, 1 + 0.3 * r[4], 1.0), when(3, 1 + 0.15 * r[5], 1.0)
+    near, across = chroma * turn.cos() / 3, chroma * turn.sin() / 3**0.5
+    a, b, c = (contrast * value * v for v in (1 / 3 + 2 * near, 1 / 3 - near - across, 1 / 3 - near + across))
+    offset = value * (0.5 - 0.5 * contrast + brightness) + when(4, 0.08 * r[6:9], p=0.1)  # (3, B)
+    # the same map takes mean and deviation off
+    rows = zip(((a, b, c), (c, a, b), (b, c, a)), STD)
+    matrix = torch.stack([v / std for row, std in rows for v in row])  # (9, B)
+    offset = torch.stack([(v - mean) / std for v, mean, std in zip(offset, MEAN, STD)], dim=1)  # (B, 3)
+    # (B, 256): a table spares a power a pixel
+    powers = (torch.arange(256, device=images.device) / 255) ** gamma[:, None]
+    x = powers.gather(1, images.permute(0, 3, 1, 2).reshape(B, -1).long())
+    x = torch.baddbmm(offset[..., None], matrix.T.reshape(B, 3, 3), x.view(B, 3, -1)).view(B, 3, T, T)
+    for channel, mean, std in zip(x.unbind(1), MEAN, STD):
+        channel.clamp_(-mean / std, (1 - mean) / std)
+    return x
+
+
+def source_pixels(old, u, T, S, crop, detail):
+    """Where each new pixel comes from, by flip, rotation and crop: its row and its column in the old image.
+
+    old (2, B): height and width of the valid part of the T x T old pixels; u (16 or 20, B): uniform. Each
+    result is (B, d^2, S, S): pixels of the new image, folded as a network of detail d sees it; beyond the
+    valid part they come from nowhere.
+    """
+    new = old if S == T else (old * S / (2 * T)).ceil().mul(2).clamp(max=S)  # as `formats.fitted`
+    turn = torch.where(u[5] < 0.3, (2 * u[15] - 1) * torch.pi / 9, 0.0)
+    cos, sin = turn.cos(), turn.sin()
+    fine, side = new * detail, S * detail  # the image's
+    middle, scale = (old - 1) / 2, old / fine
+    if crop < 1:
+        stretch = 2 ** (0.5 * u[19] - 0.25)  # (B,); as shares of both sides: (2, B)
+        zoom = ((1 - (1 - crop) * u[16]) * torch.stack([stretch, 1 / stretch])).clamp(crop, 1)
+        middle, scale = middle + (1 - zoom) * old * (u[17:19] - 0.5), scale * zoom
+    axis = torch.arange(side, device=old.device)
+    dy, dx = (axis - (n[:, None] - 1) / 2 for n in fine)  # (B, d S)
+    scale_y, scale_x = scale[0], scale[1] * torch.where(u[0] < 0.5, -1.0, 1.0)
+    beyond = [torch.where(axis < n[:, None], 0.0, 1e6) for n in fine]  # the valid part
+    # the old row and column, each as what the new y says of it and what the new x says
+    row_y = (scale_y * cos)[:, None] * dy + middle[0][:, None] + beyond[0]
+    row_x = (scale_y * sin)[:, None] * dx
+    col_x = (scale_x * cos)[:, None] * dx + middle[1][:, None] + beyond[1]
+    col_y = (scale_x * sin)[:, None] * dy
+    # folded at once, (B, d^2, S, S): cheaper than pixel_unshuffle after sampling
+    row_y, col_y, row_x, col_x = (v.view(-1, S, detail).mT.contiguous() for v in (row_y, col_y, row_x, col_x))
+    return ((row_y[:, :, None, :, None] + row_x[:, None, :, None]).flatten(1, 2),
+            (col_x[:, None, :, None] - col_y[:, :, None, :, None]).flatten(1, 2))
 
 
 # ------------------------------------------------------------------------------------------------------------

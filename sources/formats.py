@@ -157,9 +157,8 @@ def find_folder(home, split):
     for part in ("images", "labels"):
         if not (home / part).is_dir():
             raise FileNotFoundError(f"{home} has no folder {part}/: put images into images/ and label PNGs "
-                                    f"of the same "
-                                    f"stem into labels/ (or images/train, images/val, labels/train, "
-                                    f"labels/val); known by their files, too: {others()}")
+                                    f"of the same stem into labels/ (or images/train, images/val, "
+                                    f"labels/train, labels/val); known by their files, too: {others()}")
     splits, folder = split_folders(home / "images", split)
     if splits and not folder:
         raise FileNotFoundError(f"{home}/images has {', '.join(splits)}, but no {split}/")
@@ -172,26 +171,8 @@ def find_folder(home, split):
     files += scan(labelled) if labelled.is_dir() else []
 
     def listing():
-        images, people, masks = by_stem(files, folder), {}, {}
-        lossy = {".jpg", ".jpeg", ".jfif", ".webp"}  # beside a PNG: a picture of the label
-        inside = sorted((f[0] for f in files if Path(f[0]).is_relative_to(labelled)
-                         and Path(f[0]).suffix.lower() in IMAGE_TYPES),
-                        key=lambda path: Path(path).suffix.lower() in lossy)
-        for path in inside:
-            whole = stem_of(path, labelled)
-            stem, _, annotator = whole.rpartition("_a")
-            if whole not in images and (m := MASK.fullmatch(whole)) and m[1] in images:
-                masks.setdefault(m[1], []).append(path)
-            elif whole not in images and os.path.dirname(whole) in images:
-                masks.setdefault(os.path.dirname(whole), []).append(path)
-            else:
-                # else an image is itself named x_a1
-                one_of_several = annotator.isdigit() and stem and whole not in images
-                maps = people.setdefault(stem if one_of_several else whole, {})
-                if whole not in maps:
-                    maps[whole] = path
-                elif Path(path).suffix.lower() not in lossy:
-                    maps[f"{whole} twice"] = path
+        images = by_stem(files, folder)
+        maps, masks = labels_of(images, files, labelled)
         near = {(part, stem_of(f[0], part)): f[0] for f in files for part in (folder, labelled)
                 if Path(f[0]).is_relative_to(part)}
 
@@ -200,21 +181,19 @@ def find_folder(home, split):
             return f"; there is {path}, of no type that Pillow reads" if path else ""
 
         def item(stem, path):
-            maps = sorted(people.get(stem, {}).items())
-            if twice := [name for name, _ in maps if name.endswith(" twice")]:
-                return bad(f"{people[stem][twice[0][:-6]]} and {people[stem][twice[0]]} are both a label map "
-                           f"of {path}: keep one")
-            if maps:
-                return Item(path, [label for _, label in maps], read_pngs)
+            drawn = [paths for _, paths in sorted(maps.get(stem, {}).items())]
+            if twice := next((paths for paths in drawn if len(paths) > 1), None):
+                return bad(f"{twice[0]} and {twice[-1]} are both a label map of {path}: keep one")
+            if drawn:
+                return Item(path, [label for label, in drawn], read_pngs)
             if stem in masks:
                 return Item(path, sorted(masks[stem])[:1], read_masks, sorted(masks[stem]))
             return bad(f"{path} has no label: expected {labelled / stem}.png or "
                        f"{Path(stem).name}_a0.png{other(labelled, stem)}")
 
         items = [item(stem, path) for stem, path in images.items()]
-        lonely = [bad(f"{next(iter(people[stem].values()))} has no image of the same stem in "
-                      f"{folder}{other(folder, stem)}")
-                  for stem in sorted(set(people) - set(images))]
+        lonely = [bad(f"{next(iter(maps[stem].values()))[0]} has no image of the same stem in "
+                      f"{folder}{other(folder, stem)}") for stem in sorted(set(maps) - set(images))]
         beside = [Item(f[0], [], None,
                        f"{f[0]}: left out, as it lies beside the folders {', '.join(splits)}")
                   for f in everything
@@ -223,6 +202,32 @@ def find_folder(home, split):
         return (items if splits else tenth(items, split, home / "images")) + lonely + beside
 
     return files, listing
+
+
+def labels_of(images, files, labelled):
+    """The label files in the folder `labelled`, by their image's stem: {stem: {the file's own stem: [paths]}}
+    of label maps, [one] each, or more where it is there twice; {stem: [paths]} of masks. images: {stem: path}.
+    """
+    def lossy(path):  # beside a PNG: a picture of the label
+        return Path(path).suffix.lower() in (".jpg", ".jpeg", ".jfif", ".webp")
+
+    maps, masks = {}, {}
+    for path in sorted((f[0] for f in files if Path(f[0]).is_relative_to(labelled)
+                        and Path(f[0]).suffix.lower() in IMAGE_TYPES), key=lossy):
+        whole = stem_of(path, labelled)
+        stem, _, annotator = whole.rpartition("_a")
+        if whole in images or not (annotator.isdigit() and stem):  # an image may itself be named x_a1
+            stem = whole
+        segment, owner = MASK.fullmatch(whole), os.path.dirname(whole)
+        if segment and segment[1] in images:
+            owner = segment[1]
+        if whole not in images and owner in images:
+            masks.setdefault(owner, []).append(path)
+        else:
+            paths = maps.setdefault(stem, {}).setdefault(whole, [])
+            if not (paths and lossy(path)):
+                paths.append(path)
+    return maps, masks
 
 
 def find_coco(home, split):

@@ -175,8 +175,8 @@ def too_bad(folder, bad, total, max_bad, example):
 
 
 class Store:
-    """The files of a packed copy in the making. Only what a row of rows.npy tells of counts as done; all else is
-    cut off."""
+    """The files of a packed copy in the making: only what a row of rows.npy tells of counts as done, all else
+    is cut off."""
 
     def __init__(self, folder, options):
         folder.mkdir(exist_ok=True)
