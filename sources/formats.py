@@ -206,8 +206,7 @@ def find_folder(home, split):
 
 def labels_of(images, files, labelled):
     """The label files in the folder `labelled`, by their image's stem: {stem: {the file's own stem: [paths]}}
-    of label maps, [one] each, or more where it is there twice; {stem: [paths]} of masks. images: {stem: path}.
-    """
+    of label maps, [one] each, or more where it is there twice; {stem: [paths]} of masks. images: by stem."""
     def lossy(path):  # beside a PNG: a picture of the label
         return Path(path).suffix.lower() in (".jpg", ".jpeg", ".jfif", ".webp")
 

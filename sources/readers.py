@@ -39,13 +39,13 @@ def ring(make, rows, workers, pin=False):
     for CUDA. A batch then lies in the ring itself, in page-locked memory: copy it to the device, on the
     current stream, before the next one is asked for. Otherwise it is the caller's. Raises Unread.
     """
-    context, processes, lent = multiprocessing.get_context(START), {}, deque()
+    context, processes, lent = multiprocessing.get_context(START), {}, deque()  # {its pipe: process}
     piece = min(PIECE, -(-rows // workers))
     firsts = range(0, rows, piece)
     slots = max(2, -(-2 * workers // len(firsts))) + pin  # two pieces a process, and the batch that is lent
-    like = make(0, 0, 1)
-    memory = [context.RawArray("b", slots * rows * part.nbytes) for part in like]
-    shapes = [(part.numpy().dtype, (slots, rows, *part.shape[1:])) for part in like]
+    example = make(0, 0, 1)
+    memory = [context.RawArray("b", slots * rows * part.nbytes) for part in example]
+    shapes = [(part.numpy().dtype, (slots, rows, *part.shape[1:])) for part in example]
     parts = [torch.from_numpy(part) for part in arrays(memory, shapes)]
     tasks, commands = context.Pipe(duplex=False)
     lock, made = context.Lock(), Counter()
@@ -54,22 +54,9 @@ def ring(make, rows, workers, pin=False):
         for first in firsts:
             commands.send((batch, first, min(first + piece, rows)))
 
-    def stop():
-        for process in processes.values():
-            process.kill()  # it holds nothing but a piece of a batch
-        for process in processes.values():
-            process.join()
-
-    end = Finalize(None, stop, exitpriority=1)  # also when the interpreter ends first
+    end = Finalize(None, kill, (processes,), exitpriority=1)  # also when the interpreter ends first
     try:
-        with blocked(SIGNALS):  # which children inherit: it is for the parent to say when they end
-            for _ in range(workers):
-                done, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=work, daemon=True,
-                                          args=(make, memory, shapes, tasks, commands, lock, theirs))
-                process.start()
-                theirs.close()
-                processes[done] = process
+        start(processes, context, workers, (make, memory, shapes, tasks, commands, lock))
         tasks.close()
         if pin:
             for part in parts:
@@ -99,6 +86,24 @@ def ring(make, rows, workers, pin=False):
             torch.cuda.synchronize()
             for part in parts:
                 torch.cuda.cudart().cudaHostUnregister(part.data_ptr())
+
+
+def start(processes, context, workers, arguments):
+    """Start processes that `work`, each with a pipe of its own, into {that pipe: process}."""
+    with blocked(SIGNALS):  # which children inherit: it is for the parent to say when they end
+        for _ in range(workers):
+            done, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=work, daemon=True, args=(*arguments, theirs))
+            process.start()
+            theirs.close()
+            processes[done] = process
+
+
+def kill(processes):
+    for process in processes.values():
+        process.kill()  # it holds nothing but a piece of a batch
+    for process in processes.values():
+        process.join()
 
 
 def arrays(memory, shapes):
