@@ -75,23 +75,42 @@ def usable(name):
     return device
 
 
+def clock(device, kind):
+    """Seconds by the clock ("wall"), of this process' CPU time ("cpu"), which others disturb less, or "both":
+    (2,)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    both = time.perf_counter(), time.process_time()
+    return np.array(both) if kind == "both" else both[kind == "cpu"]
+
+
+def elapsed(work, device, kind="wall"):
+    start = clock(device, kind)
+    work()
+    return clock(device, kind) - start
+
+
+def timings(work, device, seconds):
+    """(N, 2) seconds a call, by both clocks, after 3 calls to warm up; N is 5 at least."""
+    for _ in range(3):
+        work()
+    times, until = [], time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < until:
+        times.append(elapsed(work, device, "both"))
+    return np.array(times)
+
+
 def timed(f, device):
     """Milliseconds a call: median, 20th and 80th percentile. On CUDA with a cold L2 cache."""
-    f()
-    if device == "cuda":
+    if device.type == "cuda":
         from triton.testing import do_bench
         return do_bench(f, warmup=50, rep=200, quantiles=[0.5, 0.2, 0.8])
-    times, start = [], time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - start < MIN_SECONDS:
-        t = time.perf_counter()
-        f()
-        times.append(1000 * (time.perf_counter() - t))
-    return [float(torch.tensor(times).quantile(q)) for q in (0.5, 0.2, 0.8)]
+    return np.quantile(1000 * timings(f, device, MIN_SECONDS)[:, 0], [0.5, 0.2, 0.8]).tolist()
 
 
 def peak_mib(f, device):
     """Memory that a call needs on top of its inputs, results included; None without CUDA."""
-    if device != "cuda":
+    if device.type != "cuda":
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -104,9 +123,24 @@ def peak_mib(f, device):
 def copy_gb_s(device):
     """Bandwidth of a plain copy of 1 GiB (64 MiB on a CPU), read and written: the ceiling of a pass that only
     moves memory."""
-    x = torch.empty((1024 if device == "cuda" else 64) * 2**20, dtype=torch.uint8, device=device)
+    x = torch.empty((1024 if device.type == "cuda" else 64) * 2**20, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     return 2 * x.numel() / timed(lambda: y.copy_(x), device)[0] / 1e6
+
+
+def table(columns):
+    """Print the head of a table, {title: width}. -> a function that prints a row of cells."""
+    def row(*cells):
+        print("".join(f"| {cell:<{width}}" for cell, width in zip(cells, columns.values())) + "|", flush=True)
+
+    row(*columns)
+    print("".join("|" + "-" * (width + 1) for width in columns.values()) + "|")
+    return row
+
+
+def finish(bench, **figures):
+    """The last line, for programs."""
+    print(f"\n{json.dumps(dict(bench=bench, **figures))}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -115,135 +149,146 @@ def copy_gb_s(device):
 
 def kernel_cases(B, dtype, device):
     """name -> (fused, plain PyTorch, whether to compile it, bytes that the fused pass must move)."""
-    g = torch.Generator(device).manual_seed(0)
-    codec, d, k, n = bits.Codec(bits=BITS), diffusion.Diffusion(), BITS, B * SIZE * SIZE
-    item = torch.finfo(dtype).bits // 8
+    torch.manual_seed(0)
+    codec = bits.Codec(bits=BITS)
     codec.table, codec.cell_of_code = codec.table.to(device), codec.cell_of_code.to(device)
-
-    def rand(*shape, kind=dtype):
-        return torch.randn(shape, generator=g,
-                           device=device).to(kind).contiguous(memory_format=torch.channels_last)
-
-    patches = torch.randint(0, 20, (B, SIZE // 8, SIZE // 8), generator=g, device=device)
+    patches = torch.randint(0, 20, (B, SIZE // 8, SIZE // 8), device=device)
     labels = patches.repeat_interleave(8, 1).repeat_interleave(8, 2)  # (B, S, S), about 20 segments
-    cells, valid = codec.cells(labels), labels >= 0
-    small = cells.to(torch.int8)
-    image, seeds = rand(B, 3, SIZE, SIZE, kind=torch.float32), torch.arange(B, device=device)
-    t = diffusion.stratified_t(B, g, device)
-    alpha, sigma = (v.float() for v in diffusion.alpha_sigma(t, d))
-    a4, s4 = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
-    weight, keep = diffusion.loss_weight(t, d).float(), torch.ones(B, device=device)
-    out, two = rand(B, k, SIZE, SIZE), rand(2 * B, k, SIZE, SIZE)
-    xt = rand(B, k, SIZE, SIZE, kind=torch.float32)
-    leaf = out.clone().requires_grad_()
-    filters = diffusion.edge_aware(image, valid, 0.2)
-    lines = diffusion.as_lines(filters)
-    # of the network's first level, x, weight and bias
-    normed = rand(B, 64, SIZE, SIZE), torch.ones(64, device=device), torch.zeros(64, device=device)
-    leaves = [v.clone().requires_grad_() for v in normed]
+    cells = codec.cells(labels)
+    locate = (lambda: kernels.locate(labels, 8, dtype=torch.int8, labels_below=64),
+              lambda: bits.locate(labels, 8), False, labels.numel() * (8 + 8 + 1))
+    return {"locate": locate, **input_cases(codec, cells, dtype), **loss_cases(codec, cells, dtype),
+            **sampler_cases(cells >= 0, dtype), **norm_cases(B, dtype, device)}
 
-    def plain_noise():
+
+def normal(shape, dtype, device):
+    return torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def input_cases(codec, cells, dtype):
+    B, n, item, device = len(cells), cells.numel(), dtype.itemsize, cells.device
+    drawn = diffusion.draw((B, BITS), diffusion.Diffusion(), device=device, eps=False)
+    alpha, sigma = drawn["alpha"], drawn["sigma"]
+    image, keep = normal((B, 3, SIZE, SIZE), torch.float32, device), torch.ones(B, device=device)
+    small, seeds = cells.to(torch.int8), torch.arange(B, device=device)
+    given = small, alpha.flatten(), sigma.flatten(), seeds, BITS
+
+    def noised():
         x0 = codec.encode(cells)
-        return (a4 * x0 + s4 * torch.randn_like(x0)).to(dtype)
+        return alpha * x0 + sigma * torch.randn_like(x0)
 
     def plain_input():
-        x = image * keep.view(-1, 1, 1, 1)
-        x0 = codec.encode(cells)
-        x = diffusion.network_input(a4 * x0 + s4 * torch.randn_like(x0), x)
+        x = diffusion.network_input(noised(), image * keep.view(-1, 1, 1, 1))
         return x.to(dtype, memory_format=torch.channels_last)
 
-    def plain_loss(o):
-        return weight * diffusion.per_sample_error(o.float().tanh(), codec.encode(cells), valid)
-
-    def plain_step(c):
-        def step():
-            x = 2 * two[:B].float().tanh() - two[B:].float().tanh()
-            after = 0.3 * xt + 0.6 * (x.clamp(-1, 1) * valid[:, None])
-            return after + c * torch.randn_like(after) if c else after
-        return step
-
-    def plain_norm(x, *affine):  # float32 inside, as under autocast
-        return F.silu(F.group_norm(x.float(), 32, *affine)).to(dtype)
-
-    def fused_step(c):
-        return lambda: kernels.step(two, xt, 0.5, 0.8, 0.3, 0.6, c, valid, 1.0, seeds, 1)
-
-    def both(loss):
-        return lambda: torch.autograd.grad(loss(leaf).sum(), leaf)
-
-    def norm_both(norm):
-        return lambda: torch.autograd.grad(norm(*leaves), leaves, normed[0])
-
-    fused_loss = lambda o: kernels.loss(o, small, weight)
-    fused_norm = lambda x, *affine: kernels.norm(x, *affine, 32)
-    step_bytes = n * (2 * k * item + 2 * k * 4 + 1)
     return {
-        "locate": (lambda: kernels.locate(labels, 8, dtype=torch.int8, labels_below=64),
-                   lambda: bits.locate(labels, 8), False,
-                   n * (8 + 8 + 1)),
-        "noise": (lambda: kernels.noise(small, alpha, sigma, seeds, k, dtype=dtype), plain_noise, True,
-                  n * (1 + k * item)),
-        "noise alone (plain: randn)": (lambda: kernels.normal(seeds, k, SIZE, SIZE, dtype=dtype),
-                                       lambda: torch.randn(B, k, SIZE, SIZE, dtype=dtype, device=device),
-                                       False, n * k * item),
-        "network input": (lambda: kernels.network_input(small, alpha, sigma, seeds, k, image, keep,
-                                                        dtype=dtype),
-                          plain_input, True, n * (1 + 3 * 4 + (k + 3) * item)),
-        "loss, forward": (lambda: fused_loss(out), lambda: plain_loss(out), True, n * (1 + k * item)),
-        "loss, forward and backward": (both(fused_loss), both(plain_loss), True, n * (2 + 3 * k * item)),
-        "average, once of 12 times": (lambda: kernels.average(xt, *lines, times=1),
-                                      lambda: diffusion.average(filters, xt, 1), True,
-                                      2 * n * (2 * k + 2) * 4),
-        "step, guided, no noise": (fused_step(0.0), plain_step(0.0), True, step_bytes),
-        "step, guided, noise": (fused_step(0.2), plain_step(0.2), True, step_bytes),
-        "norm + SiLU, forward": (lambda: fused_norm(*normed), lambda: plain_norm(*normed), True,
-                                 3 * item * normed[0].numel()),
-        "norm + SiLU, both ways": (norm_both(fused_norm), norm_both(plain_norm), True,
-                                   8 * item * normed[0].numel()),
+        "noise": (lambda: kernels.noise(*given, dtype=dtype), lambda: noised().to(dtype), True,
+                  n * (1 + BITS * item)),
+        "noise alone (plain: randn)": (lambda: kernels.normal(seeds, BITS, SIZE, SIZE, dtype=dtype),
+                                       lambda: torch.randn(B, BITS, SIZE, SIZE, dtype=dtype, device=device),
+                                       False, n * BITS * item),
+        "network input": (lambda: kernels.network_input(*given, image, keep, dtype=dtype), plain_input, True,
+                          n * (1 + 3 * 4 + (BITS + 3) * item)),
     }
 
 
+def loss_cases(codec, cells, dtype):
+    B, n, item, small = len(cells), cells.numel(), dtype.itemsize, cells.to(torch.int8)
+    weight, valid = torch.rand(B, device=cells.device), cells >= 0
+    out = normal((B, BITS, SIZE, SIZE), dtype, cells.device)
+    leaf = out.clone().requires_grad_()
+
+    def fused(out):
+        return kernels.loss(out, small, weight)
+
+    def plain(out):
+        return weight * diffusion.per_sample_error(out.float().tanh(), codec.encode(cells), valid)
+
+    def both_ways(loss):
+        return lambda: torch.autograd.grad(loss(leaf).sum(), leaf)
+
+    return {"loss, forward": (lambda: fused(out), lambda: plain(out), True, n * (1 + BITS * item)),
+            "loss, forward and backward": (both_ways(fused), both_ways(plain), True,
+                                           n * (2 + 3 * BITS * item))}
+
+
+def sampler_cases(valid, dtype):
+    B, n, device = len(valid), valid.numel(), valid.device
+    xt = normal((B, BITS, SIZE, SIZE), torch.float32, device)
+    out, seeds = normal((2 * B, BITS, SIZE, SIZE), dtype, device), torch.arange(B, device=device)
+    filters = diffusion.edge_aware(normal((B, 3, SIZE, SIZE), torch.float32, device), valid, 0.2)
+    lines = diffusion.as_lines(filters)
+
+    def plain(c):
+        x = 2 * out[:B].float().tanh() - out[B:].float().tanh()
+        after = 0.3 * xt + 0.6 * (x.clamp(-1, 1) * valid[:, None])
+        return after + c * torch.randn_like(after) if c else after
+
+    def step(c):
+        return (lambda: kernels.step(out, xt, 0.5, 0.8, 0.3, 0.6, c, valid, 1.0, seeds, 1), lambda: plain(c),
+                True, n * (2 * BITS * dtype.itemsize + 2 * BITS * 4 + 1))
+
+    return {"average, once of 12 times": (lambda: kernels.average(xt, *lines, times=1),
+                                          lambda: diffusion.average(filters, xt, 1), True,
+                                          2 * n * (2 * BITS + 2) * 4),
+            "step, guided, no noise": step(0.0), "step, guided, noise": step(0.2)}
+
+
+def norm_cases(B, dtype, device):
+    """Of the network's first level, with 64 channels."""
+    given = (normal((B, 64, SIZE, SIZE), dtype, device), torch.ones(64, device=device),
+             torch.zeros(64, device=device))
+    leaves = [v.clone().requires_grad_() for v in given]
+
+    def fused(x, weight, bias):
+        return kernels.norm(x, weight, bias, 32)
+
+    def plain(x, weight, bias):  # float32 inside, as under autocast
+        return F.silu(F.group_norm(x.float(), 32, weight, bias)).to(dtype)
+
+    def both_ways(norm):
+        return lambda: torch.autograd.grad(norm(*leaves), leaves, given[0])
+
+    moved = dtype.itemsize * given[0].numel()
+    return {"norm + SiLU, forward": (lambda: fused(*given), lambda: plain(*given), True, 3 * moved),
+            "norm + SiLU, both ways": (both_ways(fused), both_ways(plain), True, 8 * moved)}
+
+
 def bench_kernels(args):
-    device = usable("cuda" if torch.cuda.is_available() else "cpu").type
+    device = usable("cuda" if torch.cuda.is_available() else "cpu")
     live, why = kernels.live(device)
     if live != "triton":
         print(f"the kernels need Triton: plain PyTorch alone ({why})")
     batches, dtypes = [2], [torch.float32]
-    if device == "cuda":
+    if device.type == "cuda":
         batches, dtypes = args.batch, [getattr(torch, d) for d in args.dtype]
-    about, ceiling, rows = machine(device), copy_gb_s(device), []
+    about, ceiling, rows = machine(device.type), copy_gb_s(device), []
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"a plain copy moves {ceiling:.0f} GB/s; {SIZE} x {SIZE}, {BITS} bits; ms: median (p20 to p80); "
-          f"MiB: peak beyond the inputs")
-    print(f"\n| {'kernel':<27}| dtype    | batch | fused ms                     | eager ms | compile ms | "
-          f"GB/s | of copy | MiB fused / eager |")
-    print(f"|{'-' * 28}|----------|-------|------------------------------|----------|------------|"
-          f"------|---------|-------------------|")
-    for dtype in dtypes:
-        for B in batches:
-            for name, (kernel, plain, compiles, moved) in kernel_cases(B, dtype, device).items():
-                row = dict(kernel=name, dtype=str(dtype)[6:], batch=B, bytes=moved,
-                           eager=timed(plain, device), eager_mib=peak_mib(plain, device))
-                fast = gb_s = of_copy = mib = "-"
-                if live == "triton":
-                    row |= dict(fused=timed(kernel, device), fused_mib=peak_mib(kernel, device))
-                    mid, low, high = row["fused"]
-                    row["gb_s"] = moved / mid / 1e6
-                    fast, gb_s = f"{mid:.4f} ({low:.4f}-{high:.4f})", f"{row['gb_s']:.0f}"
-                    if device == "cuda":  # a CPU's caches hold all of this
-                        row["of_copy"] = row["gb_s"] / ceiling
-                        of_copy = f"{row['of_copy']:.0%}"
-                        mib = f"{row['fused_mib']:.0f} / {row['eager_mib']:.0f}"
-                if compiles and device == "cuda":
-                    torch._dynamo.reset()
-                    row["compile"] = timed(torch.compile(plain), device)
-                rows.append(row)
-                print(f"| {name:<27}| {row['dtype']:<9}| {B:<6}| {fast:<29}| {row['eager'][0]:<9.4f}| "
-                      f"{format(row['compile'][0], '.4f') if 'compile' in row else '-':<11}| {gb_s:<5}| "
-                      f"{of_copy:<8}| {mib:<18}|", flush=True)
-    print()
-    print(json.dumps(dict(bench="kernels", machine=about, copy_gb_s=ceiling, rows=rows)))
-    return 0
+          f"MiB: peak beyond the inputs\n")
+    print_row = table({"kernel": 27, "dtype": 9, "batch": 6, "fused ms": 29, "eager ms": 9, "compile ms": 11,
+                       "GB/s": 5, "of copy": 8, "MiB fused / eager": 18})
+    for dtype, B in itertools.product(dtypes, batches):
+        for name, (kernel, plain, compiles, moved) in kernel_cases(B, dtype, device).items():
+            row = dict(kernel=name, dtype=str(dtype)[6:], batch=B, bytes=moved,
+                       eager=timed(plain, device), eager_mib=peak_mib(plain, device))
+            fast = gb_s = of_copy = mib = compiled = "-"
+            if live == "triton":
+                row |= dict(fused=timed(kernel, device), fused_mib=peak_mib(kernel, device))
+                mid, low, high = row["fused"]
+                row["gb_s"] = moved / mid / 1e6
+                fast, gb_s = f"{mid:.4f} ({low:.4f}-{high:.4f})", f"{row['gb_s']:.0f}"
+                if device.type == "cuda":  # a CPU's caches hold all of this
+                    row["of_copy"] = row["gb_s"] / ceiling
+                    of_copy = f"{row['of_copy']:.0%}"
+                    mib = f"{row['fused_mib']:.0f} / {row['eager_mib']:.0f}"
+            if compiles and device.type == "cuda":
+                torch._dynamo.reset()
+                row["compile"] = timed(torch.compile(plain), device)
+                compiled = f"{row['compile'][0]:.4f}"
+            rows.append(row)
+            print_row(name, row["dtype"], B, fast, f"{row['eager'][0]:.4f}", compiled, gb_s, of_copy, mib)
+    finish("kernels", machine=about, copy_gb_s=ceiling, rows=rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -275,89 +320,71 @@ def reading(dataset, B, workers, seconds, pin):
     return wall, (sum(os.times()[:4]) - sum(spent[:4])) / (n + B)  # the processes have ended
 
 
+def stages_of(packed, B, device, seconds):
+    """{stage: seconds an image, by both clocks} from the packed files to x0, of each and of all together."""
+    codec, pin = bits.Codec(bits=BITS), device.type == "cuda"
+
+    def palette(labels):
+        if kernels.live(device)[0] == "torch":
+            return codec.cells(labels)
+        return kernels.locate(labels, codec.side, labels_below=packed.labels_below)
+
+    def everything():
+        images, labels, sizes, u = (part.to(device, non_blocking=True) for part in next(source))
+        x, inside, labels = data.augment(images, labels, sizes, u)
+        return x, codec.encode(palette(labels))
+
+    batch, source = next(data.batches(packed, 0, B, 0)), data.batches(packed, 0, B, 0, pin=pin)
+    there = [part.to(device) for part in batch]
+    labels = data.augment(*there)[2]
+    cells = palette(labels)
+    stages = {
+        "order, random numbers": lambda: (data.order(0, B, len(packed), 0), data.uniforms(0, B, 0, 20)),
+        "read": lambda: packed.get(np.arange(B)),
+        "copy to the device": lambda: [part.to(device) for part in batch],
+        "augment": lambda: data.augment(*there),
+        "palette": lambda: palette(labels),
+        "encode": lambda: codec.encode(cells),
+        "all but prepare": everything,
+    }
+    times = {stage: (np.median(timings(work, device, seconds), 0) / B).tolist()
+             for stage, work in stages.items()}
+    source.close()
+    return times
+
+
 def bench_data(args):
     """Each stage between the files and x0, all that a training step needs together, and reading alone by
     processes; the last line is JSON."""
     torch.set_num_threads(args.threads)
-    device, codec, B = usable(args.device), bits.Codec(bits=BITS), args.batch
-
-    def clocks():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
-
-    def seconds(work):
-        """Median seconds an image: by the clock, and of this process' CPU time, which other processes disturb
-        less."""
-        for _ in range(3):
-            work()
-        times, until = [], time.perf_counter() + args.seconds
-        while len(times) < 5 or time.perf_counter() < until:
-            start = clocks()
-            work()
-            times.append(clocks() - start)
-        return (torch.stack(times).median(0).values / B).tolist()
-
+    device, B = usable(args.device), args.batch
     with tempfile.TemporaryDirectory() as scratch:
         name = args.dataset or str(write_scenes(Path(scratch) / "scenes"))
-        start = clocks()
+        start = clock(device, "both")
         packed = data.load(name, "train", args.size, args.root, args.cache or Path(scratch) / "cache",
                            workers=1, compose=args.compose)
-        prepare = ((clocks() - start) / len(packed)).tolist()
-        batch = next(data.batches(packed, 0, B, 0, workers=0))
-        there = [part.to(device) for part in batch]
-
-        def palette(labels):
-            if kernels.live(device)[0] == "torch":
-                return codec.cells(labels)
-            return kernels.locate(labels, codec.side, labels_below=packed.labels_below)
-
-        pin = device.type == "cuda"
-        source = data.batches(packed, 0, B, 0, pin=pin)
-
-        def step():
-            images, labels, sizes, u = (part.to(device, non_blocking=True) for part in next(source))
-            x, inside, labels = data.augment(images, labels, sizes, u)
-            return x, codec.encode(palette(labels))
-
-        labels = data.augment(*there)[2]
-        cells = palette(labels)
-        stages = {
-            "prepare, once (1 process)": prepare,
-            "order, random numbers": seconds(lambda: (data.order(0, B, len(packed), 0),
-                                                      data.uniforms(0, B, 0, 20))),
-            "read": seconds(lambda: packed.get(np.arange(B))),
-            "copy to the device": seconds(lambda: [part.to(device) for part in batch]),
-            "augment": seconds(lambda: data.augment(*there)),
-            "palette": seconds(lambda: palette(labels)),
-            "encode": seconds(lambda: codec.encode(cells)),
-            "all but prepare": seconds(step),
-        }
-        source.close()
-        rates = {n: reading(packed, B, n, 5 * args.seconds, pin) for n in args.workers}
+        prepare = ((clock(device, "both") - start) / len(packed)).tolist()
+        stages = {"prepare, once (1 process)": prepare, **stages_of(packed, B, device, args.seconds)}
+        rates = {n: reading(packed, B, n, 5 * args.seconds, device.type == "cuda") for n in args.workers}
     about = machine(device.type)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     count = "endless" if len(packed) >= 2**31 else len(packed)
     print(f"{args.dataset or 'scenes of 640 x 480'}: {count} images at {args.size} x {args.size}, batch {B}, "
           f"on {device}\n")
-    print(f"| {'stage':<26}| us an image | images/s | CPU us an image | images a CPU second |")
-    print(f"|{'-' * 27}|-------------|----------|-----------------|---------------------|")
+    row = table({"stage": 26, "us an image": 12, "images/s": 9, "CPU us an image": 16,
+                 "images a CPU second": 20})
     for stage, (wall, cpu) in stages.items():
-        print(f"| {stage:<26}| {wall * 1e6:<12.1f}| {1 / max(wall, 1e-9):<9.0f}| {cpu * 1e6:<16.1f}| "
-              f"{1 / max(cpu, 1e-9):<20.0f}|")
-    print("\n| processes that read | images/s | CPU us an image, all processes |")
-    print("|---------------------|----------|--------------------------------|")
-    for n, (wall, cpu) in rates.items():
-        print(f"| {n or '0 (a thread)':<20}| {1 / wall:<9.0f}| {cpu * 1e6:<31.1f}|")
-    wall, cpu = stages["all but prepare"]
+        row(stage, f"{wall * 1e6:.1f}", f"{1 / max(wall, 1e-9):.0f}", f"{cpu * 1e6:.1f}",
+            f"{1 / max(cpu, 1e-9):.0f}")
     print()
-    print(json.dumps(dict(bench="data", machine=about, device=str(device), dataset=args.dataset or "scenes",
-                          size=args.size, batch=B, reading=rates, images_per_second=1 / wall,
-                          images_per_cpu_second=1 / cpu,
-                          prepared_per_second=1 / prepare[0],
-                          prepared_per_cpu_second=1 / prepare[1],
-                          stages={stage: t[0] for stage, t in stages.items()})))
-    return 0
+    row = table({"processes that read": 20, "images/s": 9, "CPU us an image, all processes": 31})
+    for n, (wall, cpu) in rates.items():
+        row(n or "0 (a thread)", f"{1 / wall:.0f}", f"{cpu * 1e6:.1f}")
+    wall, cpu = stages["all but prepare"]
+    finish("data", machine=about, device=str(device), dataset=args.dataset or "scenes", size=args.size,
+           batch=B, reading=rates, images_per_second=1 / wall, images_per_cpu_second=1 / cpu,
+           prepared_per_second=1 / prepare[0], prepared_per_cpu_second=1 / prepare[1],
+           stages={stage: wall for stage, (wall, _) in stages.items()})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -376,21 +403,11 @@ def setting(args, *more):
     return c, train.build(c)
 
 
-def clock(device, kind):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.process_time() if kind == "cpu" else time.perf_counter()
-
-
 def matrix_rate(device, dtype, kind):
     """FLOP/s of a square matrix product, the best of 7."""
     n = 8192 if device.type == "cuda" else 1024
-    a, best = torch.randn(n, n, device=device, dtype=dtype), 0.0
-    for _ in range(7):
-        start = clock(device, kind)
-        a @ a
-        best = max(best, 2 * n**3 / (clock(device, kind) - start))
-    return best
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(elapsed(lambda: a @ a, device, kind) for _ in range(7))
 
 
 def where(device):
@@ -462,10 +479,13 @@ class Variant:
         update_ema(self.ema, step.net, len(self.times), c.ema)
         marks.append(clock(device, kind))
         self.parts.append([b - a for a, b in zip(marks, marks[1:])])
-        batch, start = next(self.coming), clock(device, kind)
-        step(batch, c.lr)
-        update_ema(self.ema, step.net, len(self.times), c.ema)
-        self.times.append(clock(device, kind) - start)
+
+        def whole_step():
+            step(batch, c.lr)
+            update_ema(self.ema, step.net, len(self.times), c.ema)
+
+        batch = next(self.coming)
+        self.times.append(elapsed(whole_step, device, kind))
         self.memory_gb = peak_memory(device)
 
     def stop(self):
@@ -533,10 +553,8 @@ def bench_train(args):
           f"{where(device)};\n{speed};\n"
           f"train.py: {str(dtype or torch.float32)[6:]} in {run.form[1]} ({run.why}), {how}; medians of "
           f"{args.rounds} rounds, {args.clock} clock\n")
-    print(f"| {'':24}| images/s | speed | step ms |" + "".join(f" {p:>9} |" for p in PARTS)
-          + " GFLOP/s | of rate | warm-up s | GB    |")
-    print("|" + "-" * 25 + "|----------|-------|---------|" + "-----------|" * len(PARTS)
-          + "---------|---------|-----------|-------|")
+    print_row = table({"": 24, "images/s": 9, "speed": 6, "step ms": 8, **{f"{p:>9}": 10 for p in PARTS},
+                       "GFLOP/s": 8, "of rate": 8, "warm-up s": 10, "GB": 6})
     rows, slow, names = {}, None, list(variants)
     # On CUDA one after the other: each has the memory to itself, and a row is out as soon as it is known.
     for group in [[name] for name in names] if device.type == "cuda" else [names]:
@@ -557,16 +575,13 @@ def bench_train(args):
                               flops=1e9 * gflop * speed, share_of_rate=1e9 * gflop * speed / rate,
                               warm_up_s=v.warm_up,
                               memory_gb=v.memory_gb)
-            cells = [f"{speed:8.1f}", f"{slow / t:4.2f}x", f"{1e3 * t:7.1f}", *(f"{p:9.1f}" for p in each),
-                     f"{gflop * speed:7.0f}", f"{1e9 * gflop * speed / rate:7.1%}", f"{v.warm_up:9.1f}",
-                     f"{v.memory_gb or math.nan:5.1f}"]
-            print(f"| {name:24}| " + " | ".join(cells) + " |", flush=True)
-    print()
-    print(json.dumps(dict(bench="train", preset=args.preset, batch=c.batch_size, device=where(device),
-                          torch=torch.__version__,
-                          clock=args.clock, gflop_per_image=gflop, matrix_rate=rate,
-                          peak_memory_gb=peak_memory(device),
-                          variants=rows, images_per_second=rows["train.py"].get("images_per_second"))))
+            print_row(name, f"{speed:8.1f}", f"{slow / t:4.2f}x", f"{1e3 * t:7.1f}",
+                      *(f"{p:9.1f}" for p in each), f"{gflop * speed:7.0f}",
+                      f"{1e9 * gflop * speed / rate:7.1%}", f"{v.warm_up:9.1f}",
+                      f"{v.memory_gb or math.nan:5.1f}")
+    finish("train", preset=args.preset, batch=c.batch_size, device=where(device), torch=torch.__version__,
+           clock=args.clock, gflop_per_image=gflop, matrix_rate=rate, peak_memory_gb=peak_memory(device),
+           variants=rows, images_per_second=rows["train.py"].get("images_per_second"))
     return 2 if all(v.failed for v in variants.values()) else 0
 
 
@@ -581,33 +596,26 @@ def bench_sample(args):
     which = [i for i in range(args.images) for _ in range(n)]
     jobs = {"one image, one sample": [0], f"one image, {n} samples": which[:n],
             f"{args.images} images x {n} samples": which}
-    times = {k: [] for k in jobs}
-    for i in range(args.rounds + 1):
-        for name, job in jobs.items():
-            start = clock(device, args.clock)
-            sample(net, x[job], inside[job], codec.channels, range(len(job)), run.diffusion, codec.activate,
-                   args.steps, c.guidance, smooth=c.smooth, kernel_options=kernel_options(codec, device),
-                   dtype=dtype)
-            if i > 0:  # the first round warms up
-                times[name].append(clock(device, args.clock) - start)
+
+    def run_job(job):
+        sample(net, x[job], inside[job], codec.channels, range(len(job)), run.diffusion, codec.activate,
+               args.steps, c.guidance, smooth=c.smooth, kernel_options=kernel_options(codec, device),
+               dtype=dtype)
+
+    times = [{name: elapsed(lambda: run_job(job), device, args.clock) for name, job in jobs.items()}
+             for _ in range(args.rounds + 1)]
     print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, "
-          f"smooth {c.smooth:g}, "
-          f"{str(dtype or torch.float32)[6:]} ({run.why}), on {where(device)}; medians of {args.rounds} "
-          f"rounds, {args.clock} clock\n")
-    rows = {}
-    print(f"| {'':25}| ms      | samples/s |\n|{'-' * 26}|---------|-----------|")
+          f"smooth {c.smooth:g}, {str(dtype or torch.float32)[6:]} ({run.why}), on {where(device)}; "
+          f"medians of {args.rounds} rounds, {args.clock} clock\n")
+    rows, row = {}, table({"": 25, "ms": 8, "samples/s": 10})
     for name, job in jobs.items():
-        t = statistics.median(times[name])
+        t = statistics.median(times_of_round[name] for times_of_round in times[1:])  # the first warms up
         rows[name] = dict(seconds=t, samples_per_second=len(job) / t)
-        print(f"| {name:25}| {1e3 * t:<8.0f}| {len(job) / t:<10.2f}|")
-    print()
-    print(json.dumps(dict(bench="sample", preset=args.preset, device=where(device), torch=torch.__version__,
-                          clock=args.clock,
-                          steps=args.steps, guidance=c.guidance, variants=rows,
-                          peak_memory_gb=peak_memory(device),
-                          samples_per_second=
-                              rows[f"{args.images} images x {n} samples"]["samples_per_second"],
-                          latency_s=rows["one image, one sample"]["seconds"])))
+        row(name, f"{1e3 * t:.0f}", f"{len(job) / t:.2f}")
+    finish("sample", preset=args.preset, device=where(device), torch=torch.__version__, clock=args.clock,
+           steps=args.steps, guidance=c.guidance, variants=rows, peak_memory_gb=peak_memory(device),
+           samples_per_second=rows[f"{args.images} images x {n} samples"]["samples_per_second"],
+           latency_s=rows["one image, one sample"]["seconds"])
 
 
 def bench_photos(args):
@@ -622,26 +630,22 @@ def bench_photos(args):
     steps = args.steps or model.sampling["steps"]
     print(f"{Path(args.ckpt).name}: {model.image_size} pixels, {args.n} samples a photo, {steps} steps, on "
           f"{where(device)}; medians of {args.rounds} rounds after one, {args.clock} clock\n")
-    print(f"| {'photos':<7}| {'up to':<11}| seconds | photos/s | samples/s |")
-    print("|--------|------------|---------|----------|-----------|")
     rows = []
-    for count, (stage, finish) in itertools.product(args.images, stages.items()):
-        given, times = [photos[i % len(photos)] for i in range(count)], []
-        for _ in range(args.rounds + 1):
-            start = clock(device, args.clock)
+    row = table({"photos": 7, "up to": 11, "seconds": 8, "photos/s": 9, "samples/s": 10})
+    for count, (stage, finish_photo) in itertools.product(args.images, stages.items()):
+        given = [photos[i % len(photos)] for i in range(count)]
+
+        def run_photos():
             jobs = denoise((prepare(photo, model) for photo in given), model, args.n, **options)
             for job, photo in zip(jobs, given):
-                finish(job, photo)
-            times.append(clock(device, args.clock) - start)
-        t = statistics.median(times[1:])
+                finish_photo(job, photo)
+
+        t = statistics.median([elapsed(run_photos, device, args.clock) for _ in range(args.rounds + 1)][1:])
         rows.append(dict(photos=count, stage=stage, seconds=t, photos_per_second=count / t,
                          samples_per_second=count * args.n / t))
-        print(f"| {count:<7}| {stage:<11}| {t:<8.3f}| {count / t:<9.2f}| {count * args.n / t:<10.2f}|",
-              flush=True)
-    print()
-    print(json.dumps(dict(bench="photos", checkpoint=Path(args.ckpt).name, device=where(device),
-                          torch=torch.__version__, clock=args.clock,
-                          n=args.n, rows=rows, peak_memory_gb=peak_memory(device))))
+        row(count, stage, f"{t:.3f}", f"{count / t:.2f}", f"{count * args.n / t:.2f}")
+    finish("photos", checkpoint=Path(args.ckpt).name, device=where(device), torch=torch.__version__,
+           clock=args.clock, n=args.n, rows=rows, peak_memory_gb=peak_memory(device))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -739,7 +743,7 @@ def as_markdown(out, report):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
+def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_subparsers(dest="what", required=True)
     k = what.add_parser("kernels", help="every fused kernel against PyTorch")
@@ -794,7 +798,11 @@ def main(argv=None):
         q.add_argument("--precision", default="auto" if q is t else "fp32")
         q.add_argument("--compile", default="auto")
         q.add_argument("--clock", default="wall", choices=["wall", "cpu"])
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = arguments(argv)
     try:
         for name in ("batch", "rounds", "n", "images", "steps", "threads", "workers", "minutes"):
             value, least = getattr(args, name, None), 0 if name == "workers" else 1

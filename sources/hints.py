@@ -91,7 +91,7 @@ def middles(index, counts, top, spot):
 
 
 def discs(index, top, y, x, radius, on):
-    """Pixels of discs that lie inside their segments: (B, H, W) bool. y, x, radius, on (B, M, P): of the discs
+    """Pixels of discs that lie in their segments: (B, H, W) bool. y, x, radius, on (B, M, P): of the discs
     in each of the segments `top` (B, M), their middles and which there are."""
     B, H, W = index.shape
     reach = torch.arange(-int(RADIUS[1]), int(RADIUS[1]) + 1, device=index.device)
