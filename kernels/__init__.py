@@ -50,6 +50,7 @@ else:
 MODES, PREDICTIONS, ACTIVATIONS = ("auto", "triton", "torch"), ("x", "eps", "v"), ("tanh", "none")
 LIMIT = 2**30  # elements of a sample: 32-bit offsets inside it
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+REALS = (*FLOATS, torch.float64)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 mode = os.environ.get("BITSEG_KERNELS", "auto")
 norm_mode = os.environ.get("BITSEG_NORM", "off")  # or on
@@ -144,14 +145,16 @@ def norms(device):
 # Checks. Every one names both sides.
 
 
-def _same(name, x, shape, device, kinds):
-    """x must have this shape, live on this device and have one of these dtypes."""
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name} must be on {device}, not on {x.device}")
-    if x.dtype not in kinds:
-        raise ValueError(f"{name} must be {' or '.join(str(k)[6:] for k in kinds)}, not {str(x.dtype)[6:]}")
+def _same(shape, device, kinds, **tensors):
+    """Tensors, if they are given, must have this shape, live on this device and have one of these dtypes."""
+    for name, x in tensors.items():
+        if x is not None and tuple(x.shape) != tuple(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(x.shape)}")
+        if x is not None and x.device != device:
+            raise ValueError(f"{name} must be on {device}, not on {x.device}")
+        if x is not None and x.dtype not in kinds:
+            raise ValueError(f"{name} must be {' or '.join(str(k)[6:] for k in kinds)}, "
+                             f"not {str(x.dtype)[6:]}")
 
 
 def _main(name, x):
@@ -164,9 +167,8 @@ def _main(name, x):
 
 
 def _table(name, table, bits, device):
-    if table is not None:
-        _same(name, table, (2**bits,), device, INTEGERS)
-    elif bits % 2:
+    _same((2**bits,), device, INTEGERS, **{name: table})
+    if table is None and bits % 2:
         raise ValueError(f"{bits} bits have no square grid and so no 2D Gray code: pass {name}, ({2**bits},)")
 
 
@@ -174,6 +176,11 @@ def _maps(name, x):
     if x.dim() != 3 or x.numel() == 0 or x.dtype not in INTEGERS + (torch.uint8,):
         raise ValueError(f"{name} must be integers of shape (B, H, W), not empty; not {tuple(x.shape)} in "
                          f"{str(x.dtype)[6:]}")
+
+
+def _stream(number):
+    if not 0 <= number < 2**31:
+        raise ValueError(f"stream must be from 0 to 2^31 - 1, not {number}")
 
 
 def _known(**names):
@@ -211,10 +218,9 @@ def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=No
         raise ValueError(f"cells up to {side * side - 1} do not fit into {str(dtype)[6:]}")
     if labels_below is not None and not 1 <= labels_below <= 1024:
         raise ValueError(f"labels_below must be from 1 to 1024, not {labels_below}")
-    if hints is not None:
-        _same("hints", hints, labels.shape, labels.device, (torch.bool,))
-        if labels_below is None:
-            raise ValueError("hints need labels_below")
+    _same(labels.shape, labels.device, (torch.bool,), hints=hints)
+    if hints is not None and labels_below is None:
+        raise ValueError("hints need labels_below")
     _need_triton(labels.device)
     if labels_below is None:
         low, high = (int(v) for v in labels.aminmax())
@@ -236,9 +242,8 @@ def normal(seeds, channels, height, width, stream=0, dtype=torch.float32):
     p * channels + c of a sample (p: raster index) is number f % 4 of Philox call f // 4. Equal on every
     device and for every batch split, up to the rounding of log, sin and cos.
     """
-    _same("seeds", seeds, (len(seeds),), seeds.device, (torch.int64,))
-    if not 0 <= stream < 2**31:
-        raise ValueError(f"stream must be from 0 to 2^31 - 1, not {stream}")
+    _same((len(seeds),), seeds.device, (torch.int64,), seeds=seeds)
+    _stream(stream)
     _need_triton(seeds.device)
     return _noise.noise(seeds.contiguous(), stream, height, width, channels, dtype, True)
 
@@ -265,32 +270,26 @@ def network_input(cells, alpha, sigma, seeds, bits, image, keep=None, x_self=Non
     """
     _maps("cells", cells)
     (B, H, W), device = cells.shape, cells.device
-    _same("cells", cells, cells.shape, device, INTEGERS)
+    _same(cells.shape, device, INTEGERS, cells=cells)
     fold = math.isqrt(image.shape[1] // 3) if image is not None and image.dim() == 4 else 1
     if not 2 <= bits <= 10 or dtype not in FLOATS or H * W * (2 * bits + 3 * fold**2) >= LIMIT:
         raise ValueError(f"bits from 2 to 10, a float dtype and below 2^30 elements a sample are possible, "
-                         f"not {bits}, "
-                         f"{str(dtype)[6:]} and {H} x {W}")
-    for name, x in (("alpha", alpha), ("sigma", sigma)):
-        _same(name, x, (B,), device, FLOATS + (torch.float64,))
-    _same("seeds", seeds, (B,), device, (torch.int64,))
-    if not 0 <= stream < 2**31:
-        raise ValueError(f"stream must be from 0 to 2^31 - 1, not {stream}")
+                         f"not {bits}, {str(dtype)[6:]} and {H} x {W}")
+    _same((B,), device, REALS, alpha=alpha, sigma=sigma)
+    _same((B,), device, (torch.int64,), seeds=seeds)
+    _stream(stream)
     _table("codes", codes, bits, device)
-    if image is not None:
-        _same("image", image, (B, 3 * max(1, fold) ** 2, H, W), device, FLOATS)
-    if keep is not None:
-        _same("keep", keep, (B,), device, FLOATS + (torch.bool,))
-    if x_self is not None:
-        _same("x_self", x_self, (B, bits, H, W), device, FLOATS)
+    _same((B, 3 * max(1, fold) ** 2, H, W), device, FLOATS, image=image)
+    _same((B,), device, (*FLOATS, torch.bool), keep=keep)
+    _same((B, bits, H, W), device, FLOATS, x_self=x_self)
     _need_triton(device)
     if image is not None:
         image = _common.like(image, channels_last)
         keep = torch.ones_like(alpha) if keep is None else keep
     x_self = None if x_self is None else _common.like(x_self, channels_last)
     return _noise.noise(seeds.contiguous(), stream, H, W, bits, dtype, channels_last, cells.contiguous(),
-                        _float(alpha),
-                        _float(sigma), _flat(codes), image, _float(keep), x_self, self_condition)
+                        _float(alpha), _float(sigma), _flat(codes), image, _float(keep), x_self,
+                        self_condition)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -311,8 +310,8 @@ def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=N
     """
     _main("out", out)
     B, K, H, W = out.shape
-    _same("cells", cells, (B, H, W), out.device, INTEGERS)
-    _same("weight", weight, (B,), out.device, FLOATS + (torch.float64,))
+    _same((B, H, W), out.device, INTEGERS, cells=cells)
+    _same((B,), out.device, REALS, weight=weight)
     _known(prediction=(prediction, PREDICTIONS), activation=(activation, ACTIVATIONS))
     _table("codes", codes, K, out.device)
     if bce and (prediction, activation) != ("x", "tanh"):
@@ -322,16 +321,14 @@ def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=N
         if xt is None or alpha is None or sigma is None:
             raise ValueError(f"prediction '{prediction}' needs xt {tuple(out.shape)}, alpha ({B},) and "
                              f"sigma ({B},)")
-        _same("xt", xt, out.shape, out.device, FLOATS)
-        for name, x in (("alpha", alpha), ("sigma", sigma)):
-            _same(name, x, (B,), out.device, FLOATS + (torch.float64,))
+        _same(out.shape, out.device, FLOATS, xt=xt)
+        _same((B,), out.device, REALS, alpha=alpha, sigma=sigma)
     _need_triton(out.device)
     out = _common.dense(out)
     last = _common.is_last(out)
     xt = None if prediction == "x" else _common.like(xt, last)
-    return _loss.loss(out, cells.contiguous(), _float(weight), prediction, activation == "tanh", bce, last,
-                      xt, _float(alpha),
-                      _float(sigma), _flat(codes))
+    return _loss.Loss.apply(out, cells.contiguous(), _float(weight), prediction, activation == "tanh", bce,
+                            last, xt, _float(alpha), _float(sigma), _flat(codes))
 
 
 def average(x, rows, columns, times=12):
@@ -342,11 +339,11 @@ def average(x, rows, columns, times=12):
     float32. In plain PyTorch: diffusion.average, with what diffusion.edge_aware makes of an image.
     """
     B, _, H, W = x.shape
-    _same("x", x, x.shape, x.device, (torch.float32,))
+    _same(x.shape, x.device, (torch.float32,), x=x)
     lines = [(*rows, True, (B, H, W + 1)), (*columns, False, (B, H + 1, W))]
     for keep, share, _, shape in lines:
-        _same("keep", keep, shape, x.device, (torch.float32,))
-        _same("share", share, (B, H, W), x.device, (torch.float32,))
+        _same(shape, x.device, (torch.float32,), keep=keep)
+        _same((B, H, W), x.device, (torch.float32,), share=share)
     _need_triton(x.device)
     x, lines = x.contiguous(), [(_flat(keep), _flat(share), along) for keep, share, along, _ in lines]
     for _ in range(times):
@@ -369,23 +366,20 @@ def step(out, xt, alpha, sigma, a, b, c=0.0, valid=None, guidance=0.0, seeds=Non
     """
     _main("xt", xt)
     B, K, H, W = xt.shape
-    _same("out", out, (2 * B if guidance else B, K, H, W), xt.device, FLOATS)
+    _same((2 * B if guidance else B, K, H, W), xt.device, FLOATS, out=out)
     _known(prediction=(prediction, PREDICTIONS), activation=(activation, ACTIVATIONS))
-    if valid is not None:
-        _same("valid", valid, (B, H, W), xt.device, (torch.bool,))
-    if c:
-        if seeds is None:
-            raise ValueError(f"c = {c} needs seeds ({B},)")
-        _same("seeds", seeds, (B,), xt.device, (torch.int64,))
-    if not 0 <= stream < 2**31:
-        raise ValueError(f"stream must be from 0 to 2^31 - 1, not {stream}")
+    _same((B, H, W), xt.device, (torch.bool,), valid=valid)
+    if c and seeds is None:
+        raise ValueError(f"c = {c} needs seeds ({B},)")
+    seeds = seeds if c else None
+    _same((B,), xt.device, (torch.int64,), seeds=seeds)
+    _stream(stream)
     _need_triton(xt.device)
     out = _common.dense(out)
     last = _common.is_last(out)
     after, x_hat = _step.step(out, _common.like(xt, last), last, alpha, sigma, a, b, c, _flat(valid),
-                              guidance,
-                              _flat(seeds) if c else None, stream, prediction, activation == "tanh",
-                              with_x_hat, clamp)
+                              guidance, _flat(seeds), stream, prediction, activation == "tanh", with_x_hat,
+                              clamp)
     return (after, x_hat) if with_x_hat else after
 
 
@@ -406,7 +400,6 @@ def norm(x, weight, bias, groups, eps=1e-5, silu=True):
     C = x.shape[1]
     if groups < 1 or C % groups:
         raise ValueError(f"groups must divide the {C} channels, not be {groups}")
-    for name, v in (("weight", weight), ("bias", bias)):
-        _same(name, v, (C,), x.device, FLOATS)
+    _same((C,), x.device, FLOATS, weight=weight, bias=bias)
     _need_triton(x.device)
     return _norm.Norm.apply(_common.like(x, True), _flat(weight), _flat(bias), groups, eps, silu)

@@ -53,57 +53,44 @@ def signed(x, code, channel):
 
 
 @triton.jit
+def approximate(x, INSTRUCTION: tl.constexpr):
+    return tl.inline_asm_elementwise(INSTRUCTION, "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
 def exp2(x):
     """2^x: 2 units in the last place; 0 below 2^-126."""
-    if PTX:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return tl.exp2(x)
+    return approximate(x, "ex2.approx.ftz.f32 $0, $1;") if PTX else tl.exp2(x)
 
 
 @triton.jit
 def log2(x):
     """log2 x: 2^-22, absolute between 0.5 and 2, else relative."""
-    if PTX:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return tl.log2(x)
+    return approximate(x, "lg2.approx.ftz.f32 $0, $1;") if PTX else tl.log2(x)
 
 
 @triton.jit
 def reciprocal(x):
     """1 / x: 1 unit in the last place; 0 of infinity."""
-    if PTX:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return 1.0 / x
+    return approximate(x, "rcp.approx.ftz.f32 $0, $1;") if PTX else 1.0 / x
 
 
 @triton.jit
 def square_root(x):
     """The root of x: 2^-23, relative."""
-    if PTX:
-        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return tl.sqrt(x)
+    return approximate(x, "sqrt.approx.ftz.f32 $0, $1;") if PTX else tl.sqrt(x)
 
 
 @triton.jit
 def sin(x):
     """Of x in [-pi, pi]: 2^-20, absolute."""
-    if PTX:
-        return tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return tl.sin(x)
+    return approximate(x, "sin.approx.ftz.f32 $0, $1;") if PTX else tl.sin(x)
 
 
 @triton.jit
 def cos(x):
     """Of x in [-pi, pi]: 2^-20, absolute."""
-    if PTX:
-        return tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return tl.cos(x)
+    return approximate(x, "cos.approx.ftz.f32 $0, $1;") if PTX else tl.cos(x)
 
 
 @triton.jit
@@ -156,12 +143,17 @@ def unit(word):
 
 
 @triton.jit
+def radians(word):
+    """2 pi word / 2^32, less a whole turn from half a turn on: in [-pi, pi]."""
+    return word.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-9  # pi / 2^31
+
+
+@triton.jit
 def sin_cos_turns(word):
     """sin and cos of 2 pi word / 2^32, float32: the nearest quarter turn, and a polynomial on [-pi/4,
     pi/4]."""
     quarter = (word + 0x20000000) >> 30  # wraps around: 4 is 0
-    # pi / 2^31
-    rest = (word - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-9
+    rest = radians(word - (quarter << 30))
     z = rest * rest
     s = rest + rest * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
     c = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2
@@ -169,12 +161,6 @@ def sin_cos_turns(word):
     odd = (quarter & 1) != 0
     a, b = tl.where(odd, c, s), tl.where(odd, s, c)
     return tl.where(quarter >= 2, -a, a), tl.where((quarter == 1) | (quarter == 2), -b, b)
-
-
-@triton.jit
-def radians(word):
-    """2 pi word / 2^32, less a whole turn from half a turn on: in [-pi, pi]."""
-    return word.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-9  # pi / 2^31
 
 
 @triton.jit

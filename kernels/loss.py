@@ -172,6 +172,8 @@ def _(g, weight, valid, out, cells, prediction, tanh, bce, last, xt, alpha, sigm
 
 
 class Loss(torch.autograd.Function):
+    """Arguments as of loss_forward -> (B,)."""
+
     @staticmethod
     def forward(ctx, out, cells, weight, *rest):
         loss, valid = loss_forward(out, cells, weight, *rest)
@@ -186,8 +188,3 @@ class Loss(torch.autograd.Function):
         weight, valid, out, cells, xt, alpha, sigma, codes = ctx.saved_tensors
         grad = loss_backward(g.contiguous(), weight, valid, out, cells, *ctx.rest, xt, alpha, sigma, codes)
         return grad, *[None] * 10
-
-
-def loss(*args):
-    """Arguments as of loss_forward -> (B,)."""
-    return Loss.apply(*args)
