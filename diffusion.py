@@ -29,8 +29,22 @@ try:
 except ImportError:
     kernels = None
 
-SCHEDULES = ("cosine", "linear", "linear_simple", "parabola")
-WEIGHTINGS = ("sigmoid", "snr", "snr+1", "snr_trunc", "uniform")
+# name: gamma and -dgamma/dt at time t, before scaling
+SCHEDULES = {
+    "cosine": lambda t: (torch.cos(t * math.pi / 2) ** 2, torch.sin(t * math.pi) * math.pi / 2),
+    # sigmoid(-log(expm1(m))) = exp(-m)
+    "linear": lambda t: (torch.exp(-1e-4 - 10 * t**2), 20 * t * torch.exp(-1e-4 - 10 * t**2)),
+    "linear_simple": lambda t: (1 - t, torch.ones_like(t)),
+    "parabola": lambda t: ((1 - t**2) ** 2, 4 * t * (1 - t**2)),
+}
+# name: w of the log-SNR lambda; only the first has a bias
+WEIGHTINGS = {
+    "sigmoid": lambda lam, bias: torch.sigmoid(lam - bias),
+    "snr": lambda lam, _: lam.exp(),
+    "snr+1": lambda lam, _: lam.exp() + 1,
+    "snr_trunc": lambda lam, _: lam.exp().clamp(min=1),
+    "uniform": lambda lam, _: torch.ones_like(lam),
+}
 PREDICTIONS = ("x", "eps", "v")
 LOSSES = ("mse", "bce")
 
@@ -75,17 +89,8 @@ def gamma_and_slope(t, d):
     t = torch.as_tensor(t, dtype=torch.float64)
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=t.device)
 
-    def raw(u):  # before scaling: gamma, -dgamma/dt
-        if d.schedule == "cosine":
-            return torch.cos(u * math.pi / 2) ** 2, torch.sin(u * math.pi) * math.pi / 2
-        if d.schedule == "linear":  # sigmoid(-log(expm1(m))) = exp(-m)
-            return torch.exp(-1e-4 - 10 * u**2), 20 * u * torch.exp(-1e-4 - 10 * u**2)
-        if d.schedule == "linear_simple":
-            return 1 - u, torch.ones_like(u)
-        return (1 - u**2) ** 2, 4 * u * (1 - u**2)  # parabola
-
-    def scaled(u):  # Eq. 7
-        g, slope = raw(u)
+    def scaled(t):  # Eq. 7
+        g, slope = SCHEDULES[d.schedule](t)
         denominator = (d.input_scale**2 - 1) * g + 1
         return d.input_scale**2 * g / denominator, slope * d.input_scale**2 / denominator**2
 
@@ -110,17 +115,7 @@ def alpha_sigma(t, d):
 def loss_weight(t, d):
     """w(lambda) * -dlambda/dt (Eq. 2; the second factor if d.logsnr_space), float64, in the shape of t."""
     g, slope = gamma_and_slope(t, d)
-    lam = torch.logit(g)
-    if d.weighting == "sigmoid":
-        w = torch.sigmoid(lam - d.bias)
-    elif d.weighting == "snr":
-        w = lam.exp()
-    elif d.weighting == "snr+1":
-        w = lam.exp() + 1
-    elif d.weighting == "snr_trunc":
-        w = lam.exp().clamp(min=1)
-    else:
-        w = torch.ones_like(lam)
+    w = WEIGHTINGS[d.weighting](torch.logit(g), d.bias)
     return w * slope / (g * (1 - g)) if d.logsnr_space else w
 
 

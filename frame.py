@@ -64,11 +64,7 @@ def normalise(images, sizes, detail=1):
     S).
     """
     x = images.permute(0, 3, 1, 2).contiguous().float() / 255
-    return standardise(x, inside_mask(sizes, images.shape[1] // detail), detail)
-
-
-def standardise(x, inside, detail=1):
-    x = F.pixel_unshuffle(x, detail)  # (B, 3 d^2, S, S)
+    inside, x = inside_mask(sizes, images.shape[1] // detail), F.pixel_unshuffle(x, detail)
     # in place; no tensor made on the host
     for channel, mean, std in zip(x.unflatten(1, (3, -1)).unbind(1), MEAN, STD):
         channel.sub_(mean).div_(std)

@@ -51,11 +51,6 @@ def nearest_click(hints):
     return hints[tuple(at)]
 
 
-def watershed(jump, hints):
-    """Watershed with the hints as markers: (h, w)."""
-    return tree.forest(jump, hints)
-
-
 def random_walker(photo, hints, beta=0.02):
     """The hint that a random walk reaches first, most likely (Grady 2006): (h, w). Steps are exp(-beta
     |dLab|^2) likely."""
@@ -76,17 +71,16 @@ def random_walker(photo, hints, beta=0.02):
     return out.reshape(h, w)
 
 
-def by_baseline(photo, hints, evidence=None):
-    """{name: label map (h, w)} of hints (h, w) by what needs no training; and by a watershed on the samples'
-    evidence."""
+def baselines(photo, evidence):
+    """{name: function of hints (h, w) -> label map (h, w)} of what needs no training, and of a watershed on
+    the samples' evidence; hints are the markers."""
     jump = gradient(photo)
-    maps = {"nearest click": nearest_click(hints), "watershed, Lab": watershed(jump, hints),
-            "random walker": random_walker(photo, hints)}
-    if evidence is not None:
-        soft = [np.minimum(np.abs(np.diff(evidence.views[0].soft, axis=axis + 1)).sum(-1), 2).mean(0)
-                for axis in (0, 1)]
-        maps["watershed, samples"] = watershed([s + 0.3 * g / 20 for s, g in zip(soft, jump)], hints)
-    return maps
+    soft = [np.minimum(np.abs(np.diff(evidence.views[0].soft, axis=axis + 1)).sum(-1), 2).mean(0)
+            for axis in (0, 1)]
+    jump_of_samples = [s + 0.3 * g / 20 for s, g in zip(soft, jump)]
+    return {"nearest click": nearest_click, "watershed, Lab": lambda hints: tree.forest(jump, hints),
+            "random walker": lambda hints: random_walker(photo, hints),
+            "watershed, samples": lambda hints: tree.forest(jump_of_samples, hints)}
 
 
 def sampled(model, data, positions, n, seed, batch):
@@ -107,7 +101,7 @@ def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1):
     """
     curve = {}
     for _, photo, maps, evidence in sampled(model, data, positions, n, seed, batch):
-        scored = {}
+        scored, methods = {}, baselines(photo, evidence)
         for true in maps:
             points = clicks_of(true)
             for k in ks:
@@ -116,7 +110,7 @@ def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1):
                 answers = {"open": joined(evidence, model, hints=given)[1]}
                 if given is not None:
                     answers |= {"closed": joined(evidence, model, hints=given, closed=True)[1]}
-                    answers |= by_baseline(photo, hints, evidence)
+                    answers |= {name: method(hints) for name, method in methods.items()}
                 s = metrics.all_scores(torch.from_numpy(np.stack(list(answers.values()))).long(),
                                        torch.from_numpy(true).expand(len(answers), -1, -1))
                 for p, name in enumerate(answers):
@@ -149,12 +143,10 @@ def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, se
     for i, photo, _, evidence in sampled(model, data, sorted(wanted), n, seed, batch):
         item = files[data.items[i]]
         picture, labels = read_image(item.image), read_labels(item)[0]
-        jump = gradient(photo)
+        known = baselines(photo, evidence)
         methods = {"tree": lambda hints: joined(evidence, model, hints=hints)[1],
-                   "watershed, Lab": lambda hints: watershed(jump, hints),
-                   "watershed, samples":
-                       lambda hints: by_baseline(photo, hints, evidence)["watershed, samples"],
-                   "nearest click": nearest_click}
+                   **{name: known[name] for name in ("watershed, Lab", "watershed, samples",
+                                                     "nearest click")}}
         for one in wanted[i]:
             truth = labels == one
             small = shrink(truth.astype(np.int64) + 1, *photo.shape[:2]) == 2

@@ -9,15 +9,13 @@ from scipy.ndimage import label
 import metrics
 from answers import clicks
 from answers.clicks import (
-    by_baseline,
+    baselines,
     clicks_of,
     clicks_to,
-    gradient,
     hints_of,
     middle_of_largest,
     nearest_click,
     random_walker,
-    watershed,
 )
 from answers.tree import gather, lab
 from sources.formats import Item
@@ -93,11 +91,14 @@ def test_nearest_click_and_watershed_are_loops():
             ]
             _, at, number = min(steps, key=lambda step: step[0])
             wet[at] = number
-        flooded = watershed(gradient(photo), hints)
+        evidence = gather(photo, np.ones((1, 8, 9, 2)), np.zeros((1, 8, 9), int), 4)
+        methods = baselines(photo, evidence)
+        flooded = methods["watershed, Lab"](hints)
         assert all(len({flooded[p] for p in zip(*np.nonzero(wet == k))}) == 1 for k in (1, 2, 3))
         assert len(np.unique(flooded)) == 3
-        maps = by_baseline(photo, hints)
-        assert (maps["nearest click"] == near).all() and (maps["watershed, Lab"] == flooded).all()
+        assert (methods["nearest click"](hints) == near).all()
+        # samples without a segment say nothing: the photo alone is left
+        assert (methods["watershed, samples"](hints) == flooded).all()
 
 
 def test_the_middle_of_the_largest_wrong_part():
