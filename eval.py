@@ -24,6 +24,7 @@ only). AP at IoU 0.5: TP / (TP + FP + FN) of objects; id 0 and the largest predi
 
 import argparse
 import csv
+import functools
 import itertools
 import json
 import math
@@ -56,10 +57,8 @@ def words(text):
 
 def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def whole(text):
-        return number_list(text, int, 1)
-
+    whole = functools.partial(number_list, kind=int, minimum=1)
+    real = functools.partial(number_list, kind=float, minimum=0)
     p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
     p.add_argument("--raw", action="store_true", help="the network's last weights instead of their average")
     p.add_argument("--baseline", choices=["grid", "kmeans", "otsu", "watershed", "human"],
@@ -87,11 +86,10 @@ def arguments(argv):
     p.add_argument("--clicks_to", type=float, help="instead: how many clicks an object takes until this "
                                                    "IoU, e.g. 0.85")
     p.add_argument("--steps", type=whole, help="denoising steps, e.g. 8, or 1,2,4,8,16")
-    p.add_argument("--guidance", type=lambda text: number_list(text, float, 0), help="e.g. 1, or 0,1,2,3")
+    p.add_argument("--guidance", type=real, help="e.g. 1, or 0,1,2,3")
     p.add_argument("--sampler", type=words, help="ddpm, ddim, or several with commas")
     p.add_argument("--variance", type=words, help="of ddpm: large, small or large,small")
-    p.add_argument("--smooth", type=lambda text: number_list(text, float, 0),
-                   help="e.g. 0.2, or 0,0.1,0.2,0.4")
+    p.add_argument("--smooth", type=real, help="e.g. 0.2, or 0,0.1,0.2,0.4")
     p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour "
                                              "first (default: the checkpoint's)")
     p.add_argument("--merge", type=float, help="as in sample.py (default: the checkpoint's; 0: samples as "
@@ -377,9 +375,9 @@ def load_data(a, model):
         if not np.array_equal(getattr(other, "items", None), getattr(data, "items", None)):
             raise ValueError(f"{a.dataset}: other images have labelled pixels at {a.size} pixels than at "
                              f"{model.image_size}: leave out --size")
-        places[str(a.size)] = at_size_of(other)
+        places[str(a.size)] = functools.partial(at_size_of, other)
     if files:
-        places["own"] = at_own_size(files, data, a.unlabelled, a.components)
+        places["own"] = functools.partial(at_own_size, files, data, a.unlabelled, a.components)
     if a.tiles != 1 and (not files or not model or a.clicking):
         raise ValueError("--tiles needs a checkpoint and a data set of files, and no clicks")
     return data, places, files

@@ -305,12 +305,13 @@ def diversity(distance):
 # Calibration
 
 
-def reliability(probability, outcome, low=0.0, bins=10):
-    """Sums over `bins` equal bins of [low, 1]: (bins, 3) float64: how many, of the probabilities, of the
-    outcomes."""
+def reliability(probability, outcome, low=0.0, bins=10, weight=1.0):
+    """Sums over `bins` equal bins of [low, 1]: (bins, 3) float64: of the weights, and of the probabilities
+    and the outcomes times these."""
     p, o = probability.reshape(-1).double(), outcome.reshape(-1).double()
     where = ((p - low) / (1 - low) * bins).long().clamp(0, bins - 1)
-    return torch.stack([torch.bincount(where, w, bins) for w in (torch.ones_like(p), p, o)], dim=1)
+    return torch.stack([torch.bincount(where, weight * v, bins) for v in (torch.ones_like(p), p, o)],
+                       dim=1).double()
 
 
 def calibration_error(table):

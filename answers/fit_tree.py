@@ -29,10 +29,9 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from tqdm import tqdm
 
-import metrics
 from answers import tree
 from answers.claims import features, first_owner, leaves_of
-from answers.scoring import own_maps
+from answers.scoring import own_maps, share_who_drew
 from answers.segment import denoise, evidence_of, load_checkpoint, newest_checkpoint, prepare
 from data import originals, parse_parts
 from engine import pick_device
@@ -259,9 +258,7 @@ def fit_confidence(drawn, net):
         for grain in tree.GRAINS:
             labels = grown.cut(grain)
             inside, outside, share = tree.sureness(evidence, grown, labels, net)
-            maps = torch.from_numpy(crop.maps)
-            table = metrics.contingency(torch.from_numpy(labels).long().expand(len(maps), -1, -1), maps)
-            hits.append((metrics.iou_matrix(table).amax(2) > 0.5).double().mean(0)[: len(share)])
+            hits.append(share_who_drew(labels, torch.from_numpy(crop.maps))[: len(share)])
             seen.append(torch.from_numpy(tree.confidence_features(inside, outside, share).T))
     x, y = torch.cat(seen), torch.cat(hits)
     weight = torch.zeros(4, dtype=torch.float64, requires_grad=True)

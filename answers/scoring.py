@@ -81,22 +81,16 @@ def own_maps(item, unlabelled, components=False):
     return maps.masked_fill(maps == 0, -1) if unlabelled == "ignore" else maps
 
 
-def at_own_size(files, data, unlabelled, components):
+def at_own_size(files, data, unlabelled, components, i):
     """A place for `score_images`: the files of a packed data set."""
-    def place(i):
-        item = files[data.items[i]]
-        return read_image(item.image), own_maps(item, unlabelled, components)
-
-    return place
+    item = files[data.items[i]]
+    return read_image(item.image), own_maps(item, unlabelled, components)
 
 
-def at_size_of(other):
+def at_size_of(other, i):
     """A place for `score_images`: another packed data set of the same images."""
-    def place(i):
-        job = packed_job(other, i)
-        return Image.fromarray(job.photo), other.maps(i)[:, : job.size[0], : job.size[1]]
-
-    return place
+    job = packed_job(other, i)
+    return Image.fromarray(job.photo), other.maps(i)[:, : job.size[0], : job.size[1]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -109,7 +103,7 @@ def judge(answers, maps, scores=metrics.all_scores):
     result, m = {}, len(maps)
     if answers:
         s = scores(torch.stack(list(answers.values())).repeat_interleave(m, 0),
-                               maps.repeat(len(answers), 1, 1))
+                   maps.repeat(len(answers), 1, 1))
         for i, name in enumerate(answers):
             result[name] = {key: float(v[i * m : i * m + m].nanmean()) for key, v in s.items()}
     if m > 1:
@@ -156,20 +150,20 @@ def border_table(evidence, grown, labels, maps, net):
                 parted.append(1 - together / (len(a) * len(b)))
         if parted:
             rows.append((chance, float(np.mean(parted)), length))
-    if not rows:
-        return torch.zeros(10, 3, dtype=torch.float64)
-    chance, truth, length = torch.tensor(rows, dtype=torch.float64).T
-    where = (chance * 10).long().clamp(0, 9)
-    return torch.stack([torch.bincount(where, length * v, 10)
-                        for v in (torch.ones_like(chance), chance, truth)], dim=1)
+    chance, truth, length = torch.tensor(rows, dtype=torch.float64).view(-1, 3).T
+    return metrics.reliability(chance, truth, weight=length)
+
+
+def share_who_drew(labels, maps):
+    """Of each segment of labels (h, w) the share of the annotators' maps (m, h, w) that have one with IoU above
+    one half: (segments,) float64."""
+    table = metrics.contingency(torch.from_numpy(labels).long().expand(len(maps), -1, -1), maps)
+    return (metrics.iou_matrix(table).amax(2) > 0.5).double().mean(0)
 
 
 def segment_table(sure, labels, maps):
-    """Reliability of the confidence of segments: chances against the share of annotators with a segment of
-    IoU above one half: (10, 3)."""
-    table = metrics.contingency(torch.from_numpy(labels).long().expand(len(maps), -1, -1), maps)
-    hit = (metrics.iou_matrix(table).amax(2) > 0.5).double().mean(0)  # (segments,)
-    return metrics.reliability(torch.as_tensor(sure), hit[: len(sure)])
+    """Reliability of the confidence of segments, against the share of annotators who drew them: (10, 3)."""
+    return metrics.reliability(torch.as_tensor(sure), share_who_drew(labels, maps)[: len(sure)])
 
 
 def own_scores(pred, true):
