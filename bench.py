@@ -726,17 +726,17 @@ def run_part(command, path, limit):
 
 
 def as_markdown(out, report):
-    """Every part's own words: its tables, or the end of what it said where it failed."""
+    """Every part's own words: its tables, or the end of what it output where it failed."""
     lines = ["# bench.py gpu", "", ", ".join(f"{key} {value}" for key, value in report["machine"].items())]
     for name, part in report["parts"].items():
-        said, err = ((out / f"{name}.{end}").read_text(errors="replace").strip().splitlines()
+        output, errors = ((out / f"{name}.{end}").read_text(errors="replace").strip().splitlines()
                      for end in ("txt", "err"))
-        said = said[:-1] if "result" in part else said
+        output = output[:-1] if "result" in part else output
         if name == "tests" or part["ended"] != "done":
-            said = [*(line for line in said if line.startswith("|")), "", "```", *said[-40:], *err[-20:],
-                    "```"]
+            output = [*(line for line in output if line.startswith("|")), "", "```", *output[-40:],
+                      *errors[-20:], "```"]
         lines += ["", f"## {name}", "", f"`{part['command']}`: {part['ended']}, {part['seconds']} s", "",
-                  *said]
+                  *output]
     return "\n".join(lines)
 
 

@@ -23,7 +23,6 @@ import hashlib
 import itertools
 import os
 import sys
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -98,12 +97,12 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
     if split not in ("train", "val", "test"):
         raise ValueError(f"split is train, val or test, not '{split}'")
 
-    def load_one(name, own):
+    def load_one(name, settings):
         if name == "shapes":
             return Shapes(split, size, seed, detail)
-        options = dict(size=size, detail=detail, unlabelled=own["unlabelled"] or unlabelled,
-                       components=own["components"] or components, split_seed=split_seed,
-                       void=own["void"] or parse_void(void))
+        options = dict(size=size, detail=detail, unlabelled=settings["unlabelled"] or unlabelled,
+                       components=settings["components"] or components, split_seed=split_seed,
+                       void=settings["void"] or parse_void(void))
         files, listing = find(name, split, root, split_seed, options["void"])
         if name not in NAMED and split == "train" and os.environ.get("RANK", "0") == "0":
             print(f"{name}: {FORMATS[format_of(Path(name))].title}")
@@ -111,7 +110,7 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
                     max_bad)
 
     parts = parse_parts(name)
-    sets = [load_one(part, own) for part, _, own in (parts if split == "train" else parts[:1])]
+    sets = [load_one(part, settings) for part, _, settings in (parts if split == "train" else parts[:1])]
     mixed = split == "train" and (len(parts) > 1 or compose)
     return Mixture(sets, [weight for _, weight, _ in parts], seed, compose) if mixed else sets[0]
 
@@ -135,7 +134,7 @@ def parse_void(text):
 def contents(data):
     """What a training set holds, whatever its path: a digest of names, sizes and numbers of label maps."""
     if hasattr(data, "sets"):
-        return [contents(one) for one in data.sets]
+        return [contents(part) for part in data.sets]
     if not hasattr(data, "items"):
         return data.name
     text = repr((data.names, data.sizes.tolist(), data.first.tolist()))
@@ -163,14 +162,14 @@ def names(text):
 def parse_part(text):
     """name[:weight][:components][:ignore][:void=ID] -> name, weight, dict(components, unlabelled, void).
     Raises ValueError."""
-    words, own, weight = text.split(":"), dict(components=False, unlabelled=None, void=()), 1.0
+    words, settings, weight = text.split(":"), dict(components=False, unlabelled=None, void=()), 1.0
     while len(words) > 1:
         if words[-1] == "components":
-            own["components"] = True
+            settings["components"] = True
         elif words[-1] == "ignore":
-            own["unlabelled"] = "ignore"
+            settings["unlabelled"] = "ignore"
         elif words[-1].startswith("void="):
-            own["void"] = parse_void(",".join([words[-1][5:], *map(str, own["void"])]))
+            settings["void"] = parse_void(",".join([words[-1][5:], *map(str, settings["void"])]))
         elif words[-1].replace(".", "", 1).isdigit() and float(words[-1]) > 0:
             weight = float(words[-1])
         else:
@@ -179,7 +178,7 @@ def parse_part(text):
     if not words[0]:
         raise ValueError(f"'{text}' is not a data set: of several, each is "
                          "name[:weight][:components][:ignore][:void=ID]")
-    return ":".join(words), weight, own
+    return ":".join(words), weight, settings
 
 
 # found under root; all else is the path of a folder
@@ -193,14 +192,16 @@ def find(name, split, root="data", split_seed=0, void=()):
         raise ValueError(f"data set '{name}' is neither shapes, nor coco, nor a folder with images/ and "
                          f"labels/, nor entity, ade20k, bsds500, nor a folder of: {others()}")
     kind = name if name in NAMED else format_of(Path(name))
-    look = functools.partial(FORMATS[kind].find, seed=split_seed) if kind == "entity" else FORMATS[kind].find
+    find_files = FORMATS[kind].find
+    if kind == "entity":
+        find_files = functools.partial(find_files, seed=split_seed)
     try:
-        files, listing = look(Path(root) / name if name in NAMED else Path(name), split)
+        files, listing = find_files(Path(root) / name if name in NAMED else Path(name), split)
     except FileNotFoundError as missing:
         if name not in NAMED:
             raise
         try:
-            files, listing = look(Path(root), split)
+            files, listing = find_files(Path(root), split)
         except FileNotFoundError:
             raise missing from None
     return files, lambda: [item._replace(void=item.void + tuple(void)) for item in listing()]
@@ -265,12 +266,12 @@ def batches(data, start, count, seed, workers=0, rank=0, ranks=1, pin=False):
     def whole(batch):
         return tuple(part.pin_memory() if pin else part for part in make(batch, 0, rows))
 
-    pool, ahead = ThreadPoolExecutor(1), deque()
+    pool = ThreadPoolExecutor(1)
     try:
-        for batch in itertools.count():
-            ahead.append(pool.submit(whole, batch))
-            if batch:
-                yield ahead.popleft().result()
+        coming = pool.submit(whole, 0)
+        for batch in itertools.count(1):
+            ready, coming = coming, pool.submit(whole, batch)
+            yield ready.result()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -67,11 +67,12 @@ class Diffusion:
     hints: float = 0.0  # share of training samples that see hints (hints.py); 0 = no channels for them
 
     def __post_init__(self):
-        for value, known, name in ((self.schedule, SCHEDULES, "schedule"),
-                                   (self.weighting, WEIGHTINGS, "weighting"),
-                                   (self.prediction, PREDICTIONS, "prediction"), (self.loss, LOSSES, "loss")):
-            if value not in known:
-                raise ValueError(f"{name} '{value}' is not one of {', '.join(known)}")
+        for value, choices, name in ((self.schedule, SCHEDULES, "schedule"),
+                                     (self.weighting, WEIGHTINGS, "weighting"),
+                                     (self.prediction, PREDICTIONS, "prediction"),
+                                     (self.loss, LOSSES, "loss")):
+            if value not in choices:
+                raise ValueError(f"{name} '{value}' is not one of {', '.join(choices)}")
         if not 0 < self.input_scale:
             raise ValueError(f"input_scale must be positive, not {self.input_scale}")
         if self.loss == "bce" and self.prediction != "x":

@@ -154,8 +154,8 @@ def summary(rows, where):
     result = {}
     # "human" may not be in every row
     for answer in dict.fromkeys(name for row in rows for name in row[where]):
-        some = [row[where][answer] for row in rows if answer in row[where]]
-        s = {key: np.array([one[key] for one in some]) for key in some[0]}
+        scores = [row[where][answer] for row in rows if answer in row[where]]
+        s = {key: np.array([of_image[key] for of_image in scores]) for key in scores[0]}
         value = {key: metrics.bootstrap(s[key]) for key in ROWS if key in s}
         value |= {key: metrics.bootstrap(*parts) for key, parts in metrics.quality(s).items()}
         if math.isnan(value.get("ap50", (math.nan,))[0]):  # no label map has an id 0
@@ -200,7 +200,7 @@ def print_clicks(curve, ks):
     """Tables of `clicks_curve`: ARI / IoU after so many clicks, with intervals of ARI; -> {method: {k:
     {metric: (mean, low, high)}}}."""
     keys = ("ari", "iou", "covering", "voi", "pred")
-    table = {name: {str(k): {key: metrics.bootstrap([one[key] for one in rows]) for key in keys}
+    table = {name: {str(k): {key: metrics.bootstrap([scores[key] for scores in rows]) for key in keys}
                     for k, rows in by.items()} for name, by in curve.items()}
     print(f"{'ARI [95 %] / IoU':<20}" + "".join(f"k = {k:<26}" for k in ks))
     for name, by in table.items():
@@ -325,20 +325,21 @@ def check(a):
         raise ValueError(f"--max_bad is a share, from 0 to 1, not {a.max_bad}")
     if not 0 <= a.seed < 10**6:
         raise ValueError(f"--seed must be from 0 to 999999, not {a.seed}")
-    for name, known in (("sampler", SAMPLERS), ("variance", VARIANCES)):
-        if unknown := [word for word in getattr(a, name) or [] if word not in known]:
-            raise ValueError(f"--{name}: '{unknown[0]}' is not one of {', '.join(known)}")
+    for name, choices in (("sampler", SAMPLERS), ("variance", VARIANCES)):
+        if unknown := [word for word in getattr(a, name) or [] if word not in choices]:
+            raise ValueError(f"--{name}: '{unknown[0]}' is not one of {', '.join(choices)}")
     a.clicking = a.clicks is not None or a.clicks_to is not None
     if a.clicking and (a.baseline or a.out):
         raise ValueError("--clicks and --clicks_to need a checkpoint, not a baseline, and print their table "
                          "only: leave out --baseline and --out")
     if a.clicks_to is not None and not 0 < a.clicks_to < 1:
         raise ValueError(f"--clicks_to must be above 0 and below 1, not {a.clicks_to}")
-    (a.dataset, _, own), *more = parse_parts(a.dataset)
+    (a.dataset, _, settings), *more = parse_parts(a.dataset)
     if more:
         raise ValueError(f"--dataset names {1 + len(more)} data sets: one at a time is evaluated")
-    a.components, a.unlabelled = a.components or own["components"], own["unlabelled"] or a.unlabelled
-    a.void = own["void"] or parse_void(a.void)
+    a.components = a.components or settings["components"]
+    a.unlabelled = settings["unlabelled"] or a.unlabelled
+    a.void = settings["void"] or parse_void(a.void)
 
 
 def load_model(a):
@@ -453,11 +454,12 @@ def main(argv=None):
         if a.clicking:
             model.sampling.update(home)
             return report_clicks(a, model, data, positions, files, path, name)
-        mine = positions[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else positions
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for setting in settings:
             many = all(setting[key] == home[key] for key in setting if key != "guidance")
-            sweep.append((setting, shared(score_images(data, mine, model, a, setting, ns if many else [1],
-                                                       places, setting == home))))
+            rows = score_images(data, positions[rank::world], model, a, setting, ns if many else [1], places,
+                                setting == home)
+            sweep.append((setting, shared(rows)))
     except ValueError as e:  # a photo that is gone meanwhile, too little memory
         return complain(e)
     if int(os.environ.get("RANK", 0)) > 0:

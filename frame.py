@@ -115,10 +115,10 @@ def shrink(ids, height, width):
     ends = np.searchsorted(rows * height // len(rows), np.arange(height + 1))
     out = np.zeros((height, width), np.int64)
     for y in range(height):  # one row after the other, as they may have millions of pixels
-        some = ids[rows[ends[y] : ends[y + 1]] * ids.shape[0] // len(rows)]
-        some = some[:, cols * ids.shape[1] // len(cols)]
-        names, rank = np.unique(some[some > 0], return_inverse=True)
-        at = np.broadcast_to(place, some.shape)[some > 0]
+        strip = ids[rows[ends[y] : ends[y + 1]] * ids.shape[0] // len(rows)]
+        strip = strip[:, cols * ids.shape[1] // len(cols)]
+        names, rank = np.unique(strip[strip > 0], return_inverse=True)
+        at = np.broadcast_to(place, strip.shape)[strip > 0]
         votes, count = np.unique(rank * width + at, return_counts=True)
         votes = votes[np.argsort(count, kind="stable")]
         out[y, votes % width] = names[votes // width]  # the last one stays
@@ -164,17 +164,17 @@ def enlarge(labels, image, calm=None):
         y, x = mixed[:, cell].any(0).nonzero(as_tuple=True)  # the pixels in question, of any map
         if not len(y):
             continue
-        own = torch.from_numpy(np.array(calm.crop((0, top, width, top + len(cell)))))[y, x].float() / 255
+        pixels = torch.from_numpy(np.array(calm.crop((0, top, width, top + len(cell)))))[y, x].float() / 255
         at = cell[y, x]
         far = (down[top + y][:, :, None] + across[x][:, None]).flatten(1)
-        unlike = (own[:, None] - colours[at].view(-1, 9, 3)).square().sum(2)
+        unlike = (pixels[:, None] - colours[at].view(-1, 9, 3)).square().sum(2)
         # Gaussians: of 0.5 pixels, and of 0.1 of the colours' range; (P, 9)
         weight = torch.exp(-far / 0.5 - unlike / 0.02).clamp(min=1e-12)
-        for one, name, alike in zip(out, names, same):
+        for result, name, alike in zip(out, names, same):
             # where more than half of the weight is the middle one's label, as at most pixels, it stays
             open_ = ((weight * alike[at]).sum(1) < 0.501 * weight.sum(1)).nonzero()[:, 0]
             label, votes = name[at[open_]], weight[open_]
             total = [(votes * (label == candidate[:, None])).sum(1) for candidate in label.unbind(1)]
             best = torch.stack(total, 1).argmax(1, keepdim=True)
-            one[top + y[open_], x[open_]] = label.gather(1, best)[:, 0].to(kind)
+            result[top + y[open_], x[open_]] = label.gather(1, best)[:, 0].to(kind)
     return out

@@ -55,7 +55,7 @@ def ranks(labels):
         flat = labels.flatten(1) - low
         seen = torch.zeros(len(flat), n, dtype=torch.int64, device=flat.device).scatter_(1, flat, 1)
         return (seen.cumsum(1) - 1).gather(1, flat).view(labels.shape)
-    return torch.stack([one.unique(return_inverse=True)[1] for one in labels])
+    return torch.stack([m.unique(return_inverse=True)[1] for m in labels])
 
 
 def present(table, dim):
@@ -202,10 +202,10 @@ def boundary_f(pred, true, tolerance=0.0075):
     a, b = boundaries(pred, valid), boundaries(true, valid)
     hit = torch.zeros(2, len(pred), dtype=torch.float64, device=pred.device)
     for square in set(squares):
-        some = torch.tensor([i for i, s in enumerate(squares) if s == square], device=pred.device)
-        x, y = (a, b) if len(some) == len(a) else (a[some], b[some])
-        hit[0, some] = (x & dilate(y, square)).sum((1, 2)).double()
-        hit[1, some] = (y & dilate(x, square)).sum((1, 2)).double()
+        same_square = torch.tensor([i for i, s in enumerate(squares) if s == square], device=pred.device)
+        x, y = (a, b) if len(same_square) == len(a) else (a[same_square], b[same_square])
+        hit[0, same_square] = (x & dilate(y, square)).sum((1, 2)).double()
+        hit[1, same_square] = (y & dilate(x, square)).sum((1, 2)).double()
     n_a, n_b = a.sum((1, 2)), b.sum((1, 2))
     precision, recall = hit[0] / n_a.clamp(min=1), hit[1] / n_b.clamp(min=1)
     f = torch.where((n_a == 0) & (n_b == 0), 1.0,

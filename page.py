@@ -142,11 +142,11 @@ class Desk:
         hints = strokes_map(strokes, p.size)
         with self.turn:
             tree, labels = segment.joined(p.result.evidence, self.model, grain, hints, closed)
-            one = segment.answer(tree, labels, p.result, hints)
+            joint = segment.answer(tree, labels, p.result, hints)
             if self.model.diffusion.hints and p.asked != strokes:
                 self.tell(p, asked=strokes, version=p.version)
-        return dict(runs=runs(one.labels), colours=colours(one.side).tolist(), busy=p.asked != p.done,
-                    confidence={s["id"]: s["confidence"] for s in one.segments})
+        return dict(runs=runs(joint.labels), colours=colours(joint.side).tolist(), busy=p.asked != p.done,
+                    confidence={s["id"]: s["confidence"] for s in joint.segments})
 
     def samples(self, photo, grain, **_):
         """Each sample's map, and where they disagree."""
@@ -154,8 +154,8 @@ class Desk:
         with self.slow:
             result = segment.summarise(p.job, p.view, self.model, grain_of(grain))
         votes = Image.fromarray((result.boundary.numpy() * N).round().astype("u1")).resize(p.view.size, 0)
-        return dict(samples=[runs(one) for one in result.enlarged()], colours=colours(result.side).tolist(),
-                    boundary=runs(votes), shades=shade(np.linspace(0, 1, N + 1)).tolist())
+        return dict(samples=[runs(labels) for labels in result.enlarged()], boundary=runs(votes),
+                    colours=colours(result.side).tolist(), shades=shade(np.linspace(0, 1, N + 1)).tolist())
 
     def download(self, photo, kind, n, strokes, grain, closed, name):
         """labels, overlay, coco or hints at the photo's size, of n samples: (bytes, type)."""
@@ -165,16 +165,16 @@ class Desk:
         hints, out = strokes_map(strokes, p.size), self.folder / "a"
         with self.slow:
             result = segment.summarise(p.job.first(n), p.view, self.model, grain)
-            one = replace(result, image=(image := read_image(p.file))).cut(grain, hints, closed)
+            joint = replace(result, image=(image := read_image(p.file))).cut(grain, hints, closed)
             if kind == "coco":
                 about = dict(id=1, file_name=name[:200], width=image.width, height=image.height)
                 info = dict(software=MARK, checkpoint=self.ckpt, n=n, seed=SEED, grain=grain, closed=closed,
                             tiles=self.tiles)
-                save_json(out, info, [about], one.segments, {}, borders=one.borders)
+                save_json(out, info, [about], joint.segments, {}, borders=joint.borders)
             elif kind == "overlay":
-                save(overlaid(image, one.labels, one.side), out)
+                save(overlaid(image, joint.labels, joint.side), out)
             else:
-                kept = (hints.astype(int) - 1, 15) if kind == "hints" else (one.labels.numpy(), one.side)
+                kept = (hints.astype(int) - 1, 15) if kind == "hints" else (joint.labels.numpy(), joint.side)
                 save_ids(*kept, out)
             return out.read_bytes(), "application/json" if kind == "coco" else "image/png"
 

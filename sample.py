@@ -111,7 +111,7 @@ from answers.segment import (
 )
 from answers.tree import GRAINS
 from engine import Threads, complaint, pick_device, program
-from sources.formats import IMAGE_TYPES, junk, read_image, read_label, said
+from sources.formats import IMAGE_TYPES, in_words, junk, read_image, read_label
 
 fail = complaint("sample.py")
 MARK = "bitseg sample.py"  # in every file written: others are never overwritten
@@ -361,7 +361,7 @@ def digest(path):
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     except OSError as e:
-        raise ValueError(f"{path}: {(e.strerror or said(e)).lower()}") from None
+        raise ValueError(f"{path}: {(e.strerror or in_words(e)).lower()}") from None
 
 
 def arguments(argv):
@@ -473,7 +473,7 @@ def introduce(a, model, ckpt, settings):
 
 def fault(path, e):
     """Of one image, whatever was raised: a sentence that names it."""
-    words = str(e) if type(e) is ValueError else said(e)
+    words = str(e) if type(e) is ValueError else in_words(e)
     return ValueError(words if str(path) in words else f"{path}: {words}")
 
 
@@ -492,13 +492,13 @@ def load(run, path):
 
 def jobs_of(run):
     """The images' jobs, read ahead; what goes wrong is said."""
-    for one in ahead(functools.partial(load, run), run.files):
-        if isinstance(one, tuple):
-            run.reading.append(one)
-            yield one[0]
+    for loaded in ahead(functools.partial(load, run), run.files):
+        if isinstance(loaded, tuple):
+            run.reading.append(loaded)
+            yield loaded[0]
         else:
             run.skipped += 1
-            run.say(one)
+            run.say(loaded)
 
 
 def sampled(run):
@@ -508,7 +508,7 @@ def sampled(run):
 
     def progress(i, t, xt, x_hat):
         job, path, *_ = run.reading[0]
-        tiles = run.tiles + sum(len(one.tiles or []) for one, *_ in run.reading)
+        tiles = run.tiles + sum(len(other.tiles or []) for other, *_ in run.reading)
         total = (len(run.files) - run.skipped + tiles) * run.steps
         if run.bar is None:
             run.bar = tqdm(total=total, unit="step", mininterval=0.5, disable=run.rank > 0, leave=False)
@@ -554,7 +554,7 @@ def finish(run, job, path, pixels, info):
             words = write(folder, image, result, run.model, info, job.hints, a.format == "coco_panoptic")
         return f"{path} -> {folder / 'panel.png'} ({words})"
     except OSError as e:
-        return ValueError(f"{path}: nothing is written to {folder} ({said(e)}): what was there stays")
+        return ValueError(f"{path}: nothing is written to {folder} ({in_words(e)}): what was there stays")
     except Exception as e:
         return fault(path, e)
 
@@ -566,12 +566,12 @@ def sample_all(run):
     with ThreadPoolExecutor(2) as writers:
         try:
             for error in sampled(run):
-                one = run.reading.popleft()
-                run.tiles += len(one[0].tiles or [])
+                job, *about = run.reading.popleft()
+                run.tiles += len(job.tiles or [])
                 if error:
                     run.say(error)
-                if one[0].x_hat:  # all samples, or what there is
-                    writing.append(writers.submit(finish, run, *one))
+                if job.x_hat:  # all samples, or what there is
+                    writing.append(writers.submit(finish, run, job, *about))
                 while len(writing) > 4:
                     run.say(writing.popleft().result())
             if run.bar is not None:
@@ -579,9 +579,10 @@ def sample_all(run):
         except KeyboardInterrupt as e:
             stopped = e
             tqdm.write("sample.py: stopping: what is sampled is written", file=sys.stderr)
-            writing.extend(writers.submit(finish, run, *one) for one in run.reading if one[0].x_hat)
-        for one in writing:
-            run.say(one.result())
+            writing.extend(writers.submit(finish, run, job, *about) for job, *about in run.reading
+                           if job.x_hat)
+        for written in writing:
+            run.say(written.result())
     if run.bar is not None:
         run.bar.close()
     return stopped
@@ -599,7 +600,7 @@ def main(argv=None):
         try:
             write_panoptic(out)
         except (OSError, ValueError, KeyError, TypeError) as e:
-            run.say(ValueError(f"{out / 'panoptic.json'} is not written ({said(e)})"))
+            run.say(ValueError(f"{out / 'panoptic.json'} is not written ({in_words(e)})"))
     if stopped:
         raise stopped
     if run.failed and len(run.files) > 1:

@@ -25,8 +25,8 @@ def clicks_of(true):
     largest first: [(y, x)]."""
     ids, area = np.unique(true[true >= 0], return_counts=True)
     points = []
-    for one in ids[np.argsort(-area, kind="stable")]:
-        depth = distance_transform_edt(np.pad(true == one, 1))[1:-1, 1:-1]
+    for number in ids[np.argsort(-area, kind="stable")]:
+        depth = distance_transform_edt(np.pad(true == number, 1))[1:-1, 1:-1]
         points.append(np.unravel_index(depth.argmax(), depth.shape))
     return list(dict.fromkeys((int(y), int(x)) for y, x in points))
 
@@ -116,7 +116,7 @@ def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1):
                 for p, name in enumerate(answers):
                     scored.setdefault((name, k), []).append({key: float(v[p]) for key, v in s.items()})
         for (name, k), several in scored.items():
-            mean = {key: float(np.nanmean([one[key] for one in several])) for key in several[0]}
+            mean = {key: float(np.nanmean([scores[key] for scores in several])) for key in several[0]}
             curve.setdefault(name, {}).setdefault(k, []).append(mean)
     return curve
 
@@ -134,7 +134,7 @@ def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, se
     for i in range(len(data)):
         true = read_labels(files[data.items[i]])[0]
         ids, area = np.unique(true[true > 0], return_counts=True)
-        found += [(i, int(one)) for one in ids[area >= 0.01 * true.size]]
+        found += [(i, int(number)) for number in ids[area >= 0.01 * true.size]]
     chosen = np.random.default_rng(seed).permutation(len(found))[:objects]
     wanted = {}
     for k in chosen:
@@ -143,12 +143,12 @@ def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, se
     for i, photo, _, evidence in sampled(model, data, sorted(wanted), n, seed, batch):
         item = files[data.items[i]]
         picture, labels = read_image(item.image), read_labels(item)[0]
-        known = baselines(photo, evidence)
+        by_baseline = baselines(photo, evidence)
         methods = {"tree": lambda hints: joined(evidence, model, hints=hints)[1],
-                   **{name: known[name] for name in ("watershed, Lab", "watershed, samples",
+                   **{name: by_baseline[name] for name in ("watershed, Lab", "watershed, samples",
                                                      "nearest click")}}
-        for one in wanted[i]:
-            truth = labels == one
+        for number in wanted[i]:
+            truth = labels == number
             small = shrink(truth.astype(np.int64) + 1, *photo.shape[:2]) == 2
             if iou(enlarge(small[None].astype(np.int64), picture)[0].numpy() > 0, truth) < target:
                 left_out += 1

@@ -42,13 +42,13 @@ WIDTH, STEPS, LR = 48, 3000, 5e-3  # of the small networks and their training
 MOST = 1 / 3  # of the weight, for any one set
 
 
-def crops(items, count, own, seed):
+def crops(items, count, settings, seed):
     """(PIL image, all annotators' maps (m, H, W)) of `count` random crops of a set's items, half of them
-    mirrored; the first of each image is all of it. own: dict(unlabelled, components)."""
+    mirrored; the first of each image is all of it. settings: dict(unlabelled, components)."""
     order = np.random.default_rng(seed).permutation(len(items))
     for c in range(count):
         item, r = items[order[c % len(items)]], np.random.default_rng([*seed, c])
-        image, maps = read_image(item.image), own_maps(item, own["unlabelled"], own["components"])
+        image, maps = read_image(item.image), own_maps(item, settings["unlabelled"], settings["components"])
         share, stretch = (np.sqrt(r.uniform(0.55, 1)),
                           np.exp(r.uniform(-0.08, 0.08))) if c >= len(items) else (1, 1)
         w, h = (max(1, min(side, int(side * share * f))) for side,
@@ -81,12 +81,12 @@ def clicks(labels, rng):
     """Simulated hints (h, w) for labels (h, w), -1 = unlabelled: numbers from 1 to K, and the segments that
     are meant: (K, h, w) bool. In three of ten cases one object against the rest, some clicks each; else
     clicks into the largest segments. Each in the middle of what is meant, or (four in ten) anywhere in it."""
-    hints, meant, known = np.zeros(labels.shape, int), [], labels >= 0
-    ids, area = np.unique(labels[known], return_counts=True)
+    hints, meant, labelled = np.zeros(labels.shape, int), [], labels >= 0
+    ids, area = np.unique(labels[labelled], return_counts=True)
     large = ids[area >= 0.01 * labels.size]
     if len(large) and rng.random() < 0.3:
-        one = labels == rng.choice(large)
-        wanted = [(one, rng.integers(1, 6)), (known & ~one, rng.integers(0, 5))]
+        chosen = labels == rng.choice(large)
+        wanted = [(chosen, rng.integers(1, 6)), (labelled & ~chosen, rng.integers(0, 5))]
     else:
         most = rng.choice([1, 2, 4, 8, 16, 10**6])
         wanted = [(labels == i, rng.geometric(0.8)) for i in ids[np.argsort(-area, kind="stable")][:most]]
@@ -107,7 +107,7 @@ def region_pairs(drawn, net, rng, share):
 
     drawn: [Crop]; share: of the pairs that are kept, at random.
     """
-    pairs, targets, of = [], [], []
+    pairs, targets, set_numbers = [], [], []
     for crop in drawn:
         known = [v >= 0 for v in crop.maps]
         ids = [np.unique(v[k], return_inverse=True) if k.any() else None for v, k in zip(crop.maps, known)]
@@ -127,12 +127,12 @@ def region_pairs(drawn, net, rng, share):
             use = (counted > 0) & (rng.random(len(i)) < share)
             pairs.append(features[use].astype(np.float32))
             targets.append((together[use] / counted[use]).astype(np.float32))
-            of.append(np.full(use.sum(), crop.set))
+            set_numbers.append(np.full(use.sum(), crop.set))
 
         tree.grow(crop.some(rng), net, watch=watch)
-    if not sum(map(len, of)):
+    if not sum(map(len, set_numbers)):
         raise ValueError("no two labelled regions touch in any image: there is nothing to learn from")
-    return np.concatenate(pairs), np.concatenate(targets), np.concatenate(of)
+    return np.concatenate(pairs), np.concatenate(targets), np.concatenate(set_numbers)
 
 
 def hinted_leaves(drawn, net, rng, times=2):
@@ -157,15 +157,14 @@ def hinted_leaves(drawn, net, rng, times=2):
     return out
 
 
-def balanced(weight, of):
-    """Weights (m,) such that no set has more than MOST of all, as far as there are enough sets; of (m,):
-    their numbers."""
-    total = np.bincount(of, weight)
+def balanced(weight, set_numbers):
+    """Weights (m,) such that no set has more than MOST of all, as far as there are enough sets."""
+    total = np.bincount(set_numbers, weight)
     share = total / total.sum()
     for _ in range(50):
         share = np.minimum(share, max(MOST, 1 / np.count_nonzero(total)))
         share = share / share.sum()
-    return weight * (share / total.clip(1e-9))[of]
+    return weight * (share / total.clip(1e-9))[set_numbers]
 
 
 def train(inputs, weight, batch, dropout, loss_of):
@@ -187,11 +186,11 @@ def train(inputs, weight, batch, dropout, loss_of):
     return net.eval()
 
 
-def standardised(x, of):
+def standardised(x, set_numbers):
     """Features (m, F) -> the network's inputs: standardised, with the number of the set (m,) as one of S;
     mean and scale (F,)."""
     mean, scale = x.mean(0), x.std(0) + 1e-6
-    return torch.cat([((x - mean) / scale).clamp(-6, 6), F.one_hot(of).float()], dim=1), mean, scale
+    return torch.cat([((x - mean) / scale).clamp(-6, 6), F.one_hot(set_numbers).float()], dim=1), mean, scale
 
 
 def arrays(net, mean, scale, name=""):
@@ -202,11 +201,12 @@ def arrays(net, mean, scale, name=""):
     return {name + key: v.detach().numpy().astype(np.float32) for key, v in result.items()}
 
 
-def fit(pairs, targets, of, seed):
+def fit(pairs, targets, set_numbers, seed):
     """-> {name: array}: the odds of pairs of regions, as tree.log_odds takes them."""
     torch.manual_seed(seed)
-    weight = balanced(np.exp(0.5 * pairs[:, 52]), of)  # by the root of the smaller region's share of the map
-    x, mean, scale = standardised(torch.from_numpy(pairs), torch.from_numpy(of))
+    # by the root of the smaller region's share of the map
+    weight = balanced(np.exp(0.5 * pairs[:, 52]), set_numbers)
+    x, mean, scale = standardised(torch.from_numpy(pairs), torch.from_numpy(set_numbers))
     y = torch.from_numpy(targets)
 
     def loss_of(net, rows):
@@ -225,10 +225,10 @@ def fit_hints(rows, seed):
     made small: of each leaf and hint by itself, and of the choice among the hints."""
     torch.manual_seed(seed)
     hints = torch.from_numpy(np.concatenate([np.full(len(x), x.shape[1]) for x, *_ in rows]))
-    of = np.concatenate([np.full(len(x), number) for x, *_, number in rows])
-    weight = balanced(np.sqrt(np.concatenate([area for *_, area, _ in rows])), of)
+    set_numbers = np.concatenate([np.full(len(x), number) for x, *_, number in rows])
+    weight = balanced(np.sqrt(np.concatenate([area for *_, area, _ in rows])), set_numbers)
     x = torch.from_numpy(np.concatenate([x.reshape(-1, x.shape[2]) for x, *_ in rows]))
-    x, mean, scale = standardised(x, torch.from_numpy(of).repeat_interleave(hints))
+    x, mean, scale = standardised(x, torch.from_numpy(set_numbers).repeat_interleave(hints))
     y = torch.from_numpy(np.concatenate([y.ravel() for _, y, *_ in rows]))
     start = hints.cumsum(0) - hints
 
@@ -321,8 +321,8 @@ def fit_sets(model, sets, a):
     """Draw, grow, fit, grow again by what was learnt, fit again: {name: array}."""
     jobs, drawn = [], []
     whole = sum(weight for _, weight, _ in sets)
-    for s, (items, weight, own) in enumerate(sets):
-        for image, maps in crops(items, math.ceil(a.crops * weight / whole), own, (a.seed, s)):
+    for s, (items, weight, settings) in enumerate(sets):
+        for image, maps in crops(items, math.ceil(a.crops * weight / whole), settings, (a.seed, s)):
             job = prepare(image, model, seed=a.seed + len(jobs) * 1000)
             jobs.append(job)
             seen = partial(evidence_of, job, model.codec)

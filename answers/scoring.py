@@ -155,8 +155,8 @@ def border_table(evidence, grown, labels, maps, net):
 
 
 def share_who_drew(labels, maps):
-    """Of each segment of labels (h, w) the share of the annotators' maps (m, h, w) that have one with IoU above
-    one half: (segments,) float64."""
+    """Of each segment of labels (h, w) the share of the annotators' maps (m, h, w) that have one with IoU
+    above one half: (segments,) float64."""
     table = metrics.contingency(torch.from_numpy(labels).long().expand(len(maps), -1, -1), maps)
     return (metrics.iou_matrix(table).amax(2) > 0.5).double().mean(0)
 

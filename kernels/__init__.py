@@ -184,9 +184,9 @@ def _stream(number):
 
 
 def _known(**names):
-    for name, (value, known) in names.items():
-        if value not in known:
-            raise ValueError(f"{name} '{value}' is not one of {', '.join(known)}")
+    for name, (value, choices) in names.items():
+        if value not in choices:
+            raise ValueError(f"{name} '{value}' is not one of {', '.join(choices)}")
 
 
 def _float(x):

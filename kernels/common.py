@@ -263,10 +263,10 @@ def store_rows(ptr, rows, group, HW, C: tl.constexpr, V: tl.constexpr, LAST: tl.
     """The reverse of load_rows."""
     v = tl.arange(0, V)
     for j in tl.static_range(C):
-        mine = ()
+        column = ()
         for i in tl.static_range(V):
-            mine = mine + (rows[j * V + i if LAST else i * C + j],)
-        x = put_together(mine, V).to(ptr.dtype.element_ty)
+            column = column + (rows[j * V + i if LAST else i * C + j],)
+        x = put_together(column, V).to(ptr.dtype.element_ty)
         if LAST:
             e = group[:, None] * (V * C) + j * V + v[None, :]
             tl.store(ptr + e, x, mask=e < HW * C)

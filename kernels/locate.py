@@ -80,8 +80,8 @@ def assign_kernel(
     present, classes, rank = count > 0, side * side, count
     if HINTS:
         at = hinted_ptr + b * 3 * N + n
-        told, told_rows, told_cols = tl.load(at), tl.load(at + N), tl.load(at + 2 * N)
-        rank = tl.where(told > 0, count + H * W, count)  # the last to be merged
+        hinted, hinted_rows, hinted_cols = tl.load(at), tl.load(at + N), tl.load(at + 2 * N)
+        rank = tl.where(hinted > 0, count + H * W, count)  # the last to be merged
     left, largest = total(present.to(tl.int32)), tl.argmax(count, axis=0)  # ties: the lowest label
     kept = present
     if left > classes:  # merge the smallest into the largest
@@ -94,36 +94,36 @@ def assign_kernel(
         rows += tl.where(big, total(tl.where(spare, rows, 0)), 0)
         cols += tl.where(big, total(tl.where(spare, cols, 0)), 0)
         if HINTS:
-            told += tl.where(big, total(tl.where(spare, told, 0)), 0)
-            told_rows += tl.where(big, total(tl.where(spare, told_rows, 0)), 0)
-            told_cols += tl.where(big, total(tl.where(spare, told_cols, 0)), 0)
+            hinted += tl.where(big, total(tl.where(spare, hinted, 0)), 0)
+            hinted_rows += tl.where(big, total(tl.where(spare, hinted_rows, 0)), 0)
+            hinted_cols += tl.where(big, total(tl.where(spare, hinted_cols, 0)), 0)
         left = classes
 
     key = tl.where(kept, -count if LARGEST_FIRST else n.to(tl.int64), MAX)  # the lowest key chooses next
     if HINTS:  # before all others, by where the hints are
-        first = kept & (told > 0)
+        first = kept & (hinted > 0)
         key = tl.where(first, -1 - H * W, key)
-        count, rows = tl.where(first, told, count), tl.where(first, told_rows, rows)
-        cols = tl.where(first, told_cols, cols)
-    some = tl.maximum(count, 1)  # in grid units p = a / (2 some H) - 1/2
-    a_row, a_col = (2 * rows + some) * side, (2 * cols + some) * side
-    wanted = (round_half_even(a_row, 2 * some * H) * side + round_half_even(a_col, 2 * some * W)).to(tl.int32)
-    a_row, a_col = a_row - some * H, a_col - some * W  # p = a / (2 some H)
+        count, rows = tl.where(first, hinted, count), tl.where(first, hinted_rows, rows)
+        cols = tl.where(first, hinted_cols, cols)
+    size = tl.maximum(count, 1)  # in grid units p = a / (2 size H) - 1/2
+    a_row, a_col = (2 * rows + size) * side, (2 * cols + size) * side
+    wanted = (round_half_even(a_row, 2 * size * H) * side + round_half_even(a_col, 2 * size * W)).to(tl.int32)
+    a_row, a_col = a_row - size * H, a_col - size * W  # p = a / (2 size H)
 
     grid = tl.arange(0, K)
     row, col, free = (grid // side).to(tl.int64), (grid % side).to(tl.int64), grid < classes
     away = (row * row + col * col) * H * W
     cell = tl.zeros((N,), tl.int32) - 1
     for _ in range(left):
-        me = n == tl.argmin(key, axis=0)
-        # squared distance to every cell, less |p|^2, times some H W
-        distance = total(tl.where(me, some, 0)) * away - total(tl.where(me, a_row, 0)) * W * row \
-            - total(tl.where(me, a_col, 0)) * H * col
-        distance = tl.where(grid == total(tl.where(me, wanted, 0)), -MAX, distance)
+        chooser = n == tl.argmin(key, axis=0)
+        # squared distance to every cell, less |p|^2, times size H W
+        distance = total(tl.where(chooser, size, 0)) * away - total(tl.where(chooser, a_row, 0)) * W * row \
+            - total(tl.where(chooser, a_col, 0)) * H * col
+        distance = tl.where(grid == total(tl.where(chooser, wanted, 0)), -MAX, distance)
         taken = tl.argmin(tl.where(free, distance, MAX), axis=0)  # ties: the first in raster order
-        cell = tl.where(me, taken, cell)
+        cell = tl.where(chooser, taken, cell)
         free = free & (grid != taken)
-        key = tl.where(me, MAX, key)
+        key = tl.where(chooser, MAX, key)
     cell = tl.where(kept, cell, total(tl.where(n == largest, cell, 0)))
     tl.store(cell_ptr + b * N + n, cell.to(tl.int16))
 

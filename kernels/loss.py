@@ -61,9 +61,9 @@ def loss_forward_kernel(
                     x = x_hat_of(out, xts[q * K + c].to(tl.float32), alpha, sigma, PREDICTION, False)
                 x = signed(x, code, c) - 1
                 error += x * x
-        known = inside & (cell >= 0)
-        total += tl.where(known, error, 0.0)
-        count += known.to(tl.int32)
+        valid = inside & (cell >= 0)
+        total += tl.where(valid, error, 0.0)
+        count += valid.to(tl.int32)
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total))
     tl.store(counts_ptr + tl.program_id(0), tl.sum(count))
 

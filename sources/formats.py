@@ -140,11 +140,11 @@ def split_folders(folder, split):
     """{name of a folder of a split: Path} for those with images, and this split's: a Path or None."""
     there = {d.name: d for d in sorted(folder.iterdir()) if d.is_dir() and split_of(d.name)
              and any(Path(f[0]).suffix.lower() in IMAGE_TYPES for f in scan(d))}
-    mine = [d for name, d in there.items() if split_of(name) == split]
-    if len(mine) > 1:
-        raise ValueError(f"{mine[0]} and {mine[1]} are both named after the split {split}: remove or rename "
-                         "one")
-    return there, mine[0] if mine else None
+    of_split = [d for name, d in there.items() if split_of(name) == split]
+    if len(of_split) > 1:
+        raise ValueError(f"{of_split[0]} and {of_split[1]} are both named after the split {split}: remove or "
+                         f"rename one")
+    return there, of_split[0] if of_split else None
 
 
 # x_mask_0.png, x_0.png: one of several files of one image
@@ -334,13 +334,13 @@ def find_export(home, split):
     notes = [file for mark in FORMATS["export"].marks for file in sorted(home.glob(mark))]
     kinds = {file: split_of(file.parent.name if file.name.startswith("_")
                             else file.stem.removeprefix("instances_")) for file in notes}
-    mine = [file for file in notes if kinds[file] == split] if any(kinds.values()) else notes
-    if not mine:
+    of_split = [file for file in notes if kinds[file] == split] if any(kinds.values()) else notes
+    if not of_split:
         there = ", ".join(str(file.relative_to(home)) for file in notes)
         raise FileNotFoundError(f"{home} has {there}, but none of the split {split}")
 
     def listing():
-        items = [item for file in mine for item in list_instances(
+        items = [item for file in of_split for item in list_instances(
             file, file.parent, home, home / "images", home / "images" / file.stem.removeprefix("instances_"))]
         return items if any(kinds.values()) else tenth(items, split, home)
 
@@ -460,7 +460,7 @@ def read_labelme(item):
             group = shape.get("group_id")
             objects.setdefault(k if group is None else f"group {group}", (k, False, []))[2].append(part)
         except Exception as e:
-            raise ValueError(f"{item.labels[0]}: shape {k} cannot be drawn ({said(e)})") from None
+            raise ValueError(f"{item.labels[0]}: shape {k} cannot be drawn ({in_words(e)})") from None
     return [paint(list(objects.values()), H, W, item)]
 
 
@@ -505,7 +505,7 @@ def format_of(home):
                  if any(not junk(path.name) for path in home.glob(mark))), "folder")
 
 
-def said(e):
+def in_words(e):
     """What an exception says, in one line; a library's with its type, as its words alone may say nothing."""
     words = " ".join(str(e).split())[:200]
     return words if type(e) is ValueError and words else f"{type(e).__name__}{': ' * bool(words)}{words}"
@@ -516,7 +516,7 @@ def load_json(path):
     try:
         return json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: cut off, or no JSON ({said(e)})") from None
+        raise ValueError(f"{path}: cut off, or no JSON ({in_words(e)})") from None
 
 
 def read_json(path):
@@ -554,7 +554,7 @@ def each(file, entries, make):
         except KeyError as e:
             yield bad(f"{file}: entry {k} has no key {e}")
         except Exception as e:
-            yield bad(f"{file}: entry {k}: {said(e)}")
+            yield bad(f"{file}: entry {k}: {in_words(e)}")
 
 
 def within(folder, name):
@@ -787,7 +787,7 @@ def paint(objects, H, W, item):
         try:
             rle = run_lengths(segmentation, H, W)
         except Exception as e:
-            raise ValueError(f"{item.labels[0]}: annotation {k}, of {item.image}: {said(e)}") from None
+            raise ValueError(f"{item.labels[0]}: annotation {k}, of {item.image}: {in_words(e)}") from None
         masks.append((not crowd, -int(coco_mask.area(rle)), k, rle))
     if sum(m[1] == 0 for m in masks) > len(masks) / 2:
         notice(item.image, "most of its objects have no pixel")
@@ -888,7 +888,7 @@ def pillow(path, what="image"):
             why = "HEIC, which Pillow reads after: pip install pillow-heif; or save it as JPEG"
         raise ValueError(f"{path}: not a readable {what} ({why})") from None
     except Exception as e:  # Pillow's decoders raise any kind
-        raise ValueError(f"{path}: not a readable {what} ({said(e)})") from None
+        raise ValueError(f"{path}: not a readable {what} ({in_words(e)})") from None
 
 
 def read_image(path):

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from frame import IGNORE, connected, fitted, resize_image, resize_label
-from sources.formats import Notice, ids_of, open_image, read_labels, said
+from sources.formats import Notice, ids_of, in_words, open_image, read_labels
 
 try:
     import fcntl
@@ -125,7 +125,7 @@ def convert(item, size, unlabelled, components, detail=1):
     except Exception as e:  # of any library, for whatever is in a file
         named = any(path in str(e) for path in (item.image, *item.labels))
         where = " with ".join([item.image, *item.labels[:1]])
-        return BAD, str(e) if named else f"{where}: cannot be used ({said(e)})"
+        return BAD, str(e) if named else f"{where}: cannot be used ({in_words(e)})"
     notices = list(dict.fromkeys(str(w.message) for w in told if w.category is Notice))
     return DONE, pictures, (h, w), labels, (segments, kept), notices
 
@@ -326,15 +326,15 @@ def warned(rows, S, notices, target):
     kinds = {}
     for text in notices:
         kinds.setdefault(text.rpartition(": ")[2], []).append(text.encode("utf-8", "replace").decode())
-    said = [same[0] + f" (and {len(same) - 1} more of these: {target / 'notices.txt'})" * (len(same) > 1)
-            for same in kinds.values()]
+    sentences = [same[0] + f" (and {len(same) - 1} more of these: {target / 'notices.txt'})" * (len(same) > 1)
+                 for same in kinds.values()]
     maps, segments, kept = (sum(row[k] for row in rows) for k in (3, 5, 6))
     if kept <= maps:
-        said.append("every label map holds one id only: there is nothing to tell apart")
+        sentences.append("every label map holds one id only: there is nothing to tell apart")
     if kept < segments / 2:
-        said.append(f"of {segments:,} segments, only {kept:,} have a pixel left at {S} pixels: a larger size "
-                    "keeps more")
-    return said
+        sentences.append(f"of {segments:,} segments, only {kept:,} have a pixel left at {S} pixels: a larger "
+                         f"size keeps more")
+    return sentences
 
 
 def append(file, array):

@@ -92,10 +92,10 @@ def start(processes, context, workers, arguments):
     """Start processes that `work`, each with a pipe of its own, into {that pipe: process}."""
     with blocked(SIGNALS):  # which children inherit: it is for the parent to say when they end
         for _ in range(workers):
-            done, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=work, daemon=True, args=(*arguments, theirs))
+            done, childs_end = context.Pipe(duplex=False)
+            process = context.Process(target=work, daemon=True, args=(*arguments, childs_end))
             process.start()
-            theirs.close()
+            childs_end.close()
             processes[done] = process
 
 
@@ -134,14 +134,14 @@ def locked(part):
 def heard(done):
     """The number of the batch that a process has made a piece of."""
     try:
-        said = done.recv()
+        message = done.recv()
     except (EOFError, OSError):
         raise Unread("a process that makes samples was killed, perhaps for lack of memory: use fewer "
                      "--workers, and run the same command again") from None
-    if isinstance(said, str):
-        raise Unread(f"a process that makes samples failed ({said}): --workers 0 shows where; mend that, and "
-                     f"run the same command again")
-    return said
+    if isinstance(message, str):
+        raise Unread(f"a process that makes samples failed ({message}): --workers 0 shows where; mend that, "
+                     f"and run the same command again")
+    return message
 
 
 def work(make, memory, shapes, tasks, commands, lock, done):

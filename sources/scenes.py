@@ -116,10 +116,10 @@ class Mixture:
     compose: float = 0.0  # share of compositions
 
     def __post_init__(self):
-        self.name = "+".join(one.name for one in self.sets)
-        self.labels_below = max(one.labels_below for one in self.sets) + 10  # at most, in one label map
+        self.name = "+".join(part.name for part in self.sets)
+        self.labels_below = max(part.labels_below for part in self.sets) + 10  # at most, in one label map
         self.shares = np.array(self.weights) / sum(self.weights)
-        self.photos = self.shares * [isinstance(one, Packed) for one in self.sets]
+        self.photos = self.shares * [isinstance(part, Packed) for part in self.sets]
         if self.compose and not self.photos.any():
             raise ValueError("compositions need real images: add a data set of files, or leave out --compose")
 
@@ -127,19 +127,17 @@ class Mixture:
         return 2**31
 
     def get(self, positions, draws=None):
-        images, labels, sizes = zip(*map(self.one, positions))
+        images, labels, sizes = zip(*map(self.sample, positions))
         labels = np.stack(labels).astype(np.int64)
         return torch.from_numpy(np.stack(images)), torch.from_numpy(labels), torch.tensor(np.array(sizes))
 
-    def one(self, i):
+    def sample(self, i):
         """Sample number i: image (S, S, 3) uint8, labels (S, S), (h, w). The same on every machine."""
         rng = np.random.Generator(np.random.Philox(key=[2**33 + self.seed, int(i)]))
         chosen = self.sets[rng.choice(len(self.sets), p=self.shares)]
         if rng.random() < self.compose:
-            return compose(rng,
-                           lambda: self.photo(rng,
-                                              self.sets[rng.choice(len(self.sets),
-                                                                   p=self.photos / self.photos.sum())]))
+            chance = self.photos / self.photos.sum()
+            return compose(rng, lambda: self.photo(rng, self.sets[rng.choice(len(self.sets), p=chance)]))
         if isinstance(chosen, Shapes):
             return [part[0].numpy() for part in chosen.get([i])]
         return self.photo(rng, chosen)
