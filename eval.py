@@ -246,30 +246,28 @@ def reliability_tables(rows, n):
             result[f"spread_{d}"] = values = [metrics.bootstrap([s[d][k] for s in spread]) for k in range(3)]
             print(f"  d = 1 - {d:<24}" + "".join(f"{f'{m:.3f} [{low:.3f}, {high:.3f}]':<25}" for m, low,
                                                  high in values))
-    for key, title in (("bits", "bits (Eq. 3): share of them, and how many are right"),
-                       ("segments", "segments: share of them, and of the annotators who drew them"),
-                       ("borders", "borders: share of their length, and of the annotators who part the two")):
+    deciles = {low: [f"{low + (1 - low) * k / 10:.2f} - {low + (1 - low) * (k + 1) / 10:.2f}"
+                     for k in range(10)] for low in (0.0, 0.5)}
+    for key, bins, title in (
+            ("bits", deciles[0.5], "bits (Eq. 3): share of them, and how many are right, by confidence"),
+            ("segments", deciles[0.0], "segments: share of them, and of the annotators who drew them, by "
+                                       "confidence"),
+            ("borders", deciles[0.0], "borders: share of their length, and of the annotators who part the "
+                                      "two, by confidence"),
+            ("joined", [f"{k / n:.3f}" for k in range(n + 1)],
+             "neighbouring pixels: share of samples that join them, share of such pairs, share of annotators "
+             "that join them")):
         tables = [row[key] for row in rows if key in row]
         if not tables:
             continue
-        t = sum(tables)
-        result[f"{key}_ece"] = metrics.calibration_error(t)
-        print(f"\n{title}, by confidence")
-        low = 0.5 if key == "bits" else 0.0
-        for k in range(10):
-            if t[k, 0]:
-                width = (1 - low) / 10
-                print(f"  {low + width * k:.2f} - {low + width * (k + 1):.2f} "
-                      f"{t[k, 0] / t[:, 0].sum():>7.1%} {t[k, 2] / t[k, 0]:>7.3f}")
+        table = sum(tables)
+        result[f"{key}_ece"] = metrics.calibration_error(table)
+        print(f"\n{title}")
+        for label, (count, _, right) in zip(bins, table):
+            if count:
+                share = f"{count / table[:, 0].sum():>{'8.2%' if key == 'joined' else '7.1%'}}"
+                print(f"  {label} {share} {right / count:>7.3f}")
         print(f"  expected calibration error: {result[f'{key}_ece']:.4f}")
-    if "joined" in rows[0]:
-        t = sum(row["joined"] for row in rows)
-        result["joined_ece"] = metrics.calibration_error(t)
-        print("\nneighbouring pixels: share of samples that join them, share of such pairs, share of "
-              "annotators that join them")
-        print("\n".join(f"  {k / n:.3f} {t[k, 0] / t[:, 0].sum():>8.2%} {t[k, 2] / t[k, 0]:>7.3f}"
-                        for k in range(len(t)) if t[k, 0]))
-        print(f"  expected calibration error: {result['joined_ece']:.4f}")
     return result
 
 
