@@ -199,15 +199,16 @@ def sweep_table(sweep):
 def print_clicks(curve, ks):
     """Tables of `clicks_curve`: ARI / IoU after so many clicks, with intervals of ARI; -> {method: {k:
     {metric: (mean, low, high)}}}."""
-    keys = ("ari", "iou", "covering", "voi", "pred")
-    table = {name: {str(k): {key: metrics.bootstrap([scores[key] for scores in rows]) for key in keys}
-                    for k, rows in by.items()} for name, by in curve.items()}
     print(f"{'ARI [95 %] / IoU':<20}" + "".join(f"k = {k:<26}" for k in ks))
-    for name, by in table.items():
-        cells = ("{:.3f} [{:.3f}, {:.3f}] / {:.3f}".format(*by[str(k)]["ari"],
-                                                           by[str(k)]["iou"][0]) if str(k) in by else "-"
-                                                           for k in ks)
-        print(f"{name:<20}" + "".join(f"{cell:<30}" for cell in cells))
+    table = {}
+    for method, by_clicks in curve.items():
+        row, cells = {}, dict.fromkeys(ks, "-")
+        for k, images in by_clicks.items():
+            row[str(k)] = means = {key: metrics.bootstrap([scores[key] for scores in images])
+                                   for key in ("ari", "iou", "covering", "voi", "pred")}
+            cells[k] = "{:.3f} [{:.3f}, {:.3f}] / {:.3f}".format(*means["ari"], means["iou"][0])
+        print(f"{method:<20}" + "".join(f"{cells[k]:<30}" for k in ks))
+        table[method] = row
     return table
 
 
@@ -446,7 +447,8 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as e:
         return complain(e)
-    (home, settings), ns, sweep = settings_of(a, model), sorted(a.n), []
+    home, settings = settings_of(a, model)
+    ns, sweep = sorted(a.n), []
     positions = list(range(min(a.limit, len(data))))
     try:
         if a.clicking:

@@ -147,12 +147,13 @@ def norms(device):
 
 def _same(shape, device, kinds, **tensors):
     """Tensors, if they are given, must have this shape, live on this device and have one of these dtypes."""
-    for name, x in tensors.items():
-        if x is not None and tuple(x.shape) != tuple(shape):
+    given = {name: x for name, x in tensors.items() if x is not None}
+    for name, x in given.items():
+        if tuple(x.shape) != tuple(shape):
             raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(x.shape)}")
-        if x is not None and x.device != device:
+        if x.device != device:
             raise ValueError(f"{name} must be on {device}, not on {x.device}")
-        if x is not None and x.dtype not in kinds:
+        if x.dtype not in kinds:
             raise ValueError(f"{name} must be {' or '.join(str(k)[6:] for k in kinds)}, "
                              f"not {str(x.dtype)[6:]}")
 

@@ -137,19 +137,19 @@ def pack(files, listing, cache, name, options, workers, max_bad):
     fingerprint = hashlib.sha256(print_of.encode()).hexdigest()[:16]
     key = hashlib.sha256(json.dumps([VERSION, fingerprint, options]).encode()).hexdigest()[:8]
     target = cache / f"{name}-{options['size']}-{key}"
-    if not whole(target):
+    if not is_complete(target):
         cache.mkdir(parents=True, exist_ok=True)
         with open(f"{target}.lock", "w") as lock:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be packing the same
-            if not whole(target):
+            if not is_complete(target):
                 shutil.rmtree(target, ignore_errors=True)  # cut off from outside
                 pack_items(target, listing(), name, options, fingerprint, workers, max_bad)
         Path(f"{target}.lock").unlink(missing_ok=True)
     index = json.loads((target / "index.json").read_text())
     if index["bad"] > max_bad * (index["bad"] + index["images"]):
         raise too_bad(target, index["bad"], index["bad"] + index["images"], max_bad, index["example"])
-    rows, S = np.load(target / "rows.npy"), options["size"]  # (N, 7), see `pack_items`
+    rows, S = np.load(target / "rows.npy"), options["size"]  # (N, 7), see `Store`
     sides = dict.fromkeys((S * options["detail"], S))  # of the pictures that each image has
     images = np.memmap(target / "images.u8", [(str(side), np.uint8, (side, side, 3)) for side in sides], "r",
                        shape=len(rows))
@@ -160,7 +160,7 @@ def pack(files, listing, cache, name, options, workers, max_bad):
                   folder=target, labels_below=index["segments"])
 
 
-def whole(folder):
+def is_complete(folder):
     """Whether a packed copy is complete: the index is written last, and says how long the files are."""
     try:
         index = json.loads((folder / "index.json").read_text())
