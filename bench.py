@@ -130,12 +130,12 @@ def copy_gb_s(device):
 
 def table(columns):
     """Print the head of a table, {title: width}. -> a function that prints a row of cells."""
-    def row(*cells):
+    def print_row(cells):
         print("".join(f"| {cell:<{width}}" for cell, width in zip(cells, columns.values())) + "|", flush=True)
 
-    row(*columns)
+    print_row(columns)
     print("".join("|" + "-" * (width + 1) for width in columns.values()) + "|")
-    return row
+    return print_row
 
 
 def finish(bench, **figures):
@@ -287,7 +287,7 @@ def bench_kernels(args):
                 row["compile"] = timed(torch.compile(plain), device)
                 compiled = f"{row['compile'][0]:.4f}"
             rows.append(row)
-            print_row(name, row["dtype"], B, fast, f"{row['eager'][0]:.4f}", compiled, gb_s, of_copy, mib)
+            print_row([name, row["dtype"], B, fast, f"{row['eager'][0]:.4f}", compiled, gb_s, of_copy, mib])
     finish("kernels", machine=about, copy_gb_s=ceiling, rows=rows)
 
 
@@ -371,15 +371,15 @@ def bench_data(args):
     count = "endless" if len(packed) >= 2**31 else len(packed)
     print(f"{args.dataset or 'scenes of 640 x 480'}: {count} images at {args.size} x {args.size}, batch {B}, "
           f"on {device}\n")
-    row = table({"stage": 26, "us an image": 12, "images/s": 9, "CPU us an image": 16,
-                 "images a CPU second": 20})
+    print_row = table({"stage": 26, "us an image": 12, "images/s": 9, "CPU us an image": 16,
+                       "images a CPU second": 20})
     for stage, (wall, cpu) in stages.items():
-        row(stage, f"{wall * 1e6:.1f}", f"{1 / max(wall, 1e-9):.0f}", f"{cpu * 1e6:.1f}",
-            f"{1 / max(cpu, 1e-9):.0f}")
+        print_row([stage, f"{wall * 1e6:.1f}", f"{1 / max(wall, 1e-9):.0f}", f"{cpu * 1e6:.1f}",
+                   f"{1 / max(cpu, 1e-9):.0f}"])
     print()
-    row = table({"processes that read": 20, "images/s": 9, "CPU us an image, all processes": 31})
+    print_row = table({"processes that read": 20, "images/s": 9, "CPU us an image, all processes": 31})
     for n, (wall, cpu) in rates.items():
-        row(n or "0 (a thread)", f"{1 / wall:.0f}", f"{cpu * 1e6:.1f}")
+        print_row([n or "0 (a thread)", f"{1 / wall:.0f}", f"{cpu * 1e6:.1f}"])
     wall, cpu = stages["all but prepare"]
     finish("data", machine=about, device=str(device), dataset=args.dataset or "scenes", size=args.size,
            batch=B, reading=rates, images_per_second=1 / wall, images_per_cpu_second=1 / cpu,
@@ -575,10 +575,10 @@ def bench_train(args):
                               flops=1e9 * gflop * speed, share_of_rate=1e9 * gflop * speed / rate,
                               warm_up_s=v.warm_up,
                               memory_gb=v.memory_gb)
-            print_row(name, f"{speed:8.1f}", f"{slow / t:4.2f}x", f"{1e3 * t:7.1f}",
-                      *(f"{p:9.1f}" for p in each), f"{gflop * speed:7.0f}",
-                      f"{1e9 * gflop * speed / rate:7.1%}", f"{v.warm_up:9.1f}",
-                      f"{v.memory_gb or math.nan:5.1f}")
+            print_row([name, f"{speed:8.1f}", f"{slow / t:4.2f}x", f"{1e3 * t:7.1f}",
+                       *(f"{p:9.1f}" for p in each), f"{gflop * speed:7.0f}",
+                       f"{1e9 * gflop * speed / rate:7.1%}", f"{v.warm_up:9.1f}",
+                       f"{v.memory_gb or math.nan:5.1f}"])
     finish("train", preset=args.preset, batch=c.batch_size, device=where(device), torch=torch.__version__,
            clock=args.clock, gflop_per_image=gflop, matrix_rate=rate, peak_memory_gb=peak_memory(device),
            variants=rows, images_per_second=rows["train.py"].get("images_per_second"))
@@ -607,11 +607,11 @@ def bench_sample(args):
     print(f"{args.preset}: {c.image_size} x {c.image_size}, {args.steps} steps, guidance {c.guidance:g}, "
           f"smooth {c.smooth:g}, {str(dtype or torch.float32)[6:]} ({run.why}), on {where(device)}; "
           f"medians of {args.rounds} rounds, {args.clock} clock\n")
-    rows, row = {}, table({"": 25, "ms": 8, "samples/s": 10})
+    print_row, rows = table({"": 25, "ms": 8, "samples/s": 10}), {}
     for name, job in jobs.items():
-        t = statistics.median(times_of_round[name] for times_of_round in times[1:])  # the first warms up
+        t = statistics.median(round_[name] for round_ in times[1:])  # the first warms up
         rows[name] = dict(seconds=t, samples_per_second=len(job) / t)
-        row(name, f"{1e3 * t:.0f}", f"{len(job) / t:.2f}")
+        print_row([name, f"{1e3 * t:.0f}", f"{len(job) / t:.2f}"])
     finish("sample", preset=args.preset, device=where(device), torch=torch.__version__, clock=args.clock,
            steps=args.steps, guidance=c.guidance, variants=rows, peak_memory_gb=peak_memory(device),
            samples_per_second=rows[f"{args.images} images x {n} samples"]["samples_per_second"],
@@ -631,7 +631,7 @@ def bench_photos(args):
     print(f"{Path(args.ckpt).name}: {model.image_size} pixels, {args.n} samples a photo, {steps} steps, on "
           f"{where(device)}; medians of {args.rounds} rounds after one, {args.clock} clock\n")
     rows = []
-    row = table({"photos": 7, "up to": 11, "seconds": 8, "photos/s": 9, "samples/s": 10})
+    print_row = table({"photos": 7, "up to": 11, "seconds": 8, "photos/s": 9, "samples/s": 10})
     for count, (stage, finish_photo) in itertools.product(args.images, stages.items()):
         given = [photos[i % len(photos)] for i in range(count)]
 
@@ -643,7 +643,7 @@ def bench_photos(args):
         t = statistics.median([elapsed(run_photos, device, args.clock) for _ in range(args.rounds + 1)][1:])
         rows.append(dict(photos=count, stage=stage, seconds=t, photos_per_second=count / t,
                          samples_per_second=count * args.n / t))
-        row(count, stage, f"{t:.3f}", f"{count / t:.2f}", f"{count * args.n / t:.2f}")
+        print_row([count, stage, f"{t:.3f}", f"{count / t:.2f}", f"{count * args.n / t:.2f}"])
     finish("photos", checkpoint=Path(args.ckpt).name, device=where(device), torch=torch.__version__,
            clock=args.clock, n=args.n, rows=rows, peak_memory_gb=peak_memory(device))
 
