@@ -42,15 +42,18 @@ WIDTH, STEPS, LR = 48, 3000, 5e-3  # of the small networks and their training
 MOST = 1 / 3  # of the weight, for any one set
 
 
-def crops(items, count, settings, seed):
+def crops(items, count, settings, seed, crop=None):
     """(PIL image, all annotators' maps (m, H, W)) of `count` random crops of a set's items, half of them
-    mirrored; the first of each image is all of it. settings: dict(unlabelled, components)."""
+    mirrored. settings: dict(unlabelled, components). crop: the least share of a side; None: 0.74, and the
+    first crop of each image is all of it."""
     order = np.random.default_rng(seed).permutation(len(items))
     for c in range(count):
         item, r = items[order[c % len(items)]], np.random.default_rng([*seed, c])
         image, maps = read_image(item.image), own_maps(item, settings["unlabelled"], settings["components"])
-        share, stretch = (np.sqrt(r.uniform(0.55, 1)),
-                          np.exp(r.uniform(-0.08, 0.08))) if c >= len(items) else (1, 1)
+        share, stretch = 1, 1
+        if crop or c >= len(items):
+            share = np.sqrt(r.uniform(crop**2 if crop else 0.55, 1))
+            stretch = np.exp(r.uniform(-0.08, 0.08))
         w, h = (max(1, min(side, int(side * share * f))) for side,
                 f in zip(image.size, (stretch, 1 / stretch)))
         x, y = r.integers(image.width - w + 1), r.integers(image.height - h + 1)
@@ -284,6 +287,8 @@ def main(argv=None):
     p.add_argument("--ckpt", help="default: the newest under out/, else the weights in the box")
     p.add_argument("--out", help="the file to write (default: tree.npz beside the checkpoint)")
     p.add_argument("--crops", type=int, default=800, help="of all images; the first of each is all of it")
+    p.add_argument("--crop", type=float, help="least share of a side that a crop has, say 0.25 for a network "
+                                              "of crowds (default: 0.74, and the first crop is all)")
     p.add_argument("--n", type=int, default=4, help="samples of each crop")
     p.add_argument("--limit", type=int, help="at most so many images of each set")
     p.add_argument("--batch", type=int, default=8, help="samples at once")
@@ -293,6 +298,8 @@ def main(argv=None):
     try:
         if min(a.crops, a.n, a.batch) < 1 or a.seed < 0:
             raise ValueError("--crops, --n and --batch must be 1 or more, --seed 0 or more")
+        if a.crop is not None and not 0.01 <= a.crop <= 1:
+            raise ValueError(f"--crop must be from 0.01 to 1, not {a.crop}")
         ckpt = a.ckpt or newest_checkpoint()
         a.out = a.out or Path(ckpt).with_name("tree.npz")
         if Path(a.out).exists():
@@ -322,7 +329,8 @@ def fit_sets(model, sets, a):
     jobs, drawn = [], []
     whole = sum(weight for _, weight, _ in sets)
     for s, (items, weight, settings) in enumerate(sets):
-        for image, maps in crops(items, math.ceil(a.crops * weight / whole), settings, (a.seed, s)):
+        for image, maps in crops(items, math.ceil(a.crops * weight / whole), settings, (a.seed, s),
+                                 a.crop):
             job = prepare(image, model, seed=a.seed + len(jobs) * 1000)
             jobs.append(job)
             seen = partial(evidence_of, job, model.codec)

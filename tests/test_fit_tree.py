@@ -135,6 +135,9 @@ def test_crops_of_a_set(tmp_path):
             -1,
         }
     assert (drawn[0][1][0, 0] == value[0] + 1).all() and (drawn[0][1][0, -1] == -1).all()
+    own = dict(unlabelled="ignore", components=False)
+    widths = [image.width for image, _ in fit_tree.crops(items, 40, own, (0, 1), 0.25)]
+    assert 7 <= min(widths) < 0.7 * 32 < max(widths) and widths[:2] != [32, 32]  # any, from the first on
 
 
 @pytest.fixture
