@@ -47,7 +47,7 @@ def options(argv):
     p.add_argument("--out", default="samples", help="where the folders go")
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
     p.add_argument("--guidance", type=float, help="guidance weight, 0 = none: half the time (default: the "
-                                                  "checkpoint's)")
+                                                  "checkpoint's, but at most 3 where it sees hints)")
     p.add_argument("--sampler", help="ddpm or ddim (default: the checkpoint's)")
     p.add_argument("--smooth", type=float, help="share of the side that answers are averaged over, between "
                                                 "the image's edges; 0 = none")

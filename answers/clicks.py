@@ -4,6 +4,8 @@ What it is: `clicks_curve` (an annotator clicks into every segment) and `clicks_
 object until it is right), with simulated users. What it is not: a page to click on.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt, label
@@ -14,7 +16,7 @@ from tqdm import tqdm
 import metrics
 from answers import tree
 from answers.scoring import seed_of
-from answers.segment import denoise, evidence_of, joined, packed_job
+from answers.segment import denoise, evidence_of, joined, packed_job, prompted
 from answers.tree import lab
 from frame import enlarge, shrink
 from sources.formats import read_image, read_labels
@@ -84,32 +86,46 @@ def baselines(photo, evidence):
 
 
 def sampled(model, data, positions, n, seed, batch):
-    """For each image: its position, photo (h, w, 3), maps (m, h, w), and evidence of n samples."""
+    """For each image: its position, photo (h, w, 3), maps (m, h, w), and a function: hints (h, w) -> evidence
+    of n samples that have seen them; None, and where the network sees no hints: of samples that have not."""
     jobs = denoise((packed_job(data, i, seed_of(seed, i)) for i in positions), model, n, batch)
     for i in tqdm(positions, "clicks", leave=False):
         job = next(jobs)
-        (h, w) = job.size
-        yield i, job.photo, data.maps(i)[:, :h, :w].numpy(), evidence_of(job, model.codec)
+        (h, w), plain = job.size, evidence_of(job, model.codec)
+
+        def evidence(hints=None, job=job, plain=plain):
+            if hints is None or not model.diffusion.hints:
+                return plain
+            shown = np.where(hints <= model.codec.classes, hints, 0)  # more have no number
+            hinted = prompted(replace(job, x_hat=[], tiles=None), model, shown, None)
+            return evidence_of(next(denoise([hinted], model, n, batch)), model.codec)
+
+        yield i, job.photo, data.maps(i)[:, :h, :w].numpy(), evidence
 
 
 def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1):
     """Scores after k clicks of every annotator in turn: {method: {k: [{metric: mean over annotators}, one an
     image]}}.
 
-    ks: numbers of clicks, "all" for one in every segment. Methods: open and closed (this model's), and
-    baselines.
+    ks: numbers of clicks, "all" for one in every segment. Methods: open and closed (this model's; "at once":
+    where the network sees hints, by the samples that have not seen these), and baselines.
     """
     curve = {}
     for _, photo, maps, evidence in sampled(model, data, positions, n, seed, batch):
-        scored, methods = {}, baselines(photo, evidence)
+        plain, scored = evidence(), {}
+        methods = baselines(photo, plain)
         for true in maps:
             points = clicks_of(true)
             for k in ks:
                 hints = hints_of(points if k == "all" else points[:k], true.shape)
                 given = hints if hints.any() else None
-                answers = {"open": joined(evidence, model, hints=given)[1]}
+                seen = evidence(given)
+                answers = {"open": joined(seen, model, hints=given)[1]}
                 if given is not None:
-                    answers |= {"closed": joined(evidence, model, hints=given, closed=True)[1]}
+                    answers["closed"] = joined(seen, model, hints=given, closed=True)[1]
+                    if seen is not plain:
+                        answers["open, at once"] = joined(plain, model, hints=given)[1]
+                        answers["closed, at once"] = joined(plain, model, hints=given, closed=True)[1]
                     answers |= {name: method(hints) for name, method in methods.items()}
                 s = metrics.all_scores(torch.from_numpy(np.stack(list(answers.values()))).long(),
                                        torch.from_numpy(true).expand(len(answers), -1, -1))
@@ -143,10 +159,12 @@ def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, se
     for i, photo, _, evidence in sampled(model, data, sorted(wanted), n, seed, batch):
         item = files[data.items[i]]
         picture, labels = read_image(item.image), read_labels(item)[0]
-        by_baseline = baselines(photo, evidence)
-        methods = {"tree": lambda hints: joined(evidence, model, hints=hints)[1],
+        by_baseline = baselines(photo, evidence())
+        methods = {"tree": lambda hints: joined(evidence(hints), model, hints=hints)[1],
                    **{name: by_baseline[name] for name in ("watershed, Lab", "watershed, samples",
                                                      "nearest click")}}
+        if model.diffusion.hints:
+            methods["tree, at once"] = lambda hints: joined(evidence(), model, hints=hints)[1]
         for number in wanted[i]:
             truth = labels == number
             small = shrink(truth.astype(np.int64) + 1, *photo.shape[:2]) == 2

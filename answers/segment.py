@@ -39,6 +39,7 @@ from model import UNet
 SHOWN = 512  # pixels on the longer side are enough to show uncertainty
 TILES = 16  # at most so many a side
 NEAR = 100  # network pixels that the median segment should have
+HINTED = 3.0  # guidance, at most, of samples that see hints, which say much of what it would say
 LARGE = 3e7  # pixels of a photo that is not kept twice
 SHIPPED = Path(__file__).parent.parent / "weights" / "photo.pt"
 
@@ -400,21 +401,22 @@ def sampled(model, given, callback=None, **options):
     return run(given, None).cpu() if cuda and not x_hat.isfinite().all() else x_hat
 
 
-def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **sampling):
+def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **asked):
     """The jobs of an iterable, each with n samples, in order; a batch holds samples of several images. A job
     keeps the samples that it has already.
 
     batch: samples at once (default 64; on a CPU 4 in bfloat16, else 1: its float32 rounds otherwise in every
     batch, its bfloat16 does not); halved when the device's memory is not enough.
-    strength, in (0, 1]: how much of an initial map is forgotten. sampling: steps, guidance, sampler,
-    variance, smooth (default: the checkpoint's).
+    strength, in (0, 1]: how much of an initial map is forgotten. asked: steps, guidance, sampler,
+    variance, smooth (default: the checkpoint's, but guidance of at most HINTED where the network sees hints).
     callback: as `diffusion.sample` has it. Either all jobs have hints (an initial map), or none. Raises
     ValueError.
     """
     weight = next(model.net.parameters())
     device, alike = weight.device, weight.dtype == torch.bfloat16
     batch = batch or (64 if device.type != "cpu" else 4 if alike else 1)
-    sampling = {**model.sampling, **sampling}
+    sampling = {**model.sampling, **asked}
+    hinted = {**sampling, "guidance": asked.get("guidance", min(sampling["guidance"], HINTED))}
 
     def run(part):
         nonlocal batch
@@ -428,7 +430,8 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **samplin
         given["image"], given["valid"] = normalise(photos.to(device), torch.tensor(
             [job.size for job in some], device=device), model.detail)
         try:
-            x_hat = sampled(model, given, callback, strength=strength, **sampling)
+            x_hat = sampled(model, given, callback, strength=strength,
+                            **(hinted if "hints" in given else sampling))
         except RuntimeError as e:
             if not out_of_memory(e):
                 raise

@@ -1,5 +1,7 @@
 """clicks.py: simulated users and baselines against loops, dense algebra and toy objects."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,10 @@ from answers.clicks import (
     nearest_click,
     random_walker,
 )
+from answers.segment import prepare, segment
 from answers.tree import gather, lab
+from diffusion import Diffusion
+from model import UNet
 from sources.formats import Item
 
 
@@ -178,14 +183,18 @@ class Packed:
 
 
 def evidence_for(maps, files):
-    """clicks.sampled without a network: samples that see the disc, and nothing else."""
+    """clicks.sampled without a network: samples that see the disc, and nothing else; of a model that sees
+    hints only those that have seen hints."""
 
     def sampled(model, data, positions, n, seed, batch):
         for i in positions:
             small = maps[i][2::4, 2::4].astype(int)
             photo = np.array(Image.open(files[i].image).resize((16, 12), Image.Resampling.BOX))
             soft = np.stack([small * 2.0 - 1, -np.ones_like(small)], axis=2)[None].repeat(n, 0)
-            yield i, photo, data.maps(i)[:, :12].numpy(), gather(photo, soft, small[None].repeat(n, 0), 4)
+            plain = gather(photo, soft, small[None].repeat(n, 0), 4)
+            blind = gather(photo, -np.ones_like(soft), np.zeros_like(small)[None].repeat(n, 0), 4)
+            yield (i, photo, data.maps(i)[:, :12].numpy(),
+                   lambda hints=None: blind if hints is None and model.diffusion.hints else plain)
 
     return sampled
 
@@ -194,6 +203,7 @@ class Plain:
     """A model whose samples are joined as they are."""
 
     tidy = dict(least=0, merge=0.0)
+    diffusion = Diffusion()
 
 
 def test_the_curve_of_clicks(scene, monkeypatch):
@@ -212,6 +222,43 @@ def test_the_curve_of_clicks(scene, monkeypatch):
     for name in methods - {"open"}:  # a segment for each click
         assert all(one["pred"] == 2 for one in curve[name][2])
         assert all(one["pred"] == one["true"] == 2.5 for one in curve[name]["all"])
+
+
+def test_a_network_that_sees_hints_samples_again(scene, monkeypatch):
+    maps, files = scene
+    hinted = Plain()
+    hinted.diffusion = Diffusion(hints=0.5)
+    monkeypatch.setattr(clicks, "sampled", evidence_for(maps, files))
+    data, plain = Packed(maps, files), Plain()
+    without, curve = (clicks.clicks_curve(m, data, [0], [0, 2], n=2) for m in (plain, hinted))
+    assert curve.keys() - without.keys() == {"open, at once", "closed, at once"}
+    assert curve["open"][2] == without["open"][2] and curve["closed"][2] == without["closed"][2]
+    assert curve["open, at once"][2][0]["ari"] < curve["open"][2][0]["ari"]  # what was sampled before
+    needed, _ = clicks.clicks_needed(hinted, data, files, 0.85, objects=2, n=2)
+    assert needed["tree"] == [1, 1] and sum(needed["tree, at once"]) > 2
+
+
+def test_samples_that_have_seen_clicks(model, monkeypatch):
+    """The same as `segment` makes of the same hints: they get more guidance only if asked for."""
+    net = UNet(11, 4, width=32, mult=(1, 2), blocks=1, attn=1, heads=4, patch=2).eval().requires_grad_(False)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    hinted = dataclasses.replace(model, net=net, diffusion=Diffusion(hints=0.5),
+                                 sampling={**model.sampling, "guidance": 8.0})
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
+    hints = np.zeros((16, 16), int)
+    hints[3, 3], hints[12, 9] = 1, 2
+    monkeypatch.setattr(clicks, "packed_job", lambda data, i, seed: prepare(picture, hinted, seed=seed))
+    data = type("Data", (), dict(maps=lambda self, i: torch.zeros(1, 16, 16, dtype=torch.long)))()
+    ((_, _, _, evidence),) = clicks.sampled(hinted, data, [0], 2, 5, 1)
+    same = segment(picture, hinted, n=2, seed=clicks.seed_of(5, 0), hints=hints)
+    less = segment(picture, hinted, n=2, seed=clicks.seed_of(5, 0), hints=hints, guidance=3.0)
+    more = segment(picture, hinted, n=2, seed=clicks.seed_of(5, 0), hints=hints, guidance=8.0)
+    assert torch.equal(same.x_hat, less.x_hat) and not torch.equal(same.x_hat, more.x_hat)
+    assert (evidence(hints).views[0].soft == same.evidence.views[0].soft).all()
+    assert (evidence().views[0].soft != same.evidence.views[0].soft).any() and evidence() is evidence(None)
+    hints[5, 5] = 17  # the 16 codes hold no more: shown to the tree alone
+    assert (evidence(hints).views[0].soft == same.evidence.views[0].soft).all()
 
 
 def test_clicks_that_objects_need(scene, monkeypatch):
