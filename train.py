@@ -193,9 +193,9 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
                      weight_decay=0.03, hints=0.4, smooth=0.2, least=2, merge=1.0),
     # many small segments: finer maps and codes, closer crops; a cell of 100 pixels counts a tenth of a
     # background of 10,000, not a hundredth
-    "crowded": dict(network="photo", image_size=128, batch_size=16, max_steps=2400, lr=1e-3, warmup_steps=50,
-                    decay_steps=2200, ema=0.995, weighting="uniform", logsnr_space=False, loss="bce",
-                    guidance=1.0, bits=8, log_every=20, save_every=100, eval_every=1000, crop=0.25,
+    "crowded": dict(network="photo", image_size=128, batch_size=16, max_steps=6000, lr=1e-3, warmup_steps=50,
+                    decay_steps=5800, ema=0.998, weighting="uniform", logsnr_space=False, loss="bce",
+                    guidance=5.0, bits=8, log_every=20, save_every=100, eval_every=1000, crop=0.25,
                     jitter=2.0, dropout=0.1, weight_decay=0.03, hints=0.3, balance=0.5, least=2, merge=1.0),
     "small": dict(image_size=64,  batch_size=16, max_steps=50_000,  lr=5e-4, warmup_steps=500,
                   decay_steps=25_000, ema=0.999,  weighting="uniform", logsnr_space=False, guidance=1.0,
