@@ -28,8 +28,8 @@ class Leaves:
     """What evidence says about the n leaves of a tree, and about each and the K hints."""
 
     area: np.ndarray  # (n,) pixels
-    mean: np.ndarray  # (n, F): of looks and of all samples' soft bits
-    looks: int  # how many of these are looks
+    mean: np.ndarray  # (n, F): of the appearance and of all samples' soft bits
+    visible: int  # how many of these are appearance
     codes: np.ndarray  # (n, samples, codes): each leaf's pixels of each code
     links: tuple  # pairs of leaves that touch: i, j, (m,) each
     held: np.ndarray  # (n,): the hint, from 1, that lies in a leaf; 0 = none
@@ -40,7 +40,7 @@ def leaves_of(evidence, tree, hints):
     """Leaves for hints (h, w): numbers from 1 to K, 0 = none."""
     region, view = tree.region, evidence.views[0]
     flat, n, samples = region.ravel(), int(region.max()) + 1, len(view.soft)
-    pixels = np.concatenate([np.ones((region.size, 1)), evidence.looks.reshape(region.size, -1),
+    pixels = np.concatenate([np.ones((region.size, 1)), evidence.appearance.reshape(region.size, -1),
                              view.soft.transpose(1, 2, 0, 3).reshape(region.size, -1)], axis=1)
     total = groups(flat, n) @ pixels
     place = (flat * samples)[None] + np.arange(samples)[:, None]
@@ -50,8 +50,9 @@ def leaves_of(evidence, tree, hints):
     held[region[hints > 0]] = hints[hints > 0]
     mean = total[:, 1:] / total[:, :1]
     i, j, jump = touching(region, evidence.jump)
-    return Leaves(total[:, 0], mean, evidence.looks.shape[2], codes.reshape(n, samples, -1).astype(float),
-                  (i, j), held, nearness(tree, held, mean[:, 6:8], i, j, jump))
+    codes = codes.reshape(n, samples, -1).astype(float)
+    return Leaves(total[:, 0], mean, evidence.appearance.shape[2], codes, (i, j), held,
+                  nearness(tree, held, mean[:, 6:8], i, j, jump))
 
 
 def touching(region, jumps):
@@ -131,14 +132,14 @@ def features(leaves, owner):
     alike = (together / pure).mean(2)
     together = together.mean(2)
     apart = abs(leaves.mean[:, None] - mean[None])
-    look = apart[..., : leaves.looks]
-    bits = np.minimum(apart[..., leaves.looks :].reshape(n, K, leaves.codes.shape[1], -1).sum(3) / 2, 2)
-    colour = np.linalg.norm(look[..., :3], axis=2)
+    appearance = apart[..., : leaves.visible]
+    bits = np.minimum(apart[..., leaves.visible :].reshape(n, K, leaves.codes.shape[1], -1).sum(3) / 2, 2)
+    colour = np.linalg.norm(appearance[..., :3], axis=2)
     same = np.broadcast_to(1.0, (n, K))
     more = [together, np.log(together + 0.02), np.log(alike + 0.02), ahead(alike), bits.mean(2), bits.min(2),
             colour, ahead(-colour), same * np.log(size / area.sum()),
             same * np.log(area / area.sum())[:, None], own.T, same * np.log(K)]
-    return np.concatenate([leaves.near, np.stack(more, axis=2), look, alike[..., None]], axis=2)
+    return np.concatenate([leaves.near, np.stack(more, axis=2), appearance, alike[..., None]], axis=2)
 
 
 def odds(leaves, owner, net):

@@ -60,7 +60,7 @@ class View:
 class Evidence:
     """What n samples and a photo of (h, w) pixels say; all arrays are numpy's."""
 
-    looks: np.ndarray  # (h, w, 28): colour, texture and place, see `looks`
+    appearance: np.ndarray  # (h, w, 28): colour, texture and place, see `appearance_of`
     views: list  # of View: of the whole photo, then of its tiles
     codes: int  # how many codes there are
     steps: list  # for rows and columns: (h - 1, w, 5) and (h, w - 1, 5), see `gather`
@@ -72,7 +72,7 @@ def gather(image, soft, cells, codes, tiles=()):
     """Photo (h, w, 3) uint8, soft bits (n, h, w, k), their codes (n, h, w) below `codes` -> Evidence. tiles:
     Views of as many samples, each of which looks closer at its part."""
     views = [View(soft, cells, np.full(image.shape[:2], WHOLE if tiles else 1.0)), *tiles]
-    seen = looks(image, max(views[-1].weight.shape))
+    seen = appearance_of(image, max(views[-1].weight.shape))
     colour = seen[..., :3] * 1.25
     calm = scipy.ndimage.gaussian_filter(colour, (1, 1, 0))
     steps, jump = [], []
@@ -111,7 +111,7 @@ def pair_weight(view, axis):
     return np.moveaxis(np.minimum(lines[1:], lines[:-1]), 0, axis)
 
 
-def looks(image, side):
+def appearance_of(image, side):
     """(h, w, 3) uint8 -> (h, w, 28): Lab, texture of L, place in units of `side` pixels, histograms of Lab;
     all of about the same size."""
     colour = lab(image / 255)
@@ -234,10 +234,10 @@ class Graph:
     """
 
     def __init__(self, evidence, region):
-        views, (h, w, looks) = evidence.views, evidence.looks.shape
+        views, (h, w, visible) = evidence.views, evidence.appearance.shape
         samples, self.bits, self.views = len(views[0].soft), views[0].soft.shape[-1], len(views)
         self.n, self.samples, self.codes = int(region.max()) + 1, samples, evidence.codes
-        pixels = np.concatenate([np.ones((h * w, 1)), evidence.looks.reshape(h * w, looks)], axis=1)
+        pixels = np.concatenate([np.ones((h * w, 1)), evidence.appearance.reshape(h * w, visible)], axis=1)
         self.total = groups(region.ravel(), self.n) @ pixels  # (n, 1 + 28): area and sums
         keys = [(view.of(region) * self.views + k).ravel() for k, view in enumerate(views)]
         self.part, at = np.unique(np.concatenate(keys), return_inverse=True)  # region * views + view
@@ -281,8 +281,8 @@ class Graph:
         seen, joined = self.sights(of)
         parts, at = np.unique(np.concatenate([self.a[seen], self.b[seen]]), return_inverse=True)
         a, b = np.split(at, 2)
-        look = self.total[:, 1:] / area[:, None]
-        apart = abs(look[i] - look[j])
+        mean = self.total[:, 1:] / area[:, None]
+        apart = abs(mean[i] - mean[j])
         smaller = area[i] < area[j]
         weight = self.seen[parts, :1]
         soft = (self.seen[parts, 1:] / weight).reshape(len(parts), self.samples, self.bits)

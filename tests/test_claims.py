@@ -94,7 +94,7 @@ def test_features_of_a_leaf_and_a_hint():
         inside, theirs = region == leaf, np.isin(region, np.flatnonzero(owner == k))
         same_code = [(a[inside][:, None] == a[theirs]).mean() for a in view.cells]
         assert x[leaf, k - 1, 8] == pytest.approx(np.mean(same_code))
-        look = abs(evidence.looks[inside].mean(0) - evidence.looks[theirs].mean(0))
+        look = abs(evidence.appearance[inside].mean(0) - evidence.appearance[theirs].mean(0))
         assert np.allclose(x[leaf, k - 1, 20:48], look)
         bits = [min(abs(v[inside].mean(0) - v[theirs].mean(0)).sum() / 2, 2) for v in view.soft]
         assert np.allclose(x[leaf, k - 1, 12:14], [np.mean(bits), np.min(bits)])

@@ -14,6 +14,7 @@ from answers.tree import (
     LEARNT,
     LEVELS,
     Graph,
+    appearance_of,
     confidence,
     forest,
     gather,
@@ -21,7 +22,6 @@ from answers.tree import (
     lab,
     learnt,
     log_odds,
-    looks,
     regions,
 )
 
@@ -152,7 +152,7 @@ def test_lab_golden():
 
 def pair_by_force(region, image, soft, cells, codes, a, b):
     """What the network sees of two regions, from their pixels and borders one by one: (53,)."""
-    look, colour = looks(image, max(image.shape[:2])), lab(image / 255) / 20
+    look, colour = appearance_of(image, max(image.shape[:2])), lab(image / 255) / 20
     calm = np.stack([gaussian_filter(v, 1) for v in np.moveaxis(colour, 2, 0)], axis=2)
     far, (h, w) = np.pad(calm, ((1, 1), (1, 1), (0, 0)), "edge"), region.shape
     border, inner = [], {a: [], b: []}
