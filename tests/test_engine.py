@@ -275,3 +275,21 @@ def test_the_fastest_form_is_chosen_and_nothing_else_changes(monkeypatch, rates,
         count = sum(1 for other, _ in seen if other == form)
         # one row, once more, and all of them
         assert count == 1 if 4 * rate < max(rates) else count == 3 if 2 * rate < max(rates) else count > 3
+
+
+def test_a_first_call_that_takes_longer_puts_no_form_out(monkeypatch):
+    """As bf16's does: of a small network it takes several times as long as those that follow."""
+    now, called, net = [0.0], set(), torch.nn.Linear(3, 2)
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(engine.time, "thread_time", lambda: now[0])
+
+    def loss(candidate, batch):
+        out = candidate(batch["x"])
+        now[0] += len(out) / (200 if out.dtype == torch.bfloat16 else 100) + 0.1 * (out.dtype not in called)
+        called.add(out.dtype)
+        return out.float().mean()
+
+    called.add(torch.float32)
+    form, words = fastest_form(net, loss, dict(x=torch.randn(8, 3)), [FORMS[2], FORMS[0]], seconds=1)
+    assert form == ("bf16", "nchw")
+    assert words.endswith("bf16 nchw, 200 images a processor second; fp32 nchw 100")
