@@ -98,6 +98,7 @@ from tqdm import tqdm
 from answers.pictures import colours, grid, overlaid, panel, shade, uncertainty
 from answers.prompts import hint_map
 from answers.segment import (
+    HINTED,
     SAMPLERS,
     SHIPPED,
     Model,
@@ -442,11 +443,15 @@ def prepare_run(a):
         info_of(out / "panoptic.json")
     out.mkdir(parents=True, exist_ok=True)
     prompts = read_prompts(a, files[0]) if asked else {}
-    if a.closed and not prompts.get("hints", np.zeros(1)).any():
+    hinted = prompts.get("hints", np.zeros(1)).any()
+    if a.closed and not hinted:
         raise ValueError("--closed gives every pixel to a hint: name some with --points, --box or --hint")
     digests = {k: digest(getattr(a, k)) for k in ("hint", "init") if getattr(a, k)}
     sampling = {k: v for k in ("steps", "guidance", "sampler", "smooth") if (v := getattr(a, k)) is not None}
-    settings = {**model.sampling, **model.tidy, **sampling, "grain": a.grain, **asked,
+    usual = dict(model.sampling)
+    if hinted and model.diffusion.hints:  # as `denoise` has it
+        usual["guidance"] = min(usual["guidance"], HINTED)
+    settings = {**usual, **model.tidy, **sampling, "grain": a.grain, **asked,
                 **({"strength": a.strength} if a.init else {}), **({"closed": True} if a.closed else {}),
                 **({"tiles": a.tiles} if a.tiles != 1 else {})}
     info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, format=a.format,

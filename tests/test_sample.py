@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+import answers.segment as segment_module
 import sample
 import train
 from answers.segment import load_checkpoint, segment
@@ -85,6 +86,24 @@ def test_tiles(ckpt, tmp_path, capsys):
         assert run(ckpt, tmp_path, tmp_path / "a.png", "--tiles", wrong) == 2
         err = capsys.readouterr().err
         assert "tiles are a number from 1 to 16 a side, or auto" in err and err.count("\n") == 1
+
+
+def test_the_guidance_that_is_told_is_the_one_sampled_with(tmp_path, monkeypatch):
+    """The weights in the box see hints, and then take less."""
+    photo().save(tmp_path / "a.png")
+    real, used = segment_module.sampled, []
+
+    def sampled(*args, **options):
+        used.append(options["guidance"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(segment_module, "sampled", sampled)
+    points = ("--points", "8,8; 30,20")
+    for asked in ((), points, (*points, "--guidance", 5)):
+        out = tmp_path / "out" / "a" / "segments.json"
+        assert run(sample.SHIPPED, tmp_path, tmp_path / "a.png", "--n", 1, "--steps", 1, *asked) == 0
+        assert json.loads(out.read_text())["info"]["guidance"] == used[-1]
+    assert len(set(used)) == 3 and used[1] == 3
 
 
 @pytest.mark.parametrize("name, mode, size", [
