@@ -306,7 +306,7 @@ def write(out, rows, pictures, line):
         for name, draw in pictures.items():
             draw(new / name)
         (new / "report.json").write_text(line)
-        for name in ("report.json", "examples.png", "sweep.png"):
+        for name in ("report.json", "examples.png"):
             (out / name).unlink(missing_ok=True)
         for name in ("images.csv", *pictures, "report.json"):
             os.replace(new / name, out / name)

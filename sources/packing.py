@@ -290,7 +290,7 @@ def convert_all(store, items, todo, name, options, workers):
     task = functools.partial(convert, size=options["size"], unlabelled=options["unlabelled"],
                              components=options["components"], detail=options["detail"])
     reasons, saved = {EMPTY: [], BAD: [], LEFT: []}, time.monotonic()
-    with contextlib.closing(mapped(task, [items[i] for i in todo], workers)) as results:
+    with mapped(task, [items[i] for i in todo], workers) as results:
         bar = tqdm(results, f"packing {name}", len(items), initial=len(store.rows), unit="image", leave=False)
         for i, (outcome, *result) in zip(todo, bar):
             if outcome == DONE:
@@ -304,15 +304,16 @@ def convert_all(store, items, todo, name, options, workers):
     return reasons
 
 
+@contextlib.contextmanager
 def mapped(task, items, workers):
     """task(item) of each item, in order, by so many processes: not threads, so that no lock limits them."""
     if workers == 1:
-        yield from map(task, items)
+        yield map(task, items)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
-        yield from pool.map(task, items, chunksize=8)
+        yield pool.map(task, items, chunksize=8)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -235,6 +235,13 @@ def die(item, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_processes_are_forked_before_the_progress_bar_starts_a_thread(tmp_path, monkeypatch):
+    folder(tmp_path / "d", 64)
+    monkeypatch.setattr(packing, "tqdm", lambda results, *args, **more: pytest.fail("no process yet")
+                        if not multiprocessing.active_children() else results)
+    assert len(opened(tmp_path, workers=2)) == 64 and not multiprocessing.active_children()
+
+
 def resident():
     return int(re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
 
