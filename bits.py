@@ -87,15 +87,15 @@ def popcount(i):
 # Location-aware palette
 
 
-def locate(labels, side, largest_first=False, hints=None):
+def locate(labels, side, hints=None):
     """Location-aware palette: every segment gets the grid cell nearest to its centroid, no two the same one.
 
     labels (B, H, W), any integer type, -1 = ignore -> cells (B, H, W) int64 in [0, side^2), -1 where ignored.
-    Segments choose in ascending label order (or largest first): the cell that holds the centroid if it is
-    free, else the free cell nearest to the centroid, the first in raster order on ties. Beyond side^2
-    segments the smallest ones are merged into the largest. hints (B, H, W) bool: segments with hinted pixels
-    choose before all others, by the centroid of these pixels, and are the last to be merged. Raises
-    ValueError for labels that are not (B, H, W) integers.
+    Segments choose in ascending label order: the cell that holds the centroid if it is free, else the free
+    cell nearest to the centroid, the first in raster order on ties. Beyond side^2 segments the smallest ones
+    are merged into the largest. hints (B, H, W) bool: segments with hinted pixels choose before all others,
+    by the centroid of these pixels, and are the last to be merged. Raises ValueError for labels that are not
+    (B, H, W) integers.
     """
     index, counts, rows, cols = segment_sums(labels)
     (B, H, W), K, device = labels.shape, side * side, labels.device
@@ -115,9 +115,9 @@ def locate(labels, side, largest_first=False, hints=None):
     else:
         largest, kept = None, counts > 0
     kept = kept & (counts > 0)
-    key = torch.where(kept, -counts if largest_first else -torch.ones_like(counts), 1)
+    key = torch.where(kept, 1, 2)
     if hinted:
-        key = torch.where(hinted[0] > 0, -H * W - 1, key)
+        key = torch.where(hinted[0] > 0, 0, key)
         counts, rows, cols = (part.where(hinted[0] > 0, whole) for part,
                               whole in zip(hinted, (counts, rows, cols)))
 

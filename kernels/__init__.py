@@ -202,7 +202,7 @@ def _flat(x):
 # Label maps
 
 
-def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=None, hints=None):
+def locate(labels, side, dtype=torch.int64, labels_below=None, hints=None):
     """Location-aware palette: every segment gets the cell nearest to its centroid, no two the same one.
 
     labels (B, H, W) integers, any ids, -1 = ignore -> cells (B, H, W) in [0, side^2), -1 where ignored; side
@@ -228,7 +228,7 @@ def locate(labels, side, largest_first=False, dtype=torch.int64, labels_below=No
         if low < -1 or high >= _locate.MAX_LABELS:
             labels, high = _locate.renumbered(labels, side * side)
         labels_below = max(1, high + 1)
-    return _locate.locate(labels.contiguous(), side, largest_first, dtype, labels_below, hints)
+    return _locate.locate(labels.contiguous(), side, dtype, labels_below, hints)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def assign_kernel(
     # (B, 3, N) int64; the same of hinted pixels alone, if HINTS; (B, N) int16 to write
     moments_ptr, hinted_ptr, cell_ptr,
     # K: side^2, up to a power of two
-    H, W, side, LARGEST_FIRST: tl.constexpr, HINTS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    H, W, side, HINTS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, N)
@@ -99,10 +99,10 @@ def assign_kernel(
             hinted_cols += tl.where(big, total(tl.where(spare, hinted_cols, 0)), 0)
         left = classes
 
-    key = tl.where(kept, -count if LARGEST_FIRST else n.to(tl.int64), MAX)  # the lowest key chooses next
+    key = tl.where(kept, n.to(tl.int64), MAX)  # the lowest key chooses next
     if HINTS:  # before all others, by where the hints are
         first = kept & (hinted > 0)
-        key = tl.where(first, -1 - H * W, key)
+        key = tl.where(first, key - N, key)
         count, rows = tl.where(first, hinted, count), tl.where(first, hinted_rows, rows)
         cols = tl.where(first, hinted_cols, cols)
     size = tl.maximum(count, 1)  # in grid units p = a / (2 size H) - 1/2
@@ -168,7 +168,7 @@ def ranks(flat):
 
 
 @torch.library.custom_op("bitseg::locate", mutates_args=())
-def locate(labels: Tensor, side: int, largest_first: bool, dtype: torch.dtype, labels_below: int,
+def locate(labels: Tensor, side: int, dtype: torch.dtype, labels_below: int,
            hints: Optional[Tensor] = None) -> Tensor:
     """The launcher. labels (B, H, W) contiguous, every id in [-1, labels_below): what is not counts as
     ignored."""
@@ -184,13 +184,13 @@ def locate(labels: Tensor, side: int, largest_first: bool, dtype: torch.dtype, l
                                       num_warps=WARPS)
     # as its registers bear
     warps = 1 if max(N, K) <= 256 else 4 if hints is None else 8 if K <= 16 else 16
-    assign_kernel[(B,)](moments[0], moments[-1], cell, H, W, side, LARGEST_FIRST=largest_first,
-                        HINTS=hints is not None, N=N, K=K, num_warps=warps)
+    assign_kernel[(B,)](moments[0], moments[-1], cell, H, W, side, HINTS=hints is not None, N=N, K=K,
+                        num_warps=warps)
     remap_kernel[(B * blocks,)](labels, cell, out, labels_below, H * W, blocks, N=N, BLOCK=BLOCK,
                                 num_warps=WARPS)
     return out
 
 
 @locate.register_fake
-def _(labels, side, largest_first, dtype, labels_below, hints=None):
+def _(labels, side, dtype, labels_below, hints=None):
     return torch.empty(labels.shape, dtype=dtype, device=labels.device)

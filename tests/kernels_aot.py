@@ -135,10 +135,10 @@ def every_kernel(layouts, K, side):
     _average.average(x, torch.zeros(B, H + 1, W), x[:, 0], False)
     case = "float32 channels_last, normal"
     _noise.noise(seeds, 0, H, W, K, torch.float32, True)
-    for below, largest_first in ((256, False), (1024, True)):
+    for below in (256, 1024):
         for hints in None, inside:
             case = f"int64 below {below}" + ", hints" * (hints is not None)
-            _locate.locate(cells.long(), 2 ** (K // 2), largest_first, torch.int16, below, hints)
+            _locate.locate(cells.long(), 2 ** (K // 2), torch.int16, below, hints)
 
 
 def norm_kernels(layouts, channels, groups):

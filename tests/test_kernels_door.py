@@ -224,7 +224,7 @@ def test_operators_are_registered_properly():
           None)
     check(kernels._step.step, x, x, False, 0.5, 0.5, 0.5, 0.5, 0.5, None, 0.0, seeds, 1, "x", True, True)
     check(kernels._noise.noise, seeds, 0, 4, 5, 6, torch.float32, True, cells, one, one)
-    check(kernels._locate.locate, cells, 8, False, torch.int8, 4, cells > 0)
+    check(kernels._locate.locate, cells, 8, torch.int8, 4, cells > 0)
     check(kernels._average.average, x, torch.rand(2, 4, 6, device=DEVICE), x[:, 0].contiguous(), True)
 
 

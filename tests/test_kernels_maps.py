@@ -44,10 +44,9 @@ LABELS = {
 
 
 @pytest.mark.parametrize("name", LABELS)
-@pytest.mark.parametrize("largest_first", [False, True])
-def test_locate(name, largest_first):
+def test_locate(name):
     labels, side = LABELS[name]
-    assert torch.equal(kernels.locate(labels, side, largest_first), bits.locate(labels, side, largest_first))
+    assert torch.equal(kernels.locate(labels, side), bits.locate(labels, side))
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32])
@@ -71,14 +70,13 @@ def test_locate_with_a_bound_ignores_what_is_beyond_it():
 
 
 @pytest.mark.parametrize("segments, side, share", [(12, 4, 0.05), (40, 4, 0.004), (40, 4, 0.5), (9, 3, 0.0)])
-@pytest.mark.parametrize("largest_first", [False, True])
-def test_locate_with_hints(segments, side, share, largest_first):
+def test_locate_with_hints(segments, side, share):
     """A few segments with hints, more segments than places, more hinted segments than places, no hint."""
     labels = maps(2, 24, 20, segments, 2)
     hints = torch.rand(labels.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) < share
-    true = bits.locate(labels, side, largest_first, hints=hints & (labels >= 0))
-    assert torch.equal(kernels.locate(labels, side, largest_first, labels_below=segments, hints=hints), true)
-    assert share == 0 or not torch.equal(true, bits.locate(labels, side, largest_first))
+    true = bits.locate(labels, side, hints=hints & (labels >= 0))
+    assert torch.equal(kernels.locate(labels, side, labels_below=segments, hints=hints), true)
+    assert share == 0 or not torch.equal(true, bits.locate(labels, side))
 
 
 def test_locate_more_distinct_ids_than_the_kernel_holds():
