@@ -286,7 +286,7 @@ def main(argv=None):
                    help="id 0, where a set does not say :ignore")
     p.add_argument("--ckpt", help="default: the newest under out/, else the weights in the box")
     p.add_argument("--out", help="the file to write (default: tree.npz beside the checkpoint)")
-    p.add_argument("--crops", type=int, default=800, help="of all images; the first of each is all of it")
+    p.add_argument("--crops", type=int, default=800, help="random crops, of all images together")
     p.add_argument("--crop", type=float, help="least share of a side that a crop has, say 0.25 for a network "
                                               "of crowds (default: 0.74, and the first crop is all)")
     p.add_argument("--n", type=int, default=4, help="samples of each crop")
