@@ -76,8 +76,8 @@ def cpu_has(name):
 
 
 def layout(device):
-    """The memory format in which convolutions and group norms together are fastest in training."""
-    # NHWC: group norm takes 3 to 10 times
+    """The memory format to train in, as far as the device tells; on a CPU `fastest_form` may find another."""
+    # there a group norm in NHWC takes 3 to 10 times as long
     return torch.contiguous_format if device.type == "cpu" else torch.channels_last
 
 

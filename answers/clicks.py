@@ -161,8 +161,8 @@ def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, se
         picture, labels = read_image(item.image), read_labels(item)[0]
         by_baseline = baselines(photo, evidence())
         methods = {"tree": lambda hints: joined(evidence(hints), model, hints=hints)[1],
-                   **{name: by_baseline[name] for name in ("watershed, Lab", "watershed, samples",
-                                                     "nearest click")}}
+                   **{name: by_baseline[name]
+                      for name in ("watershed, Lab", "watershed, samples", "nearest click")}}
         if model.diffusion.hints:
             methods["tree, at once"] = lambda hints: joined(evidence(), model, hints=hints)[1]
         for number in wanted[i]:
