@@ -98,7 +98,6 @@ from tqdm import tqdm
 from answers.pictures import colours, grid, overlaid, panel, shade, uncertainty
 from answers.prompts import hint_map
 from answers.segment import (
-    HINTED,
     SAMPLERS,
     SHIPPED,
     Model,
@@ -106,6 +105,7 @@ from answers.segment import (
     load_checkpoint,
     newest_checkpoint,
     prepare,
+    sampling_of,
     set_tidy,
     summarise,
     tiles_of,
@@ -448,10 +448,7 @@ def prepare_run(a):
         raise ValueError("--closed gives every pixel to a hint: name some with --points, --box or --hint")
     digests = {k: digest(getattr(a, k)) for k in ("hint", "init") if getattr(a, k)}
     sampling = {k: v for k in ("steps", "guidance", "sampler", "smooth") if (v := getattr(a, k)) is not None}
-    usual = dict(model.sampling)
-    if hinted and model.diffusion.hints:  # as `denoise` has it
-        usual["guidance"] = min(usual["guidance"], HINTED)
-    settings = {**usual, **model.tidy, **sampling, "grain": a.grain, **asked,
+    settings = {**sampling_of(model, hinted), **model.tidy, **sampling, "grain": a.grain, **asked,
                 **({"strength": a.strength} if a.init else {}), **({"closed": True} if a.closed else {}),
                 **({"tiles": a.tiles} if a.tiles != 1 else {})}
     info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, format=a.format,

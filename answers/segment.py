@@ -401,6 +401,14 @@ def sampled(model, given, callback=None, **options):
     return run(given, None).cpu() if cuda and not x_hat.isfinite().all() else x_hat
 
 
+def sampling_of(model, hinted):
+    """steps, guidance, sampler, variance and smooth, unless others are asked for. hinted: whether there are
+    hints, which the network may see."""
+    if not (hinted and model.diffusion.hints):
+        return model.sampling
+    return {**model.sampling, "guidance": min(model.sampling["guidance"], HINTED)}
+
+
 def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **asked):
     """The jobs of an iterable, each with n samples, in order; a batch holds samples of several images. A job
     keeps the samples that it has already.
@@ -415,8 +423,6 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **asked):
     weight = next(model.net.parameters())
     device, alike = weight.device, weight.dtype == torch.bfloat16
     batch = batch or (64 if device.type != "cpu" else 4 if alike else 1)
-    sampling = {**model.sampling, **asked}
-    hinted = {**sampling, "guidance": asked.get("guidance", min(sampling["guidance"], HINTED))}
 
     def run(part):
         nonlocal batch
@@ -431,7 +437,7 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **asked):
             [job.size for job in some], device=device), model.detail)
         try:
             x_hat = sampled(model, given, callback, strength=strength,
-                            **(hinted if "hints" in given else sampling))
+                            **{**sampling_of(model, "hints" in given), **asked})
         except RuntimeError as e:
             if not out_of_memory(e):
                 raise
