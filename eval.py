@@ -125,7 +125,7 @@ from answers.segment import (
 )
 from data import load, originals, parse_parts, parse_void
 from diffusion import SAMPLERS, VARIANCES, WITHOUT_VARIANCE
-from engine import crowded, foreign, pick_device, program
+from engine import crowded, foreign, make_folder, pick_device, program
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ",
         "ap50": "AP at IoU 0.5", "covering": "covering", "pri": "PRI", "voi": "VoI (bits)",
@@ -417,7 +417,8 @@ def examples(rows, answer):
                      key=lambda row: -row["network"][answer]["ari"])
     ranks = ((0, "best"), (1, "best"), (len(ranking) // 2, "median"), (-2, "worst"), (-1, "worst"))
     # of few images one may have several ranks, but each rank is shown once
-    shown = {k: kind for k, kind in reversed(ranks) if -len(ranking) <= k < len(ranking)}
+    n = len(ranking)
+    shown = {k % n: kind for k, kind in reversed(ranks) if -n <= k < n}
     return [(kind, ranking[k]) for k, kind in reversed(shown.items())]
 
 
@@ -441,10 +442,11 @@ def main(argv=None):
         path, model = load_model(a)
         data, places, files = load_data(a, model)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
-        out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}")
+        out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}"
+                   + f"-tiles-{a.tiles}" * (a.tiles != 1))
         if not a.clicking:
             check_out(out)
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
     except (ValueError, OSError, RuntimeError) as e:
         return complain(e)
     home, settings = settings_of(a, model)

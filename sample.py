@@ -111,7 +111,7 @@ from answers.segment import (
     tiles_of,
 )
 from answers.tree import GRAINS
-from engine import Threads, complaint, pick_device, program
+from engine import Threads, complaint, make_folder, pick_device, program
 from sources.formats import IMAGE_TYPES, in_words, junk, read_image, read_label
 
 fail = complaint("sample.py")
@@ -441,7 +441,7 @@ def prepare_run(a):
                 or (out / "panoptic").is_dir() and (out / "panoptic.json").exists())
     if panoptic:
         info_of(out / "panoptic.json")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     prompts = read_prompts(a, files[0]) if asked else {}
     hinted = prompts.get("hints", np.zeros(1)).any()
     if a.closed and not hinted:

@@ -81,6 +81,7 @@ from engine import (
     join_processes,
     layout,
     lock,
+    make_folder,
     newest,
     on_host,
     options_given,
@@ -614,8 +615,10 @@ def settle_form(c, run):
         if run.world > 1:
             dist.broadcast(chosen, 0)
         run.form = forms[chosen]
-    if run.form != usual:
-        run.why = "measured" if words else "as the run began"
+    if words:
+        run.why = "measured"
+    elif run.form != usual:
+        run.why = "as the run began"
     run.dtype = PRECISIONS[run.form[0]]
     run.net.to(memory_format=LAYOUTS[run.form[1]])
     return words
@@ -674,7 +677,7 @@ def prepare_run(c):
                                    compose=c.compose, **common)
     run.val_data = datasets.load(c.dataset, "val", c.image_size, detail=run.net.detail, **common)
     out = Path(c.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     run.lock = lock(out) if rank == 0 else None  # one writer
     run.resumed, path, problem = newest(out / "ckpt.pt", run.device)
     if run.resumed:

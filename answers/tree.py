@@ -4,7 +4,7 @@ What it is: `gather` (what samples and photo say about neighbouring pixels), `gr
 hints) and `Tree.cut` (a label map at any grain; a coarser one never crosses a finer one). What it is not: it
 samples nothing, and works at the network's resolution (segment.py enlarges).
 
-Use it alone (needs numpy, scipy and, for learnt odds, weights/tree.npz):
+Use it alone (needs numpy, scipy and, for learnt odds, weights/tree.npz, copied beside it):
     from answers.tree import gather, grow, learnt
     # (h, w, 3) uint8, (n, h, w, k) in [-1, 1], (n, h, w) below 64
     tree = grow(gather(image, soft, cells, 64), learnt())
@@ -25,7 +25,9 @@ import scipy.ndimage
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
-LEARNT = Path(__file__).parent.parent / "weights" / "tree.npz"
+LEARNT = Path(__file__).with_name("tree.npz")  # copied, with this file
+if not LEARNT.exists():  # in the repository
+    LEARNT = Path(__file__).parent.parent / "weights" / "tree.npz"
 # cut where the log odds that two regions are one fall below this
 GRAINS = {"coarse": -0.9, "normal": -0.25, "fine": 1.2}
 # Regions join in the order of these odds: all pairs above the first, then all above the second, ... A cut is

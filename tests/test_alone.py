@@ -66,8 +66,7 @@ def test_every_file_runs_its_example_alone(tmp_path):
         else:
             shutil.copy(ROOT / name, home / name)
         if name == "answers/tree.py":
-            (home / "weights").mkdir()
-            shutil.copy(ROOT / "weights" / "tree.npz", home / "weights")
+            shutil.copy(ROOT / "weights" / "tree.npz", home / "answers")
         file = ROOT / name / "__init__.py" if (ROOT / name).is_dir() else ROOT / name
         (home / "example.py").write_text(f"import torch\n{given}\n{example(file)}\n")
     code = """

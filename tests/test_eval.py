@@ -377,3 +377,13 @@ def test_raw_weights(ckpt, tmp_path, capsys):
     assert evaluation.main(["--ckpt", str(tmp_path / "model.pt"), "--raw", "--device", "cpu", "--out",
                             str(tmp_path / "o")]) == 2
     assert "averaged weights only" in capsys.readouterr().err
+
+
+def test_every_image_is_an_example_once():
+    rows = [dict(name=k, network=dict(answer=dict(ari=v))) for k, v in enumerate((0.2, 0.9, 0.5, 0.1, 0.7))]
+    for n, kinds in ((1, ["best"]), (2, ["best"] * 2), (3, ["best", "best", "worst"]),
+                     (5, ["best", "best", "median", "worst", "worst"])):
+        shown = evaluation.examples(rows[:n], "answer")
+        assert [kind for kind, _ in shown] == kinds and len({row["name"] for _, row in shown}) == n
+        scores = [row["network"]["answer"]["ari"] for _, row in shown]
+        assert scores == sorted(scores, reverse=True)

@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 
 import eval as evaluation
 import sample
+import train
 from answers import segment as answers
 from answers.pictures import overlaid, overlay
 from answers.segment import coco_segments, segment
@@ -339,3 +340,15 @@ def test_a_full_disk_leaves_an_evaluation_that_was_there(monkeypatch, tmp_path, 
     assert json.loads(captured.out.splitlines()[-1])["images"] == 2 and "there stays" in captured.err
     assert contents("o") == before
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("out", ["a.png", "a.png/below"])
+def test_an_out_that_cannot_be_a_folder_gets_one_sentence(run, capsys, out):
+    picture().save("a.png")
+    assert run("a.png", "--out", out) == 2
+    assert train.main(["--max_steps", "1", "--image_size", "16", "--bits", "2", "--out", out]) == 2
+    assert evaluation.main(["--baseline", "grid", "--limit", "1", "--out", out]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["sample.py", "train.py", "eval.py"]
+    assert all(f" {out}: no folder can be made there (" in line and line.endswith("choose another --out")
+               for line in lines)
