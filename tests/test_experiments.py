@@ -98,6 +98,8 @@ def test_missing_runs_only_and_going_on_after_a_kill(fake, tmp_path, capsys):
     text = capsys.readouterr().out
     assert len(fake.trained) == 17
     assert "18 runs, 6 of them missing" in text and text.count("python train.py") == 6
+    forms = {t.split("--precision ")[1].split("--dataset")[0] for t in text.splitlines() if "train.py" in t}
+    assert len(forms) == 1 and " --layout nchw" in forms.pop()  # no run measures its form for itself
     line = next(t for t in text.splitlines() if t.startswith("  bits, palette"))
     mean, std = statistics.mean([0, 0.1]), statistics.stdev([0, 0.1])
     assert f"{mean:.3f} +- {std:.3f}" in line and "0.500 +- 0.000" in line and line.split()[-2:] == ["0.670",
