@@ -86,7 +86,8 @@ def arguments(argv):
     p.add_argument("--clicks_to", type=float, help="instead: how many clicks an object takes until this "
                                                    "IoU, e.g. 0.85")
     p.add_argument("--steps", type=whole, help="denoising steps, e.g. 8, or 1,2,4,8,16")
-    p.add_argument("--guidance", type=real, help="e.g. 1, or 0,1,2,3; samples that see clicks take 3 at most")
+    p.add_argument("--guidance", type=real, help="e.g. 1, or 0,1,2,3 (default: the "
+                                                    "checkpoint's, but at most 3 where it sees clicks)")
     p.add_argument("--sampler", type=words, help="ddpm, ddim, or several with commas")
     p.add_argument("--variance", type=words, help="of ddpm: large, small or large,small")
     p.add_argument("--smooth", type=real, help="e.g. 0.2, or 0,0.1,0.2,0.4")
@@ -214,9 +215,10 @@ def print_clicks(curve, ks):
 
 def report_clicks(a, model, data, positions, files, path, name):
     """What --clicks and --clicks_to print; 0, the exit status. Raises ValueError where they cannot be had."""
+    asked = {"guidance": a.guidance[0]} if a.guidance else {}
     n, about = max(a.n), dict(name=str(path), dataset=a.dataset, split=a.split, n=max(a.n))
     if a.clicks_to is None:
-        curve = clicks_curve(model, data, positions, a.clicks, n, a.seed, a.batch)
+        curve = clicks_curve(model, data, positions, a.clicks, n, a.seed, a.batch, **asked)
         print(f"{name} on {a.dataset} {a.split}, {len(positions)} images, {n} samples: every annotator "
               f"clicks")
         print(json.dumps(dict(about, images=len(positions), clicks=print_clicks(curve, a.clicks))))
@@ -224,7 +226,7 @@ def report_clicks(a, model, data, positions, files, path, name):
     if not files:
         raise ValueError("--clicks_to needs a data set of files")
     counts, left_out = clicks_needed(model, data, files, a.clicks_to, objects=a.limit, n=n, seed=a.seed,
-                                     batch=a.batch)
+                                     batch=a.batch, **asked)
     print(f"{name} on {a.dataset} {a.split}, {n} samples: clicks until an object has IoU {a.clicks_to:g}, "
           f"at most 20; {left_out} "
           "objects left out (too small or too fine for the network's pixels)")

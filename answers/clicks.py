@@ -85,10 +85,11 @@ def baselines(photo, evidence):
             "watershed, samples": lambda hints: tree.forest(jump_of_samples, hints)}
 
 
-def sampled(model, data, positions, n, seed, batch):
+def sampled(model, data, positions, n, seed, batch, **asked):
     """For each image: its position, photo (h, w, 3), maps (m, h, w), and a function: hints (h, w) -> evidence
-    of n samples that have seen them; None, and where the network sees no hints: of samples that have not."""
-    jobs = denoise((packed_job(data, i, seed_of(seed, i)) for i in positions), model, n, batch)
+    of n samples that have seen them; None, and where the network sees no hints: of samples that have not.
+    asked: as of `denoise`."""
+    jobs = denoise((packed_job(data, i, seed_of(seed, i)) for i in positions), model, n, batch, **asked)
     for i in tqdm(positions, "clicks", leave=False):
         job = next(jobs)
         (h, w), plain = job.size, evidence_of(job, model.codec)
@@ -98,12 +99,12 @@ def sampled(model, data, positions, n, seed, batch):
                 return plain
             shown = np.where(hints <= model.codec.classes, hints, 0)  # more have no number
             hinted = prompted(replace(job, x_hat=[], tiles=None), model, shown, None)
-            return evidence_of(next(denoise([hinted], model, n, batch)), model.codec)
+            return evidence_of(next(denoise([hinted], model, n, batch, **asked)), model.codec)
 
         yield i, job.photo, data.maps(i)[:, :h, :w].numpy(), evidence
 
 
-def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1):
+def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1, **asked):
     """Scores after k clicks of every annotator in turn: {method: {k: [{metric: mean over annotators}, one an
     image]}}.
 
@@ -111,7 +112,7 @@ def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1):
     where the network sees hints, by the samples that have not seen these), and baselines.
     """
     curve = {}
-    for _, photo, maps, evidence in sampled(model, data, positions, n, seed, batch):
+    for _, photo, maps, evidence in sampled(model, data, positions, n, seed, batch, **asked):
         plain, scored = evidence(), {}
         methods = baselines(photo, plain)
         for true in maps:
@@ -137,7 +138,8 @@ def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1):
     return curve
 
 
-def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, seed=0, batch=1):
+def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, seed=0, batch=1,
+                  **asked):
     """How many clicks a simulated user needs until an object reaches IoU `target`: {method: [clicks, one
     number an object]}, and how many objects are left out since their own mask, made small for the network and
     large again, misses the target.
@@ -156,7 +158,7 @@ def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, se
     for k in chosen:
         wanted.setdefault(found[k][0], []).append(found[k][1])
     counts, left_out = {}, 0
-    for i, photo, _, evidence in sampled(model, data, sorted(wanted), n, seed, batch):
+    for i, photo, _, evidence in sampled(model, data, sorted(wanted), n, seed, batch, **asked):
         item = files[data.items[i]]
         picture, labels = read_image(item.image), read_labels(item)[0]
         by_baseline = baselines(photo, evidence())

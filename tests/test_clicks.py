@@ -186,7 +186,7 @@ def evidence_for(maps, files):
     """clicks.sampled without a network: samples that see the disc, and nothing else; of a model that sees
     hints only those that have seen hints."""
 
-    def sampled(model, data, positions, n, seed, batch):
+    def sampled(model, data, positions, n, seed, batch, **asked):
         for i in positions:
             small = maps[i][2::4, 2::4].astype(int)
             photo = np.array(Image.open(files[i].image).resize((16, 12), Image.Resampling.BOX))
@@ -256,6 +256,8 @@ def test_samples_that_have_seen_clicks(model, monkeypatch):
     more = segment(picture, hinted, n=2, seed=clicks.seed_of(5, 0), hints=hints, guidance=8.0)
     assert torch.equal(same.x_hat, less.x_hat) and not torch.equal(same.x_hat, more.x_hat)
     assert (evidence(hints).views[0].soft == same.evidence.views[0].soft).all()
+    ((_, _, _, asked),) = clicks.sampled(hinted, data, [0], 2, 5, 1, guidance=8.0)
+    assert (asked(hints).views[0].soft == more.evidence.views[0].soft).all()
     assert (evidence().views[0].soft != same.evidence.views[0].soft).any() and evidence() is evidence(None)
     hints[5, 5] = 17  # the 16 codes hold no more: shown to the tree alone
     assert (evidence(hints).views[0].soft == same.evidence.views[0].soft).all()
