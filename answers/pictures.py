@@ -11,9 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import maximum_filter
 
 from bits import Codec
-from frame import fitted, outline, subsample
+from frame import fitted, outline, shrink, subsample
 
 
 def colours(side):
@@ -112,7 +113,8 @@ def panel(image, result, codec, hints=None, most=16):
         captions.append(caption)
 
     if hints is not None and hints.any():
-        add("hints", subsample(torch.from_numpy(hints), h, w) - 1, 8)
+        seen = maximum_filter(shrink(hints, h, w), 7)  # large enough that colours tell which belong together
+        add("hints", torch.from_numpy(seen) - 1, 8)
     add("answer", subsample(result.answer.labels, h, w), result.answer.side)
     for j, labels in zip(range(most), result.enlarged(small)):
         add(f"sample {j}", labels, result.side)
