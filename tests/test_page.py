@@ -111,7 +111,7 @@ class Browser:
         self.process = subprocess.Popen(command, preexec_fn=pipes, pass_fds=(3, 4), **silent)
         for end in (theirs_in, theirs_out, *ends):
             os.close(end)
-        self.folder, self.number, self.rest = folder, 0, b""
+        self.folder, self.number, self.rest, self.tabs = folder, 0, b"", []
         self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder / "saved"))
 
     def call(self, method, session=None, **params):
@@ -136,12 +136,17 @@ class Browser:
 
     def tab(self, url, size=(1280, 800)):
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.tabs.append(target)
         tab = self.attach(target)
         window = dict(width=size[0], height=size[1], deviceScaleFactor=1, mobile=False)
         tab.call("Emulation.setDeviceMetricsOverride", **window)
         tab.call("Page.navigate", url=url)
         tab.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
         return tab
+
+    def close_tabs(self):
+        while self.tabs:
+            self.call("Target.closeTarget", targetId=self.tabs.pop())
 
     def stop(self):
         self.call("Browser.close")
@@ -245,10 +250,18 @@ def hinted(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.stop()
+def chromium(tmp_path_factory):
+    chromium = Browser(tmp_path_factory.mktemp("browser"))
+    yield chromium
+    chromium.stop()
+
+
+@pytest.fixture
+def browser(chromium):
+    """Six tabs that wait for one server's news would keep the next test's waiting: a browser opens no more
+    connections to it."""
+    yield chromium
+    chromium.close_tabs()
 
 
 def photo(size=(90, 60), seed=0):
