@@ -75,6 +75,12 @@ def cpu_has(name):
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get(name))
 
 
+def form_of(dtype, memory):
+    """Names of an autocast dtype and a memory format: keys of PRECISIONS and LAYOUTS."""
+    return tuple(next(name for name, value in names.items() if value == wanted)
+                 for names, wanted in ((PRECISIONS, dtype), (LAYOUTS, memory)))
+
+
 def layout(device):
     """The memory format to train in, as far as the device tells; on a CPU `fastest_form` may find another."""
     # there a group norm in NHWC takes 3 to 10 times as long

@@ -86,8 +86,8 @@ def arguments(argv):
     p.add_argument("--clicks_to", type=float, help="instead: how many clicks an object takes until this "
                                                    "IoU, e.g. 0.85")
     p.add_argument("--steps", type=whole, help="denoising steps, e.g. 8, or 1,2,4,8,16")
-    p.add_argument("--guidance", type=real, help="e.g. 1, or 0,1,2,3 (default: the "
-                                                    "checkpoint's, but at most 3 where it sees clicks)")
+    p.add_argument("--guidance", type=real, help="e.g. 1, or 0,1,2,3 (default: the checkpoint's, but at most "
+                                                 "3 where it sees clicks)")
     p.add_argument("--sampler", type=words, help="ddpm, ddim, or several with commas")
     p.add_argument("--variance", type=words, help="of ddpm: large, small or large,small")
     p.add_argument("--smooth", type=real, help="e.g. 0.2, or 0,0.1,0.2,0.4")

@@ -28,7 +28,7 @@ import torch
 
 import eval as evaluation
 import train
-from engine import LAYOUTS, PRECISIONS, complaint, layout, pick_device, pick_precision, program
+from engine import complaint, form_of, layout, pick_device, pick_precision, program
 
 # of every run with this preset's network; written out, so that a change of train.py's presets changes no
 # result
@@ -113,9 +113,9 @@ def train_arguments(folder, full, a):
     device = pick_device(a.device)
     dtype, _ = pick_precision("auto", device)
     # not measured by each run, which might make two rows of a table differ
-    form = {"precision": next(name for name, value in PRECISIONS.items() if value == dtype),
-            "layout": next(name for name, value in LAYOUTS.items() if value == layout(device))}
-    full = form | full | {"out": str(folder), "root": a.root, "cache": a.cache, "device": a.device}
+    form = form_of(dtype, layout(device))
+    full = dict(zip(("precision", "layout"), form)) | full
+    full |= {"out": str(folder), "root": a.root, "cache": a.cache, "device": a.device}
     return [word for key, value in full.items() for word in (f"--{key}", value)]
 
 

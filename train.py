@@ -78,6 +78,7 @@ from engine import (
     fit_state,
     foreign,
     forget,
+    form_of,
     join_processes,
     layout,
     lock,
@@ -559,8 +560,7 @@ def build(c, local=None):
         torch.backends.cudnn.benchmark = True
     dtype, why = pick_precision(c.precision, device)
     memory = layout(device) if c.layout == "auto" else LAYOUTS[c.layout]
-    form = tuple(next(name for name in names if names[name] == value)
-                 for names, value in ((PRECISIONS, dtype), (LAYOUTS, memory)))
+    form = form_of(dtype, memory)
     try:
         kernels.use(c.kernels or kernels.mode)
         kernels.live(device)
