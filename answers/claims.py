@@ -17,7 +17,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import breadth_first_order, breadth_first_tree, dijkstra, minimum_spanning_tree
 
-from answers.tree import collect, groups, neighbours, perceptron
+from answers.tree import collect, neighbours, perceptron
 
 ROUNDS = 2  # what a hint looks like is learnt from the leaves that it gets: so often
 WANTED = 0.5  # mean log odds above which a hint takes a segment that it does not lie in
@@ -38,21 +38,16 @@ class Leaves:
 
 def leaves_of(evidence, tree, hints):
     """Leaves for hints (h, w): numbers from 1 to K, 0 = none."""
-    region, view = tree.region, evidence.views[0]
-    flat, n, samples = region.ravel(), int(region.max()) + 1, len(view.soft)
-    pixels = np.concatenate([np.ones((region.size, 1)), evidence.appearance.reshape(region.size, -1),
-                             view.soft.transpose(1, 2, 0, 3).reshape(region.size, -1)], axis=1)
-    total = groups(flat, n) @ pixels
-    place = (flat * samples)[None] + np.arange(samples)[:, None]
-    place = place * evidence.codes + view.cells.reshape(samples, -1)
-    codes = np.bincount(place.ravel(), minlength=n * samples * evidence.codes)
-    held = np.zeros(n, int)
+    graph, region = tree.graph, tree.region
+    whole = np.flatnonzero(graph.part % graph.views == 0)  # the view that sees all of every leaf, as well
+    soft = graph.seen[whole, 1:] / graph.seen[whole, :1]
+    area, codes = graph.total[:, 0], graph.count[whole].reshape(graph.n, graph.samples, -1)
+    mean = np.concatenate([graph.total[:, 1:] / area[:, None], soft], axis=1)
+    held = np.zeros(graph.n, int)
     held[region[hints > 0]] = hints[hints > 0]
-    mean = total[:, 1:] / total[:, :1]
     i, j, jump = touching(region, evidence.jump)
-    codes = codes.reshape(n, samples, -1).astype(float)
-    return Leaves(total[:, 0], mean, evidence.appearance.shape[2], codes, (i, j), held,
-                  nearness(tree, held, mean[:, 6:8], i, j, jump))
+    return Leaves(area, mean, graph.total.shape[1] - 1, codes * (area / graph.seen[whole, 0])[:, None, None],
+                  (i, j), held, nearness(tree, held, mean[:, 6:8], i, j, jump))
 
 
 def touching(region, jumps):

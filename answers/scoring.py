@@ -138,8 +138,8 @@ def border_table(evidence, grown, labels, maps, net):
     """Reliability of the confidence of borders: chances that people part two segments of a map, against the
     share of the annotators' pairs of pixels, one in each segment, that they part, by the length of the
     border: (10, 3)."""
-    graph, rows = tree.Graph(evidence, labels), []
-    _, borders = tree.confidence(evidence, grown, labels, net)
+    graph, rows = grown.graph_of(labels), []
+    _, borders = tree.confidence(grown, labels, net)
     for (i, j, chance), length in zip(borders, graph.border[:, 0]):
         parted = []
         for truth in maps.numpy():
@@ -242,7 +242,7 @@ def reliability_of(job, every, maps, tree_of_all, labels, model):
     if n > 1:
         result["joined"] = joined_table(every, maps)
     evidence, net = evidence_of(job, model.codec), odds_of(model)[0]
-    sure, _ = tree.confidence(evidence, tree_of_all, labels, net)
+    sure, _ = tree.confidence(tree_of_all, labels, net)
     result["segments"] = segment_table(sure, labels, finer)
     result["borders"] = border_table(evidence, tree_of_all, labels, finer, net)
     if model.codec.has_bits and model.codec.palette != "none":

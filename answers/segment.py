@@ -547,7 +547,7 @@ def answer(grown, labels, result, hints=None):
     """A tree and a map (h, w) cut from it -> Answer at the size of result.image; hints may have another
     size."""
     net, _ = odds_of(result.model)
-    sure, borders = tree.confidence(result.evidence, grown, labels, net)
+    sure, borders = tree.confidence(grown, labels, net)
     cells, side = placed(labels[None], result.side)
     place = cells[0].numpy()
     place_of = np.zeros(int(labels.max()) + 1, int)

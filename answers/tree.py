@@ -15,6 +15,7 @@ evidence about pairs: Fred & Jain 2005. The odds that two regions belong togethe
 fitted by fit_tree.py to people's segmentations.
 """
 
+import copy
 import functools
 import zipfile
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.ndimage
-from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse import coo_matrix, csc_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 LEARNT = Path(__file__).with_name("tree.npz")  # copied, with this file
@@ -34,6 +35,7 @@ GRAINS = {"coarse": -0.9, "normal": -0.25, "fine": 1.2}
 # at one of them, or between two.
 LEVELS = (6, 4, 3, 2.5, 2, 1.6, 1.3, 1, 0.75, 0.5, 0.25, 0, -0.25, -0.5, -0.75, -1, -1.3, -1.6, -2, -2.5, -3,
           -4, -6)
+SURE = 3  # pairs above a level that is this or more join without another look at what they become
 WHOLE = 0.5  # how well the view of the whole photo sees a pixel, beside its tiles, which share 1
 CLEAR = 2.5  # pixels around a hint in which no other region may start
 
@@ -180,15 +182,16 @@ def forest(jump, marker):
         return np.zeros((h, w), int)
     again = flat[order[1:]] == flat[order[:-1]]  # the same marker as the one before
     first = order[np.concatenate([[True], ~again])]
-    i = np.concatenate([at[:-1].ravel(), at[:, :-1].ravel(), order[:-1][again], first])
-    j = np.concatenate([at[1:].ravel(), at[:, 1:].ravel(), order[1:][again], np.full(len(first), n)])
-    cost = np.concatenate([jump[0].ravel() + 1e-3, jump[1].ravel() + 1e-3, np.full(again.sum(), 1e-9),
-                           np.full(len(first), 1e-8)])  # above 0: a matrix without an entry has no edge
-    i, j = np.minimum(i, j), np.maximum(i, j)
-    cheap = np.lexsort((cost, i * (n + 1) + j))  # of an edge that is there twice, the cheaper one
-    i, j, cost = i[cheap], j[cheap], cost[cheap]
-    new = np.concatenate([[True], (np.diff(i) != 0) | (np.diff(j) != 0)])
-    tree = minimum_spanning_tree(csr_matrix((cost[new], (i[new], j[new])), shape=(n + 1, n + 1))).tocoo()
+    i, j = order[:-1][again], order[1:][again]
+    down, right = jump[0] + 1e-3, jump[1] + 1e-3
+    below, beside = j - i == w, (j - i == 1) & (j % w > 0)  # an edge that is there already
+    down[np.divmod(i[below], w)] = right[np.divmod(i[beside], w)] = 1e-9
+    far = ~(below | beside)
+    i = np.concatenate([at[:-1].ravel(), at[:, :-1].ravel(), i[far], first])
+    j = np.concatenate([at[1:].ravel(), at[:, 1:].ravel(), j[far], np.full(len(first), n)])
+    # above 0: a matrix without an entry has no edge
+    cost = np.concatenate([down.ravel(), right.ravel(), np.full(far.sum(), 1e-9), np.full(len(first), 1e-8)])
+    tree = minimum_spanning_tree(csr_matrix((cost, (i, j)), shape=(n + 1, n + 1))).tocoo()
     keep = np.maximum(tree.row, tree.col) < n
     links = coo_matrix((tree.data[keep], (tree.row[keep], tree.col[keep])), shape=(n, n))
     return connected_components(links, directed=False)[1].reshape(h, w)
@@ -201,8 +204,7 @@ def forest(jump, marker):
 def groups(at, n):
     """Items, each in group at (m,) below n -> a matrix (n, m): its product with values (m, F) is the sum in
     every group."""
-    ends = np.append(0, np.cumsum(np.bincount(at, minlength=n)))
-    return csr_matrix((np.ones(len(at)), np.argsort(at, kind="stable"), ends), shape=(n, len(at)))
+    return csc_matrix((np.ones(len(at)), at, np.arange(len(at) + 1)), shape=(n, len(at)))
 
 
 def sums(at, n, values):
@@ -236,31 +238,40 @@ class Graph:
     """
 
     def __init__(self, evidence, region):
-        views, (h, w, visible) = evidence.views, evidence.appearance.shape
-        samples, self.bits, self.views = len(views[0].soft), views[0].soft.shape[-1], len(views)
-        self.n, self.samples, self.codes = int(region.max()) + 1, samples, evidence.codes
-        pixels = np.concatenate([np.ones((h * w, 1)), evidence.appearance.reshape(h * w, visible)], axis=1)
-        self.total = groups(region.ravel(), self.n) @ pixels  # (n, 1 + 28): area and sums
-        keys = [(view.of(region) * self.views + k).ravel() for k, view in enumerate(views)]
-        self.part, at = np.unique(np.concatenate(keys), return_inverse=True)  # region * views + view
-        weight = np.concatenate([view.weight.ravel() for view in views])
-        soft = [view.soft.transpose(1, 2, 0, 3).reshape(view.weight.size, -1) for view in views]
-        soft = np.concatenate([np.ones((len(at), 1)), np.concatenate(soft)], axis=1) * weight[:, None]
-        self.seen = groups(at, len(self.part)) @ soft  # (parts, 1 + samples * bits): weight and sums
-        place = (at * samples)[None] + np.arange(samples)[:, None]
-        place = place * self.codes + np.concatenate([v.cells.reshape(samples, -1) for v in views], axis=1)
-        size = len(self.part) * samples * self.codes
-        # of each code
-        self.count = np.bincount(place.ravel(), np.tile(weight, samples), size).reshape(len(self.part), -1)
-        sights, ends = [], np.cumsum([len(key) for key in keys])
-        for view, end in zip(views, ends):
-            maps = at[end - view.weight.size : end].reshape(view.weight.shape)
-            sights.append(neighbours(maps, [pair_weight(view, axis)[..., None] for axis in (0, 1)]))
-        self.a, self.b, self.sight = collect(*map(np.concatenate, zip(*sights)), len(self.part))
+        views, visible = evidence.views, evidence.appearance.shape[2]
+        self.samples, self.bits, self.views = len(views[0].soft), views[0].soft.shape[-1], len(views)
+        self.n, self.codes, flat = int(region.max()) + 1, evidence.codes, region.ravel()
+        seen = groups(flat, self.n) @ evidence.appearance.reshape(-1, visible)
+        self.total = np.concatenate([np.bincount(flat)[:, None], seen], axis=1)  # (n, 1 + 28): area and sums
+        parts, ends = [self.parts_of(view, k, view.of(region)) for k, view in enumerate(views)], [0]
+        for part, *_ in parts:
+            ends.append(ends[-1] + len(part))
+        part, seen, count, a, b, sight = zip(*parts)
+        self.part = np.concatenate(part)  # region * views + view
+        self.seen = np.concatenate(seen)  # (parts, 1 + samples * bits): weight and sums
+        self.count = np.concatenate(count)  # (parts, samples * codes): weight of each code
+        self.a, self.b = (np.concatenate([v + end for v, end in zip(each, ends)]) for each in (a, b))
+        self.sight = np.concatenate(sight)
         i, j, steps = neighbours(region, evidence.steps)
         inside = i == j
         self.inner = sums(i[inside], self.n, steps[inside])  # (n, 5): of pairs of pixels inside a region
         self.i, self.j, self.border = collect(i, j, steps, self.n)  # border (m, 5): of those between two
+
+    def parts_of(self, view, k, region):
+        """What view number k sees of regions (h, w): part, seen, count, a, b and sight."""
+        there = np.bincount(region.ravel(), minlength=self.n) > 0
+        owner, maps = np.flatnonzero(there), (np.cumsum(there) - 1)[region]
+        at, n, draws = maps.ravel(), len(owner), len(view.soft)
+        weight = view.weight.ravel()
+        soft = sums(at, n, (np.moveaxis(view.soft, 3, 1).reshape(-1, len(at)) * weight).T)
+        place = (at * draws)[None] + np.arange(draws)[:, None]
+        place = place * self.codes + view.cells.reshape(draws, -1)
+        count = np.bincount(place.ravel(), np.tile(weight, draws), n * draws * self.codes)
+        turn = np.arange(self.samples) % draws  # fewer draws than samples take turns
+        soft, count = (v.reshape(n, draws, -1)[:, turn].reshape(n, -1) for v in (soft, count))
+        weights = [pair_weight(view, axis)[..., None] for axis in (0, 1)]
+        return (owner * self.views + k, np.column_stack([np.bincount(at, weight, n), soft]), count,
+                *collect(*neighbours(maps, weights), n))
 
     def merge(self, to, n):
         """Regions k become to[k], which are n."""
@@ -320,8 +331,8 @@ class Graph:
         small = np.where(self.total[i, 0] < self.total[j, 0], i, j)
         held = self.seen[np.where(small == i, self.a[seen], self.b[seen]), 0]
         joined = groups(pair, chosen.sum())
-        joined.data = (self.sight[seen, 0] * held / self.total[small, 0])[joined.indices]
-        joined.data /= (joined @ np.ones(len(seen)))[pair[joined.indices]]
+        joined.data = self.sight[seen, 0] * held / self.total[small, 0]
+        joined.data /= (joined @ np.ones(len(seen)))[pair]
         return seen, joined
 
 
@@ -376,6 +387,14 @@ class Tree:
     children: np.ndarray  # (m, 2): what each merge joins
     odds: np.ndarray  # (m,): log odds of each merge
     height: np.ndarray  # (m,): the lowest odds of a merge and of all below it: cuts at one height nest
+    graph: Graph  # of the leaves
+
+    def graph_of(self, labels):
+        """The Graph of a map (h, w) from 0 that was cut from this tree."""
+        graph, to = copy.copy(self.graph), np.zeros(self.graph.n, int)
+        to[self.region.ravel()] = labels.ravel()
+        graph.merge(to, int(labels.max()) + 1)
+        return graph
 
     def cut(self, grain="normal", offset=0.0, claimed=None):
         """A label map (h, w), from 0. grain: a name of GRAINS, or the number of segments (int); offset is
@@ -401,7 +420,8 @@ class Tree:
 
 
 def grow(evidence, net=None, hints=None, least=0, watch=None):
-    """Evidence -> Tree. Two regions join that are surest of each other, level by level of LEVELS.
+    """Evidence -> Tree. Two regions join that are surest of each other, level by level of LEVELS; above SURE,
+    all that are surer than the level.
 
     net: of `learnt`; None: the samples alone decide. hints (h, w): numbers from 1, 0 = none, each connected
     part of which becomes a leaf, with what is around it. least: regions of fewer pixels join first.
@@ -409,6 +429,7 @@ def grow(evidence, net=None, hints=None, least=0, watch=None):
     """
     region = regions(evidence, hints)
     graph = Graph(evidence, region)
+    first = copy.copy(graph)  # `merge` leaves its arrays as they are
     node, children, odds, height = np.arange(graph.n), [], [], []
     high = np.full(2 * graph.n, np.inf)  # of every node
     score, leaves, home = np.zeros(len(graph.i)), graph.n, np.arange(graph.n)
@@ -427,13 +448,15 @@ def grow(evidence, net=None, hints=None, least=0, watch=None):
                 best = np.full(graph.n, -np.inf)
                 np.maximum.at(best, i, score)
                 np.maximum.at(best, j, score)
-            pick = np.flatnonzero((score > level) & (score == best[i]) & (score == best[j]))
-            to, free = np.arange(graph.n), np.ones(graph.n, bool)
-            for k in pick:
-                a, b = i[k], j[k]
-                if not (free[a] and free[b]):  # of equally good pairs, the first
+            pick = (score == best[i]) & (score == best[j])
+            if level >= SURE:
+                pick |= np.minimum(graph.total[i, 0], graph.total[j, 0]) >= least
+            pick = np.flatnonzero(pick & (score > level))
+            to = list(range(graph.n))
+            for k in pick[np.argsort(-score[pick], kind="stable")].tolist():
+                a, b = root(to, i[k]), root(to, j[k])
+                if a == b:
                     continue
-                free[a] = free[b] = False
                 high[leaves + len(odds)] = min(score[k], high[node[a]], high[node[b]])
                 height.append(high[leaves + len(odds)])
                 children.append((node[a], node[b]))
@@ -441,20 +464,29 @@ def grow(evidence, net=None, hints=None, least=0, watch=None):
                 odds.append(score[k])
             if len(pick) == 0:
                 break
+            to = [root(to, k) for k in to]
             kept, to, size = np.unique(to, return_inverse=True, return_counts=True)
             node, home, new = node[kept], to[home], size > 1
             old = score[~(new[to[i]] | new[to[j]])]
             graph.merge(to, len(kept))
             score = np.zeros(len(graph.i))
             score[~(new[graph.i] | new[graph.j])] = old  # `to` keeps the order of the others
-    return Tree(region, np.array(children, int).reshape(-1, 2), np.array(odds), np.array(height))
+    return Tree(region, np.array(children, int).reshape(-1, 2), np.array(odds), np.array(height),
+                first)
 
 
-def sureness(evidence, tree, labels, net=None, graph=None):
+def root(to, k):
+    """Where k ends that is on its way to[k], to[to[k]] ..."""
+    while to[k] != k:
+        k = to[k]
+    return k
+
+
+def sureness(tree, labels, net=None, graph=None):
     """What a map (h, w) from 0, cut from a tree, is sure of, of each segment, (n,) each: the chance that two
     of its pixels belong together, the chance that one of them and one across the border do not, and the
     segment's share of the map."""
-    graph = graph or Graph(evidence, labels)
+    graph = graph or tree.graph_of(labels)
     leaves = np.bincount(tree.region.ravel())
     area, owner = np.zeros(len(leaves) + len(tree.odds)), np.full(len(leaves) + len(tree.odds), -1)
     area[: len(leaves)] = leaves
@@ -479,12 +511,12 @@ def border_chances(graph, net=None):
     return 1 / (1 + np.exp(log_odds(graph.features(), net)))
 
 
-def confidence(evidence, tree, labels, net=None):
+def confidence(tree, labels, net=None):
     """Of a map (h, w) from 0, cut from a tree: of each segment (n,) the chance that a person drew it (without
     a net: how sure the samples are of it), and of its borders [(i, j, chance that a person parts these
     two)]."""
-    graph = Graph(evidence, labels)
-    seen = sureness(evidence, tree, labels, net, graph)
+    graph = tree.graph_of(labels)
+    seen = sureness(tree, labels, net, graph)
     borders = list(zip(graph.i.tolist(), graph.j.tolist(), border_chances(graph, net).tolist()))
     if net is None:
         return seen[0] * seen[1], borders

@@ -179,7 +179,7 @@ def test_hints_are_kept_at_every_size(data):
             )
             if closed:
                 assert set(labels.flat) == set().union(*mine)
-            sure, borders = confidence(evidence, grown, labels, net)
+            sure, borders = confidence(grown, labels, net)
             assert sure.shape == (labels.max() + 1,) and ((0 <= sure) & (sure <= 1)).all()
             assert all(0 <= p <= 1 for _, _, p in borders)
 

@@ -238,7 +238,7 @@ def test_borders_are_right_where_people_part_the_two(cut):
     evidence, grown, labels, maps = cut
     table = scoring.border_table(evidence, grown, labels, maps, None)
     want = np.zeros((10, 3))
-    for i, j, chance in tree.confidence(evidence, grown, labels)[1]:
+    for i, j, chance in tree.confidence(grown, labels)[1]:
         steps = [(a, b) for a, b in ((labels[1:], labels[:-1]), (labels[:, 1:], labels[:, :-1]))]
         length = sum(int((((a == i) & (b == j)) | ((a == j) & (b == i))).sum()) for a, b in steps)
         parted = []

@@ -208,7 +208,7 @@ def test_it_learns_colours_from_a_folder(folder, capsys, monkeypatch):
     grown = tree.grow(evidence, net)
     labels = grown.cut(2)
     assert (labels == truth).mean() > 0.97 or (labels != truth).mean() > 0.97
-    sure, borders = tree.confidence(evidence, grown, labels, net)
+    sure, borders = tree.confidence(grown, labels, net)
     assert min(sure) > 0.5 and borders[0][2] > 0.5
 
     before = out.read_bytes()
