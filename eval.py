@@ -95,7 +95,7 @@ def arguments(argv):
                                              "first (default: the checkpoint's)")
     p.add_argument("--merge", type=float, help="as in sample.py (default: the checkpoint's; 0: samples as "
                                                "the network makes them)")
-    p.add_argument("--tiles", default=1, help="as in sample.py")
+    p.add_argument("--tiles", help="as in sample.py; 1 where the data set has no files")
     p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
     p.add_argument("--device", default="auto")
     p.add_argument("--kernels", help="auto, triton or torch (default: BITSEG_KERNELS, or auto: Triton with "
@@ -218,7 +218,7 @@ def report_clicks(a, model, data, positions, files, path, name):
     asked = {"guidance": a.guidance[0]} if a.guidance else {}
     n, about = max(a.n), dict(name=str(path), dataset=a.dataset, split=a.split, n=max(a.n))
     if a.clicks_to is None:
-        curve = clicks_curve(model, data, positions, a.clicks, n, a.seed, a.batch, **asked)
+        curve = clicks_curve(model, data, positions, a.clicks, n, a.seed, a.batch, a.tiles, files, **asked)
         print(f"{name} on {a.dataset} {a.split}, {len(positions)} images, {n} samples: every annotator "
               f"clicks")
         print(json.dumps(dict(about, images=len(positions), clicks=print_clicks(curve, a.clicks))))
@@ -226,7 +226,7 @@ def report_clicks(a, model, data, positions, files, path, name):
     if not files:
         raise ValueError("--clicks_to needs a data set of files")
     counts, left_out = clicks_needed(model, data, files, a.clicks_to, objects=a.limit, n=n, seed=a.seed,
-                                     batch=a.batch, **asked)
+                                     batch=a.batch, tiles=a.tiles, **asked)
     print(f"{name} on {a.dataset} {a.split}, {n} samples: clicks until an object has IoU {a.clicks_to:g}, "
           f"at most 20; {left_out} "
           "objects left out (too small or too fine for the network's pixels)")
@@ -321,7 +321,7 @@ def check(a):
     if a.limit < 1 or a.batch < 1 or not 8 <= (8 if a.size is None else a.size) <= 16384:
         raise ValueError(f"--limit and --batch must be at least 1 and --size 8, and this at most 16384, "
                          f"not {a.limit}, {a.batch} and {a.size}")
-    a.tiles = tiles_of(a.tiles)
+    tiles_of(a.tiles)
     if not 0 <= a.max_bad <= 1:
         raise ValueError(f"--max_bad is a share, from 0 to 1, not {a.max_bad}")
     if not 0 <= a.seed < 10**6:
@@ -380,8 +380,9 @@ def load_data(a, model):
         places[str(a.size)] = functools.partial(at_size_of, other)
     if files:
         places["own"] = functools.partial(at_own_size, files, data, a.unlabelled, a.components)
-    if a.tiles != 1 and (not files or not model or a.clicking):
-        raise ValueError("--tiles needs a checkpoint and a data set of files, and no clicks")
+    if a.tiles not in (None, "1") and not (files and model):
+        raise ValueError("--tiles needs a checkpoint and a data set of files")
+    a.tiles = tiles_of(a.tiles, model) if files else 1
     return data, places, files
 
 
@@ -445,7 +446,7 @@ def main(argv=None):
         data, places, files = load_data(a, model)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}"
-                   + f"-tiles-{a.tiles}" * (a.tiles != 1))
+                   + f"-tiles-{a.tiles}" * (a.tiles not in (1, tiles_of(None, model))))
         if not a.clicking:
             check_out(out)
             make_folder(out)

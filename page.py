@@ -27,7 +27,7 @@ def options(argv=None):
     p.add_argument("--no_browser", action="store_true", help="print the address, and open no browser")
     p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument("--tiles", default="1", help="also look closer at T x T tiles, as sample.py does; or auto")
+    p.add_argument("--tiles", help="also look closer at T x T tiles, or auto (default: as sample.py does)")
     p.error = lambda message: p.exit(2, f"page.py: {message}\n")
     return p.parse_args(argv)
 
@@ -105,7 +105,7 @@ class Desk:
                               tiles=self.tiles)
         for part, n in ((replace(job, closer=[]), FIRST), (job, N))[not self.on_cpu :]:
             part = replace(next(segment.denoise([part], self.model, n, callback=step)).first(n), hints=None)
-            result, done = segment.summarise(part, photo.view, self.model), strokes if part.done(N) else None
+            result, done = segment.summarise(part, photo.view, self.model), None if part.lacks(N) else strokes
             self.tell(photo, job=part, result=result, done=done, error="")
 
     def open(self, data, name="this file"):
@@ -227,7 +227,8 @@ def main(argv=None):
     with tempfile.TemporaryDirectory(prefix="bitseg-", ignore_cleanup_errors=True) as folder:
         try:
             device, ckpt = pick_device(a.device), a.ckpt or segment.newest_checkpoint()
-            desk = Desk(segment.load_checkpoint(ckpt, device), str(ckpt), folder, segment.tiles_of(a.tiles))
+            model = segment.load_checkpoint(ckpt, device)
+            desk = Desk(model, str(ckpt), folder, segment.tiles_of(a.tiles, model))
             first = a.photo and dict(desk.open(Path(a.photo).read_bytes(), a.photo), name=Path(a.photo).name)
             server = ThreadingHTTPServer(("127.0.0.1", a.port), Handler)
         except OSError as e:
@@ -235,7 +236,7 @@ def main(argv=None):
         except (ValueError, RuntimeError, OverflowError) as e:
             fail(e)
         server.desk, server.config = desk, dict(
-            token=secrets.token_hex(16), first=first, ckpt=a.ckpt, seed=SEED, upload=UPLOAD, tiles=a.tiles)
+            token=secrets.token_hex(16), first=first, ckpt=a.ckpt, seed=SEED, upload=UPLOAD, tiles=desk.tiles)
         threading.Thread(target=desk.work, daemon=True).start()
         print(url := f"http://127.0.0.1:{server.server_port}/", f"on {device}; Ctrl-C ends it", flush=True)
         try:

@@ -5,7 +5,7 @@
     python sample.py --grain fine photo.jpg                      # more, smaller segments; --grain 12: so many
     python sample.py --points "120,80 160,90; 30,200" photo.jpg  # two belong together, the third apart
     python sample.py --points "120,80; 30,200" --closed a.jpg    # two segments and nothing else
-    python sample.py --tiles 2 crowd.jpg                         # look closer: at 2 x 2 tiles, besides
+    python sample.py --tiles 3 crowd.jpg                         # look closer: at 3 x 3 tiles, besides
     python sample.py --init corrected.png --strength 0.4 a.jpg   # a map corrected by hand: sample around it
     torchrun --nproc_per_node 8 -- sample.py --n 4 photos/       # the images are shared among 8 GPUs
 
@@ -51,8 +51,9 @@ def options(argv):
     p.add_argument("--sampler", help="ddpm or ddim (default: the checkpoint's)")
     p.add_argument("--smooth", type=float, help="share of the side that answers are averaged over, between "
                                                 "the image's edges; 0 = none")
-    p.add_argument("--tiles", default=1, help="2: look closer, at 2 x 2 overlapping tiles, besides; auto: at "
-                                              "as many as the size of what is found asks for, up to 4 x 4")
+    p.add_argument("--tiles", help="2: look closer, at 2 x 2 overlapping tiles, besides; 1: do not; auto: at "
+                                   "as many as the size of what is found asks for, up to 4 x 4 (default: 2 "
+                                   "for photos, 1 for a checkpoint without learnt odds, or --merge 0)")
     p.add_argument("--grain", default="normal", help="coarse, normal, fine, or how many segments")
     p.add_argument("--closed", action="store_true", help="every pixel belongs to one of the hints")
     p.add_argument("--merge", type=float, help="cut where the odds that people part two regions reach this: "
@@ -98,6 +99,7 @@ from tqdm import tqdm
 from answers.pictures import colours, grid, overlaid, panel, shade, uncertainty
 from answers.prompts import hint_map
 from answers.segment import (
+    LOOKS,
     SAMPLERS,
     SHIPPED,
     Model,
@@ -370,7 +372,8 @@ def arguments(argv):
     a = options(argv)
     if not a.images:
         raise ValueError("no image is named: python sample.py photo.jpg")
-    a.grain, a.tiles = grain_of(a.grain), tiles_of(a.tiles)
+    a.grain = grain_of(a.grain)
+    tiles_of(a.tiles)
     if a.sampler not in (None, *SAMPLERS):
         raise ValueError(f"--sampler is {' or '.join(SAMPLERS)}, not '{a.sampler}'")
     for name, least, most in (("n", 1, 10**5), ("steps", 1, 10**5), ("batch", 1, 10**5),
@@ -404,7 +407,7 @@ class Run:
     info: dict  # what every segments.json says
     digests: dict  # of the files with prompts
     panoptic: bool  # whether there will be a panoptic.json
-    steps: int  # that one image takes
+    steps: int  # of a sample
     skipped: int = 0  # images that need no sampling
     tiles: int = 0  # of images that have been sampled
     failed: list = field(default_factory=list)
@@ -433,6 +436,7 @@ def prepare_run(a):
     ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
     model, out, names = load_checkpoint(ckpt, a.device), Path(a.out), folder_names(files)
     set_tidy(model, a.least, a.merge)
+    a.tiles = tiles_of(a.tiles, model)
     for given in filter(None, (a.hint, a.init)):
         if Path(given).resolve().parent == (out / names[files[0]]).resolve():
             raise ValueError(f"{given} lies where this image's results go, and would be overwritten: "
@@ -458,7 +462,7 @@ def prepare_run(a):
         introduce(a, model, ckpt, settings)
     return Run(a, model, threads, rank, files[rank::world], {path: out / names[path] for path in files},
                prompts, sampling, info, digests, panoptic,
-               a.n * sampling.get("steps", model.sampling["steps"]))
+               sampling.get("steps", model.sampling["steps"]))
 
 
 def introduce(a, model, ckpt, settings):
@@ -511,13 +515,14 @@ def sampled(run):
     def progress(i, t, xt, x_hat):
         job, path, *_ = run.reading[0]
         tiles = run.tiles + sum(len(other.tiles or []) for other, *_ in run.reading)
-        total = (len(run.files) - run.skipped + tiles) * run.steps
+        total = ((len(run.files) - run.skipped) * a.n + tiles * min(a.n, LOOKS)) * run.steps
         if run.bar is None:
             run.bar = tqdm(total=total, unit="step", mininterval=0.5, disable=run.rank > 0, leave=False)
         run.bar.total = total
         there, every = len(job.x_hat), [len(tile.x_hat) for tile in job.tiles or []]
         run.bar.set_postfix_str(f"{path.name}: sample {there + 1} of {a.n}" if there < a.n else
-                                f"{path.name}: tile {sum(every) + 1} of {len(every) * a.n}", refresh=False)
+                                f"{path.name}: tile {sum(every) + 1} of {len(every) * min(a.n, LOOKS)}",
+                                refresh=False)
         run.bar.update(len(xt))
         if words := run.threads():
             run.say(words)

@@ -4,8 +4,6 @@ What it is: `clicks_curve` (an annotator clicks into every segment) and `clicks_
 object until it is right), with simulated users. What it is not: a page to click on.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt, label
@@ -15,10 +13,10 @@ from tqdm import tqdm
 
 import metrics
 from answers import tree
-from answers.scoring import seed_of
-from answers.segment import denoise, evidence_of, joined, packed_job, prompted
+from answers.scoring import job_of, seed_of
+from answers.segment import denoise, evidence_of, joined, packed_job
 from answers.tree import lab
-from frame import enlarge, shrink
+from frame import enlarge, shrink, subsample
 from sources.formats import read_image, read_labels
 
 
@@ -73,48 +71,51 @@ def random_walker(photo, hints, beta=0.02):
     return out.reshape(h, w)
 
 
-def baselines(photo, evidence):
+def baselines(photo, x_hat):
     """{name: function of hints (h, w) -> label map (h, w)} of what needs no training, and of a watershed on
-    the samples' evidence; hints are the markers."""
-    jump = gradient(photo)
-    soft = [np.minimum(np.abs(np.diff(evidence.views[0].soft, axis=axis + 1)).sum(-1), 2).mean(0)
-            for axis in (0, 1)]
+    samples' soft bits (n, C, h, w); hints are the markers."""
+    jump, x_hat = gradient(photo), x_hat.float().clamp(-1, 1)
+    soft = [x_hat.diff(dim=axis).abs().sum(1).clamp(max=2).mean(0).numpy() for axis in (2, 3)]
     jump_of_samples = [s + 0.3 * g / 20 for s, g in zip(soft, jump)]
     return {"nearest click": nearest_click, "watershed, Lab": lambda hints: tree.forest(jump, hints),
             "random walker": lambda hints: random_walker(photo, hints),
             "watershed, samples": lambda hints: tree.forest(jump_of_samples, hints)}
 
 
-def sampled(model, data, positions, n, seed, batch, **asked):
-    """For each image: its position, photo (h, w, 3), maps (m, h, w), and a function: hints (h, w) -> evidence
-    of n samples that have seen them; None, and where the network sees no hints: of samples that have not.
-    asked: as of `denoise`."""
-    jobs = denoise((packed_job(data, i, seed_of(seed, i)) for i in positions), model, n, batch, **asked)
+def sampled(model, data, positions, n, seed, batch, tiles, files, **asked):
+    """For each image: its position, maps (m, h, w), baselines, and a function: hints (h, w) -> evidence of n
+    samples that have seen them; None, and where the network sees no hints: of samples that have not. tiles,
+    files: as of `clicks_curve`; asked: as of `denoise`."""
     for i in tqdm(positions, "clicks", leave=False):
-        job = next(jobs)
-        (h, w), plain = job.size, evidence_of(job, model.codec)
+        picture = tiles != 1 and read_image(files[data.items[i]].image)
 
-        def evidence(hints=None, job=job, plain=plain):
+        def sample(hints=None, i=i, picture=picture):
+            job = job_of(data, i, model, seed_of(seed, i), tiles, picture, hints)
+            return next(denoise([job], model, n, batch, **asked))
+
+        packed, job = packed_job(data, i), sample()
+        (h, w), plain = packed.size, evidence_of(job, model.codec)
+
+        def evidence(hints=None, sample=sample, plain=plain):
             if hints is None or not model.diffusion.hints:
                 return plain
             shown = np.where(hints <= model.codec.classes, hints, 0)  # more have no number
-            hinted = prompted(replace(job, x_hat=[], tiles=None), model, shown, None)
-            return evidence_of(next(denoise([hinted], model, n, batch, **asked)), model.codec)
+            return evidence_of(sample(shown), model.codec)
 
-        yield i, job.photo, data.maps(i)[:, :h, :w].numpy(), evidence
+        yield (i, data.maps(i)[:, :h, :w].numpy(), baselines(packed.photo, torch.stack(job.x_hat)), evidence)
 
 
-def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1, **asked):
+def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1, tiles=1, files=None, **asked):
     """Scores after k clicks of every annotator in turn: {method: {k: [{metric: mean over annotators}, one an
     image]}}.
 
     ks: numbers of clicks, "all" for one in every segment. Methods: open and closed (this model's; "at once":
-    where the network sees hints, by the samples that have not seen these), and baselines.
+    where the network sees hints, by the samples that have not seen these), and baselines. tiles: as `prepare`
+    has them; more than 1 needs the images' files, as of `data.originals`.
     """
     curve = {}
-    for _, photo, maps, evidence in sampled(model, data, positions, n, seed, batch, **asked):
+    for _, maps, methods, evidence in sampled(model, data, positions, n, seed, batch, tiles, files, **asked):
         plain, scored = evidence(), {}
-        methods = baselines(photo, plain)
         for true in maps:
             points = clicks_of(true)
             for k in ks:
@@ -128,7 +129,8 @@ def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1, **asked):
                         answers["open, at once"] = joined(plain, model, hints=given)[1]
                         answers["closed, at once"] = joined(plain, model, hints=given, closed=True)[1]
                     answers |= {name: method(hints) for name, method in methods.items()}
-                s = metrics.all_scores(torch.from_numpy(np.stack(list(answers.values()))).long(),
+                answers = {name: subsample(torch.from_numpy(v), *true.shape) for name, v in answers.items()}
+                s = metrics.all_scores(torch.stack(list(answers.values())).long(),
                                        torch.from_numpy(true).expand(len(answers), -1, -1))
                 for p, name in enumerate(answers):
                     scored.setdefault((name, k), []).append({key: float(v[p]) for key, v in s.items()})
@@ -139,7 +141,7 @@ def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1, **asked):
 
 
 def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, seed=0, batch=1,
-                  **asked):
+                  tiles=1, **asked):
     """How many clicks a simulated user needs until an object reaches IoU `target`: {method: [clicks, one
     number an object]}, and how many objects are left out since their own mask, made small for the network and
     large again, misses the target.
@@ -158,10 +160,10 @@ def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, se
     for k in chosen:
         wanted.setdefault(found[k][0], []).append(found[k][1])
     counts, left_out = {}, 0
-    for i, photo, _, evidence in sampled(model, data, sorted(wanted), n, seed, batch, **asked):
+    for i, maps, by_baseline, evidence in sampled(model, data, sorted(wanted), n, seed, batch, tiles, files,
+                                                  **asked):
         item = files[data.items[i]]
         picture, labels = read_image(item.image), read_labels(item)[0]
-        by_baseline = baselines(photo, evidence())
         methods = {"tree": lambda hints: joined(evidence(hints), model, hints=hints)[1],
                    **{name: by_baseline[name]
                       for name in ("watershed, Lab", "watershed, samples", "nearest click")}}
@@ -169,19 +171,19 @@ def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, se
             methods["tree, at once"] = lambda hints: joined(evidence(), model, hints=hints)[1]
         for number in wanted[i]:
             truth = labels == number
-            small = shrink(truth.astype(np.int64) + 1, *photo.shape[:2]) == 2
+            small = shrink(truth.astype(np.int64) + 1, *maps.shape[1:]) == 2
             if iou(enlarge(small[None].astype(np.int64), picture)[0].numpy() > 0, truth) < target:
                 left_out += 1
                 continue
             for name, method in methods.items():
                 counts.setdefault(name,
-                                  []).append(clicks_to(method, truth, photo.shape[:2], picture, target, most))
+                                  []).append(clicks_to(method, truth, maps.shape[1:], picture, target, most))
     return counts, left_out
 
 
 def clicks_to(method, truth, shape, picture, target, most):
-    """Clicks until method(hints (h, w)) -> labels (h, w) has the object truth (H, W) by IoU `target`; `most`
-    if it never has."""
+    """Clicks until method(hints (h, w)) -> labels, of any size, has the object truth (H, W) by IoU `target`;
+    `most` if it never has."""
     hints, mask = np.zeros(shape, int), np.zeros(truth.shape, bool)
     for count in range(1, most + 1):
         missed, extra = (middle_of_largest(v) for v in (truth & ~mask, mask & ~truth))
@@ -192,7 +194,8 @@ def clicks_to(method, truth, shape, picture, target, most):
             return most
         hints[at] = number
         labels = method(hints)
-        inside = labels == labels[tuple(np.argwhere(hints == 1)[0])]
+        y, x = (np.argwhere(hints == 1)[0] * 2 + 1) * labels.shape // (2 * np.array(shape))
+        inside = labels == labels[y, x]
         mask = enlarge(inside[None].astype(np.int64), picture)[0].numpy() > 0
         if iou(mask, truth) >= target:
             return count

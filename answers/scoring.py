@@ -13,7 +13,17 @@ from tqdm import tqdm
 
 import metrics
 from answers import tree
-from answers.segment import denoise, evidence_of, joined, odds_of, packed_job, placed, prepare, sample_map
+from answers.segment import (
+    denoise,
+    evidence_of,
+    joined,
+    odds_of,
+    packed_job,
+    placed,
+    prepare,
+    prompted,
+    sample_map,
+)
 from answers.tree import lab
 from frame import connected, enlarge, subsample
 from sources.formats import read_image, read_labels
@@ -176,6 +186,17 @@ def seed_of(seed, i):
     return (seed * 10**6 + i) * 1000
 
 
+def job_of(data, i, model, seed, tiles, picture, hints=None):
+    """Image number i of a data set as a Job: as it is packed or, with tiles, its own file's picture (PIL).
+    hints (h, w), at the size of the packed one: numbers from 1, 0 = none."""
+    if tiles == 1:
+        job = packed_job(data, i, seed)
+        return job if hints is None else prompted(job, model, hints, None)
+    if hints is not None:
+        hints = subsample(torch.from_numpy(hints), picture.height, picture.width).numpy()
+    return prepare(picture, model, hints, seed=seed, tiles=tiles)
+
+
 def score_images(data, positions, model, a, setting, ns, places, full=True, keep=False):
     """A row (dictionary) for each image: "curve", {n: {one, oracle, answer: (ARI, IoU)}}; if full, the
     scores; if keep, the maps.
@@ -186,8 +207,8 @@ def score_images(data, positions, model, a, setting, ns, places, full=True, keep
     """
     rows, n = [], max(ns)
     bar = tqdm(positions, " ".join(map(str, setting.values())), leave=False)
-    jobs = (packed_job(data, i, seed_of(a.seed, i)) if a.tiles == 1 else
-            prepare(places["own"](i)[0], model, seed=seed_of(a.seed, i), tiles=a.tiles) for i in positions)
+    jobs = (job_of(data, i, model, seed_of(a.seed, i), a.tiles, a.tiles != 1 and places["own"](i)[0])
+            for i in positions)
     if model:
         jobs = denoise(jobs, model, n, a.batch, **setting)
     for i, job in zip(bar, jobs):

@@ -38,6 +38,7 @@ from model import UNet
 
 SHOWN = 512  # pixels on the longer side are enough to show uncertainty
 TILES = 16  # at most so many a side
+LOOKS = 2  # samples of each tile, in turn one of each sample of the whole: more of them bring nothing
 NEAR = 100  # network pixels that the median segment should have
 HINTED = 3.0  # guidance, at most, of samples that see hints, which say much of what it would say
 LARGE = 3e7  # pixels of a photo that is not kept twice
@@ -191,16 +192,17 @@ class Job:
         """Of a tile, in the photo: slices."""
         return slice(self.top, self.top + self.size[0]), slice(self.left, self.left + self.size[1])
 
-    def done(self, n):
-        """Whether all n samples are there."""
-        return self.tiles is not None and all(len(job.x_hat) >= n for job in (self, *self.tiles))
+    def lacks(self, n):
+        """Of n samples and of their tiles, those that are not there yet: [(Job, seed)]; tiles are seen to
+        once they are chosen."""
+        wanted = [(self, n), *((tile, min(n, LOOKS)) for tile in self.tiles or [])]
+        return [(job, job.seed + j) for job, most in wanted for j in range(len(job.x_hat), most)]
 
     def first(self, n):
-        """The same with its first n samples, or with as many as all its tiles have; without tiles where one
-        has none."""
+        """The same with its first n samples; without tiles where one has none."""
         each = min((len(tile.x_hat) for tile in self.tiles or []), default=0)
         tiles = [replace(tile, x_hat=tile.x_hat[: min(n, each)]) for tile in self.tiles] if each else []
-        return replace(self, x_hat=self.x_hat[: min(n, each) if each else n], tiles=tiles)
+        return replace(self, x_hat=self.x_hat[:n], tiles=tiles)
 
     def clear(self):
         """Take all samples away."""
@@ -214,23 +216,27 @@ class Job:
         return self.photo.shape[:2]
 
 
-def tiles_of(given):
-    """Tiles a side: a number from 1 (none) to TILES, or auto. Raises ValueError."""
+def tiles_of(given, model=None):
+    """Tiles a side: a number from 1 (none) to TILES, or auto; where none is given, 2 if this model's regions
+    are joined by learnt odds, else 1. Raises ValueError."""
+    if given is None:
+        return 2 if model and model.tidy["merge"] else 1
     if given != "auto" and not (str(given).isdecimal() and 1 <= int(given) <= TILES):
         raise ValueError(f"tiles are a number from 1 to {TILES} a side, or auto, not {given!r}")
     return given if given == "auto" else int(given)
 
 
-def prepare(image, model, hints=None, init=None, seed=0, tiles=1):
+def prepare(image, model, hints=None, init=None, seed=0, tiles=None):
     """PIL image -> Job. hints (H, W): ids, pixels of one id belong together, of different ids apart; init (H,
     W): ids to start from; both 0 where not given. tiles: t looks closer at t x t overlapping tiles, besides;
-    "auto": at as many as the size of what is found asks for, up to 4 x 4. Raises ValueError for an image
-    without pixels and for prompts that do not fit."""
+    "auto": at as many as the size of what is found asks for, up to 4 x 4; None: as `tiles_of` has it. Raises
+    ValueError for an image without pixels and for prompts that do not fit."""
     if image.mode != "RGB" or 0 in image.size:
         raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {image.width} x "
                          f"{image.height} of mode {image.mode}: formats.read_image gives one, upright, of "
                          f"any file")
-    tiles, hints, init = tiles_of(tiles), checked("hint", hints, image), checked("initial map", init, image)
+    tiles, hints = tiles_of(tiles, model), checked("hint", hints, image)
+    init = checked("initial map", init, image)
     if (hints is not None or init is not None) and not any(v is not None and v.any() for v in (hints, init)):
         raise ValueError("hints and initial map are empty: no pixel has an id above 0")
     (job,) = jobs_of(image, model, hints, init, seed, 1)
@@ -357,7 +363,7 @@ class Segmentation:
         return answer(grown, labels, self, hints)
 
 
-def segment(image, model, n=8, seed=0, grain="normal", closed=False, hints=None, init=None, tiles=1,
+def segment(image, model, n=8, seed=0, grain="normal", closed=False, hints=None, init=None, tiles=None,
             **options):
     """n samples for one PIL image and their joint answer: a Segmentation. Sample j has the seed `seed` + j.
 
@@ -450,26 +456,25 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **asked):
             return run(part[half:])
         for job, one in zip(some, x_hat):
             job.x_hat.append(one[:, : job.size[0], : job.size[1]])
-            if len(job.x_hat) == n:
-                look_closer(job)
+            if len(job.x_hat) == n and job.tiles is None:
+                ask(job)
 
-    def look_closer(job):
-        """Ask for the samples of its tiles, now that its own are there."""
-        job.tiles = chosen(job, model) if job.tiles is None else job.tiles
-        queue.extend((tile, tile.seed + j) for j in range(n) for tile in job.tiles if j >= len(tile.x_hat))
+    def ask(job):
+        """For the samples that it lacks; for those of its tiles, once its own are there."""
+        if len(job.x_hat) >= n and job.tiles is None:
+            job.tiles = chosen(job, model)
+        queue.extend(job.lacks(n))
 
     queue, waiting, jobs = deque(), deque(), iter(jobs)
     while True:
         while len(queue) < batch and (job := next(jobs, None)):
             waiting.append(job)
-            queue.extend((job, job.seed + j) for j in range(len(job.x_hat), n))
-            if len(job.x_hat) >= n:
-                look_closer(job)
+            ask(job)
         if not waiting:
             return
         if queue:
             run([queue.popleft() for _ in range(min(batch, len(queue)))])
-        while waiting and waiting[0].done(n):
+        while waiting and waiting[0].tiles is not None and not waiting[0].lacks(n):
             yield waiting.popleft()
 
 
@@ -486,9 +491,10 @@ def chosen(job, model):
 
 def evidence_of(job, codec, samples=slice(None)):
     """What a job's samples say, or some of them, with those of its tiles: tree.Evidence."""
-    photo, tiles, views = job.scene, job.tiles or [], []
+    photo, tiles, views, turns = job.scene, job.tiles or [], [], range(len(job.x_hat))[samples]
     for one in (job, *tiles):
-        x_hat = torch.stack(one.x_hat[samples]).float().clamp(-1, 1)  # (n, C, h, w)
+        x_hat = [one.x_hat[k % len(one.x_hat)] for k in turns[: len(one.x_hat)]]
+        x_hat = torch.stack(x_hat).float().clamp(-1, 1)  # (n, C, h, w)
         cells = codec.decode(x_hat)
         if one is job and tiles:  # at the tiles' resolution
             x_hat = F.interpolate(x_hat, photo.shape[:2], mode="bilinear")

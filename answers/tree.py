@@ -74,7 +74,7 @@ class Evidence:
 
 def gather(image, soft, cells, codes, tiles=()):
     """Photo (h, w, 3) uint8, soft bits (n, h, w, k), their codes (n, h, w) below `codes` -> Evidence. tiles:
-    Views of as many samples, each of which looks closer at its part."""
+    Views of as many samples or fewer, each of which looks closer at its part."""
     views = [View(soft, cells, np.full(image.shape[:2], WHOLE if tiles else 1.0)), *tiles]
     seen = appearance_of(image, max(views[-1].weight.shape))
     colour = seen[..., :3] * 1.25

@@ -9,7 +9,7 @@ from PIL import Image
 from scipy.ndimage import label
 
 import metrics
-from answers import clicks
+from answers import clicks, scoring
 from answers.clicks import (
     baselines,
     clicks_of,
@@ -96,8 +96,7 @@ def test_nearest_click_and_watershed_are_loops():
             ]
             _, at, number = min(steps, key=lambda step: step[0])
             wet[at] = number
-        evidence = gather(photo, np.ones((1, 8, 9, 2)), np.zeros((1, 8, 9), int), 4)
-        methods = baselines(photo, evidence)
+        methods = baselines(photo, torch.ones(1, 2, 8, 9))
         flooded = methods["watershed, Lab"](hints)
         assert all(len({flooded[p] for p in zip(*np.nonzero(wet == k))}) == 1 for k in (1, 2, 3))
         assert len(np.unique(flooded)) == 3
@@ -186,14 +185,15 @@ def evidence_for(maps, files):
     """clicks.sampled without a network: samples that see the disc, and nothing else; of a model that sees
     hints only those that have seen hints."""
 
-    def sampled(model, data, positions, n, seed, batch, **asked):
+    def sampled(model, data, positions, n, *_, **asked):
         for i in positions:
             small = maps[i][2::4, 2::4].astype(int)
             photo = np.array(Image.open(files[i].image).resize((16, 12), Image.Resampling.BOX))
             soft = np.stack([small * 2.0 - 1, -np.ones_like(small)], axis=2)[None].repeat(n, 0)
             plain = gather(photo, soft, small[None].repeat(n, 0), 4)
             blind = gather(photo, -np.ones_like(soft), np.zeros_like(small)[None].repeat(n, 0), 4)
-            yield (i, photo, data.maps(i)[:, :12].numpy(),
+            by_baseline = baselines(photo, torch.from_numpy(soft).permute(0, 3, 1, 2))
+            yield (i, data.maps(i)[:, :12].numpy(), by_baseline,
                    lambda hints=None: blind if hints is None and model.diffusion.hints else plain)
 
     return sampled
@@ -248,15 +248,16 @@ def test_samples_that_have_seen_clicks(model, monkeypatch):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
     hints = np.zeros((16, 16), int)
     hints[3, 3], hints[12, 9] = 1, 2
-    monkeypatch.setattr(clicks, "packed_job", lambda data, i, seed: prepare(picture, hinted, seed=seed))
+    for module in (clicks, scoring):
+        monkeypatch.setattr(module, "packed_job", lambda data, i, seed=0: prepare(picture, hinted, seed=seed))
     data = type("Data", (), dict(maps=lambda self, i: torch.zeros(1, 16, 16, dtype=torch.long)))()
-    ((_, _, _, evidence),) = clicks.sampled(hinted, data, [0], 2, 5, 1)
+    ((_, _, _, evidence),) = clicks.sampled(hinted, data, [0], 2, 5, 1, 1, None)
     same = segment(picture, hinted, n=2, seed=clicks.seed_of(5, 0), hints=hints)
     less = segment(picture, hinted, n=2, seed=clicks.seed_of(5, 0), hints=hints, guidance=3.0)
     more = segment(picture, hinted, n=2, seed=clicks.seed_of(5, 0), hints=hints, guidance=8.0)
     assert torch.equal(same.x_hat, less.x_hat) and not torch.equal(same.x_hat, more.x_hat)
     assert (evidence(hints).views[0].soft == same.evidence.views[0].soft).all()
-    ((_, _, _, asked),) = clicks.sampled(hinted, data, [0], 2, 5, 1, guidance=8.0)
+    ((_, _, _, asked),) = clicks.sampled(hinted, data, [0], 2, 5, 1, 1, None, guidance=8.0)
     assert (asked(hints).views[0].soft == more.evidence.views[0].soft).all()
     assert (evidence().views[0].soft != same.evidence.views[0].soft).any() and evidence() is evidence(None)
     hints[5, 5] = 17  # the 16 codes hold no more: shown to the tree alone

@@ -12,7 +12,7 @@ import sample
 from answers import tree
 from answers.prompts import hint_map
 from answers.scoring import otsu, watershed
-from answers.segment import Model, denoise, jobs_of, prepare, rise, segment
+from answers.segment import LOOKS, Model, denoise, evidence_of, jobs_of, prepare, rise, segment
 from bits import Codec
 from diffusion import Diffusion
 from frame import resize_image
@@ -110,10 +110,27 @@ def test_off_is_as_before_and_seeds_are_of_each_samples_own(by_grey):
     by_grey.clear()
     again = segment(image, model_of(), 3, seed=7, tiles=2, batch=4)
     seeds = [s for seeds, _ in by_grey for s in seeds]
-    assert seeds[:3] == [7, 8, 9] and len(seeds) == len(set(seeds)) == 3 * 5
+    assert seeds[:3] == [7, 8, 9] and len(seeds) == len(set(seeds)) == 3 + 4 * LOOKS
     assert all(torch.equal(a, b) for a, b in zip(result.x_hat, again.x_hat))
+    two = segment(image, model_of(), 2, seed=7, tiles=2)
     one = segment(image, model_of(), 1, seed=8, tiles=2)  # the second sample by itself
-    assert alike(one.cells[0], again.cells[1]) == 1
+    assert alike(one.cells[0], again.cells[1]) == alike(two.cells[1], again.cells[1]) == 1
+
+
+def test_two_samples_of_the_tiles_take_turns(by_grey):
+    job = next(denoise([prepare(crowd()[0], model_of(), tiles=2)], model_of(), 5))
+    assert [len(each.x_hat) for each in (job, *job.tiles)] == [5, 2, 2, 2, 2]
+    for k, draw in ((0, 0), (3, 1), (4, 0)):
+        each = [view.soft for view in evidence_of(job, model_of().codec, slice(k, k + 1)).views[1:]]
+        for soft, tile in zip(each, job.tiles):
+            assert np.allclose(soft, tile.x_hat[draw].clamp(-1, 1).permute(1, 2, 0)[None])
+    whole, *tiles = evidence_of(job, model_of().codec).views
+    assert [len(view.soft) for view in (whole, *tiles)] == [5, 2, 2, 2, 2]
+    again = [replace(v, soft=v.soft[[0, 1, 0, 1, 0]], cells=v.cells[[0, 1, 0, 1, 0]]) for v in tiles]
+    few, many = (tree.gather(job.scene, whole.soft, whole.cells, 64, views) for views in (tiles, again))
+    region = tree.regions(few)
+    a, b = (tree.Graph(evidence, region) for evidence in (few, many))
+    assert np.allclose(a.seen, b.seen) and np.allclose(a.count, b.count)
 
 
 def test_a_job_keeps_its_samples_and_gets_those_that_it_lacks(by_grey):
@@ -121,12 +138,12 @@ def test_a_job_keeps_its_samples_and_gets_those_that_it_lacks(by_grey):
     whole, job = (prepare(image, model_of(), seed=7, tiles=2) for _ in range(2))
     (all_at_once,) = denoise([whole], model_of(), 3, 1)
     first = replace(job, closer=[])  # the same list of samples
-    assert next(denoise([first], model_of(), 2, 1)) is first and first.done(2) and first.tiles == []
-    for n, made in ((2, 8), (3, 5), (3, 0), (1, 0)):
+    assert next(denoise([first], model_of(), 2, 1)) is first and not first.lacks(2) and first.tiles == []
+    for n, made in ((2, 8), (3, 1), (3, 0), (1, 0)):
         by_grey.clear()
-        assert next(denoise([job], model_of(), n, 1)) is job and job.done(n) and len(by_grey) == made
+        assert next(denoise([job], model_of(), n, 1)) is job and not job.lacks(n) and len(by_grey) == made
     for a, b in zip((whole, *whole.tiles), (job, *job.tiles)):
-        assert len(a.x_hat) == len(b.x_hat) == 3 and all(map(torch.equal, a.x_hat, b.x_hat))
+        assert len(a.x_hat) == len(b.x_hat) and all(map(torch.equal, a.x_hat, b.x_hat))
 
 
 def test_hints_reach_every_tile_that_they_lie_in(by_grey):
@@ -157,7 +174,7 @@ def test_stopped_halfway_what_is_whole_counts(by_grey):
     job = next(denoise([prepare(crowd()[0], model_of(), tiles=2)], model_of(), 3))
     job.tiles[3].x_hat.pop()
     part = job.first(3)
-    assert len(part.x_hat) == 2 and {len(tile.x_hat) for tile in part.tiles} == {2}
+    assert len(part.x_hat) == 3 and {len(tile.x_hat) for tile in part.tiles} == {1}
     job.tiles[0].x_hat.clear()
     assert len(job.first(3).x_hat) == 3 and job.first(3).tiles == []
     job.clear()
