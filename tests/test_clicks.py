@@ -264,6 +264,34 @@ def test_samples_that_have_seen_clicks(model, monkeypatch):
     assert (evidence(hints).views[0].soft == same.evidence.views[0].soft).all()
 
 
+def test_tiles_see_the_clicks_too(model, scene):
+    """The same as `segment` makes of the photo's file with the same hints, whose pixels are larger there."""
+    maps, files = scene
+    net = UNet(11, 4, width=32, mult=(1, 2), blocks=1, attn=1, heads=4, patch=2).eval().requires_grad_(False)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    hinted = dataclasses.replace(model, net=net, diffusion=Diffusion(hints=0.5))
+    photo = Image.open(files[1].image)
+    data = Packed(maps, files)
+    data.get = lambda i: (torch.from_numpy(np.array(photo.resize((16, 12))))[None], None, [(12, 16)])
+    data.photo = lambda i: np.array(photo.resize((16, 12)))
+    hints = np.zeros((12, 16), int)
+    hints[2, 3], hints[5, 8] = 2, 1
+    ((_, _, methods, evidence),) = clicks.sampled(hinted, data, [1], 3, 4, 1, 2, files)
+    seed = clicks.seed_of(4, 1)
+    for given in (None, hints):
+        own = None if given is None else given.repeat(4, 0).repeat(4, 1)
+        same = segment(photo, hinted, n=3, seed=seed, hints=own, tiles=2).evidence
+        for a, b in zip(evidence(given).views, same.views, strict=True):
+            assert (a.soft == b.soft).all()
+    assert len(same.views) == 5 and methods["watershed, samples"](hints).shape == (12, 16)
+    curve = clicks.clicks_curve(hinted, data, [1], [2], 2, tiles=2, files=files)
+    assert {"open", "closed", "open, at once"} < curve.keys() and curve["closed"][2][0]["pred"] <= 2
+    # a map of another size than the clicks is looked up where the click is
+    fine = maps[1].astype(int)[::2, ::2]
+    assert clicks_to(lambda hints: fine, maps[1], (12, 16), photo, 0.85, 20) == 1
+
+
 def test_clicks_that_objects_need(scene, monkeypatch):
     maps, files = scene
     monkeypatch.setattr(clicks, "sampled", evidence_for(maps, files))
