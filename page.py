@@ -70,10 +70,10 @@ class Desk:
     """The last PHOTOS photos. `work` samples one at a time; the methods after `sample` answer requests."""
 
     def __init__(self, model, ckpt, folder, tiles):
-        self.model, self.ckpt, self.folder, self.tiles, self.photos = model, ckpt, Path(folder), tiles, {}
+        self.model, self.ckpt, self.folder, self.photos = model, ckpt, Path(folder), {}
         self.news, self.turn, self.slow = threading.Condition(), threading.Lock(), threading.Lock()
         self.on_cpu = next(model.net.parameters()).device.type == "cpu"
-        self.threads = Threads() if self.on_cpu else lambda: ""
+        self.threads, self.tiles = Threads() if self.on_cpu else str, segment.tiles_of(tiles, model)
 
     def tell(self, photo, **news):
         with self.news:
@@ -227,14 +227,13 @@ def main(argv=None):
     with tempfile.TemporaryDirectory(prefix="bitseg-", ignore_cleanup_errors=True) as folder:
         try:
             device, ckpt = pick_device(a.device), a.ckpt or segment.newest_checkpoint()
-            model = segment.load_checkpoint(ckpt, device)
-            desk = Desk(model, str(ckpt), folder, segment.tiles_of(a.tiles, model))
+            desk = Desk(segment.load_checkpoint(ckpt, device), str(ckpt), folder, a.tiles)
             first = a.photo and dict(desk.open(Path(a.photo).read_bytes(), a.photo), name=Path(a.photo).name)
             server = ThreadingHTTPServer(("127.0.0.1", a.port), Handler)
         except OSError as e:
             fail(f"{e.filename or f'--port {a.port}'}: {e.strerror.lower()}; choose another")
         except (ValueError, RuntimeError, OverflowError) as e:
-            fail(e)
+            fail(f"--port is from 0 to 65535, not {a.port}" if isinstance(e, OverflowError) else e)
         server.desk, server.config = desk, dict(
             token=secrets.token_hex(16), first=first, ckpt=a.ckpt, seed=SEED, upload=UPLOAD, tiles=desk.tiles)
         threading.Thread(target=desk.work, daemon=True).start()

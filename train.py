@@ -729,6 +729,9 @@ def check_resumed(c, run, path):
     if lacks:
         raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it was made by --export or another "
                          f"version; start from its weights with --init, into another --out")
+    form = run.resumed.get("form") or run.form
+    if len(form) != 2 or form[0] not in PRECISIONS or form[1] not in LAYOUTS:
+        raise ValueError(f"{path}: this version has no precision and layout {form}: use the one that made it")
     old = {"void": "", "hints": 0.0, "balance": 0.0, **run.resumed["config"]}  # versions before had none
     if datasets.same(old["dataset"], c.dataset, run.resumed.get("contents"), run.train_data):
         old["dataset"] = c.dataset

@@ -439,7 +439,7 @@ def test_control_c_ends_it_in_the_middle_of_sampling_and_nothing_is_left(tmp_pat
     (["nowhere.jpg"], "nowhere.jpg: no such file"), (["README.md"], "README.md: not a readable image"),
     (["--ckpt", "nowhere.pt"], "nowhere.pt: no such file"), (["--device", "cuda:99"], "try --device cpu"),
     (["--port", "{port}"], "--port {port}: address already in use; choose another"),
-    (["--port", "70000"], "0-65535")])
+    (["--port", "70000"], "--port is from 0 to 65535, not 70000")])
 def test_wrong_use_gets_one_sentence(server, ckpt, monkeypatch, capsys, arguments, words):
     arguments, words = [one.format(port=server.port) for one in arguments], words.format(port=server.port)
     monkeypatch.chdir(ROOT)

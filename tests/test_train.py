@@ -416,7 +416,7 @@ def test_a_measured_form_is_kept_and_gives_the_same_bits(tmp_path, monkeypatch, 
     assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
-def test_a_checkpoint_that_names_no_form_goes_on_as_before(tmp_path, monkeypatch):
+def test_a_checkpoint_that_names_no_form_goes_on_as_before(tmp_path, monkeypatch, capsys):
     """As versions wrote it that asked the processor's flags alone."""
     monkeypatch.setattr("engine.cpu_has", lambda name: False)
     three_steps(tmp_path, monkeypatch, "--precision", "fp32", "--layout", "nchw", out="asked")
@@ -429,6 +429,10 @@ def test_a_checkpoint_that_names_no_form_goes_on_as_before(tmp_path, monkeypatch
     monkeypatch.setattr(train, "fastest_form", unmeasured)
     old = three_steps(tmp_path, monkeypatch, out="old")
     assert all(torch.equal(v, plain[k]) for k, v in old.items())
+    for form in (("fp4", "nchw"), ("fp32", "nc16hw"), ("fp32",)):  # of a later version
+        save_checkpoint(tmp_path / "old" / "ckpt.pt", {**content, "form": form})
+        assert run(tmp_path, "--max_steps", "100", "--eval_every", "100", "--dropout", "0.1", out="old") == 2
+        assert "this version has no precision and layout" in capsys.readouterr().err
 
 
 def test_what_is_asked_for_is_not_measured(monkeypatch):
