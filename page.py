@@ -94,7 +94,7 @@ class Desk:
                     self.tell(photo, done=strokes, error=f"this photo could not be sampled: {e}")
 
     def sample(self, photo, strokes):
-        """FIRST samples, then the rest; on a GPU, whose rounding depends on the batch, all at once."""
+        """Of a new photo FIRST samples, then the rest; on a GPU, which rounds by the batch, all at once."""
         def step(*_):
             self.threads()
             with self.turn:
@@ -103,7 +103,7 @@ class Desk:
 
         job = segment.prepare(read_image(photo.file), self.model, strokes_map(strokes, photo.size), seed=SEED,
                               tiles=self.tiles)
-        for part, n in ((replace(job, closer=[]), FIRST), (job, N))[not self.on_cpu :]:
+        for part, n in ((replace(job, closer=[]), FIRST), (job, N))[not self.on_cpu or bool(photo.result) :]:
             part = replace(next(segment.denoise([part], self.model, n, callback=step)).first(n), hints=None)
             result, done = segment.summarise(part, photo.view, self.model), None if part.lacks(N) else strokes
             self.tell(photo, job=part, result=result, done=done, error="")

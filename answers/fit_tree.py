@@ -331,7 +331,7 @@ def fit_sets(model, sets, a):
     for s, (items, weight, settings) in enumerate(sets):
         for image, maps in crops(items, math.ceil(a.crops * weight / whole), settings, (a.seed, s),
                                  a.crop):
-            job = prepare(image, model, seed=a.seed + len(jobs) * 1000)
+            job = prepare(image, model, seed=a.seed + len(jobs) * 1000, tiles=1)
             jobs.append(job)
             seen = partial(evidence_of, job, model.codec)
             drawn.append(Crop(s, subsample(maps, *job.size).numpy(), seen, a.n))
