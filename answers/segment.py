@@ -368,8 +368,8 @@ def segment(image, model, n=8, seed=0, grain="normal", closed=False, hints=None,
     """n samples for one PIL image and their joint answer: a Segmentation. Sample j has the seed `seed` + j.
 
     grain, closed: as `Segmentation.cut` has them; hints, init, tiles: as `prepare`; options: as `denoise`.
-    The same seed gives the same map, whatever else is sampled beside it: on the CPU to the last bit at batch
-    1.
+    Every tile is sampled LOOKS times, for the samples in turn. The same seed gives the same map, whatever
+    else is sampled beside it: on the CPU to the last bit at batch 1.
     """
     job = prepare(image, model, hints, init, seed, tiles)
     return summarise(next(denoise([job], model, n, **options)), image, model, grain, closed)

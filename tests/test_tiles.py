@@ -117,6 +117,18 @@ def test_off_is_as_before_and_seeds_are_of_each_samples_own(by_grey):
     assert alike(one.cells[0], again.cells[1]) == alike(two.cells[1], again.cells[1]) == 1
 
 
+def test_by_default_learnt_odds_look_closer_and_raw_samples_do_not(tmp_path, monkeypatch):
+    image, raw = crowd()[0], model_of()
+    learnt = replace(raw, tidy=dict(least=0, merge=1.0))
+    assert prepare(image, raw).closer == [] and [len(t) for t in prepare(image, learnt).closer] == [4]
+    assert prepare(image, learnt, tiles=1).closer == []
+    image.convert("RGB").save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    for more, tiles in (((), 2), (("--merge", "0"), None), (("--tiles", "1"), None), (("--tiles", "3"), 3)):
+        a = sample.arguments(["a.png", "--ckpt", str(sample.SHIPPED), "--device", "cpu", *more])
+        assert sample.prepare_run(a).info.get("tiles") == tiles
+
+
 def test_two_samples_of_the_tiles_take_turns(by_grey):
     job = next(denoise([prepare(crowd()[0], model_of(), tiles=2)], model_of(), 5))
     assert [len(each.x_hat) for each in (job, *job.tiles)] == [5, 2, 2, 2, 2]
