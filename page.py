@@ -73,7 +73,7 @@ class Desk:
         self.model, self.ckpt, self.folder, self.photos = model, ckpt, Path(folder), {}
         self.news, self.turn, self.slow = threading.Condition(), threading.Lock(), threading.Lock()
         self.on_cpu = next(model.net.parameters()).device.type == "cpu"
-        self.threads, self.tiles = Threads() if self.on_cpu else str, segment.tiles_of(tiles, model)
+        self.threads, self.tiles = Threads() if self.on_cpu else lambda: "", segment.tiles_of(tiles, model)
 
     def tell(self, photo, **news):
         with self.news:
@@ -103,7 +103,7 @@ class Desk:
 
         job = segment.prepare(read_image(photo.file), self.model, strokes_map(strokes, photo.size), seed=SEED,
                               tiles=self.tiles)
-        for part, n in ((replace(job, closer=[]), FIRST), (job, N))[not self.on_cpu or bool(photo.result) :]:
+        for part, n in ((replace(job, tiles=[]), FIRST), (job, N))[not self.on_cpu or bool(photo.result) :]:
             part = replace(next(segment.denoise([part], self.model, n, callback=step)).first(n), hints=None)
             result, done = segment.summarise(part, photo.view, self.model), None if part.lacks(N) else strokes
             self.tell(photo, job=part, result=result, done=done, error="")

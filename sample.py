@@ -99,7 +99,6 @@ from tqdm import tqdm
 from answers.pictures import colours, grid, overlaid, panel, shade, uncertainty
 from answers.prompts import hint_map
 from answers.segment import (
-    LOOKS,
     SAMPLERS,
     SHIPPED,
     Model,
@@ -409,7 +408,7 @@ class Run:
     panoptic: bool  # whether there will be a panoptic.json
     steps: int  # of a sample
     skipped: int = 0  # images that need no sampling
-    tiles: int = 0  # of images that have been sampled
+    begun: int = 0  # images whose sampling has begun
     failed: list = field(default_factory=list)
     reading: deque = field(default_factory=deque)  # (job, image, its pixels, info) of what is being sampled
     bar: tqdm | None = None
@@ -501,6 +500,7 @@ def jobs_of(run):
     for loaded in ahead(functools.partial(load, run), run.files):
         if isinstance(loaded, tuple):
             run.reading.append(loaded)
+            run.begun += 1
             yield loaded[0]
         else:
             run.skipped += 1
@@ -514,15 +514,13 @@ def sampled(run):
 
     def progress(i, t, xt, x_hat):
         job, path, *_ = run.reading[0]
-        tiles = run.tiles + sum(len(other.tiles or []) for other, *_ in run.reading)
-        total = ((len(run.files) - run.skipped) * a.n + tiles * min(a.n, LOOKS)) * run.steps
         if run.bar is None:
-            run.bar = tqdm(total=total, unit="step", mininterval=0.5, disable=run.rank > 0, leave=False)
-        run.bar.total = total
-        there, every = len(job.x_hat), [len(tile.x_hat) for tile in job.tiles or []]
-        run.bar.set_postfix_str(f"{path.name}: sample {there + 1} of {a.n}" if there < a.n else
-                                f"{path.name}: tile {sum(every) + 1} of {len(every) * min(a.n, LOOKS)}",
-                                refresh=False)
+            run.bar = tqdm(unit="step", mininterval=0.5, disable=run.rank > 0, leave=False)
+        lacks = [len(other.lacks(a.n)) for other, *_ in run.reading]
+        unread = len(run.files) - run.skipped - run.begun  # as many samples as the present one's, it seems
+        each = sum(len(part.x_hat) for part in (job, *(job.tiles or []))) + lacks[0]
+        run.bar.total = run.bar.n + (sum(lacks) + unread * each) * run.steps - i * len(xt)
+        run.bar.set_postfix_str(f"{path.name}: sample {each - lacks[0] + 1} of {each}", refresh=False)
         run.bar.update(len(xt))
         if words := run.threads():
             run.say(words)
@@ -558,6 +556,7 @@ def finish(run, job, path, pixels, info):
         with LARGE if pixels > 2e7 else nullcontext():
             image = read_image(path)  # again: several do not fit into memory
             result = summarise(job, image, run.model, a.grain, a.closed)
+            info = {**info, **({"unfinished": True} if job.lacks(a.n) else {})}  # --resume samples it again
             words = write(folder, image, result, run.model, info, job.hints, a.format == "coco_panoptic")
         return f"{path} -> {folder / 'panel.png'} ({words})"
     except OSError as e:
@@ -574,7 +573,6 @@ def sample_all(run):
         try:
             for error in sampled(run):
                 job, *about = run.reading.popleft()
-                run.tiles += len(job.tiles or [])
                 if error:
                     run.say(error)
                 if job.x_hat:  # all samples, or what there is

@@ -161,7 +161,8 @@ def newest_checkpoint(root="out", shipped=SHIPPED):
 class Job:
     """An image in the network's frame of S x S pixels, what is known about it, and its samples so far.
 
-    tiles: the same of overlapping parts of it, once its own samples are there: one of the lists in `closer`.
+    tiles: the same of overlapping parts of it. Where `closer` has several lists of them, one is chosen once
+    its own samples are there.
     """
 
     image: np.ndarray  # (d S, d S, 3) uint8: as a network of detail d sees it
@@ -172,7 +173,7 @@ class Job:
     known: torch.Tensor | None = None
     init: torch.Tensor | None = None  # (C, S, S): bits to start from, 0 where there are none
     seed: int = 0  # sample j has the seed `seed` + j
-    closer: list = field(default_factory=list)  # of lists of tiles: those wanted, or ever more to choose from
+    closer: list = field(default_factory=list)  # of lists of tiles, ever more of them
     tiles: list | None = None  # Jobs; None: not chosen yet
     top: int = 0  # of a tile: where it lies in the photo
     left: int = 0
@@ -193,8 +194,8 @@ class Job:
         return slice(self.top, self.top + self.size[0]), slice(self.left, self.left + self.size[1])
 
     def lacks(self, n):
-        """Of n samples and of their tiles, those that are not there yet: [(Job, seed)]; tiles are seen to
-        once they are chosen."""
+        """Of n samples and of those of the tiles, as far as they are chosen, which are not there yet: [(Job,
+        seed)]."""
         wanted = [(self, n), *((tile, min(n, LOOKS)) for tile in self.tiles or [])]
         return [(job, job.seed + j) for job, most in wanted for j in range(len(job.x_hat), most)]
 
@@ -206,9 +207,9 @@ class Job:
 
     def clear(self):
         """Take all samples away."""
-        for job in (self, *sum(self.closer, [])):
+        for job in (self, *(self.tiles or [])):
             job.x_hat.clear()
-        self.tiles = None
+        self.tiles = None if self.closer else self.tiles
 
     @property
     def size(self):
@@ -241,8 +242,10 @@ def prepare(image, model, hints=None, init=None, seed=0, tiles=None):
         raise ValueError("hints and initial map are empty: no pixel has an id above 0")
     (job,) = jobs_of(image, model, hints, init, seed, 1)
     job.hints = hints
-    sides = range(2, 5) if tiles == "auto" else [tiles][tiles == 1 :]
-    job.closer = [jobs_of(image, model, hints, init, seed, t) for t in sides]
+    if tiles == "auto":
+        job.closer = [jobs_of(image, model, hints, init, seed, t) for t in (2, 3, 4)]
+    else:
+        job.tiles = jobs_of(image, model, hints, init, seed, tiles) if tiles > 1 else []
     return job
 
 
@@ -329,7 +332,7 @@ class Segmentation:
     agreement: torch.Tensor  # (n,): mean ARI of each sample to the others; nan if n = 1
     # the image's shape at SHOWN pixels on the longer side, or its own where that is less
     boundary: torch.Tensor  # in [0, 1]: share of samples with a boundary here (a network pixel wide)
-    entropy: torch.Tensor | None  # in [0, k] bits: of the mean (Eq. 3); None without bits
+    entropy: torch.Tensor | None  # in [0, k] bits: of the mean of x_hat (Eq. 3); None without bits
     x_hat: torch.Tensor  # (n, C, h, w) soft bits, at the network's resolution
     image: Image.Image
     evidence: tree.Evidence  # what `cut` works with
@@ -460,7 +463,8 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **asked):
                 ask(job)
 
     def ask(job):
-        """For the samples that it lacks; for those of its tiles, once its own are there."""
+        """For the samples that it lacks; for those of tiles that are still to be chosen, once its own are
+        there."""
         if len(job.x_hat) >= n and job.tiles is None:
             job.tiles = chosen(job, model)
         queue.extend(job.lacks(n))
@@ -479,10 +483,10 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **asked):
 
 
 def chosen(job, model):
-    """The tiles that a job is to have, now that its own samples are there: of several choices, the fewest in
+    """The tiles that a job is to have, now that its own samples are there: of its choices, the fewest in
     which the median segment of the joint answer has NEAR pixels, or else the most."""
-    if len(job.closer) < 2:
-        return sum(job.closer, [])
+    if not job.closer:
+        return []
     _, labels = joined(evidence_of(replace(job, tiles=[]), model.codec), model)
     median = np.median(np.bincount(labels.ravel()))
     t = next((t for t in (1, 2, 3) if median * ((3 * t + 1) / 4) ** 2 >= NEAR), 4)
@@ -596,12 +600,8 @@ def summarise(job, image, model, grain="normal", closed=False):
         boundary += F.max_pool2d(edge, reach, 1) / n
     bits = None
     if codec.has_bits:
-        bits, seen = torch.zeros(2, h, w)
-        for one in job.tiles or [job]:
-            at, weight = one.place, torch.from_numpy(rise(one, (h, w))).float()
-            bits[at] += weight * entropy(torch.stack(one.x_hat).mean(0, keepdim=True))[0]
-            seen[at] += weight
-        bits = F.interpolate((bits / seen)[None, None], (tall, wide), mode="bilinear")[0, 0]
+        bits = entropy(x_hat.mean(0, keepdim=True))[None]
+        bits = F.interpolate(bits, (tall, wide), mode="bilinear")[0, 0]
     result = Segmentation(None, cells, side, agreement(cells), boundary[0], bits, x_hat, image,
                           evidence_of(job, codec), model)
     result.answer = result.cut(grain, job.hints, closed)

@@ -267,7 +267,8 @@ class Graph:
         place = (at * draws)[None] + np.arange(draws)[:, None]
         place = place * self.codes + view.cells.reshape(draws, -1)
         count = np.bincount(place.ravel(), np.tile(weight, draws), n * draws * self.codes)
-        turn = np.arange(self.samples) % draws  # fewer draws than samples take turns
+        # fewer draws than samples take turns; of an odd number of samples, the first counts for one more
+        turn = np.arange(self.samples) % draws
         soft, count = (v.reshape(n, draws, -1)[:, turn].reshape(n, -1) for v in (soft, count))
         weights = [pair_weight(view, axis)[..., None] for axis in (0, 1)]
         return (owner * self.views + k, np.column_stack([np.bincount(at, weight, n), soft]), count,
@@ -452,11 +453,12 @@ def grow(evidence, net=None, hints=None, least=0, watch=None):
             if level >= SURE:
                 pick |= np.minimum(graph.total[i, 0], graph.total[j, 0]) >= least
             pick = np.flatnonzero(pick & (score > level))
-            to = list(range(graph.n))
+            to, free = list(range(graph.n)), np.ones(graph.n, bool)
             for k in pick[np.argsort(-score[pick], kind="stable")].tolist():
                 a, b = root(to, i[k]), root(to, j[k])
-                if a == b:
+                if a == b or level < SURE and not (free[a] and free[b]):  # of equally good pairs, the first
                     continue
+                free[a] = free[b] = False
                 high[leaves + len(odds)] = min(score[k], high[node[a]], high[node[b]])
                 height.append(high[leaves + len(odds)])
                 children.append((node[a], node[b]))
@@ -485,7 +487,7 @@ def root(to, k):
 def sureness(tree, labels, net=None, graph=None):
     """What a map (h, w) from 0, cut from a tree, is sure of, of each segment, (n,) each: the chance that two
     of its pixels belong together, the chance that one of them and one across the border do not, and the
-    segment's share of the map."""
+    segment's share of the map. graph: of the map, if it is there already."""
     graph = graph or tree.graph_of(labels)
     leaves = np.bincount(tree.region.ravel())
     area, owner = np.zeros(len(leaves) + len(tree.odds)), np.full(len(leaves) + len(tree.odds), -1)

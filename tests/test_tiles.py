@@ -120,8 +120,8 @@ def test_off_is_as_before_and_seeds_are_of_each_samples_own(by_grey):
 def test_by_default_learnt_odds_look_closer_and_raw_samples_do_not(tmp_path, monkeypatch):
     image, raw = crowd()[0], model_of()
     learnt = replace(raw, tidy=dict(least=0, merge=1.0))
-    assert prepare(image, raw).closer == [] and [len(t) for t in prepare(image, learnt).closer] == [4]
-    assert prepare(image, learnt, tiles=1).closer == []
+    assert prepare(image, raw).tiles == prepare(image, learnt, tiles=1).tiles == []
+    assert len(prepare(image, learnt).tiles) == 4
     image.convert("RGB").save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
     for more, tiles in (((), 2), (("--merge", "0"), None), (("--tiles", "1"), None), (("--tiles", "3"), 3)):
@@ -149,7 +149,7 @@ def test_a_job_keeps_its_samples_and_gets_those_that_it_lacks(by_grey):
     image, _ = crowd()
     whole, job = (prepare(image, model_of(), seed=7, tiles=2) for _ in range(2))
     (all_at_once,) = denoise([whole], model_of(), 3, 1)
-    first = replace(job, closer=[])  # the same list of samples
+    first = replace(job, tiles=[])  # the same list of samples
     assert next(denoise([first], model_of(), 2, 1)) is first and not first.lacks(2) and first.tiles == []
     for n, made in ((2, 8), (3, 1), (3, 0), (1, 0)):
         by_grey.clear()
@@ -162,14 +162,14 @@ def test_hints_reach_every_tile_that_they_lie_in(by_grey):
     image, _ = crowd()
     hints = hint_map(128, 128, "64,64; 10,10")
     job = prepare(image, model_of(hints=0.5), hints, tiles=2)
-    (tiles,) = job.closer
+    tiles = job.tiles
     assert [int((tile.known[:, : tile.size[0]].abs().sum(0) > 0).any()) for tile in tiles] == [1] * 4
     count = [len(torch.unique(tile.known.flatten(1).mT, dim=0)) - 1 for tile in tiles]
     assert count == [2, 1, 1, 1]
     answer = segment(image, model_of(hints=0.5), 1, hints=hints, closed=True, tiles=2).answer
     assert len(answer.segments) == 2
     corner = prepare(image, model_of(hints=0.5), hint_map(128, 128, "10,10"), tiles=2)
-    assert [bool(tile.known.any()) for tile in corner.closer[0]] == [True, False, False, False]
+    assert [bool(tile.known.any()) for tile in corner.tiles] == [True, False, False, False]
     next(denoise([corner], model_of(hints=0.5), 1, batch=8))  # they fit into one batch
 
 
@@ -190,7 +190,7 @@ def test_stopped_halfway_what_is_whole_counts(by_grey):
     job.tiles[0].x_hat.clear()
     assert len(job.first(3).x_hat) == 3 and job.first(3).tiles == []
     job.clear()
-    assert not job.x_hat and job.tiles is None and not any(tile.x_hat for tile in job.closer[0])
+    assert not job.x_hat and len(job.tiles) == 4 and not any(tile.x_hat for tile in job.tiles)
 
 
 def test_views_of_all_that_say_the_same_change_nothing():
