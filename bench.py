@@ -619,7 +619,8 @@ def bench_sample(args):
 
 
 def bench_photos(args):
-    """What sample.py does with photos of 640 x 480, files apart: to soft bits, and to label maps."""
+    """What sample.py does with photos of 640 x 480, files apart: to soft bits, and to label maps. Samples of
+    tiles count as those of the whole."""
     device = usable(args.device)
     model = load_checkpoint(args.ckpt, device)
     photos = [Image.fromarray(data.Shapes("val", 640).get([i])[0][0, :480].numpy())
@@ -630,7 +631,7 @@ def bench_photos(args):
     steps = args.steps or model.sampling["steps"]
     print(f"{Path(args.ckpt).name}: {model.image_size} pixels, {args.n} samples a photo, {steps} steps, on "
           f"{where(device)}; medians of {args.rounds} rounds after one, {args.clock} clock\n")
-    rows = []
+    rows, drawn = [], {}
     print_row = table({"photos": 7, "up to": 11, "seconds": 8, "photos/s": 9, "samples/s": 10})
     for count, (stage, finish_photo) in itertools.product(args.images, stages.items()):
         given = [photos[i % len(photos)] for i in range(count)]
@@ -639,11 +640,12 @@ def bench_photos(args):
             jobs = denoise((prepare(photo, model) for photo in given), model, args.n, **options)
             for job, photo in zip(jobs, given):
                 finish_photo(job, photo)
+            drawn[count] = count * sum(len(part.x_hat) for part in (job, *job.tiles))
 
         t = statistics.median([elapsed(run_photos, device, args.clock) for _ in range(args.rounds + 1)][1:])
         rows.append(dict(photos=count, stage=stage, seconds=t, photos_per_second=count / t,
-                         samples_per_second=count * args.n / t))
-        print_row([count, stage, f"{t:.3f}", f"{count / t:.2f}", f"{count * args.n / t:.2f}"])
+                         samples_per_second=drawn[count] / t))
+        print_row([count, stage, f"{t:.3f}", f"{count / t:.2f}", f"{drawn[count] / t:.2f}"])
     finish("photos", checkpoint=Path(args.ckpt).name, device=where(device), torch=torch.__version__,
            clock=args.clock, n=args.n, rows=rows, peak_memory_gb=peak_memory(device))
 

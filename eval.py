@@ -216,7 +216,7 @@ def print_clicks(curve, ks):
 def report_clicks(a, model, data, positions, files, path, name):
     """What --clicks and --clicks_to print; 0, the exit status. Raises ValueError where they cannot be had."""
     asked = {"guidance": a.guidance[0]} if a.guidance else {}
-    n, about = max(a.n), dict(name=str(path), dataset=a.dataset, split=a.split, n=max(a.n))
+    n, about = max(a.n), dict(name=str(path), dataset=a.dataset, split=a.split, n=max(a.n), tiles=a.tiles)
     if a.clicks_to is None:
         curve = clicks_curve(model, data, positions, a.clicks, n, a.seed, a.batch, a.tiles, files, **asked)
         print(f"{name} on {a.dataset} {a.split}, {len(positions)} images, {n} samples: every annotator "
@@ -380,7 +380,7 @@ def load_data(a, model):
         places[str(a.size)] = functools.partial(at_size_of, other)
     if files:
         places["own"] = functools.partial(at_own_size, files, data, a.unlabelled, a.components)
-    if a.tiles not in (None, "1") and not (files and model):
+    if a.tiles and tiles_of(a.tiles) != 1 and not (files and model):
         raise ValueError("--tiles needs a checkpoint and a data set of files")
     a.tiles = tiles_of(a.tiles, model) if files else 1
     return data, places, files
@@ -402,7 +402,8 @@ def print_tables(a, model, name, rows, home):
     people, ns = np.mean([row["annotators"] for row in rows]), sorted(a.n)
     print(f"{name} on {a.dataset} {a.split}: {len(rows)} images, {people:.1f} annotators; "
           + " ".join(f"{key} {value}" for key, value in home.items()))
-    result = dict(dataset=a.dataset, split=a.split, images=len(rows), annotators=people, **home, n=ns)
+    result = dict(dataset=a.dataset, split=a.split, images=len(rows), annotators=people, **home, n=ns,
+                  tiles=a.tiles)
     for where in [w for w in ("network", str(a.size), "own") if w in rows[0]]:
         result[where] = summary(rows, where)
         side = model.image_size if model and where == "network" else a.size or 128
@@ -446,7 +447,7 @@ def main(argv=None):
         data, places, files = load_data(a, model)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}"
-                   + f"-tiles-{a.tiles}" * (a.tiles not in (1, tiles_of(None, model))))
+                   + f"-tiles-{a.tiles}" * (a.tiles != (tiles_of(None, model) if files else 1)))
         if not a.clicking:
             check_out(out)
             make_folder(out)
@@ -463,7 +464,7 @@ def main(argv=None):
         for setting in settings:
             many = all(setting[key] == home[key] for key in setting if key != "guidance")
             rows = score_images(data, positions[rank::world], model, a, setting, ns if many else [1], places,
-                                setting == home)
+                                files, setting == home)
             sweep.append((setting, shared(rows)))
     except ValueError as e:  # a photo that is gone meanwhile, too little memory
         return complain(e)
@@ -482,7 +483,7 @@ def main(argv=None):
     chosen, pictures = examples(rows, answer), {}
     if chosen and answer != "human":
         again = score_images(data, [row["position"] for _, row in chosen], model, a, home, ns, places,
-                             keep=True)
+                             files, keep=True)
         titles = [title_of(kind, row, answer) for kind, row in chosen]
         pictures["examples.png"] = lambda path: example_sheet(path, again, titles)
     line = json.dumps(json.loads(json.dumps(result), parse_constant=lambda nan: None))

@@ -86,23 +86,22 @@ def sampled(model, data, positions, n, seed, batch, tiles, files, **asked):
     """For each image: its position, maps (m, h, w), baselines, and a function: hints (h, w) -> evidence of n
     samples that have seen them; None, and where the network sees no hints: of samples that have not. tiles,
     files: as of `clicks_curve`; asked: as of `denoise`."""
+    def job(i, hints=None):
+        return job_of(data, i, model, seed_of(seed, i), tiles, files, hints)
+
+    jobs = denoise(map(job, positions), model, n, batch, **asked)
     for i in tqdm(positions, "clicks", leave=False):
-        picture = tiles != 1 and read_image(files[data.items[i]].image)
+        packed, sampled = packed_job(data, i), next(jobs)
+        (h, w), plain = packed.size, evidence_of(sampled, model.codec)
 
-        def sample(hints=None, i=i, picture=picture):
-            job = job_of(data, i, model, seed_of(seed, i), tiles, picture, hints)
-            return next(denoise([job], model, n, batch, **asked))
-
-        packed, job = packed_job(data, i), sample()
-        (h, w), plain = packed.size, evidence_of(job, model.codec)
-
-        def evidence(hints=None, sample=sample, plain=plain):
+        def evidence(hints=None, i=i, plain=plain):
             if hints is None or not model.diffusion.hints:
                 return plain
             shown = np.where(hints <= model.codec.classes, hints, 0)  # more have no number
-            return evidence_of(sample(shown), model.codec)
+            return evidence_of(next(denoise([job(i, shown)], model, n, batch, **asked)), model.codec)
 
-        yield (i, data.maps(i)[:, :h, :w].numpy(), baselines(packed.photo, torch.stack(job.x_hat)), evidence)
+        yield (i, data.maps(i)[:, :h, :w].numpy(), baselines(packed.photo, torch.stack(sampled.x_hat)),
+               evidence)
 
 
 def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1, tiles=1, files=None, **asked):

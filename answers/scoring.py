@@ -25,7 +25,7 @@ from answers.segment import (
     sample_map,
 )
 from answers.tree import lab
-from frame import connected, enlarge, subsample
+from frame import connected, enlarge, shrink, subsample
 from sources.formats import read_image, read_labels
 
 ANSWERS = {"coarse": "coarse", "answer": "normal", "fine": "fine"}  # name of the joint answer: its grain
@@ -144,7 +144,7 @@ def joined_table(cells, maps):
     return metrics.reliability(samples, annotators, bins=len(cells) + 1)
 
 
-def border_table(evidence, grown, labels, maps, net):
+def border_table(grown, labels, maps, net):
     """Reliability of the confidence of borders: chances that people part two segments of a map, against the
     share of the annotators' pairs of pixels, one in each segment, that they part, by the length of the
     border: (10, 3)."""
@@ -186,29 +186,29 @@ def seed_of(seed, i):
     return (seed * 10**6 + i) * 1000
 
 
-def job_of(data, i, model, seed, tiles, picture, hints=None):
-    """Image number i of a data set as a Job: as it is packed or, with tiles, its own file's picture (PIL).
-    hints (h, w), at the size of the packed one: numbers from 1, 0 = none."""
+def job_of(data, i, model, seed, tiles, files, hints=None):
+    """Image number i of a data set as a Job: as it is packed or, where tiles is not 1, from its own file, of
+    those of `data.originals`. hints (h, w), at the size of the packed one: numbers from 1, 0 = none."""
     if tiles == 1:
         job = packed_job(data, i, seed)
         return job if hints is None else prompted(job, model, hints, None)
+    picture = read_image(files[data.items[i]].image)
     if hints is not None:
-        hints = subsample(torch.from_numpy(hints), picture.height, picture.width).numpy()
+        hints = shrink(hints, picture.height, picture.width)
     return prepare(picture, model, hints, seed=seed, tiles=tiles)
 
 
-def score_images(data, positions, model, a, setting, ns, places, full=True, keep=False):
+def score_images(data, positions, model, a, setting, ns, places, files=None, full=True, keep=False):
     """A row (dictionary) for each image: "curve", {n: {one, oracle, answer: (ARI, IoU)}}; if full, the
     scores; if keep, the maps.
 
     Scores are at the network's size, and at other places {name: function}, which gives the PIL image and the
-    label maps (m, H, W) of image number i there. With a.tiles, the images are those at their own size, and
-    maps are subsampled to the network's.
+    label maps (m, H, W) of image number i there. With a.tiles other than 1 the images are read from their
+    files (of `data.originals`), and the answers subsampled to the network's size.
     """
     rows, n = [], max(ns)
     bar = tqdm(positions, " ".join(map(str, setting.values())), leave=False)
-    jobs = (job_of(data, i, model, seed_of(a.seed, i), a.tiles, a.tiles != 1 and places["own"](i)[0])
-            for i in positions)
+    jobs = (job_of(data, i, model, seed_of(a.seed, i), a.tiles, files) for i in positions)
     if model:
         jobs = denoise(jobs, model, n, a.batch, **setting)
     for i, job in zip(bar, jobs):
@@ -262,10 +262,10 @@ def reliability_of(job, every, maps, tree_of_all, labels, model):
             for name, e in zip(("ARI", "covering"), metrics.pairwise(torch.cat([every, maps])))}
     if n > 1:
         result["joined"] = joined_table(every, maps)
-    evidence, net = evidence_of(job, model.codec), odds_of(model)[0]
+    net = odds_of(model)[0]
     sure, _ = tree.confidence(tree_of_all, labels, net)
     result["segments"] = segment_table(sure, labels, finer)
-    result["borders"] = border_table(evidence, tree_of_all, labels, finer, net)
+    result["borders"] = border_table(tree_of_all, labels, finer, net)
     if model.codec.has_bits and model.codec.palette != "none":
         result["bits"] = bit_table(job.x_hat[0], maps, model.codec)
     return result

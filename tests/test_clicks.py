@@ -287,6 +287,12 @@ def test_tiles_see_the_clicks_too(model, scene):
     assert len(same.views) == 5 and methods["watershed, samples"](hints).shape == (12, 16)
     curve = clicks.clicks_curve(hinted, data, [1], [2], 2, tiles=2, files=files)
     assert {"open", "closed", "open, at once"} < curve.keys() and curve["closed"][2][0]["pred"] <= 2
+    # of fewer pixels than the packed one: no click is lost
+    small = Image.fromarray(np.asarray(photo)[::6, ::6])
+    for k, item in enumerate(files):
+        small.save(item.image)
+        job = scoring.job_of(data, k, hinted, 0, 2, files, hints)
+        assert small.size < (12, 16)[::-1] and set(np.unique(job.hints)) == {0, 1, 2}
     # a map of another size than the clicks is looked up where the click is
     fine = maps[1].astype(int)[::2, ::2]
     assert clicks_to(lambda hints: fine, maps[1], (12, 16), photo, 0.85, 20) == 1

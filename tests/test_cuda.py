@@ -141,7 +141,8 @@ def test_the_same_noise_gives_the_same_answer_on_both_devices(tmp_path, monkeypa
 
 
 def photos(model, count):
-    return [prepare(Image.fromarray(Shapes("test", 96).get([i])[0][0].numpy()), model) for i in range(count)]
+    scenes = (Shapes("test", 96).get([i])[0][0].numpy() for i in range(count))
+    return [prepare(Image.fromarray(scene), model, tiles=1) for scene in scenes]
 
 
 def test_one_graph_of_all_steps_is_what_its_launches_are():

@@ -235,8 +235,8 @@ def test_segments_are_right_where_people_have_one_like_them(cut):
 
 def test_borders_are_right_where_people_part_the_two(cut):
     """Weighed by their length; against every pair of pixels, one in each segment."""
-    evidence, grown, labels, maps = cut
-    table = scoring.border_table(evidence, grown, labels, maps, None)
+    _, grown, labels, maps = cut
+    table = scoring.border_table(grown, labels, maps, None)
     want = np.zeros((10, 3))
     for i, j, chance in tree.confidence(grown, labels)[1]:
         steps = [(a, b) for a, b in ((labels[1:], labels[:-1]), (labels[:, 1:], labels[:, :-1]))]
@@ -249,7 +249,7 @@ def test_borders_are_right_where_people_part_the_two(cut):
         if parted:
             want[min(9, int(chance * 10))] += length * np.array([1, chance, np.mean(parted)])
     assert np.allclose(table, want) and want[:, 0].sum() > 10
-    nothing = scoring.border_table(evidence, grown, labels, torch.full_like(maps, -1), None)
+    nothing = scoring.border_table(grown, labels, torch.full_like(maps, -1), None)
     assert nothing.shape == (10, 3) and not nothing.any()
 
 

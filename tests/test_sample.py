@@ -88,6 +88,32 @@ def test_tiles(ckpt, tmp_path, capsys):
         assert "tiles are a number from 1 to 16 a side, or auto" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("stop", [3, 11])  # among the samples of the whole, and among those of the tiles
+def test_what_is_stopped_among_tiles_is_not_done(ckpt, tmp_path, monkeypatch, capsys, stop):
+    photo((70, 50)).save(tmp_path / "a.png")
+    real, samples = segment_module.sampled, []
+
+    def sampled(*args, **options):
+        samples.append(1)
+        if len(samples) == stop:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(segment_module, "sampled", sampled)
+    words = (tmp_path / "a.png", "--n", 4, "--tiles", 2, "--batch", 1)
+    for _ in range(2):  # the second goes on from where the first began
+        samples.clear()
+        assert run(ckpt, tmp_path, *words, "--resume") == 130
+        info = json.loads((tmp_path / "out" / "a" / "segments.json").read_text())["info"]
+        assert info["unfinished"] and info["n"] == min(4, stop - 1)
+    samples[:] = [1] * stop
+    assert run(ckpt, tmp_path, *words, "--resume") == 0
+    assert len(samples) - stop == 4 + 4 * 2 and "done already" not in capsys.readouterr().out
+    info = json.loads((tmp_path / "out" / "a" / "segments.json").read_text())["info"]
+    assert "unfinished" not in info and info["n"] == 4
+    assert run(ckpt, tmp_path, *words, "--resume") == 0 and "done already" in capsys.readouterr().out
+
+
 def test_the_guidance_that_is_told_is_the_one_sampled_with(tmp_path, monkeypatch):
     """The weights in the box see hints, and then take less."""
     photo().save(tmp_path / "a.png")

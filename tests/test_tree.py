@@ -227,6 +227,16 @@ def test_features_pixel_by_pixel_and_after_merges():
         region = to[region]
 
 
+def test_equally_good_pairs_join_one_after_the_other():
+    """Four strips of three samples, each with one border, after another strip: each pair is as likely."""
+    strip = np.arange(48)[None].repeat(12, 0) // 12
+    cells = np.stack([strip > k for k in range(3)]).astype(int)
+    soft = np.stack([cells * 2.0 - 1] * 2, axis=-1)
+    tree = grow(gather(np.full((12, 48, 3), 128, np.uint8), soft, cells, 4))
+    assert len(np.unique(tree.odds.round(6))) > 1  # once two are joined, the next is another question
+    assert [len(np.unique(tree.cut(grain, 0.25))) for grain in GRAINS] == [1, 2, 4]
+
+
 @pytest.mark.parametrize("name, inputs", [("", 53), ("hint_", 49)])
 def test_the_networks_are_what_torch_computes(name, inputs):
     net = learnt()
