@@ -514,12 +514,13 @@ def sampled(run):
 
     def progress(i, t, xt, x_hat):
         job, path, *_ = run.reading[0]
-        if run.bar is None:
-            run.bar = tqdm(unit="step", mininterval=0.5, disable=run.rank > 0, leave=False)
         lacks = [len(other.lacks(a.n)) for other, *_ in run.reading]
         unread = len(run.files) - run.skipped - run.begun  # as many samples as the present one's, it seems
         each = sum(len(part.x_hat) for part in (job, *(job.tiles or []))) + lacks[0]
-        run.bar.total = run.bar.n + (sum(lacks) + unread * each) * run.steps - i * len(xt)
+        left = (sum(lacks) + unread * each) * run.steps - i * len(xt)
+        if run.bar is None:
+            run.bar = tqdm(total=left, unit="step", mininterval=0.5, disable=run.rank > 0, leave=False)
+        run.bar.total = run.bar.n + left
         run.bar.set_postfix_str(f"{path.name}: sample {each - lacks[0] + 1} of {each}", refresh=False)
         run.bar.update(len(xt))
         if words := run.threads():
