@@ -193,8 +193,11 @@ def job_of(data, i, model, seed, tiles, files, hints=None):
         job = packed_job(data, i, seed)
         return job if hints is None else prompted(job, model, hints, None)
     picture = read_image(files[data.items[i]].image)
-    if hints is not None:
-        hints = shrink(hints, picture.height, picture.width)
+    size = picture.height, picture.width
+    if hints is not None and any(a > b for a, b in zip(hints.shape, size)):
+        hints = shrink(hints, *size)  # which loses none
+    elif hints is not None:
+        hints = subsample(torch.from_numpy(hints), *size).numpy()
     return prepare(picture, model, hints, seed=seed, tiles=tiles)
 
 
