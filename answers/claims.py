@@ -20,7 +20,9 @@ from scipy.sparse.csgraph import breadth_first_order, breadth_first_tree, dijkst
 from answers.tree import collect, neighbours, perceptron
 
 ROUNDS = 2  # what a hint looks like is learnt from the leaves that it gets: so often
-WANTED = 0.5  # mean log odds above which a hint takes a segment that it does not lie in
+# Mean log odds above which a hint takes a segment that it does not lie in: of one hint, and by how much less
+# where there are twice as many. The more hints, the fewer segments belong to none of them.
+WANTED, DOUBLED = 1.2, 0.5
 
 
 @dataclass
@@ -188,7 +190,7 @@ def claims(evidence, tree, hints, net=None, closed=False, offset=0.0):
 
     tree: grown with these hints (h, w), numbers from 1 to K, 0 = none. net: of `tree.learnt`; None: the
     samples alone decide. A segment of the tree, cut at the normal grain with this offset, stays as it is
-    where no hint lies in it and none wants it by more than WANTED.
+    where no hint lies in it and none wants it by enough (see WANTED).
     """
     leaves = leaves_of(evidence, tree, hints)
     owner = first_owner(leaves)
@@ -202,4 +204,5 @@ def claims(evidence, tree, hints, net=None, closed=False, offset=0.0):
     segment[tree.region.ravel()] = tree.cut("normal", offset).ravel()
     held, area = np.bincount(segment, leaves.held) > 0, np.bincount(segment, leaves.area)
     wish = np.stack([np.bincount(segment, leaves.area * s) / area for s in score.clip(-6, 6).T], axis=1)
-    return np.where((held | (wish.max(1) > WANTED))[segment], owner, 0)
+    wanted = WANTED - DOUBLED * np.log2(wish.shape[1])
+    return np.where((held | (wish.max(1) > wanted))[segment], owner, 0)
