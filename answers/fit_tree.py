@@ -260,7 +260,8 @@ def fit_confidence(drawn, net):
         grown = tree.grow(evidence, net)
         for grain in tree.GRAINS:
             labels = grown.cut(grain)
-            inside, outside, share = tree.sureness(grown, labels, net)
+            graph = grown.graph_of(labels)
+            inside, outside, share = tree.sureness(grown, labels, graph, tree.border_chances(graph, net))
             hits.append(share_who_drew(labels, torch.from_numpy(crop.maps))[: len(share)])
             seen.append(torch.from_numpy(tree.confidence_features(inside, outside, share).T))
     x, y = torch.cat(seen), torch.cat(hits)

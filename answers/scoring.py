@@ -149,8 +149,7 @@ def border_table(grown, labels, maps, net):
     share of the annotators' pairs of pixels, one in each segment, that they part, by the length of the
     border: (10, 3)."""
     graph, rows = grown.graph_of(labels), []
-    _, borders = tree.confidence(grown, labels, net)
-    for (i, j, chance), length in zip(borders, graph.border[:, 0]):
+    for i, j, chance, length in zip(graph.i, graph.j, tree.border_chances(graph, net), graph.border[:, 0]):
         parted = []
         for truth in maps.numpy():
             a, b = truth[(labels == i) & (truth >= 0)], truth[(labels == j) & (truth >= 0)]

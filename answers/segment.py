@@ -566,12 +566,10 @@ def answer(grown, labels, result, hints=None):
     if hints is not None and hints.any():  # exactly, to the pixel: each hint is what its segment is
         small = shrink(hints, *labels.shape)
         hints = subsample(torch.from_numpy(hints), *full.shape).numpy()
-        most = {int(i): place[small == i].flat[0] for i in np.unique(hints[hints > 0])}
-        ids = np.array(list(most))
-        values = np.array(list(most.values()))
         here = hints > 0
-        numbers = values[np.searchsorted(ids, hints[here])]
-        full[torch.from_numpy(here)] = torch.from_numpy(numbers).to(full.dtype)
+        ids, at = np.unique(hints[here], return_inverse=True)
+        numbers = np.array([place[small == i].flat[0] for i in ids], int)
+        full[torch.from_numpy(here)] = torch.from_numpy(numbers[at]).to(full.dtype)
     confidence = {int(place_of[k]): float(sure[k]) for k in range(len(place_of))}
     segments = coco_segments(full.numpy(), confidence)
     left = {s["id"] for s in segments}  # in a photo smaller than the map, segments may lose all their pixels

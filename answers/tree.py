@@ -484,11 +484,10 @@ def root(to, k):
     return k
 
 
-def sureness(tree, labels, net=None, graph=None):
+def sureness(tree, labels, graph, apart):
     """What a map (h, w) from 0, cut from a tree, is sure of, of each segment, (n,) each: the chance that two
     of its pixels belong together, the chance that one of them and one across the border do not, and the
-    segment's share of the map. graph: of the map, if it is there already."""
-    graph = graph or tree.graph_of(labels)
+    segment's share of the map. graph: the map's; apart: its `border_chances`."""
     leaves = np.bincount(tree.region.ravel())
     area, owner = np.zeros(len(leaves) + len(tree.odds)), np.full(len(leaves) + len(tree.odds), -1)
     area[: len(leaves)] = leaves
@@ -501,7 +500,6 @@ def sureness(tree, labels, net=None, graph=None):
             together[owner[node]] += area[a] * area[b] / (1 + np.exp(-odds))
             pairs[owner[node]] += area[a] * area[b]
     inside = np.where(pairs > 0, together / pairs.clip(1), 1.0)
-    apart = border_chances(graph, net)
     length = graph.border[:, 0]
     around = np.bincount(graph.i, length, graph.n) + np.bincount(graph.j, length, graph.n)
     outside = np.bincount(graph.i, length * apart, graph.n) + np.bincount(graph.j, length * apart, graph.n)
@@ -518,8 +516,9 @@ def confidence(tree, labels, net=None):
     a net: how sure the samples are of it), and of its borders [(i, j, chance that a person parts these
     two)]."""
     graph = tree.graph_of(labels)
-    seen = sureness(tree, labels, net, graph)
-    borders = list(zip(graph.i.tolist(), graph.j.tolist(), border_chances(graph, net).tolist()))
+    apart = border_chances(graph, net)
+    seen = sureness(tree, labels, graph, apart)
+    borders = list(zip(graph.i.tolist(), graph.j.tolist(), apart.tolist()))
     if net is None:
         return seen[0] * seen[1], borders
     bias, *slopes = net["confidence"]

@@ -136,6 +136,18 @@ def test_segments_without_a_hint_stay_unless_one_wants_them(monkeypatch):
     assert (claims(evidence, grown, hints, net, closed=True) > 0).all()
 
 
+@pytest.mark.parametrize("count, least", [(1, 1.2), (2, 0.7), (4, 0.2)])
+def test_the_more_hints_the_less_they_have_to_want_a_segment(monkeypatch, count, least):
+    evidence, net = evidence_of(2), network(2)
+    places = [(2, 2), (9, 8), (2, 8), (9, 2)][:count]
+    hints = hints_at((12, 11), *((number, place) for number, place in enumerate(places, 1)))
+    grown = grow(evidence, net, hints)
+    for over in (-0.01, 0.01):
+        same = np.full((grown.graph.n, count), least + over)
+        monkeypatch.setattr(module, "odds", lambda *_, same=same: same)
+        assert (claims(evidence, grown, hints, net) > 0).all() == (over > 0)
+
+
 def test_alike_samples_decide_without_a_network():
     """Two halves in all samples, no contrast in the photo: each hint gets its half, closed or not."""
     cells = np.repeat([0, 1], 10)[None, None].repeat(16, 1).repeat(3, 0)
