@@ -413,7 +413,7 @@ class Run:
     reading: deque = field(default_factory=deque)  # (job, image, its pixels, info) of what is being sampled
     bar: tqdm | None = None
 
-    def info_of(self, path):
+    def about(self, path):
         return {**self.info, "image": str(path), "digests": {"image": digest(path), **self.digests}}
 
     def say(self, text):
@@ -485,7 +485,7 @@ def fault(path, e):
 def load(run, path):
     """One image, ready to be sampled and finished, or what to say instead."""
     try:
-        info = run.info_of(path)
+        info = run.about(path)
         if done(run.folders[path], info) and run.options.resume:
             return f"{path}: done already"
         image = read_image(path)
