@@ -91,8 +91,8 @@ def sampled(model, data, positions, n, seed, batch, tiles, files, **asked):
 
     jobs = denoise(map(job, positions), model, n, batch, **asked)
     for i in tqdm(positions, "clicks", leave=False):
-        packed, sampled = packed_job(data, i), next(jobs)
-        (h, w), plain = packed.size, evidence_of(sampled, model.codec)
+        packed, unseeing = packed_job(data, i), next(jobs)
+        (h, w), plain = packed.size, evidence_of(unseeing, model.codec)
 
         def evidence(hints=None, i=i, plain=plain):
             if hints is None or not model.diffusion.hints:
@@ -100,7 +100,7 @@ def sampled(model, data, positions, n, seed, batch, tiles, files, **asked):
             shown = np.where(hints <= model.codec.classes, hints, 0)  # more have no number
             return evidence_of(next(denoise([job(i, shown)], model, n, batch, **asked)), model.codec)
 
-        yield (i, data.maps(i)[:, :h, :w].numpy(), baselines(packed.photo, torch.stack(sampled.x_hat)),
+        yield (i, data.maps(i)[:, :h, :w].numpy(), baselines(packed.photo, torch.stack(unseeing.x_hat)),
                evidence)
 
 

@@ -288,7 +288,7 @@ def test_tiles_see_the_clicks_too(model, scene):
     curve = clicks.clicks_curve(hinted, data, [1], [2], 2, tiles=2, files=files)
     assert {"open", "closed", "open, at once"} < curve.keys() and curve["closed"][2][0]["pred"] <= 2
     # of fewer pixels than the packed one: no click is lost
-    small = Image.fromarray(np.asarray(photo)[::6, ::6])
+    small = Image.fromarray(np.asarray(photo)[::16, ::16])
     for k, item in enumerate(files):
         small.save(item.image)
         job = scoring.job_of(data, k, hinted, 0, 2, files, hints)

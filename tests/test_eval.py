@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,6 +78,18 @@ def test_a_baseline_on_known_maps(tmp_path, capsys):
     rows = list(csv.DictReader(open(tmp_path / "out/images.csv")))
     assert [row["name"] for row in rows] == ["a", "b"] and float(rows[0]["own_grid_ari"]) == 1
     assert json.loads((tmp_path / "out/report.json").read_text()) == report
+
+
+def test_reports_name_their_tiles_and_share_no_folder(tmp_path, capsys, monkeypatch, ckpt):
+    d = folder(tmp_path / "d", {"a": [thirds(40, 48)]})
+    monkeypatch.chdir(tmp_path)
+    for more, tiles, name in (((), 1, ""), (("--tiles", "2"), 2, "-tiles-2"),  # its samples stay as they are
+                              (("--merge", "1"), 2, ""), (("--merge", "1", "--tiles", "1"), 1, "-tiles-1")):
+        assert evaluation.main(["--ckpt", str(ckpt), "--dataset", str(d), "--device", "cpu", *more]) == 0
+        report = json.loads(Path(f"out/eval/{ckpt.parent.name}-d-val{name}/report.json").read_text())
+        assert report["tiles"] == tiles
+    assert evaluation.main(["--baseline", "grid", "--dataset", str(d), "--tiles", "2"]) == 2
+    assert "--tiles needs a checkpoint and a data set of files" in capsys.readouterr().err
 
 
 def test_humans_against_each_other(tmp_path, capsys):

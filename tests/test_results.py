@@ -225,7 +225,8 @@ def test_what_is_sampled_before_a_stop_is_written(run, monkeypatch, capsys):
     assert len(list(Path("samples/b").glob("labels_*.png"))) == 5
 
 
-def test_one_photo_shows_its_samples_and_steps(run, monkeypatch, capsys):
+@pytest.mark.parametrize("tiles, samples", [(1, 3), (2, 3 + 4 * 2)])
+def test_one_photo_shows_its_samples_and_steps(run, monkeypatch, capsys, tiles, samples):
     seen = []
 
     class Bar(sample.tqdm):
@@ -235,9 +236,11 @@ def test_one_photo_shows_its_samples_and_steps(run, monkeypatch, capsys):
 
     monkeypatch.setattr(sample, "tqdm", Bar)
     picture().save("a.png")
-    assert run("a.png", "--n", 3, "--steps", 4) == 0
-    assert [n for n, _, _ in seen] == list(range(1, 13)) and {total for _, total, _ in seen} == {12}
-    assert [text for _, _, text in seen[::4]] == [f"a.png: sample {j} of 3" for j in (1, 2, 3)]
+    assert run("a.png", "--n", 3, "--steps", 4, "--tiles", tiles, "--batch", 1) == 0
+    steps = 4 * samples
+    assert [n for n, _, _ in seen] == list(range(1, steps + 1)) and {t for _, t, _ in seen} == {steps}
+    words = [f"a.png: sample {j + 1} of {samples}" for j in range(samples)]
+    assert [text for _, _, text in seen[::4]] == words
 
 
 # ---- options
