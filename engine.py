@@ -283,18 +283,20 @@ def out_of_memory(e):
 
 
 def pick_device(name):
-    """auto, cpu, cuda, cuda:1, mps -> torch.device, now the current one. Raises ValueError if it is not
-    there."""
+    """auto, cpu, cuda, cuda:1, mps -> torch.device, now the current one; of CUDA with its number,
+    without which set_device fails in PyTorch 2.11. Raises ValueError if it is not there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("it is none of cpu, cuda and mps")
         torch.zeros(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors are
+        if device.type == "cuda":  # Triton launches on the current device, wherever the tensors are
+            index = torch.cuda.current_device() if device.index is None else device.index
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)
         return device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device '{name}' is not usable here ({str(e).splitlines()[0][:80]}): try --device "

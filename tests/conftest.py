@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,15 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device, and is skipped without one")
+    from kernels import triton
+    old = triton and version(triton) < (3, 7) and version(np) >= (2, 4)
+    if old and os.environ.get("TRITON_INTERPRET"):
+        raise pytest.UsageError(f"the interpreter of Triton {triton.__version__} does not run with NumPy "
+                                f"{np.__version__}: pip install 'numpy<2.4'")
+
+
+def version(package):
+    return tuple(map(int, package.__version__.split(".")[:2]))
 
 
 @pytest.fixture

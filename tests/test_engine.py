@@ -142,12 +142,15 @@ def test_a_failed_capture_says_why_and_leaves_nothing_behind(monkeypatch):
 
 
 def test_the_device_picked_is_the_current_one(monkeypatch):
-    current, zeros = [], torch.zeros
+    """With its number, which older versions of PyTorch ask for."""
+    current, zeros = [torch.device("cuda:0")], torch.zeros
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1].index)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", lambda *a, device: zeros(*a))  # as if there were two
-    assert pick_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
-    assert pick_device("cuda") == torch.device("cuda") and pick_device("cpu") == torch.device("cpu")
-    assert len(current) == 1
+    for name, index in ("auto", 0), ("cuda", 0), ("cuda:1", 1), ("cuda", 1):
+        assert pick_device(name) == current[-1] == torch.device("cuda", index)
+    assert pick_device("cpu") == torch.device("cpu") and len(current) == 5
 
 
 def test_watch_counts_rows_and_names_spikes():
