@@ -45,10 +45,11 @@ import kernels
 import train
 from answers.segment import SHIPPED, denoise, load_checkpoint, prepare, summarise
 from diffusion import kernel_options, sample
-from engine import LAYOUTS, Step, pick_device, update_ema
+from engine import LAYOUTS, Step, host_threads, pick_device, update_ema
 
 BITS, SIZE = 6, 128
 MIN_SECONDS = 0.2  # of measuring, for each figure on a CPU
+ONE_BY_ONE = 8  # photos at most whose label maps are timed
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -619,27 +620,30 @@ def bench_sample(args):
 
 
 def bench_photos(args):
-    """What sample.py does with photos of 640 x 480, files apart: to soft bits, and to label maps. Samples of
-    tiles count as those of the whole."""
+    """What sample.py does with photos of 640 x 480, files apart: to soft bits, and (of few, as they are made
+    one by one) to label maps. Samples of tiles count as those of the whole."""
     device = usable(args.device)
+    torch.set_num_threads(host_threads(device) or torch.get_num_threads())
     model = load_checkpoint(args.ckpt, device)
     photos = [Image.fromarray(data.Shapes("val", 640).get([i])[0][0, :480].numpy())
               for i in range(min(max(args.images), 8))]
     options = dict(steps=args.steps) if args.steps else {}
-    stages = {"soft bits": lambda job, photo: None,
-              "label maps": lambda job, photo: summarise(job, photo, model)}
+    stages = {"soft bits": None, "label maps": lambda job, photo: summarise(job, photo, model)}
     steps = args.steps or model.sampling["steps"]
     print(f"{Path(args.ckpt).name}: {model.image_size} pixels, {args.n} samples a photo, {steps} steps, on "
           f"{where(device)}; medians of {args.rounds} rounds after one, {args.clock} clock\n")
     rows, drawn = [], {}
     print_row = table({"photos": 7, "up to": 11, "seconds": 8, "photos/s": 9, "samples/s": 10})
     for count, (stage, finish_photo) in itertools.product(args.images, stages.items()):
+        if finish_photo and count > ONE_BY_ONE:
+            continue
         given = [photos[i % len(photos)] for i in range(count)]
 
         def run_photos():
             jobs = denoise((prepare(photo, model) for photo in given), model, args.n, **options)
             for job, photo in zip(jobs, given):
-                finish_photo(job, photo)
+                if finish_photo:
+                    finish_photo(job, photo)
             drawn[count] = count * sum(len(part.x_hat) for part in (job, *job.tiles))
 
         t = statistics.median([elapsed(run_photos, device, args.clock) for _ in range(args.rounds + 1)][1:])
@@ -667,7 +671,7 @@ def gpu_parts(small):
         kernel = "--batch 8 256 --dtype bfloat16".split()
         training = {f"train-{n}": f"--preset paper --batch {n} --rounds 5{' --norm' * (n == 64)}"
                     for n in (8, 64, 256)}
-        photos, reading = "--images 1 64", "--batch 64 --seconds 1"
+        photos, reading = "--images 1 64 --rounds 1", "--batch 64 --seconds 1"
     tests = [*python, *"-m pytest -v --tb short -p no:cacheprovider".split()]
     tests += [f"tests/test_{name}.py" for name in files]
     tests += [] if small else ["tests/test_data_cache.py::test_augmentation_never_waits_for_the_host"]
@@ -686,7 +690,10 @@ def bench_gpu(args):
     if out.exists() and any(out.iterdir()) and not (out / "gpu.json").exists():
         raise ValueError(f"{out} holds other files: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    parts, results = gpu_parts(args.small), {}
+    every, results = gpu_parts(args.small), {}
+    if wrong := set(args.parts or ()) - {name for name, _, _ in every}:
+        raise ValueError(f"--parts: '{wrong.pop()}' is not one of {', '.join(name for name, _, _ in every)}")
+    parts = [part for part in every if part[0] in (args.parts or part)]
     whole = sum(share for _, share, _ in parts)
     for name, share, command in parts:
         start, limit = time.perf_counter(), 60 * args.minutes * share / whole
@@ -791,6 +798,7 @@ def arguments(argv):
     g.add_argument("--out", required=True, help="folder for gpu.md, gpu.json and what each part printed")
     g.add_argument("--small", action="store_true",
                    help="every part in little, on the CPU: to see that all of them run")
+    g.add_argument("--parts", nargs="+", help="only these of " + ", ".join(n for n, *_ in gpu_parts(False)))
     g.add_argument("--minutes", type=float, default=9,
                    help="for all of it; each part is stopped at its share")
     g.set_defaults(run=bench_gpu)

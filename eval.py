@@ -126,7 +126,7 @@ from answers.segment import (
 )
 from data import load, originals, parse_parts, parse_void
 from diffusion import SAMPLERS, VARIANCES, WITHOUT_VARIANCE
-from engine import crowded, foreign, make_folder, pick_device, program
+from engine import crowded, foreign, host_threads, make_folder, pick_device, program
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ",
         "ap50": "AP at IoU 0.5", "covering": "covering", "pri": "PRI", "voi": "VoI (bits)",
@@ -353,8 +353,8 @@ def load_model(a):
     device = pick_device(f"cuda:{local}" if a.device == "auto" and torch.cuda.is_available() else a.device)
     kernels.use(a.kernels or kernels.mode)
     kernels.live(device)
-    if device.type == "cpu" and crowded(torch.get_num_threads()):
-        torch.set_num_threads(1)
+    if threads := host_threads(device) or crowded(torch.get_num_threads()):
+        torch.set_num_threads(int(threads))
     if a.baseline:
         return None, None
     path = Path(a.ckpt or newest_checkpoint())

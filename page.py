@@ -43,7 +43,7 @@ from PIL import Image
 from answers import segment
 from answers.pictures import colours, overlaid, runs, shade
 from answers.prompts import strokes_map
-from engine import Threads, complaint, pick_device, program
+from engine import Threads, complaint, host_threads, pick_device, program
 from sample import MARK, grain_of, read_image, save, save_ids, save_json
 
 fail = complaint("page.py")
@@ -72,8 +72,9 @@ class Desk:
     def __init__(self, model, ckpt, folder, tiles):
         self.model, self.ckpt, self.folder, self.photos = model, ckpt, Path(folder), {}
         self.news, self.turn, self.slow = threading.Condition(), threading.Lock(), threading.Lock()
-        self.on_cpu = next(model.net.parameters()).device.type == "cpu"
-        self.threads, self.tiles = Threads() if self.on_cpu else lambda: "", segment.tiles_of(tiles, model)
+        device = next(model.net.parameters()).device
+        self.on_cpu, self.threads = device.type == "cpu", Threads(host_threads(device))
+        self.tiles = segment.tiles_of(tiles, model)
 
     def tell(self, photo, **news):
         with self.news:

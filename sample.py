@@ -112,7 +112,7 @@ from answers.segment import (
     tiles_of,
 )
 from answers.tree import GRAINS
-from engine import Threads, complaint, make_folder, pick_device, program
+from engine import Threads, complaint, host_threads, make_folder, pick_device, program
 from sources.formats import IMAGE_TYPES, in_words, junk, read_image, read_label
 
 fail = complaint("sample.py")
@@ -431,7 +431,7 @@ def prepare_run(a):
         raise ValueError(f"--{next(iter(asked))} is for one image, not for {len(files)}")
     one_each = a.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
     a.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if one_each else a.device)
-    threads = Threads(a.threads if a.device.type == "cpu" else torch.get_num_threads())
+    threads = Threads(a.threads or host_threads(a.device))
     ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
     model, out, names = load_checkpoint(ckpt, a.device), Path(a.out), folder_names(files)
     set_tidy(model, a.least, a.merge)

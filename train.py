@@ -118,7 +118,7 @@ class Config:
     precision: str = "auto"  # auto, fp32, bf16, fp16; auto: on a CPU, a run of 100 steps or more measures it
     layout: str = "auto"  # auto, nchw, nhwc; auto: as precision
     kernels: str = ""  # auto (Triton with CUDA), triton, torch; "": BITSEG_KERNELS, or auto
-    compile: str = "auto"  # on, off; auto: on with CUDA. A minute at the start, then faster steps
+    compile: str = "auto"  # on, off; auto: on with CUDA for 10,000 steps or more, as it takes a minute first
     graph: str = "auto"  # on, off; auto: on with CUDA. A step is one CUDA graph then
     init: str = ""  # a checkpoint whose weights to start from (fine-tuning)
     export: str = ""  # write the averaged weights of --out there, and do nothing else
@@ -210,6 +210,8 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
                        warmup_steps=500, decay_steps=3125, ema=0.9984, weighting="sigmoid", logsnr_space=True,
                        guidance=1.0, bits=6, log_every=20, save_every=250, eval_every=625),
 }
+
+COMPILED = 10_000  # steps of a run that is worth the minute that torch.compile takes
 
 # May change on resume.
 FREE = {"out", "root", "cache", "device", "layout", "kernels", "compile", "graph", "workers", "threads",
@@ -629,7 +631,8 @@ def switches(c, device, dtype, world):
     able = device.type == "cuda" and world == 1 and dtype != torch.float16
     if c.graph == "on" and not able:
         raise ValueError("--graph on needs CUDA, a single process and no fp16: use --graph auto")
-    return c.compile == "on" or c.compile == "auto" and device.type == "cuda", able and c.graph != "off"
+    worth = device.type == "cuda" and c.max_steps >= COMPILED
+    return c.compile == "on" or c.compile == "auto" and worth, able and c.graph != "off"
 
 
 def loss_of(diffusion, codec, dtype, kernel_options):
@@ -776,6 +779,7 @@ class Training:
         if run.resumed:
             self.resume(run.resumed, kind)
         self.first, self.started = self.step, time.time()
+        self.reported = self.started  # when the last line was said
         self.writer, self.watch = Beside(), Watch()
         self.stop = []  # signals; looked at between steps
         self.seen = []  # losses and norms since the last line
@@ -840,11 +844,15 @@ class Training:
                  f"{size} training images; {origin}; into {self.out}/")
         if self.measured:
             self.say(self.measured)
+        if self.update.fast is not self.update.model:
+            self.say("compiling: the first step takes about a minute (--compile off: no time, slower steps)")
 
     def validate(self):
         """Score the averaged weights and keep the best; nothing if the run is stopped meanwhile, as a resumed
         one makes up for it."""
+        began = time.time()
         result = validate(self.ema, self.run, self.c, self.stop)
+        self.reported += time.time() - began
         if not result:
             return
         (ari, iou, picture), self.validated = result, self.step
@@ -895,8 +903,9 @@ class Training:
             dist.all_reduce(values)
         report = self.watch(*values.T.tolist(), first=step - len(self.seen))  # the only wait for the device
         more = {k: v for k, v in report.items() if k != "loss" and v}
-        self.seen, spent = [], time.time() - self.started
-        rate, mean = (step - self.first) / spent, math.nan if report["loss"] is None else report["loss"]
+        now, mean = time.time(), math.nan if report["loss"] is None else report["loss"]
+        spent, rate = now - self.started, len(self.seen) / (now - self.reported)  # without the start's minute
+        self.seen, self.reported = [], now
         self.say(f"step {step:>6}/{c.max_steps}  loss {mean:.4f}  lr {learning_rate(step - 1, c):.1e}  "
                  f"{rate * c.batch_size:.0f} images/s  {spent / 60:.1f} min, "
                  f"{(c.max_steps - step) / rate / 60:.1f} left"

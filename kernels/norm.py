@@ -146,10 +146,11 @@ def norm_backward(g: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Ten
     (sizes, grid, block, parts), groups, dx = tiles(x), stats.shape[2], torch.empty_like(x)
     given = x, stats, weight, bias, *sizes, x.shape[1] // groups
     norm_backward_kernel[grid](parts, g, None, *given, SILU=silu, SUMS=True, **block)
-    sums = parts.sum(1)  # (B, 2, C)
-    means = (sums * weight.float()).unflatten(2, (groups, -1)).mean(3) / sizes[0]
+    # (B, 2, C), in float64: the order in which PyTorch adds depends on the number of samples
+    sums = parts.sum(1, dtype=torch.float64)
+    means = ((sums * weight.double()).unflatten(2, (groups, -1)).mean(3) / sizes[0]).float()
     norm_backward_kernel[grid](dx, g, means, *given, SILU=silu, SUMS=False, **block)
-    return dx, sums.sum(0)
+    return dx, sums.sum(0).float()
 
 
 @norm_forward.register_fake

@@ -24,11 +24,23 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device, and is skipped without one")
+    config.addinivalue_line("markers", "interpreter: needs Triton's interpreter, which is off with CUDA")
+    config.addinivalue_line("markers", "forked: trains in a forked process, which PyTorch refuses with CUDA")
     from kernels import triton
     old = triton and version(triton) < (3, 7) and version(np) >= (2, 4)
     if old and os.environ.get("TRITON_INTERPRET"):
         raise pytest.UsageError(f"the interpreter of Triton {triton.__version__} does not run with NumPy "
                                 f"{np.__version__}: pip install 'numpy<2.4'")
+
+
+def pytest_runtest_setup(item):
+    from kernels import triton
+    cuda = torch.cuda.is_available()
+    if item.get_closest_marker("interpreter") and (cuda or triton is None):
+        pytest.skip("needs Triton's interpreter, and Triton" if triton is None else
+                    "with a GPU, Triton's interpreter is off")
+    if item.get_closest_marker("forked") and (cuda or not hasattr(os, "fork")):
+        pytest.skip("needs fork" if not cuda else "PyTorch trains in no forked process where there is a GPU")
 
 
 def version(package):

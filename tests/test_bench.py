@@ -35,11 +35,9 @@ def quick(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("mode", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
 def test_kernels(quick, capsys, monkeypatch, mode):
     """Without Triton plain PyTorch alone; in its interpreter both."""
-    if mode == "triton" and kernels.triton is None:
-        pytest.skip("needs Triton")
     monkeypatch.setattr(kernels, "mode", mode)
     monkeypatch.setattr(bench, "SIZE", 8)
     if mode == "triton":  # the interpreter is slow
@@ -86,7 +84,7 @@ def test_train_measures_precision_and_layout_as_train_py_does(quick, capsys, mon
     assert out.startswith("fp32 nhwc is fastest\n") and "train.py: float32 in nhwc (measured), " in out
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
+@pytest.mark.interpreter
 def test_only_the_plain_variants_are_plain(quick, capsys, monkeypatch):
     """In Triton's interpreter: a bf16 run through the kernels beside plain float32."""
     monkeypatch.setattr(kernels, "mode", "triton")
@@ -104,7 +102,7 @@ def test_only_the_plain_variants_are_plain(quick, capsys, monkeypatch):
     assert seen.count(("fused_training_loss", torch.bfloat16)) == 2 * steps and len(seen) == 1 + 4 * steps
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
+@pytest.mark.interpreter
 def test_rows_with_groupnorm_by_the_kernel(quick, capsys, monkeypatch):
     """Triton is live, but its kernels are left out: in the place of norm, what it computes."""
     normed, command = [], "train --batch 2 --rounds 1 --device cpu --precision fp32 --norm".split()
@@ -148,8 +146,8 @@ def test_a_variant_that_fails_leaves_the_others(quick, capsys, monkeypatch):
     assert len(table) == 5 and result["variants"]["train.py"]["speed"] > 0
 
 
-def gpu(out, minutes=9.0, small=True):
-    return bench.bench_gpu(argparse.Namespace(out=str(out), minutes=minutes, small=small))
+def gpu(out, minutes=9.0, small=True, parts=None):
+    return bench.bench_gpu(argparse.Namespace(out=str(out), minutes=minutes, small=small, parts=parts))
 
 
 def test_gpu_keeps_what_it_has_whatever_a_part_does(tmp_path, monkeypatch, capsys):
@@ -163,6 +161,9 @@ def test_gpu_keeps_what_it_has_whatever_a_part_does(tmp_path, monkeypatch, capsy
                         lambda small: [(name, 1 if name == "hangs" else 60,
                                         [sys.executable, "-c", c, str(out / "gpu.json")])
                                                            for name, c in code.items()])
+    with pytest.raises(ValueError, match="--parts: 'none' is not one of first, breaks, hangs, last"):
+        gpu(out, minutes=5.0, parts=["none"])
+    assert gpu(out, minutes=5.0, parts=["breaks"]) == 1 and "hangs" not in (out / "gpu.md").read_text()
     assert gpu(out, minutes=5.0) == 1
     parts = json.loads((out / "gpu.json").read_text())["parts"]
     assert {name: part["ended"] for name, part in parts.items()} == dict(

@@ -79,7 +79,7 @@ def test_a_plain_step_waits_for_nothing_and_needs_no_float64(steps, options):
     assert_same(steps(HERE, *options, waits=[]), there)
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("options",
                          [["--hints", "0.8"], ["--palette", "none"],
                           ["--palette", "random", "--self_condition", "0.5"]])
@@ -90,7 +90,7 @@ def test_a_step_through_the_kernels_waits_for_nothing(steps, options):
     assert_same(steps(HERE, "--kernels", "triton", *options, waits=[]), there)
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
+@pytest.mark.interpreter
 def test_sampling_through_the_kernels_waits_for_nothing(monkeypatch):
     """So that all of its steps can be one CUDA graph."""
     monkeypatch.setattr(kernels, "mode", "triton")

@@ -14,8 +14,8 @@ import torch
 import train
 from engine import read
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not torch.distributed.is_available(),
-                                reason="needs fork and gloo")
+pytestmark = [pytest.mark.forked,
+              pytest.mark.skipif(not torch.distributed.is_available(), reason="needs gloo")]
 OPTIONS = ("--device cpu --image_size 16 --batch_size 4 --max_steps 6 --save_every 2 --eval_every 6 "
            "--eval_images 10 --steps 2 --log_every 1 "
            "--lr 1e-3 --precision fp32").split()

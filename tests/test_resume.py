@@ -101,7 +101,7 @@ def results(out):
     return files, [(line["step"], line["ari"], line["iou"]) for line in lines if "ari" in line][-1]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.forked
 def test_three_kills_change_no_bit(tmp_path):
     seconds = whole_run(tmp_path / "whole")
     kills, rng = 0, random.Random(time.time())

@@ -293,10 +293,10 @@ def test_a_loss_spike_is_logged(tmp_path, monkeypatch, capsys):
     assert step == 2 and value > 50 and "spikes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path, function", [("torch", "training_loss"), ("triton", "fused_training_loss")])
+@pytest.mark.parametrize("path, function", [
+    ("torch", "training_loss"),
+    pytest.param("triton", "fused_training_loss", marks=pytest.mark.interpreter)])
 def test_out_of_memory_says_what_fits_and_that_works(tmp_path, monkeypatch, capsys, path, function):
-    if path == "triton" and train.kernels.triton is None:
-        pytest.skip("Triton is not installed")
     real = getattr(train, function)
 
     def loss(net, first, *args, **more):
@@ -347,6 +347,7 @@ def test_what_is_compiled_and_captured():
         return train.switches(train.Config(**options), torch.device(device), dtype, world)
 
     assert switches() == (True, True) and switches("cpu") == (False, False)
+    assert switches(max_steps=9_999) == (False, True) and switches(max_steps=5, compile="on") == (True, True)
     assert switches("cpu", compile="on") == (True, False)
     assert switches(compile="off") == (False, True) and switches(graph="off") == (True, False)
     assert switches(world=2) == switches(dtype=torch.float16) == (True, False)
