@@ -49,7 +49,7 @@ from PIL import Image
 import data as datasets
 import kernels
 from answers.pictures import grid, overlay, side_of
-from answers.segment import SHIPPED, Model, denoise, packed_job, placed, sample_map
+from answers.segment import SHIPPED, Model, denoise, packed_job, placed, sample_maps
 from bits import Codec, finer_bits, hint_bits, paint, segment_counts
 from diffusion import (
     SAMPLERS,
@@ -438,7 +438,7 @@ def validate(net, run, c, stop):
     def maps_of(at, seeds):
         """One sample's map (h, w) of each image."""
         jobs = [packed_job(data, i, seed) for i, seed in zip(at, seeds)]
-        return [sample_map(job, 0, model)
+        return [sample_maps(job, model)[0]
                 for job in denoise(jobs, model, 1, size, callback=leave_if_stopped)]
 
     try:

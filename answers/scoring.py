@@ -22,7 +22,7 @@ from answers.segment import (
     placed,
     prepare,
     prompted,
-    sample_map,
+    sample_maps,
 )
 from answers.tree import lab
 from frame import connected, enlarge, shrink, subsample
@@ -220,7 +220,7 @@ def score_images(data, positions, model, a, setting, ns, places, files=None, ful
         answers = {}
         if model:
             m = len(maps)
-            samples = np.stack([sample_map(job, k, model) for k in range(n)])
+            samples = sample_maps(job, model)
             grown = {k: joined(evidence_of(job, model.codec, slice(k)), model) for k in ns}
             every = np.stack([*samples, *(labels for _, labels in grown.values())])
             every = subsample(torch.from_numpy(every), h, w).long()

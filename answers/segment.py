@@ -40,6 +40,7 @@ SHOWN = 512  # pixels on the longer side are enough to show uncertainty
 TILES = 16  # at most so many a side
 LOOKS = 2  # samples of each tile, in turn one of each sample of the whole: more of them bring nothing
 NEAR = 100  # network pixels that the median segment should have
+TOGETHER = 16  # samples whose trees grow at once, at most
 HINTED = 3.0  # guidance, at most, of samples that see hints, which say much of what it would say
 LARGE = 3e7  # pixels of a photo that is not kept twice
 SHIPPED = Path(__file__).parent.parent / "weights" / "photo.pt"
@@ -537,12 +538,16 @@ def joined(evidence, model, grain="normal", hints=None, closed=False):
     return grown, grown.cut(grain, offset, claimed)
 
 
-def sample_map(job, k, model, grain="normal"):
-    """Sample k of a job -> its map (h, w) from 0: as sampled, or (with tiles, always) cut from a tree of its
-    own."""
+def sample_maps(job, model, grain="normal"):
+    """A job's n samples -> a map of each, (n, h, w) from 0: as sampled, or (with tiles, always) cut from its own
+    tree. TOGETHER trees grow at once."""
     if not model.tidy["merge"] and not job.tiles:
-        return model.codec.decode(job.x_hat[k][None].float())[0].numpy()
-    return joined(evidence_of(job, model.codec, slice(k, k + 1)), model, grain)[1]
+        return model.codec.decode(torch.stack(job.x_hat).float()).numpy()
+    (net, offset), maps, n = odds_of(model), [], len(job.x_hat)
+    for k in range(0, n, TOGETHER):
+        seen = [evidence_of(job, model.codec, slice(j, j + 1)) for j in range(k, min(k + TOGETHER, n))]
+        maps += [grown.cut(grain, offset) for grown in tree.grow_each(seen, net, model.tidy["least"])]
+    return np.stack(maps)
 
 
 def placed(maps, side):
@@ -582,7 +587,7 @@ def summarise(job, image, model, grain="normal", closed=False):
     job = job.first(len(job.x_hat))
     x_hat, codec, (width, height) = torch.stack(job.x_hat), model.codec, image.size
     n, side = len(x_hat), int(np.ceil(codec.classes**0.5))
-    maps = np.stack([sample_map(job, k, model, grain) for k in range(n)])
+    maps = sample_maps(job, model, grain)
     h, w = maps.shape[1:]
     if model.tidy["merge"] or job.tiles:
         cells, side = placed(maps, side)

@@ -243,6 +243,7 @@ class Graph:
         self.n, self.codes, flat = int(region.max()) + 1, evidence.codes, region.ravel()
         seen = groups(flat, self.n) @ evidence.appearance.reshape(-1, visible)
         self.total = np.concatenate([np.bincount(flat)[:, None], seen], axis=1)  # (n, 1 + 28): area and sums
+        self.pixels = np.full(self.n, float(region.size))  # (n,): of the whole map
         parts, ends = [self.parts_of(view, k, view.of(region)) for k, view in enumerate(views)], [0]
         for part, *_ in parts:
             ends.append(ends[-1] + len(part))
@@ -276,8 +277,9 @@ class Graph:
 
     def merge(self, to, n):
         """Regions k become to[k], which are n."""
-        joined = groups(to, n)
-        self.total, self.inner = joined @ self.total, joined @ self.inner
+        joined, pixels = groups(to, n), np.empty(n)
+        pixels[to] = self.pixels
+        self.total, self.inner, self.pixels = joined @ self.total, joined @ self.inner, pixels
         self.part, at = np.unique(to[self.part // self.views] * self.views + self.part % self.views,
                                   return_inverse=True)
         joined = groups(at, len(self.part))
@@ -312,7 +314,7 @@ class Graph:
         small, large = np.where(smaller, i, j), np.where(smaller, j, i)
         border = self.border[of]
         length = border[:, 0]
-        sizes = [length / np.sqrt(area[small]), area[large] / area.sum(), area[small] / area.sum()]
+        sizes = [length / np.sqrt(area[small]), area[large] / self.pixels[i], area[small] / self.pixels[i]]
         samples = [bits.mean(1), bits.min(1), together, np.log(together + 0.02), same, np.log(same + 0.02),
                    (alike > 0.5).mean(1), *np.where(smaller, (pure_i, pure_j), (pure_j, pure_i))]
         return np.concatenate([np.linalg.norm(apart[:, :3], axis=1)[:, None], apart,
@@ -335,6 +337,26 @@ class Graph:
         joined.data = self.sight[seen, 0] * held / self.total[small, 0]
         joined.data /= (joined @ np.ones(len(seen)))[pair]
         return seen, joined
+
+
+def side_by_side(graphs):
+    """Graphs with as many samples, bits and views each -> one Graph of them all; none touches another's
+    regions."""
+    one, first, part = copy.copy(graphs[0]), 0, 0
+    one.n, one.codes = sum(g.n for g in graphs), max(g.codes for g in graphs)
+    moved = {name: [] for name in ("part", "a", "b", "i", "j", "count")}
+    for g in graphs:
+        for name, by in (("part", first * g.views), ("a", part), ("b", part), ("i", first), ("j", first)):
+            moved[name].append(getattr(g, name) + by)
+        count = np.zeros((len(g.part), g.samples, one.codes))
+        count[..., : g.codes] = g.count.reshape(len(g.part), g.samples, g.codes)
+        moved["count"].append(count.reshape(len(g.part), -1))
+        first, part = first + g.n, part + len(g.part)
+    for name in ("total", "pixels", "seen", "sight", "inner", "border"):
+        moved[name] = [getattr(g, name) for g in graphs]
+    for name, parts in moved.items():
+        setattr(one, name, np.concatenate(parts))
+    return one
 
 
 # the column of `features` that is the share of samples that put both together, as far as regions are pure
@@ -429,8 +451,20 @@ def grow(evidence, net=None, hints=None, least=0, watch=None):
     watch(tree region (h, w), features, i, j) is told of every round, for fitting.
     """
     region = regions(evidence, hints)
-    graph = Graph(evidence, region)
-    first = copy.copy(graph)  # `merge` leaves its arrays as they are
+    told = watch and (lambda home, *seen: watch(home[region], *seen))
+    return join([region], [Graph(evidence, region)], net, least, told)[0]
+
+
+def grow_each(evidences, net=None, least=0):
+    """The same, of Evidences with as many samples, bits and views each -> a Tree of each, grown together,
+    which takes a third of the time of one after the other."""
+    maps = [regions(evidence) for evidence in evidences]
+    return join(maps, [Graph(evidence, region) for evidence, region in zip(evidences, maps)], net, least)
+
+
+def join(maps, graphs, net, least, watch=None):
+    """Maps of leaves (h, w) and their graphs -> Trees. watch: gets the current region of every leaf first."""
+    graph = side_by_side(graphs)
     node, children, odds, height = np.arange(graph.n), [], [], []
     high = np.full(2 * graph.n, np.inf)  # of every node
     score, leaves, home = np.zeros(len(graph.i)), graph.n, np.arange(graph.n)
@@ -440,7 +474,7 @@ def grow(evidence, net=None, hints=None, least=0, watch=None):
             i, j = graph.i, graph.j
             if new.any():
                 if watch:
-                    watch(home[region], graph.features(), i, j)
+                    watch(home, graph.features(), i, j)
                 of = new[i] | new[j]
                 score[of] = log_odds(graph.features(of), net)
                 if least:
@@ -473,8 +507,18 @@ def grow(evidence, net=None, hints=None, least=0, watch=None):
             graph.merge(to, len(kept))
             score = np.zeros(len(graph.i))
             score[~(new[graph.i] | new[graph.j])] = old  # `to` keeps the order of the others
-    return Tree(region, np.array(children, int).reshape(-1, 2), np.array(odds), np.array(height),
-                first)
+    children, odds, height = np.array(children, int).reshape(-1, 2), np.array(odds), np.array(height)
+    # to each its own: whose a node is, and its number there, where the leaves come first
+    owner, trees = np.repeat(np.arange(len(graphs)), [g.n for g in graphs]).tolist(), []
+    for a, _ in children.tolist():
+        owner.append(owner[a])
+    owner, number = np.array(owner), np.empty(len(owner), int)
+    for k, (region, g) in enumerate(zip(maps, graphs)):
+        mine = np.flatnonzero(owner == k)
+        number[mine] = np.arange(len(mine))
+        merges = mine[g.n :] - leaves
+        trees.append(Tree(region, number[children[merges]], odds[merges], height[merges], g))
+    return trees
 
 
 def root(to, k):

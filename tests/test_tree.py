@@ -19,6 +19,7 @@ from answers.tree import (
     forest,
     gather,
     grow,
+    grow_each,
     lab,
     learnt,
     log_odds,
@@ -364,6 +365,22 @@ def test_a_sample_twice_is_a_sample(net):
         )
         labels = a.cut()
         assert np.allclose(confidence(a, labels, net)[0], confidence(b, labels, net)[0])
+
+
+@pytest.mark.parametrize("net", [None, learnt()], ids=["samples alone", "learnt"])
+def test_trees_that_grow_together_are_those_that_grow_alone(net):
+    """Of maps of other sizes, too, and numbers of codes."""
+    given = [evidence_of(seed, 20 + seed, 31 - 2 * seed) for seed in range(5)]
+    given[1].codes = 19  # some are not used
+    for together, evidence in zip(grow_each(given, net, 3), given, strict=True):
+        alone = grow(evidence, net, least=3)
+        assert np.array_equal(together.region, alone.region)
+        assert np.array_equal(together.children, alone.children)
+        assert np.allclose(together.odds, alone.odds) and np.allclose(together.height, alone.height)
+        for grain in "coarse", "fine", 4:
+            assert np.array_equal(together.cut(grain), alone.cut(grain))
+        labels = alone.cut("fine")
+        assert np.allclose(confidence(together, labels, net)[0], confidence(alone, labels, net)[0])
 
 
 def test_small_regions_join_first():
