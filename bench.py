@@ -43,7 +43,9 @@ import data
 import diffusion
 import kernels
 import train
-from answers.segment import SHIPPED, denoise, load_checkpoint, prepare, summarise
+from answers.checkpoints import SHIPPED, load_checkpoint
+from answers.jobs import prepare
+from answers.segment import denoise, summarise
 from diffusion import kernel_options, sample
 from engine import LAYOUTS, Step, host_threads, pick_device, update_ema
 

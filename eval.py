@@ -115,15 +115,11 @@ import torch.distributed as dist
 
 import kernels
 import metrics
+from answers.checkpoints import load_checkpoint, newest_checkpoint, set_tidy
 from answers.clicks import clicks_curve, clicks_needed
+from answers.jobs import tiles_of
 from answers.pictures import example_sheet
 from answers.scoring import at_own_size, at_size_of, score_images
-from answers.segment import (
-    load_checkpoint,
-    newest_checkpoint,
-    set_tidy,
-    tiles_of,
-)
 from data import load, originals, parse_parts, parse_void
 from diffusion import SAMPLERS, VARIANCES, WITHOUT_VARIANCE
 from engine import crowded, foreign, host_threads, make_folder, pick_device, program

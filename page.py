@@ -40,7 +40,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy, whose produc
 import numpy as np
 from PIL import Image
 
-from answers import segment
+from answers import checkpoints, jobs, segment
 from answers.pictures import colours, overlaid, runs, shade
 from answers.prompts import strokes_map
 from engine import Threads, complaint, host_threads, pick_device, program
@@ -60,7 +60,7 @@ class Photo:
     view: Image.Image  # at VIEW pixels
     asked: list  # strokes that a network with an input for hints is to see while sampling
     done: list | None = None  # those that were asked for when sampling ended last
-    job: segment.Job | None = None  # with the samples at hand
+    job: jobs.Job | None = None  # with the samples at hand
     result: segment.Segmentation | None = None  # what they say, at the view's size
     version: int = 0  # counts what the page should know of
     error: str = ""
@@ -74,7 +74,7 @@ class Desk:
         self.news, self.turn, self.slow = threading.Condition(), threading.Lock(), threading.Lock()
         device = next(model.net.parameters()).device
         self.on_cpu, self.threads = device.type == "cpu", Threads(host_threads(device))
-        self.tiles = segment.tiles_of(tiles, model)
+        self.tiles = jobs.tiles_of(tiles, model)
 
     def tell(self, photo, **news):
         with self.news:
@@ -102,7 +102,7 @@ class Desk:
                 if photo.asked is not strokes or photo.file.name not in self.photos:
                     raise InterruptedError  # nobody asks for these samples any more
 
-        job = segment.prepare(read_image(photo.file), self.model, strokes_map(strokes, photo.size), seed=SEED,
+        job = jobs.prepare(read_image(photo.file), self.model, strokes_map(strokes, photo.size), seed=SEED,
                               tiles=self.tiles)
         for part, n in ((replace(job, tiles=[]), FIRST), (job, N))[not self.on_cpu or bool(photo.result) :]:
             part = replace(next(segment.denoise([part], self.model, n, callback=step)).first(n), hints=None)
@@ -227,8 +227,8 @@ def main(argv=None):
     a = options(argv)
     with tempfile.TemporaryDirectory(prefix="bitseg-", ignore_cleanup_errors=True) as folder:
         try:
-            device, ckpt = pick_device(a.device), a.ckpt or segment.newest_checkpoint()
-            desk = Desk(segment.load_checkpoint(ckpt, device), str(ckpt), folder, a.tiles)
+            device, ckpt = pick_device(a.device), a.ckpt or checkpoints.newest_checkpoint()
+            desk = Desk(checkpoints.load_checkpoint(ckpt, device), str(ckpt), folder, a.tiles)
             first = a.photo and dict(desk.open(Path(a.photo).read_bytes(), a.photo), name=Path(a.photo).name)
             server = ThreadingHTTPServer(("127.0.0.1", a.port), Handler)
         except OSError as e:

@@ -96,21 +96,11 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
+from answers.checkpoints import SAMPLERS, SHIPPED, Model, load_checkpoint, newest_checkpoint, set_tidy
+from answers.jobs import prepare, tiles_of
 from answers.pictures import colours, grid, overlaid, panel, shade, uncertainty
 from answers.prompts import hint_map
-from answers.segment import (
-    SAMPLERS,
-    SHIPPED,
-    Model,
-    denoise,
-    load_checkpoint,
-    newest_checkpoint,
-    prepare,
-    sampling_of,
-    set_tidy,
-    summarise,
-    tiles_of,
-)
+from answers.segment import denoise, sampling_of, summarise
 from answers.tree import GRAINS
 from engine import Threads, complaint, host_threads, make_folder, pick_device, program
 from sources.formats import IMAGE_TYPES, in_words, junk, read_image, read_label

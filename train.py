@@ -48,8 +48,10 @@ from PIL import Image
 
 import data as datasets
 import kernels
+from answers.checkpoints import SHIPPED, Model
+from answers.jobs import packed_job
 from answers.pictures import grid, overlay, side_of
-from answers.segment import SHIPPED, Model, denoise, packed_job, placed, sample_maps
+from answers.segment import denoise, placed, sample_maps
 from bits import Codec, finer_bits, hint_bits, paint, segment_counts
 from diffusion import (
     SAMPLERS,

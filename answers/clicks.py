@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 import metrics
 from answers import tree
+from answers.jobs import packed_job
 from answers.scoring import job_of, seed_of
-from answers.segment import denoise, evidence_of, joined, packed_job
+from answers.segment import denoise, evidence_of, joined
 from answers.tree import lab
 from frame import enlarge, shrink, subsample
 from sources.formats import read_image, read_labels

@@ -30,9 +30,11 @@ from scipy.ndimage import distance_transform_edt
 from tqdm import tqdm
 
 from answers import tree
+from answers.checkpoints import load_checkpoint, newest_checkpoint
 from answers.claims import features, first_owner, leaves_of
+from answers.jobs import prepare
 from answers.scoring import own_maps, share_who_drew
-from answers.segment import denoise, evidence_of, load_checkpoint, newest_checkpoint, prepare
+from answers.segment import denoise, evidence_of
 from data import originals, parse_parts
 from engine import pick_device
 from frame import subsample

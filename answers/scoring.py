@@ -13,17 +13,9 @@ from tqdm import tqdm
 
 import metrics
 from answers import tree
-from answers.segment import (
-    denoise,
-    evidence_of,
-    joined,
-    odds_of,
-    packed_job,
-    placed,
-    prepare,
-    prompted,
-    sample_maps,
-)
+from answers.checkpoints import odds_of
+from answers.jobs import packed_job, prepare, prompted
+from answers.segment import denoise, evidence_of, joined, placed, sample_maps
 from answers.tree import lab
 from frame import connected, enlarge, shrink, subsample
 from sources.formats import read_image, read_labels

@@ -1,8 +1,8 @@
-"""Segment images, from Python: checkpoints, samples, label maps at the images' own size.
+"""Segment images, from Python: samples, and label maps at the images' own size.
 
-What it is: `load_checkpoint(path)` -> Model; `segment(image, model, n)` -> Segmentation, which `cut` cuts
-anew, coarser, finer or by clicks, without sampling again; `denoise` samples many images without waiting
-between them. What it is not: it writes no files (sample.py) and compares with no truth (scoring.py).
+What it is: `segment(image, model, n)` -> Segmentation, which `cut` cuts anew, coarser, finer or by clicks,
+without sampling again; `denoise` samples many images without waiting between them. What it is not: it
+reads no checkpoints (checkpoints.py), writes no files (sample.py) and compares with no truth (scoring.py).
 
     from sources.formats import read_image                # upright, RGB
     from answers.prompts import hint_map
@@ -14,11 +14,8 @@ between them. What it is not: it writes no files (sample.py) and compares with n
 """
 
 import functools
-import sys
 from collections import deque
-from dataclasses import dataclass, field, fields, replace
-from itertools import product
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,284 +24,22 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from answers import tree
+from answers.checkpoints import Model, odds_of
+from answers.checkpoints import load_checkpoint as load_checkpoint  # for users: with `segment`, all they need
 from answers.claims import claims
+from answers.jobs import prepare
 from answers.prompts import checked, network_hints
-from bits import Codec, entropy, hint_bits, locate
-from diffusion import SAMPLERS, VARIANCES, Diffusion, kernel_options, sample
-from engine import NoGraph, as_cuda_graph, newest, out_of_memory, pick_precision
-from frame import blurred, enlarge, normalise, outline, resize_image, shrink, subsample
+from bits import entropy, locate
+from diffusion import kernel_options, sample
+from engine import NoGraph, as_cuda_graph, out_of_memory
+from frame import blurred, enlarge, normalise, outline, shrink, subsample
 from metrics import ari, contingency
-from model import UNet
 
 SHOWN = 512  # pixels on the longer side are enough to show uncertainty
-TILES = 16  # at most so many a side
-LOOKS = 2  # samples of each tile, in turn one of each sample of the whole: more of them bring nothing
 NEAR = 100  # network pixels that the median segment should have
 TOGETHER = 16  # samples whose trees grow at once, at most
 HINTED = 3.0  # guidance, at most, of samples that see hints, which say much of what it would say
 LARGE = 3e7  # pixels of a photo that is not kept twice
-SHIPPED = Path(__file__).parent.parent / "weights" / "photo.pt"
-
-
-@dataclass
-class Model:
-    """A network with all that is needed to sample from it."""
-
-    net: torch.nn.Module
-    codec: Codec
-    diffusion: Diffusion
-    image_size: int
-    sampling: dict  # steps, guidance, sampler, variance, smooth: this network's defaults
-    dataset: str
-    step: int
-    # how its samples become answers. merge 0: samples stay as they are, and the tree joins what they join;
-    # above 0: every sample and all together are trees by the learnt odds, cut where the odds that people part
-    # two regions reach `merge` (1: the usual); least: regions of fewer pixels are joined first
-    tidy: dict = field(default_factory=lambda: dict(least=0, merge=0.0))
-    odds: Path = tree.LEARNT  # the file of learnt odds
-    graphs: dict = field(default_factory=dict)  # of `sampled`, on CUDA
-
-    @property
-    def detail(self):
-        """The image's resolution as the network sees it, as a multiple of image_size."""
-        return getattr(self.net, "detail", 1)
-
-
-def read_checkpoint(path, device="cpu"):
-    """The dictionary in a checkpoint file, or in the one before it where it is damaged. Raises ValueError
-    naming the file."""
-    content, used, problem = newest(path, device)
-    if content is None:
-        raise ValueError(f"{path}: no such file; train one with: python train.py")
-    if problem:
-        print(f"{problem}; using the one before, {used}", file=sys.stderr)
-    return content
-
-
-def load_checkpoint(path, device="cpu", raw=False):
-    """The EMA network of a checkpoint, or the network itself (raw), ready to sample from; its samples are
-    joined by the odds in the tree.npz beside it, if there is one. Raises ValueError naming the file,
-    RuntimeError as `diffusion.kernel_options`."""
-    c = read_checkpoint(path, device)
-    if lacks := {"network", "ema", "codec", "diffusion", "image_size", "sampling", "dataset",
-                 "step"} - c.keys():
-        raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it is no checkpoint of train.py")
-    if raw and "net" not in c:
-        raise ValueError(f"{path} holds averaged weights only (it was made by --export): leave out --raw")
-    try:
-        whole, real = ("image_size", "step", "steps", "least", "seed"), ("guidance", "smooth", "merge")
-        numbers = {f.name: f.type for f in fields(Diffusion) if f.type is float}
-        numbers |= dict.fromkeys(whole, int) | dict.fromkeys(real, float)
-        for part in (c, c["codec"], c["diffusion"], c["sampling"], c.get("tidy", {})):
-            for key in numbers.keys() & part.keys():
-                value, kind = part[key], (int, numbers[key])
-                # nor nan
-                if isinstance(value, bool) or not isinstance(value, kind) or not abs(value) < 2**63:
-                    raise ValueError(f"{key} is {value!r}")
-        if c["image_size"] < 1 or c["sampling"]["steps"] < 1:
-            raise ValueError(f"image_size is {c['image_size']}, steps {c['sampling']['steps']}")
-        if c["sampling"]["sampler"] not in SAMPLERS or c["sampling"]["variance"] not in VARIANCES:
-            raise ValueError(f"its sampler is {c['sampling']['sampler']!r}, its variance "
-                             f"{c['sampling']['variance']!r}")
-        net, codec = UNet(**c["network"]), Codec(**c["codec"])
-        diffusion = Diffusion(**c["diffusion"])
-        copies = 1 + (diffusion.hints > 0) + (diffusion.self_condition > 0)  # of the bits, as in train.py
-        want = (copies * codec.channels + 3 * getattr(net, "detail", 1) ** 2, codec.channels)
-        if want != (c["network"]["in_channels"], c["network"]["out_channels"]):
-            raise ValueError(f"its network is not of {want[0]} channels in and {want[1]} out, as its "
-                             f"settings say")
-        net.load_state_dict(c["net" if raw else "ema"])
-        # half of the time, where the CPU has bf16; what the samplers do with its output stays float32
-        device = torch.device(device)
-        dtype = pick_precision("auto", device)[0] if device.type == "cpu" else None
-        net = net.to(device, dtype).eval().requires_grad_(False)
-        model = Model(net, codec, diffusion, c["image_size"],
-                      {"smooth": 0.0, **c["sampling"]}, c["dataset"], c["step"],
-                      {"least": 0, "merge": 0.0, **c.get("tidy", {})},
-                      beside if (beside := Path(path).with_name("tree.npz")).exists() else tree.LEARNT)
-    except Exception as e:  # of whatever kind, for whatever lies in it
-        known = {ValueError: str(e), RuntimeError: "its weights do not fit its network"}
-        why = known.get(type(e), "entries of a wrong kind")
-        raise ValueError(f"{path}: no checkpoint that this version can use: {why}") from None
-    # now, not in the midst of sampling: raises where kernels were forced that cannot run
-    kernel_options(model.codec, device)
-    return model
-
-
-def set_tidy(model, least, merge):
-    """The command line's least and merge instead of the checkpoint's, where given (not None). Raises
-    ValueError."""
-    new = {**model.tidy, **{k: v for k, v in dict(least=least, merge=merge).items() if v is not None}}
-    if not all(0 <= v <= 10**6 for v in new.values()) or any(new.values()) and model.codec.clusters:
-        raise ValueError(f"--least and --merge must be 0 (off) to 1000000, and 0 with the encoding rgb, "
-                         f"not {new['least']} and {new['merge']:g}")
-    model.tidy = new
-    odds_of(model)  # now, not after sampling: raises where the odds' file is damaged
-
-
-def newest_checkpoint(root="out", shipped=SHIPPED):
-    """The checkpoint under root that was written last; else the weights that come with the repository. Raises
-    ValueError."""
-    found = sorted(Path(root).glob("**/ckpt.pt"), key=lambda p: p.stat().st_mtime)
-    if not found and not shipped.exists():
-        raise ValueError(f"no checkpoint under {root}/, and no {shipped}: train one first (python train.py, "
-                         f"about 3 minutes "
-                         f"on a laptop), or name one with --ckpt")
-    return found[-1] if found else shipped
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Jobs: an image, and closer looks at parts of it
-
-
-
-@dataclass
-class Job:
-    """An image in the network's frame of S x S pixels, what is known about it, and its samples so far.
-
-    tiles: the same of overlapping parts of it. Where `closer` has several lists of them, one is chosen once
-    its own samples are there.
-    """
-
-    image: np.ndarray  # (d S, d S, 3) uint8: as a network of detail d sees it
-    photo: np.ndarray  # (h, w, 3) uint8: its valid part, at the label map's resolution
-    x_hat: list  # of (C, h, w)
-    hints: np.ndarray | None = None  # (H, W), at the image's own size: ids, 0 = none
-    # (C, S, S): bits of the hints, 0 elsewhere, for a network that sees hints
-    known: torch.Tensor | None = None
-    init: torch.Tensor | None = None  # (C, S, S): bits to start from, 0 where there are none
-    seed: int = 0  # sample j has the seed `seed` + j
-    closer: list = field(default_factory=list)  # of lists of tiles, ever more of them
-    tiles: list | None = None  # Jobs; None: not chosen yet
-    top: int = 0  # of a tile: where it lies in the photo
-    left: int = 0
-
-    @property
-    def scene(self):
-        """(h, w, 3) uint8: the photo; where there are tiles at their resolution, put together from them."""
-        parts = self.tiles or [self]
-        h, w = max(job.top + job.size[0] for job in parts), max(job.left + job.size[1] for job in parts)
-        out = np.empty((h, w, 3), np.uint8)
-        for job in parts:
-            out[job.place] = job.photo
-        return out
-
-    @property
-    def place(self):
-        """Of a tile, in the photo: slices."""
-        return slice(self.top, self.top + self.size[0]), slice(self.left, self.left + self.size[1])
-
-    def lacks(self, n):
-        """Of n samples and of those of the tiles, as far as they are chosen, which are not there yet: [(Job,
-        seed)]."""
-        wanted = [(self, n), *((tile, min(n, LOOKS)) for tile in self.tiles or [])]
-        return [(job, job.seed + j) for job, most in wanted for j in range(len(job.x_hat), most)]
-
-    def first(self, n):
-        """The same with its first n samples; without tiles where one has none."""
-        each = min((len(tile.x_hat) for tile in self.tiles or []), default=0)
-        tiles = [replace(tile, x_hat=tile.x_hat[: min(n, each)]) for tile in self.tiles] if each else []
-        return replace(self, x_hat=self.x_hat[:n], tiles=tiles)
-
-    def clear(self):
-        """Take all samples away."""
-        for job in (self, *(self.tiles or [])):
-            job.x_hat.clear()
-        self.tiles = None if self.closer else self.tiles
-
-    @property
-    def size(self):
-        """(h, w) of the label map's valid part."""
-        return self.photo.shape[:2]
-
-
-def tiles_of(given, model=None):
-    """Tiles a side: a number from 1 (none) to TILES, or auto; where none is given, 2 if this model's regions
-    are joined by learnt odds, else 1. Raises ValueError."""
-    if given is None:
-        return 2 if model and model.tidy["merge"] else 1
-    if given != "auto" and not (str(given).isdecimal() and 1 <= int(given) <= TILES):
-        raise ValueError(f"tiles are a number from 1 to {TILES} a side, or auto, not {given!r}")
-    return given if given == "auto" else int(given)
-
-
-def prepare(image, model, hints=None, init=None, seed=0, tiles=None):
-    """PIL image -> Job. hints (H, W): ids, pixels of one id belong together, of different ids apart; init (H,
-    W): ids to start from; both 0 where not given. tiles: t looks closer at t x t overlapping tiles, besides;
-    "auto": at as many as the size of what is found asks for, up to 4 x 4; None: as `tiles_of` has it. Raises
-    ValueError for an image without pixels and for prompts that do not fit."""
-    if image.mode != "RGB" or 0 in image.size:
-        raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {image.width} x "
-                         f"{image.height} of mode {image.mode}: formats.read_image gives one, upright, of "
-                         f"any file")
-    tiles, hints = tiles_of(tiles, model), checked("hint", hints, image)
-    init = checked("initial map", init, image)
-    if (hints is not None or init is not None) and not any(v is not None and v.any() for v in (hints, init)):
-        raise ValueError("hints and initial map are empty: no pixel has an id above 0")
-    (job,) = jobs_of(image, model, hints, init, seed, 1)
-    job.hints = hints
-    if tiles == "auto":
-        job.closer = [jobs_of(image, model, hints, init, seed, t) for t in (2, 3, 4)]
-    else:
-        job.tiles = jobs_of(image, model, hints, init, seed, tiles) if tiles > 1 else []
-    return job
-
-
-def jobs_of(image, model, hints, init, seed, t):
-    """t x t tiles, each overlapping the next by a quarter, as Jobs; their samples have seeds of their own."""
-    S, d = model.image_size, model.detail
-    side = S * (3 * t + 1) // 4  # of the photo, in a tile's pixels
-    small, (h, w) = resize_image(image, side)
-    seen, _ = resize_image(image, side * d, (w * d, h * d))
-    hint = network_hints(hints, h, w) if hints is not None and hints.any() else None
-    start = None if init is None else shrink(init, h, w)
-    tall, wide = (min(n, 2 * -(-2 * n // (3 * t + 1))) for n in (h, w))
-    corners = [sorted({round(k) for k in np.linspace(0, n - m, t)}) for n, m in ((h, tall), (w, wide))]
-    out = []
-    for k, (y, x) in enumerate(product(*corners), t > 1):
-
-        def part(v, times=1):
-            return None if v is None else v[y * times : (y + tall) * times, x * times : (x + wide) * times]
-
-        framed = np.zeros((S * d, S * d, 3), np.uint8)
-        framed[: tall * d, : wide * d] = part(seen, d)
-        job = Job(framed, part(small), [], seed=seed + k * 2**52, top=y, left=x)
-        out.append(prompted(job, model, part(hint), part(start)))
-    return out
-
-
-def prompted(job, model, hint, start):
-    """A job with what is known of its (h, w) pixels: hint and start, ids from 1, 0 = none; None: none is
-    given. Raises ValueError."""
-    codec, (h, w), S = model.codec, job.size, model.image_size
-    if start is None and (hint is None or not model.diffusion.hints):
-        return job
-    if not codec.has_bits:
-        raise ValueError(f"initial maps need a checkpoint with the encoding bits, not {codec.encoding}")
-    hinting, starting = hint is not None and model.diffusion.hints, start is not None
-    hint, start = (np.zeros((h, w), int) if v is None else v for v in (hint, start))
-    hint = np.where(hint > 0, np.searchsorted(np.unique(hint[hint > 0]), hint) + 1, 0)  # those in a tile
-    if hint.max() > codec.classes:
-        raise ValueError(f"{hint.max()} ids in the hints are more than the {codec.classes} of this network: "
-                         f"leave some out")
-    ids, area = np.unique(start[(hint == 0) & (start > 0)], return_counts=True)
-    # what has no cell left is not given
-    ids = ids[np.argsort(-area, kind="stable")][: codec.classes - hint.max()]
-    labels = np.full((S, S), -1)
-    labels[:h, :w] = np.where(hint > 0, hint, np.where(np.isin(start, ids), start + hint.max() + 1, -1))
-    hinted = torch.zeros(1, S, S, dtype=torch.bool)
-    hinted[0, :h, :w] = torch.from_numpy(hint > 0)
-    labels = torch.from_numpy(labels)[None]
-    x0 = codec.encode(codec.cells(labels, torch.Generator().manual_seed(0), hints=hinted))  # (1, C, S, S)
-    job.known = hint_bits(x0, hinted)[0] if hinting else None
-    job.init = x0[0] if starting else None
-    return job
-
-
-def packed_job(data, i, seed=0):
-    """Image number i of a data set as data.load returns it -> Job."""
-    image, _, ((h, w),) = data.get([i])
-    return Job(image[0].numpy(), data.photo(i)[:h, :w], [], seed=seed)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -521,13 +256,6 @@ def rise(tile, shape):
     return out[0][:, None] * out[1]
 
 
-def odds_of(model):
-    """By what the regions of this model's samples join: the learnt network (None: by the samples alone), and
-    the offset of its cuts in log odds, which lets the samples alone join what most of them do."""
-    merge = model.tidy["merge"]
-    return (tree.learnt(model.odds), -np.log(merge)) if merge else (None, -tree.GRAINS["normal"])
-
-
 def joined(evidence, model, grain="normal", hints=None, closed=False):
     """Evidence -> its tree, and the map (h, w) that is cut from it. hints: (H, W) ids at any size, 0 =
     none."""
@@ -539,8 +267,8 @@ def joined(evidence, model, grain="normal", hints=None, closed=False):
 
 
 def sample_maps(job, model, grain="normal"):
-    """A job's n samples -> a map of each, (n, h, w) from 0: as sampled, or (with tiles, always) cut from its own
-    tree. TOGETHER trees grow at once."""
+    """A job's samples -> a map of each, (n, h, w) from 0: as sampled, or (with tiles, always) cut from a tree
+    of its own. TOGETHER trees grow at once."""
     if not model.tidy["merge"] and not job.tiles:
         return model.codec.decode(torch.stack(job.x_hat).float()).numpy()
     (net, offset), maps, n = odds_of(model), [], len(job.x_hat)

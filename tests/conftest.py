@@ -73,7 +73,7 @@ def small():
 @pytest.fixture(scope="module")
 def model():
     """An untrained network whose head is not zero, ready to sample from: maps of 16 x 16, 16 codes."""
-    from answers.segment import Model
+    from answers.checkpoints import Model
     from bits import Codec
     from diffusion import Diffusion
     from model import UNet

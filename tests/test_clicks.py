@@ -19,7 +19,8 @@ from answers.clicks import (
     nearest_click,
     random_walker,
 )
-from answers.segment import prepare, segment
+from answers.jobs import prepare
+from answers.segment import segment
 from answers.tree import gather, lab
 from diffusion import Diffusion
 from model import UNet

@@ -22,7 +22,9 @@ import eval as evaluation
 import sample
 import train
 from answers import segment
-from answers.segment import SHIPPED, denoise, load_checkpoint, prepare
+from answers.checkpoints import SHIPPED, load_checkpoint
+from answers.jobs import prepare
+from answers.segment import denoise
 from data import batches
 from diffusion import sample as sample_
 from engine import NoGraph, Step, as_cuda_graph, read

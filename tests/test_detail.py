@@ -16,7 +16,9 @@ import frame
 import kernels
 import sample
 import train
-from answers.segment import Model, load_checkpoint, packed_job, prepare, segment
+from answers.checkpoints import Model, load_checkpoint
+from answers.jobs import packed_job, prepare
+from answers.segment import segment
 from bits import Codec
 from model import SIZES, UNet, time_features
 from sources.scenes import Shapes

@@ -18,7 +18,9 @@ import frame
 import metrics
 import train
 from answers import scoring, tree
-from answers.segment import Job, evidence_of, joined, load_checkpoint
+from answers.checkpoints import load_checkpoint
+from answers.jobs import Job
+from answers.segment import evidence_of, joined
 from bits import Codec
 from diffusion import sample
 from metrics import calibration_error

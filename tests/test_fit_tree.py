@@ -7,7 +7,7 @@ from PIL import Image
 
 import engine
 from answers import fit_tree, tree
-from answers.segment import load_checkpoint
+from answers.checkpoints import load_checkpoint
 from model import SIZES, UNet
 from sources.formats import Item
 

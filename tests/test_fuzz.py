@@ -15,7 +15,9 @@ from PIL import Image
 from test_inputs import coco, folder, labelme, scene
 
 import train
-from answers.segment import denoise, load_checkpoint, prepare
+from answers.checkpoints import load_checkpoint
+from answers.jobs import prepare
+from answers.segment import denoise
 from engine import MARK, TAIL, read, save_checkpoint
 from sources.formats import FORMATS, find_coco
 from sources.packing import BAD, DONE, EMPTY, LEFT, convert

@@ -11,8 +11,10 @@ from pycocotools.coco import COCO
 
 import diffusion
 import sample
+from answers.checkpoints import Model
+from answers.jobs import Job, prepare
 from answers.pictures import colours, grid, overlay
-from answers.segment import Job, Model, denoise, placed, prepare, segment, summarise
+from answers.segment import denoise, placed, segment, summarise
 from bits import Codec
 from diffusion import Diffusion
 from frame import enlarge, outline, subsample

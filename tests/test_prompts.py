@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from answers.checkpoints import Model
+from answers.jobs import prepare
 from answers.prompts import hint_map
-from answers.segment import Model, denoise, joined, prepare, segment
+from answers.segment import denoise, joined, segment
 from bits import Codec
 from diffusion import Diffusion, alpha_sigma, sample
 from frame import shrink

@@ -13,7 +13,8 @@ from pycocotools import mask as coco_mask
 import answers.segment as segment_module
 import sample
 import train
-from answers.segment import load_checkpoint, segment
+from answers.checkpoints import load_checkpoint
+from answers.segment import segment
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import eval as evaluation
 import sample as sample_py
 import train
 from answers import segment
+from answers.checkpoints import Model
 from bits import Codec
 from diffusion import SAMPLERS, Diffusion, alpha_sigma, average, edge_aware, sample
 from engine import NoGraph
@@ -288,7 +289,7 @@ def test_which_batches_become_a_cuda_graph(monkeypatch):
     monkeypatch.setattr(segment, "kernel_options", lambda codec, device: dict(activation="tanh"))
     monkeypatch.setattr(segment, "as_cuda_graph", capture)
     monkeypatch.setattr(segment, "sample", fake_sample)
-    model, nan, half = segment.Model(None, Codec(), Diffusion(), 8, {}, "", 0), False, torch.float16
+    model, nan, half = Model(None, Codec(), Diffusion(), 8, {}, "", 0), False, torch.float16
     for n in (4, 4, 4, 2):
         segment.sampled(model, dict(image=image(n)), steps=2)
     assert seen == [(half, 4), ("capture", 4), ("replay", 4), (half, 4), ("replay", 4), (half, 4), (half, 2)]

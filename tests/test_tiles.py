@@ -10,9 +10,11 @@ from PIL import Image, ImageDraw
 import answers.segment as segmenting
 import sample
 from answers import tree
+from answers.checkpoints import Model
+from answers.jobs import LOOKS, jobs_of, prepare
 from answers.prompts import hint_map
 from answers.scoring import otsu, watershed
-from answers.segment import LOOKS, Model, denoise, evidence_of, jobs_of, prepare, rise, segment
+from answers.segment import denoise, evidence_of, rise, segment
 from bits import Codec
 from diffusion import Diffusion
 from frame import resize_image

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import train
-from answers.segment import load_checkpoint
+from answers.checkpoints import load_checkpoint
 from engine import NoGraph, lock, read, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("small")

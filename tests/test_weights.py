@@ -12,13 +12,8 @@ from PIL import Image
 
 import sample
 import train
-from answers.segment import (
-    SHIPPED,
-    load_checkpoint,
-    newest_checkpoint,
-    read_checkpoint,
-    segment,
-)
+from answers.checkpoints import SHIPPED, load_checkpoint, newest_checkpoint, read_checkpoint
+from answers.segment import segment
 from metrics import scores
 
 
