@@ -72,9 +72,8 @@ class Desk:
     def __init__(self, model, ckpt, folder, tiles):
         self.model, self.ckpt, self.folder, self.photos = model, ckpt, Path(folder), {}
         self.news, self.turn, self.slow = threading.Condition(), threading.Lock(), threading.Lock()
-        device = next(model.net.parameters()).device
+        device, self.tiles = next(model.net.parameters()).device, jobs.tiles_of(tiles, model)
         self.on_cpu, self.threads = device.type == "cpu", Threads(host_threads(device))
-        self.tiles = jobs.tiles_of(tiles, model)
 
     def tell(self, photo, **news):
         with self.news:
