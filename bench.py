@@ -693,9 +693,12 @@ def bench_gpu(args):
         raise ValueError(f"{out} holds other files: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     every, results = gpu_parts(args.small), {}
-    if wrong := set(args.parts or ()) - {name for name, _, _ in every}:
-        raise ValueError(f"--parts: '{wrong.pop()}' is not one of {', '.join(name for name, _, _ in every)}")
-    parts = [part for part in every if part[0] in (args.parts or part)]
+    names = [name for name, _, _ in every]
+    if wrong := [name for name in args.parts or () if name not in names]:
+        raise ValueError(f"--parts: '{wrong[0]}' is not one of {', '.join(names)}")
+    if args.parts and (out / "gpu.json").exists():  # the others stay
+        results = json.loads((out / "gpu.json").read_text())["parts"]
+    parts = [part for part in every if not args.parts or part[0] in args.parts]
     whole = sum(share for _, share, _ in parts)
     for name, share, command in parts:
         start, limit = time.perf_counter(), 60 * args.minutes * share / whole

@@ -285,7 +285,7 @@ def out_of_memory(e):
 
 def pick_device(name):
     """auto, cpu, cuda, cuda:1, mps -> torch.device, now the current one; of CUDA with its number,
-    without which set_device fails in PyTorch 2.11. Raises ValueError if it is not there."""
+    which torch.cuda.set_device needs. Raises ValueError if it is not there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -476,6 +476,7 @@ def program(name, stopped):
             finally:
                 sys.stdout, sys.stderr = streams
                 warnings.formatwarning = usual
+                gc.unfreeze()
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
                 for output in outputs:

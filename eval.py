@@ -349,8 +349,10 @@ def load_model(a):
     device = pick_device(f"cuda:{local}" if a.device == "auto" and torch.cuda.is_available() else a.device)
     kernels.use(a.kernels or kernels.mode)
     kernels.live(device)
-    if threads := host_threads(device) or crowded(torch.get_num_threads()):
-        torch.set_num_threads(int(threads))
+    if device.type == "cuda":
+        torch.set_num_threads(host_threads(device))
+    elif crowded(torch.get_num_threads()):
+        torch.set_num_threads(1)
     if a.baseline:
         return None, None
     path = Path(a.ckpt or newest_checkpoint())

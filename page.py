@@ -102,7 +102,7 @@ class Desk:
                     raise InterruptedError  # nobody asks for these samples any more
 
         job = jobs.prepare(read_image(photo.file), self.model, strokes_map(strokes, photo.size), seed=SEED,
-                              tiles=self.tiles)
+                           tiles=self.tiles)
         for part, n in ((replace(job, tiles=[]), FIRST), (job, N))[not self.on_cpu or bool(photo.result) :]:
             part = replace(next(segment.denoise([part], self.model, n, callback=step)).first(n), hints=None)
             result, done = segment.summarise(part, photo.view, self.model), None if part.lacks(N) else strokes

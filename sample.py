@@ -66,7 +66,8 @@ def options(argv):
     p.add_argument("--batch", type=int, help="samples at once (default: 4 or 1 on the CPU, else 64, or as "
                                              "many as memory holds)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument("--threads", type=int, help="of a CPU (default: as many as is fastest just now)")
+    p.add_argument("--threads", type=int, help="of the CPU (default: as many as are fastest just now; with "
+                                               "CUDA 4)")
     p.add_argument("--resume", action="store_true", help="skip images that are done with the same settings")
     p.add_argument("--format", choices=["coco", "coco_panoptic"], default="coco",
                    help="coco: segments.json alone")

@@ -81,6 +81,7 @@ from engine import (
     foreign,
     forget,
     form_of,
+    host_threads,
     join_processes,
     layout,
     lock,
@@ -135,7 +136,7 @@ class Config:
     jitter: float = 1.0  # how often colours are changed, as a multiple of the paper's probabilities
     # processes that make samples ahead; 0: a thread does; auto: cores - 1 of them with CUDA, else 0
     workers: str = "auto"
-    threads: int = 0  # that compute on a CPU; 0: as many as is fastest just now, so that rounding may vary
+    threads: int = 0  # of the CPU; 0: as many as is fastest just now, so that rounding may vary; with CUDA 4
     # encoding
     encoding: str = "bits"  # bits, onehot, rgb (the last two are the paper's baselines)
     bits: int = 6  # 2^bits segments at most; 8 or 10 for very crowded images
@@ -556,10 +557,9 @@ class Run:
 
 def build(c, local=None):
     """Config -> Run, without data and checkpoints. local: the number of the GPU. Raises ValueError."""
-    device = pick_device(c.device)
+    one_each = local is not None and c.device in ("auto", "cuda") and torch.cuda.is_available()
+    device = pick_device(f"cuda:{local}" if one_each else c.device)  # touches no other GPU
     if device.type == "cuda":
-        device = device if local is None else torch.device("cuda", local)
-        torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream(device))  # graphs cannot be made on the default one
         torch.backends.cudnn.benchmark = True
     dtype, why = pick_precision(c.precision, device)
@@ -766,7 +766,8 @@ class Training:
         self.c, self.run, self.out = c, run, Path(c.out)
         self.step, self.best, self.validated = 0, -math.inf, 0
         alone = run.device.type == "cpu" and run.world == 1
-        self.threads = Threads(c.threads if alone else torch.get_num_threads())
+        self.threads = Threads(c.threads if alone else
+                               c.threads or host_threads(run.device) or torch.get_num_threads())
         self.measured = settle_form(c, run) if run.device.type == "cpu" else ""  # with those threads
         self.ema = copy.deepcopy(run.net).eval().requires_grad_(False)
         kind = dict(fused=run.device.type in ("cuda", "cpu"), capturable=run.device.type == "cuda")
@@ -781,7 +782,7 @@ class Training:
         if run.resumed:
             self.resume(run.resumed, kind)
         self.first, self.started = self.step, time.time()
-        self.reported = self.started  # when the last line was said
+        self.mark = self.step, time.perf_counter()  # of the last line, or the first step, which may compile
         self.writer, self.watch = Beside(), Watch()
         self.stop = []  # signals; looked at between steps
         self.seen = []  # losses and norms since the last line
@@ -852,9 +853,9 @@ class Training:
     def validate(self):
         """Score the averaged weights and keep the best; nothing if the run is stopped meanwhile, as a resumed
         one makes up for it."""
-        began = time.time()
+        (before, then), began = self.mark, time.perf_counter()
         result = validate(self.ema, self.run, self.c, self.stop)
-        self.reported += time.time() - began
+        self.mark = before, then + time.perf_counter() - began  # steps alone count
         if not result:
             return
         (ari, iou, picture), self.validated = result, self.step
@@ -893,6 +894,9 @@ class Training:
                     f"{fits or 'not even one'} would fit: {remedy} and run the same command again")
         update_ema(self.ema, run.net, self.step, c.ema)
         self.step += 1
+        if self.step == self.first + 1 and c.log_every > 1:
+            self.seen[0].tolist()  # waits for the device
+            self.mark = self.step, time.perf_counter()
         if words := self.threads():
             self.say(words)
         return ""
@@ -905,9 +909,10 @@ class Training:
             dist.all_reduce(values)
         report = self.watch(*values.T.tolist(), first=step - len(self.seen))  # the only wait for the device
         more = {k: v for k, v in report.items() if k != "loss" and v}
-        now, mean = time.time(), math.nan if report["loss"] is None else report["loss"]
-        spent, rate = now - self.started, len(self.seen) / (now - self.reported)  # without the start's minute
-        self.seen, self.reported = [], now
+        mean, spent = math.nan if report["loss"] is None else report["loss"], time.time() - self.started
+        (before, then), now = self.mark, time.perf_counter()
+        rate = (step - before) / max(now - then, 1e-6) if step > before else 1 / max(spent, 1e-6)
+        self.seen, self.mark = [], (step, now)
         self.say(f"step {step:>6}/{c.max_steps}  loss {mean:.4f}  lr {learning_rate(step - 1, c):.1e}  "
                  f"{rate * c.batch_size:.0f} images/s  {spent / 60:.1f} min, "
                  f"{(c.max_steps - step) / rate / 60:.1f} left"

@@ -1,5 +1,8 @@
 """Checkpoints: from a file of train.py to a Model that is ready to sample from, and which file that is.
 
+What it is: `load_checkpoint`, which finds whatever is wrong in a file, and `newest_checkpoint`. What it is
+not: it samples nothing (segment.py), and writes no checkpoints (engine.py).
+
     from answers.checkpoints import load_checkpoint, newest_checkpoint
     model = load_checkpoint(newest_checkpoint())  # the last under out/, or else weights/photo.pt
 """
@@ -36,7 +39,7 @@ class Model:
     # two regions reach `merge` (1: the usual); least: regions of fewer pixels are joined first
     tidy: dict = field(default_factory=lambda: dict(least=0, merge=0.0))
     odds: Path = tree.LEARNT  # the file of learnt odds
-    graphs: dict = field(default_factory=dict)  # of `sampled`, on CUDA
+    graphs: dict = field(default_factory=dict)  # of segment.sampled, on CUDA
 
     @property
     def detail(self):

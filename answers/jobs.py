@@ -1,5 +1,9 @@
 """Jobs: an image in the network's frame, what is known about it, its samples, and closer looks at its parts.
 
+What it is: `prepare` (photo and prompts -> Job) and what a Job lacks or has. Its tiles are not chosen yet
+(None, where `auto` may choose among `closer`), none ([]), or Jobs of their own. What it is not: it runs no
+network (segment.py).
+
     from answers.jobs import prepare
     job = prepare(image, model)  # a PIL image in RGB, a Model; segment.denoise adds the samples
 """

@@ -1,7 +1,7 @@
 """Hints: the bits of a few pixels of a few segments, as input channels of the network.
 
 What it is: `draw_hints`, the clicks, strokes and ellipses of training samples. What it is not: it knows
-nothing of noise or networks, and no hints that a user gives (answers/segment.py); bits.hint_bits makes input
+nothing of noise or networks, and no hints that a user gives (answers/prompts.py); bits.hint_bits makes input
 channels of both.
 
     # (B, H, W) bool: which pixels are hinted

@@ -163,7 +163,9 @@ def test_gpu_keeps_what_it_has_whatever_a_part_does(tmp_path, monkeypatch, capsy
                                                            for name, c in code.items()])
     with pytest.raises(ValueError, match="--parts: 'none' is not one of first, breaks, hangs, last"):
         gpu(out, minutes=5.0, parts=["none"])
-    assert gpu(out, minutes=5.0, parts=["breaks"]) == 1 and "hangs" not in (out / "gpu.md").read_text()
+    assert gpu(out, minutes=5.0, parts=["first"]) == 0 and gpu(out, minutes=5.0, parts=["breaks"]) == 1
+    text = (out / "gpu.md").read_text()
+    assert "## first" in text and "## breaks" in text and "## hangs" not in text
     assert gpu(out, minutes=5.0) == 1
     parts = json.loads((out / "gpu.json").read_text())["parts"]
     assert {name: part["ended"] for name, part in parts.items()} == dict(

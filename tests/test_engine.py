@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import json
 
 import pytest
@@ -17,8 +18,10 @@ from engine import (
     fastest_form,
     fit_state,
     forget,
+    host_threads,
     pick_device,
     pick_precision,
+    program,
     try_to_write,
 )
 
@@ -142,7 +145,7 @@ def test_a_failed_capture_says_why_and_leaves_nothing_behind(monkeypatch):
 
 
 def test_the_device_picked_is_the_current_one(monkeypatch):
-    """With its number, which older versions of PyTorch ask for."""
+    """With its number, which torch.cuda.set_device asks for."""
     current, zeros = [torch.device("cuda:0")], torch.zeros
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1].index)
@@ -151,6 +154,23 @@ def test_the_device_picked_is_the_current_one(monkeypatch):
     for name, index in ("auto", 0), ("cuda", 0), ("cuda:1", 1), ("cuda", 1):
         assert pick_device(name) == current[-1] == torch.device("cuda", index)
     assert pick_device("cpu") == torch.device("cpu") and len(current) == 5
+
+
+def test_few_threads_beside_a_gpu():
+    before = torch.get_num_threads()
+    try:
+        for threads, beside in (1, 1), (4, 4), (16, 4):
+            torch.set_num_threads(threads)
+            assert host_threads(torch.device("cuda:0")) == beside
+            assert host_threads(torch.device("cpu")) is None
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_program_leaves_the_garbage_collector_as_it_was():
+    frozen = []
+    program("name", "")(lambda argv: frozen.append(gc.get_freeze_count()))()
+    assert frozen[0] > 1000 and gc.get_freeze_count() == 0
 
 
 def test_watch_counts_rows_and_names_spikes():

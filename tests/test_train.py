@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -340,6 +341,31 @@ def test_a_failed_capture_ends_with_one_sentence_and_what_was_saved(tmp_path, mo
     assert run(tmp_path, "--graph", "off") == 0 and run(tmp_path, out="whole") == 0
     halves = weights(tmp_path, "run")
     assert all(torch.equal(v, halves[k]) for k, v in weights(tmp_path, "whole").items())
+
+
+def test_the_rate_is_that_of_the_steps_since_the_last_line(monkeypatch):
+    """11 steps, of which the first took 90 seconds, the others 5."""
+    said, t = {}, object.__new__(train.Training)
+    t.c, t.run = train.Config(batch_size=4, max_steps=31), types.SimpleNamespace(world=1)
+    t.watch, t.first, t.step, t.started, t.seen = train.Watch(), 0, 11, 1000.0, [torch.ones(2)] * 11
+    monkeypatch.setattr(train.time, "time", lambda: 1095.0)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 7.0)
+    t.mark, t.say = (1, 2.0), lambda words, **given: said.update(given, words=words)
+    t.report()
+    assert said["images_per_second"] == 8 and "8 images/s  1.6 min, 0.2 left" in said["words"]
+    t.step, t.seen = 12, [torch.ones(2)]  # in no time, by this clock
+    t.report()
+    assert said["images_per_second"] > 1000
+
+
+def test_each_process_touches_its_own_gpu_alone(monkeypatch):
+    picked = []
+    monkeypatch.setattr(train, "pick_device", lambda name: picked.append(name) or torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in "auto", "cpu":
+        train.build(train.parse(["--device", device]), local=3)
+    train.build(train.parse([]))
+    assert picked == ["cuda:3", "cpu", "auto"]
 
 
 def test_what_is_compiled_and_captured():
