@@ -344,21 +344,22 @@ def side_by_side(graphs):
     regions."""
     if len({(g.samples, g.bits, g.views) for g in graphs}) != 1:
         raise ValueError("trees grow together where there are as many samples, bits and views of each")
-    one, first, part = copy.copy(graphs[0]), 0, 0
-    one.n, one.codes = sum(g.n for g in graphs), max(g.codes for g in graphs)
-    moved = {name: [] for name in ("part", "a", "b", "i", "j", "count")}
+    whole, region, part = copy.copy(graphs[0]), 0, 0
+    whole.n, whole.codes = sum(g.n for g in graphs), max(g.codes for g in graphs)
+    arrays = {name: [] for name in ("part", "a", "b", "i", "j", "count")}
     for g in graphs:
-        for name, by in (("part", first * g.views), ("a", part), ("b", part), ("i", first), ("j", first)):
-            moved[name].append(getattr(g, name) + by)
-        count = np.zeros((len(g.part), g.samples, one.codes))
+        arrays["part"].append(g.part + region * g.views)
+        for name, first in (("a", part), ("b", part), ("i", region), ("j", region)):
+            arrays[name].append(getattr(g, name) + first)
+        count = np.zeros((len(g.part), g.samples, whole.codes))
         count[..., : g.codes] = g.count.reshape(len(g.part), g.samples, g.codes)
-        moved["count"].append(count.reshape(len(g.part), -1))
-        first, part = first + g.n, part + len(g.part)
+        arrays["count"].append(count.reshape(len(g.part), -1))
+        region, part = region + g.n, part + len(g.part)
     for name in ("total", "pixels", "seen", "sight", "inner", "border"):
-        moved[name] = [getattr(g, name) for g in graphs]
-    for name, parts in moved.items():
-        setattr(one, name, np.concatenate(parts))
-    return one
+        arrays[name] = [getattr(g, name) for g in graphs]
+    for name, values in arrays.items():
+        setattr(whole, name, np.concatenate(values))
+    return whole
 
 
 # the column of `features` that is the share of samples that put both together, as far as regions are pure
@@ -453,24 +454,27 @@ def grow(evidence, net=None, hints=None, least=0, watch=None):
     watch(tree region (h, w), features, i, j) is told of every round, for fitting.
     """
     region = regions(evidence, hints)
-    told = watch and (lambda home, *seen: watch(home[region], *seen))
-    return join([region], [Graph(evidence, region)], net, least, told)[0]
+    graph, told = Graph(evidence, region), watch and (lambda home, *seen: watch(home[region], *seen))
+    return Tree(region, *join(copy.copy(graph), net, least, told), graph)
 
 
 def grow_each(evidences, net=None, least=0):
     """The same, of Evidences with as many samples, bits and views each -> a Tree of each, grown together,
     which takes half of the time of one after the other. Raises ValueError where these numbers differ."""
     maps = [regions(evidence) for evidence in evidences]
-    return join(maps, [Graph(evidence, region) for evidence, region in zip(evidences, maps)], net, least)
+    graphs = [Graph(evidence, region) for evidence, region in zip(evidences, maps)]
+    merges = split(*join(side_by_side(graphs), net, least), [g.n for g in graphs])
+    return [Tree(region, *its, graph) for region, its, graph in zip(maps, merges, graphs)]
 
 
-def join(maps, graphs, net, least, watch=None):
-    """Maps of leaves (h, w) and their graphs -> Trees. watch: gets the current region of every leaf first."""
-    graph = side_by_side(graphs)
-    node, children, odds, height = np.arange(graph.n), [], [], []
-    high = np.full(2 * graph.n, np.inf)  # of every node
-    score, leaves, home = np.zeros(len(graph.i)), graph.n, np.arange(graph.n)
-    new = np.ones(graph.n, bool)  # regions whose pairs have no score yet
+def join(graph, net, least, watch=None):
+    """The Graph of the leaves, which is changed -> children, odds and height of a Tree's merges. watch: gets
+    the current region of every leaf, features, i, j."""
+    children, odds, height, leaves = [], [], [], graph.n
+    high = np.full(2 * leaves, np.inf)  # of every node: its height
+    home = np.arange(leaves)  # of every leaf: its region
+    node, new = np.arange(leaves), np.ones(leaves, bool)  # of every region; new: its pairs have no score
+    score = np.zeros(len(graph.i))  # of every pair
     for level in (*LEVELS, -np.inf):
         while len(graph.i):
             i, j = graph.i, graph.j
@@ -510,18 +514,22 @@ def join(maps, graphs, net, least, watch=None):
             graph.merge(to, len(kept))
             score = np.zeros(len(graph.i))
             score[~(new[graph.i] | new[graph.j])] = old  # `to` keeps the order of the others
-    children, odds, height = np.array(children, int).reshape(-1, 2), np.array(odds), np.array(height)
-    # to each its own: whose a node is, and its number there, where the leaves come first
-    owner, trees = np.repeat(np.arange(len(graphs)), [g.n for g in graphs]).tolist(), []
+    return np.array(children, int).reshape(-1, 2), np.array(odds), np.array(height)
+
+
+def split(children, odds, height, counts):
+    """The merges of trees that grew side by side, with so many leaves each -> [(children, odds, height)] of
+    each."""
+    owner = np.repeat(np.arange(len(counts)), counts).tolist()  # of every node
     for a, _ in children.tolist():
         owner.append(owner[a])
-    owner, number = np.array(owner), np.empty(len(owner), int)
-    for k, (region, g) in enumerate(zip(maps, graphs)):
-        mine = np.flatnonzero(owner == k)
-        number[mine] = np.arange(len(mine))
-        merges = mine[g.n :] - leaves
-        trees.append(Tree(region, number[children[merges]], odds[merges], height[merges], g))
-    return trees
+    owner, number, out = np.array(owner), np.empty(len(owner), int), []
+    for k, count in enumerate(counts):
+        nodes = np.flatnonzero(owner == k)
+        number[nodes] = np.arange(len(nodes))
+        merges = nodes[count:] - sum(counts)
+        out.append((number[children[merges]], odds[merges], height[merges]))
+    return out
 
 
 def root(to, k):

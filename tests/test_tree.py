@@ -383,6 +383,11 @@ def test_trees_that_grow_together_are_those_that_grow_alone(net):
         assert np.allclose(confidence(together, labels, net)[0], confidence(alone, labels, net)[0])
 
 
+def test_trees_of_unlike_evidence_do_not_grow_together():
+    with pytest.raises(ValueError, match="as many samples, bits and views of each"):
+        grow_each([evidence_of(0), evidence_of(0, n=2)])
+
+
 def test_small_regions_join_first():
     for seed in range(5):
         evidence = evidence_of(seed, 24, 20)
