@@ -229,8 +229,9 @@ def chosen(job, model):
     return ([], *job.closer)[t - 1]
 
 
-def evidence_of(job, codec, samples=slice(None)):
-    """What a job's samples say, or some of them, with those of its tiles: tree.Evidence."""
+def evidence_of(job, codec, samples=slice(None), like=None):
+    """What a job's samples say, or some of them, with those of its tiles: tree.Evidence. like: that of others
+    of its samples."""
     photo, tiles, views, turns = job.scene, job.tiles or [], [], range(len(job.x_hat))[samples]
     for one in (job, *tiles):
         x_hat = [one.x_hat[k % len(one.x_hat)] for k in turns[: len(one.x_hat)]]
@@ -243,7 +244,7 @@ def evidence_of(job, codec, samples=slice(None)):
     codes = 1 + max(int(cells.max()) for _, cells in views)
     closer = [tree.View(*view, rise(tile, photo.shape), tile.top, tile.left)
               for tile, view in zip(tiles, views[1:])]
-    return tree.gather(photo, *views[0], codes, closer)
+    return tree.gather(photo, *views[0], codes, closer, like)
 
 
 def rise(tile, shape):
@@ -272,8 +273,10 @@ def sample_maps(job, model, grain="normal"):
     if not model.tidy["merge"] and not job.tiles:
         return model.codec.decode(torch.stack(job.x_hat).float()).numpy()
     (net, offset), maps, n = odds_of(model), [], len(job.x_hat)
+    first = evidence_of(job, model.codec, slice(1))
     for k in range(0, n, TOGETHER):
-        seen = [evidence_of(job, model.codec, slice(j, j + 1)) for j in range(k, min(k + TOGETHER, n))]
+        each = range(k, min(k + TOGETHER, n))
+        seen = [evidence_of(job, model.codec, slice(j, j + 1), first) if j else first for j in each]
         maps += [grown.cut(grain, offset) for grown in tree.grow_each(seen, net, model.tidy["least"])]
     return np.stack(maps)
 

@@ -72,23 +72,20 @@ class Evidence:
     low: np.ndarray  # (h, w) bool: minima of it, where regions start
 
 
-def gather(image, soft, cells, codes, tiles=()):
+def gather(image, soft, cells, codes, tiles=(), like=None):
     """Photo (h, w, 3) uint8, soft bits (n, h, w, k), their codes (n, h, w) below `codes` -> Evidence. tiles:
-    Views of as many samples or fewer, each of which looks closer at its part."""
+    Views of as many samples or fewer, each of which looks closer at its part. like: Evidence of other samples
+    of the same photo and tiles, whose colours need not be computed again."""
     views = [View(soft, cells, np.full(image.shape[:2], WHOLE if tiles else 1.0)), *tiles]
-    seen = appearance_of(image, max(views[-1].weight.shape))
-    colour = seen[..., :3] * 1.25
-    calm = scipy.ndimage.gaussian_filter(colour, (1, 1, 0))
+    seen = like.appearance if like else appearance_of(image, max(views[-1].weight.shape))
+    looks = [step[..., 1:3] for step in like.steps] if like else contrasts(seen[..., :3] * 1.25)
     steps, jump = [], []
     edge = np.zeros(image.shape[:2])
     for axis in (0, 1):
         def along(values, first, last, axis=axis):
             return np.moveaxis(np.moveaxis(values, axis, 0)[first:last], 0, axis)
 
-        near = np.linalg.norm(np.diff(colour, axis=axis), axis=2)
-        pad = [(1, 1) if i == axis else (0, 0) for i in range(3)]
-        wide = np.pad(calm, pad, "edge")
-        far = np.linalg.norm(along(wide, 3, None) - along(wide, None, -3), axis=2)
+        near, far = np.moveaxis(looks[axis], 2, 0)
         said, weight = np.zeros((*near.shape, 3)), np.zeros((*near.shape, 1))
         for view in views:
             bits = np.abs(np.diff(view.soft, axis=axis + 1)).sum(-1)  # 2 for each sure bit that differs
@@ -107,6 +104,17 @@ def gather(image, soft, cells, codes, tiles=()):
             np.maximum(part, unlike, out=part)
     edge = scipy.ndimage.gaussian_filter(edge, 0.7)
     return Evidence(seen, views, codes, steps, jump, scipy.ndimage.minimum_filter(edge, size=3) == edge)
+
+
+def contrasts(colour):
+    """How unlike neighbours along rows and columns are in colour (h, w, 3), and what lies a little further on
+    both sides: (h - 1, w, 2) and (h, w - 1, 2)."""
+    calm, out = scipy.ndimage.gaussian_filter(colour, (1, 1, 0)), []
+    for axis in (0, 1):
+        wide = np.moveaxis(np.pad(calm, [(1, 1) if i == axis else (0, 0) for i in range(3)], "edge"), axis, 0)
+        far = np.moveaxis(wide[3:] - wide[:-3], 0, axis)
+        out.append(np.stack([np.linalg.norm(v, axis=2) for v in (np.diff(colour, axis=axis), far)], axis=2))
+    return out
 
 
 def pair_weight(view, axis):
