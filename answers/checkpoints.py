@@ -58,6 +58,24 @@ def read_checkpoint(path, device="cpu"):
     return content
 
 
+def check_settings(c):
+    """Raises ValueError where numbers in a checkpoint's dictionary are none, and for unknown samplers."""
+    whole, real = ("image_size", "step", "steps", "least", "seed"), ("guidance", "smooth", "merge")
+    numbers = {f.name: f.type for f in fields(Diffusion) if f.type is float}
+    numbers |= dict.fromkeys(whole, int) | dict.fromkeys(real, float)
+    for part in (c, c["codec"], c["diffusion"], c["sampling"], c.get("tidy", {})):
+        for key in numbers.keys() & part.keys():
+            value, kind = part[key], (int, numbers[key])
+            # nor nan
+            if isinstance(value, bool) or not isinstance(value, kind) or not abs(value) < 2**63:
+                raise ValueError(f"{key} is {value!r}")
+    if c["image_size"] < 1 or c["sampling"]["steps"] < 1:
+        raise ValueError(f"image_size is {c['image_size']}, steps {c['sampling']['steps']}")
+    if c["sampling"]["sampler"] not in SAMPLERS or c["sampling"]["variance"] not in VARIANCES:
+        raise ValueError(f"its sampler is {c['sampling']['sampler']!r}, its variance "
+                         f"{c['sampling']['variance']!r}")
+
+
 def load_checkpoint(path, device="cpu", raw=False):
     """The EMA network of a checkpoint, or the network itself (raw), ready to sample from; its samples are
     joined by the odds in the tree.npz beside it, if there is one. Raises ValueError naming the file,
@@ -69,20 +87,7 @@ def load_checkpoint(path, device="cpu", raw=False):
     if raw and "net" not in c:
         raise ValueError(f"{path} holds averaged weights only (it was made by --export): leave out --raw")
     try:
-        whole, real = ("image_size", "step", "steps", "least", "seed"), ("guidance", "smooth", "merge")
-        numbers = {f.name: f.type for f in fields(Diffusion) if f.type is float}
-        numbers |= dict.fromkeys(whole, int) | dict.fromkeys(real, float)
-        for part in (c, c["codec"], c["diffusion"], c["sampling"], c.get("tidy", {})):
-            for key in numbers.keys() & part.keys():
-                value, kind = part[key], (int, numbers[key])
-                # nor nan
-                if isinstance(value, bool) or not isinstance(value, kind) or not abs(value) < 2**63:
-                    raise ValueError(f"{key} is {value!r}")
-        if c["image_size"] < 1 or c["sampling"]["steps"] < 1:
-            raise ValueError(f"image_size is {c['image_size']}, steps {c['sampling']['steps']}")
-        if c["sampling"]["sampler"] not in SAMPLERS or c["sampling"]["variance"] not in VARIANCES:
-            raise ValueError(f"its sampler is {c['sampling']['sampler']!r}, its variance "
-                             f"{c['sampling']['variance']!r}")
+        check_settings(c)
         net, codec = UNet(**c["network"]), Codec(**c["codec"])
         diffusion = Diffusion(**c["diffusion"])
         copies = 1 + (diffusion.hints > 0) + (diffusion.self_condition > 0)  # of the bits, as in train.py

@@ -234,6 +234,7 @@ def evidence_of(job, codec, samples=slice(None), like=None):
     of its samples."""
     photo, tiles, views, turns = job.scene, job.tiles or [], [], range(len(job.x_hat))[samples]
     for one in (job, *tiles):
+        # sample k of the whole goes with sample k of a tile, or where those are fewer, in turn
         x_hat = [one.x_hat[k % len(one.x_hat)] for k in turns[: len(one.x_hat)]]
         x_hat = torch.stack(x_hat).float().clamp(-1, 1)  # (n, C, h, w)
         cells = codec.decode(x_hat)
@@ -315,7 +316,7 @@ def answer(grown, labels, result, hints=None):
 
 def summarise(job, image, model, grain="normal", closed=False):
     """Job and its PIL image -> Segmentation."""
-    job = job.first(len(job.x_hat))
+    job = job.first(len(job.x_hat))  # without tiles where a stop left some of them without samples
     x_hat, codec, (width, height) = torch.stack(job.x_hat), model.codec, image.size
     n, side = len(x_hat), int(np.ceil(codec.classes**0.5))
     maps = sample_maps(job, model, grain)
