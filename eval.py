@@ -33,6 +33,10 @@ import shutil
 import sys
 from pathlib import Path
 
+# options that make other results, and name the folder where they are not the default
+NAMED = ("components", "unlabelled", "void", "size", "limit", "seed", "n", "steps", "guidance", "sampler",
+         "variance", "smooth", "least", "merge", "tiles")
+
 
 def number_list(text, kind, minimum):
     """'1,2,4' -> [1, 2, 4], each at least `minimum`. For argparse."""
@@ -77,7 +81,8 @@ def arguments(argv):
     p.add_argument("--limit", type=int, default=256, help="at most so many images")
     p.add_argument("--root", default="data")
     p.add_argument("--cache", default="cache")
-    p.add_argument("--out", help="where the files go (default: out/eval/<checkpoint>-<dataset>-<split>)")
+    p.add_argument("--out", help="where the files go (default: out/eval/<checkpoint>-<dataset>-<split>, and "
+                                 "what else is not the default)")
     p.add_argument("--seed", type=int, default=0, help="sample j of image i has the seed (SEED 10^6 + i) "
                                                        "1000 + j")
     p.add_argument("--n", type=whole, default=[1], help="samples an image, e.g. 8, or 1,2,4,8,16")
@@ -101,7 +106,13 @@ def arguments(argv):
     p.add_argument("--kernels", help="auto, triton or torch (default: BITSEG_KERNELS, or auto: Triton with "
                                      "CUDA)")
     p.error = lambda message: p.exit(2, f"eval.py: {message}\n")
-    return p.parse_args(argv)
+    a, given = p.parse_args(argv), []
+    for key in NAMED:
+        value = getattr(a, key)
+        if value != p.get_default(key):
+            given += [key, *([] if value is True else value if isinstance(value, list) else [value])]
+    a.others = "".join(f"-{part}" for part in given)
+    return a
 
 
 if __name__ == "__main__":
@@ -444,8 +455,7 @@ def main(argv=None):
         path, model = load_model(a)
         data, places, files = load_data(a, model)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
-        out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}"
-                   + f"-tiles-{a.tiles}" * (a.tiles != (tiles_of(None, model) if files else 1)))
+        out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}{a.others}")
         if not a.clicking:
             check_out(out)
             make_folder(out)

@@ -82,11 +82,13 @@ def test_a_baseline_on_known_maps(tmp_path, capsys):
     assert json.loads((tmp_path / "out/report.json").read_text()) == report
 
 
-def test_reports_name_their_tiles_and_share_no_folder(tmp_path, capsys, monkeypatch, ckpt):
+def test_reports_name_their_options_and_share_no_folder(tmp_path, capsys, monkeypatch, ckpt):
     d = folder(tmp_path / "d", {"a": [thirds(40, 48)]})
     monkeypatch.chdir(tmp_path)
     for more, tiles, name in (((), 1, ""), (("--tiles", "2"), 2, "-tiles-2"),  # its samples stay as they are
-                              (("--merge", "1"), 2, ""), (("--merge", "1", "--tiles", "1"), 1, "-tiles-1")):
+                              (("--merge", "1"), 2, "-merge-1.0"), (("--n", "1,2"), 1, "-n-1-2"),
+                              (("--merge", "1", "--tiles", "1"), 1, "-merge-1.0-tiles-1"),
+                              (("--components", "--size", "20"), 1, "-components-size-20")):
         assert evaluation.main(["--ckpt", str(ckpt), "--dataset", str(d), "--device", "cpu", *more]) == 0
         report = json.loads(Path(f"out/eval/{ckpt.parent.name}-d-val{name}/report.json").read_text())
         assert report["tiles"] == tiles
