@@ -36,7 +36,7 @@ from answers.jobs import prepare
 from answers.scoring import own_maps, share_who_drew
 from answers.segment import denoise, evidence_of
 from data import originals, parse_parts
-from engine import pick_device
+from engine import host_threads, pick_device
 from frame import subsample
 from sources.formats import read_image
 
@@ -307,7 +307,9 @@ def main(argv=None):
         a.out = a.out or Path(ckpt).with_name("tree.npz")
         if Path(a.out).exists():
             raise ValueError(f"{a.out} exists and is not overwritten: choose another --out, or remove it")
-        model = load_checkpoint(ckpt, pick_device(a.device))
+        device = pick_device(a.device)
+        torch.set_num_threads(host_threads(device) or torch.get_num_threads())
+        model = load_checkpoint(ckpt, device)
         if not model.codec.has_bits:
             raise ValueError(f"trees are fitted to samples of the encoding bits, not {model.codec.encoding}")
         sets = parse_parts(a.dataset)

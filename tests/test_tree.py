@@ -383,6 +383,26 @@ def test_trees_that_grow_together_are_those_that_grow_alone(net):
         assert np.allclose(confidence(together, labels, net)[0], confidence(alone, labels, net)[0])
 
 
+@pytest.mark.parametrize("net", [None, learnt()], ids=["samples alone", "learnt"])
+def test_trees_grow_together_with_tiles_and_look_at_their_photo_once(net):
+    given = []
+    for seed in range(3):  # other samples of the same photo, each with two tiles
+        other = evidence_of(seed, 18, 22).views[0]
+        left, right = (tree.View(other.soft[:2, :, at], other.cells[:2, :, at], np.ones((18, 13)), left=first)
+                       for at, first in ((slice(0, 13), 0), (slice(9, 22), 9)))
+        image = RNG(9).integers(0, 256, (18, 22, 3)).astype(np.uint8)
+        said = image, other.soft[:2], other.cells[:2], 16, [left, right]
+        given.append(gather(*said, like=given[0] if given else None))
+        again = gather(*said)
+        assert np.array_equal(given[-1].appearance, again.appearance)
+        assert all(np.array_equal(a, b) for name in ("steps", "jump")
+                   for a, b in zip(getattr(given[-1], name), getattr(again, name)))
+    for together, evidence in zip(grow_each(given, net), given, strict=True):
+        alone = grow(evidence, net)
+        assert np.array_equal(together.children, alone.children) and len(alone.children) > 5
+        assert np.allclose(together.odds, alone.odds)
+
+
 def test_trees_of_unlike_evidence_do_not_grow_together():
     with pytest.raises(ValueError, match="as many samples, bits and views of each"):
         grow_each([evidence_of(0), evidence_of(0, n=2)])
