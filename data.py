@@ -293,13 +293,15 @@ def unchanged(images, labels, sizes, detail=1):
     return x, inside, labels.masked_fill(~inside, -1)
 
 
-def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1):
+def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1, turns=False,
+            negative=0.0):
     """The paper's augmentation, each sample by its own uniform numbers u (B, 16), on the images' device.
 
     Horizontal flip (p 0.5); gamma, brightness and contrast, hue/saturation/value (p 0.3 each, times
     `jitter`); RGB shift (p 0.1, times `jitter`); rotation within +-20 degrees (p 0.3). Beyond the paper, with
     crop < 1 and u (B, 20): a random part of at least the share `crop` of the sides, stretched by up to
-    2^(1/4) one way and squeezed as much the other.
+    2^(1/4) one way and squeezed as much the other. turns: besides, by 0 to 3 quarter turns; negative: the
+    share of samples of which the photo's negative is shown.
     size: side of the result, the images' own by default. Returns what `normalise` does, and the labels; new
     pixels are outside and -1. With detail d, the labels have the side `size`, the images d times as many
     pixels, folded.
@@ -308,12 +310,12 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     S, device = size or T // detail, images.device
     if B > 8 and device.type == "cpu":  # pieces that fit the processor's cache
         pieces = zip(*(v.split(8) for v in (images, labels, sizes, u)))
-        return tuple(torch.cat(v) for v in zip(*(augment(*piece, size, crop, jitter,
-                                                         detail) for piece in pieces)))
+        return tuple(torch.cat(v) for v in zip(*(augment(*piece, size, crop, jitter, detail,
+                                                         turns, negative) for piece in pieces)))
     u = u.to(device, non_blocking=True).T  # (16 or 20, B)
-    x = recoloured(images, u, jitter)
+    x = recoloured(images, u, jitter, negative)
     old = sizes.to(device, non_blocking=True).T.float()  # (2, B): h, w
-    row, col = source_pixels(old, u, T, S, crop, detail)
+    row, col = source_pixels(old, u, T, S, crop, detail, turns)
     last_row, last_col = old.view(2, B, 1, 1) - 1
     # (B, S, S), the label's
     label_row, label_col = (v[:, 0].round() if detail == 1 else v.mean(1).round() for v in (row, col))
@@ -331,7 +333,7 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1)
     return x.mul_(inside[:, None].float()), inside, labels
 
 
-def recoloured(images, u, jitter):
+def recoloured(images, u, jitter, negative=0.0):
     """(B, T, T, 3) uint8 -> (B, 3, T, T) float32, normalised, of other colours. u (16 or 20, B): uniform."""
     B, T = images.shape[:2]
     r = 2 * u[6:16] - 1  # (10, B) in [-1, 1]
@@ -353,6 +355,7 @@ def recoloured(images, u, jitter):
     offset = torch.stack([(v - mean) / std for v, mean, std in zip(offset, MEAN, STD)], dim=1)  # (B, 3)
     # (B, 256): a table spares a power a pixel
     powers = (torch.arange(256, device=images.device) / 255) ** gamma[:, None]
+    powers = torch.where(u[4, :, None] > 1 - negative, powers.flip(1), powers)  # where no shift was drawn
     x = powers.gather(1, images.permute(0, 3, 1, 2).reshape(B, -1).long())
     x = torch.baddbmm(offset[..., None], matrix.T.reshape(B, 3, 3), x.view(B, 3, -1)).view(B, 3, T, T)
     for channel, mean, std in zip(x.unbind(1), MEAN, STD):
@@ -360,7 +363,7 @@ def recoloured(images, u, jitter):
     return x
 
 
-def source_pixels(old, u, T, S, crop, detail):
+def source_pixels(old, u, T, S, crop, detail, turns=False):
     """Where each new pixel comes from, by flip, rotation and crop: its row and its column in the old image.
 
     old (2, B): height and width of the valid part of the T x T old pixels; u (16 or 20, B): uniform. Each
@@ -369,6 +372,8 @@ def source_pixels(old, u, T, S, crop, detail):
     """
     new = old if S == T else (old * S / (2 * T)).ceil().mul(2).clamp(max=S)  # as `formats.fitted`
     turn = torch.where(u[5] < 0.3, (2 * u[15] - 1) * torch.pi / 9, 0.0)
+    if turns:
+        turn = turn + (8 * u[0]).floor() * (torch.pi / 2)  # u[0] flips as well: one of eight ways
     cos, sin = turn.cos(), turn.sin()
     fine, side = new * detail, S * detail  # the image's
     middle, scale = (old - 1) / 2, old / fine

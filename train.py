@@ -133,6 +133,8 @@ class Config:
     components: bool = False  # labels are classes: their connected parts become the segments
     max_bad: float = 0.01  # share of unusable images or label maps that is too much
     crop: float = 1.0  # smallest share of the sides that random crops keep; 1: none
+    turns: bool = False  # quarter turns: for images without up and down, of microscopes or from above
+    negative: float = 0.0  # share of samples that see the photo's negative
     jitter: float = 1.0  # how often colours are changed, as a multiple of the paper's probabilities
     # processes that make samples ahead; 0: a thread does; auto: cores - 1 of them with CUDA, else 0
     workers: str = "auto"
@@ -198,10 +200,11 @@ PRESETS = {  # a network of model.SIZES, and the recipe that suits it
                      weight_decay=0.03, hints=0.4, smooth=0.2, least=2, merge=1.0),
     # many small segments: finer maps and codes, closer crops; a cell of 100 pixels counts a tenth of a
     # background of 10,000, not a hundredth
-    "crowded": dict(network="photo", image_size=128, batch_size=16, max_steps=6000, lr=1e-3, warmup_steps=50,
-                    decay_steps=5800, ema=0.998, weighting="uniform", logsnr_space=False, loss="bce",
+    "crowded": dict(network="photo", image_size=128, batch_size=16, max_steps=8000, lr=1e-3, warmup_steps=50,
+                    decay_steps=7800, ema=0.998, weighting="uniform", logsnr_space=False, loss="bce",
                     guidance=5.0, bits=8, log_every=20, save_every=100, eval_every=1000, crop=0.25,
-                    jitter=2.0, dropout=0.1, weight_decay=0.03, hints=0.3, balance=0.5, least=2, merge=1.0),
+                    jitter=2.0, turns=True, negative=0.3, dropout=0.1, weight_decay=0.03, hints=0.3,
+                    balance=0.5, least=2, merge=1.0),
     "small": dict(image_size=64,  batch_size=16, max_steps=50_000,  lr=5e-4, warmup_steps=500,
                   decay_steps=25_000, ema=0.999,  weighting="uniform", logsnr_space=False, guidance=1.0,
                   bits=6, log_every=50,  save_every=500,  eval_every=2500),
@@ -225,8 +228,8 @@ RANGES = dict.fromkeys(("batch_size", "accumulate", "max_steps", "image_size", "
                         "steps", "log_every", "save_every"), (1, math.inf))
 RANGES |= dict.fromkeys(("keep_every", "warmup_steps", "decay_steps", "lr", "weight_decay",
                          "grad_clip", "jitter", "guidance", "smooth", "least", "merge"), (0, math.inf))
-RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition", "hints", "balance", "max_bad"),
-                        (0, 1))
+RANGES |= dict.fromkeys(("compose", "dropout", "image_drop", "self_condition", "hints", "balance", "negative",
+                         "max_bad"), (0, 1))
 RANGES |= {"seed": (0, 2**22 - 1), "crop": (0.01, 1), "ema": (0, 0.999999), "input_scale": (1e-6, math.inf),
            "bias": (-100, 100), "threads": (0, 1024)}
 CHOICES = {"sampler": SAMPLERS, "variance": VARIANCES, "layout": ("auto", *LAYOUTS)}
@@ -264,8 +267,9 @@ def parse(argv):
                          f"{c.merge}")
     if c.hints and not codec.has_bits:
         raise ValueError(f"--hints are bits: use --encoding bits, not {c.encoding}, or --hints 0")
-    if c.crop < 1 and (not c.augment or sets == ["shapes"]):
-        raise ValueError("--crop belongs to the augmentation of real images: not with shapes, nor with "
+    used = [name for name, off in (("crop", 1), ("turns", False), ("negative", 0)) if getattr(c, name) != off]
+    if used and (not c.augment or sets == ["shapes"]):
+        raise ValueError(f"--{used[0]} belongs to the augmentation of real images: not with shapes, nor with "
                          "--augment false")
     if c.batch_size % c.accumulate:
         raise ValueError(f"--batch_size {c.batch_size} cannot be split into --accumulate {c.accumulate} "
@@ -347,7 +351,8 @@ def make_batch(c, run, step, parts, kernel_options):
     images, labels, sizes, u = parts
     detail, share = run.net.detail, slice(run.rank, None, run.world)
     if c.augment and datasets.names(c.dataset) != ["shapes"]:
-        x, _, labels = datasets.augment(images, labels, sizes, u, c.image_size, c.crop, c.jitter, detail)
+        x, _, labels = datasets.augment(images, labels, sizes, u, c.image_size, c.crop, c.jitter, detail,
+                                        c.turns, c.negative)
     else:
         x, _, labels = datasets.unchanged(images, labels, sizes, detail)
     generator = torch.Generator().manual_seed(c.seed * 2**32 + step)

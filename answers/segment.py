@@ -241,11 +241,19 @@ def evidence_of(job, codec, samples=slice(None), like=None):
         if one is job and tiles:  # at the tiles' resolution
             x_hat = F.interpolate(x_hat, photo.shape[:2], mode="bilinear")
             cells = subsample(cells, *photo.shape[:2])
-        views.append((x_hat.permute(0, 2, 3, 1).numpy(), cells.numpy()))
+        views.append((x_hat.permute(0, 2, 3, 1).numpy(), without_gaps(cells.numpy())))
     codes = 1 + max(int(cells.max()) for _, cells in views)
     closer = [tree.View(*view, rise(tile, photo.shape), tile.top, tile.left)
               for tile, view in zip(tiles, views[1:])]
     return tree.gather(photo, *views[0], codes, closer, like)
+
+
+def without_gaps(cells):
+    """Maps (n, h, w) -> the same, the codes of each numbered from 0 anew: the fewer, the less to compute."""
+    n, flat = len(cells), cells.reshape(len(cells), -1)
+    used, row = np.zeros((n, int(cells.max()) + 1), bool), np.arange(n)[:, None]
+    used[row, flat] = True
+    return (used.cumsum(1) - 1)[row, flat].reshape(cells.shape)
 
 
 def rise(tile, shape):
@@ -263,9 +271,11 @@ def joined(evidence, model, grain="normal", hints=None, closed=False):
     none."""
     hint = None if hints is None or not hints.any() else network_hints(hints, *evidence.low.shape)
     net, offset = odds_of(model)
+    if hint is None:
+        grown = tree.grow_free(evidence, net, model.tidy["least"])
+        return grown, grown.cut(grain, offset)
     grown = tree.grow(evidence, net, hint, model.tidy["least"])
-    claimed = None if hint is None else claims(evidence, grown, hint, net, closed, offset)
-    return grown, grown.cut(grain, offset, claimed)
+    return grown, grown.cut(grain, offset, claims(evidence, grown, hint, net, closed, offset))
 
 
 def sample_maps(job, model, grain="normal"):

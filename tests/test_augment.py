@@ -134,3 +134,41 @@ def test_jitter_multiplies_how_often_colours_change_and_nothing_else():
     for number in (0, 5):  # flips and rotations are as they were
         u = settings(**{f"u{number}": 0.6}).expand(3, 16)
         assert torch.allclose(augment(images, labels, sizes, u, jitter=3.0)[0], plain, atol=1e-4)
+
+
+def test_turns_show_a_square_in_all_eight_ways_and_never_part_image_and_labels():
+    images, labels, _ = scene(1)
+    seen = set()
+    for k in range(8):
+        u = settings(u0=(k + 0.5) / 8)
+        x, inside, new = augment(images, labels, torch.tensor([[24, 24]]), u, turns=True)
+        mirrored = labels.flip(2) if k < 4 else labels  # then by k quarter turns
+        ways = [torch.rot90(mirrored, turn, (1, 2)) for turn in range(4)]
+        assert sum(torch.equal(new, way) for way in ways) == 1 and inside.all()
+        place = ((x * STD + MEAN) * 255 - 20).round().long() // 24  # columns and rows, as `scene` has them
+        assert torch.equal(place[:, 1] * 8 + place[:, 0], new)
+        seen.add(tuple(new.flatten().tolist()))
+        assert torch.equal(augment(images, labels, torch.tensor([[24, 24]]), u)[2], mirrored)  # not asked for
+    assert len(seen) == 8
+
+
+def test_turns_keep_what_lies_in_the_middle_of_a_long_photo():
+    images, labels, sizes = scene(3)
+    new = augment(images, labels, sizes, settings(u0=5.5 / 8).expand(3, 16), turns=True)[2]  # a quarter turn
+    for i, (h, w) in enumerate(sizes.tolist()):
+        if (h - w) % 2 == 0:  # its pixels fall on pixels
+            a, b, r = h // 2, w // 2, min(h, w) // 2
+            part, turned = (v[i, a - r : a + r, b - r : b + r] for v in (labels, new))
+            assert any(torch.equal(turned, torch.rot90(part, turn)) for turn in (1, 3))
+        assert (new[i, :h, :w] == -1).any() == (h != w)  # beyond the photo: not labelled
+
+
+@pytest.mark.parametrize("share, u4, negative", [(0.3, 0.71, True), (0.3, 0.69, False), (0.0, 0.9999, False),
+                                                 (1.0, 0.21, True)])
+def test_a_negative_is_white_less_the_photo(share, u4, negative):
+    images, labels, sizes = scene()
+    x, inside, new = augment(images, labels, sizes, settings(u4=u4).expand(3, 16), negative=share)
+    here, values = inside[:, None].expand_as(x), images.movedim(-1, 1).float()
+    values = 255 - values if negative else values
+    assert torch.allclose(((x * STD + MEAN) * 255)[here], values[here], atol=0.02)
+    assert torch.equal(new, labels)
