@@ -350,7 +350,7 @@ def grain_of(text):
 
 
 def digest(path):
-    """Of a file's contents: another photo, hint or map under the same name is another task."""
+    """Of a file's contents: another photo, hint or checkpoint under the same name is another task."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     except OSError as e:
@@ -395,7 +395,7 @@ class Run:
     prompts: dict  # hints and init, as `prepare` takes them
     sampling: dict  # of steps, guidance, sampler and smooth what the command line gives
     info: dict  # what every segments.json says
-    digests: dict  # of the files with prompts
+    digests: dict  # of the other files that the answers come from
     panoptic: bool  # whether there will be a panoptic.json
     steps: int  # of a sample
     skipped: int = 0  # images that need no sampling
@@ -440,7 +440,8 @@ def prepare_run(a):
     hinted = prompts.get("hints", np.zeros(1)).any()
     if a.closed and not hinted:
         raise ValueError("--closed gives every pixel to a hint: name some with --points, --box or --hint")
-    digests = {k: digest(getattr(a, k)) for k in ("hint", "init") if getattr(a, k)}
+    used = {"checkpoint": ckpt, "hint": a.hint, "init": a.init, "odds": model.tidy["merge"] and model.odds}
+    digests = {name: digest(path) for name, path in used.items() if path}
     sampling = {k: v for k in ("steps", "guidance", "sampler", "smooth") if (v := getattr(a, k)) is not None}
     settings = {**sampling_of(model, hinted), **model.tidy, **sampling, "grain": a.grain, **asked,
                 **({"strength": a.strength} if a.init else {}), **({"closed": True} if a.closed else {}),

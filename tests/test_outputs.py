@@ -2,6 +2,7 @@
 colour vision."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ def run(model, monkeypatch, tmp_path):
     """sample.py's command line with this network, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "load_checkpoint", lambda *_: model)
+    (tmp_path / "x.pt").write_text("weights")
 
     def go(*arguments):
         try:
@@ -344,7 +346,7 @@ def test_resume_does_again_what_had_other_settings(run, capsys):
     assert run("a.png", "--n", 1, "--resume", "--seed", 1) == 0 and "a.png ->" in capsys.readouterr().out
 
 
-def test_resume_does_again_what_was_made_of_other_files(run, capsys):
+def test_resume_does_again_what_was_made_of_other_files(run, model, monkeypatch, capsys):
     """Another photo or map under the same name; a format that was not written yet."""
     picture().save("a.png"), Image.new("L", (40, 30), 1).save("map.png")
     words = ("a.png", "--n", 1, "--resume")
@@ -354,6 +356,15 @@ def test_resume_does_again_what_was_made_of_other_files(run, capsys):
     assert again("--init", "map.png") == (0, True) and again() == (0, True)
     picture(40, 30, 5).save("a.png")
     assert again() == (0, True) and again() == (0, False)
+    Path("x.pt").write_text("other weights")
+    assert again() == (0, True) and again() == (0, False)
+    Path("odds.npz").write_bytes(model.odds.read_bytes())
+    monkeypatch.setattr(model, "odds", Path("odds.npz"))
+    monkeypatch.setattr(model, "tidy", dict(model.tidy))
+    assert again("--merge", "1") == (0, True) and again("--merge", "1") == (0, False)
+    fitted = dict(np.load("odds.npz"))
+    np.savez("odds.npz", **{**fitted, "b3": fitted["b3"] + 1})
+    assert again("--merge", "1") == (0, True) and again("--merge", "1") == (0, False)
     # which has all of coco's
     assert again("--format", "coco_panoptic") == (0, True) and again() == (0, False)
 

@@ -26,6 +26,7 @@ def run(model, monkeypatch, tmp_path):
     """sample.py's command line with this network, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "load_checkpoint", lambda *_: model)
+    (tmp_path / "x.pt").write_text("weights")
 
     def go(*arguments):
         try:
