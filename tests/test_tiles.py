@@ -14,7 +14,7 @@ from answers.checkpoints import Model
 from answers.jobs import LOOKS, jobs_of, prepare
 from answers.prompts import hint_map
 from answers.scoring import otsu, watershed
-from answers.segment import denoise, evidence_of, rise, segment
+from answers.segment import denoise, evidence_of, rise, segment, without_gaps
 from bits import Codec
 from diffusion import Diffusion
 from frame import resize_image
@@ -224,6 +224,15 @@ def test_what_a_view_says_of_a_pair_is_what_it_sees_of_it():
     assert features[0, 31] == pytest.approx(1 - share)  # together
     assert evidence.steps[1][0, 3, 4] == pytest.approx(1 / (1 + tree.WHOLE))
     assert evidence.steps[1][0, 0, 4] == 0
+
+
+def test_codes_without_gaps_are_the_same_maps():
+    cells = np.random.default_rng(0).choice([0, 3, 7, 40, 200], (5, 6, 7))
+    cells[2], cells[3] = 9, np.where(cells[3] == 7, 0, cells[3])
+    new = without_gaps(cells)
+    assert new.shape == cells.shape and [one.max() + 1 for one in new] == [len(np.unique(one)) for one in cells]
+    for a, b in zip(cells, new):
+        assert ((a.ravel()[:, None] == a.ravel()) == (b.ravel()[:, None] == b.ravel())).all()
 
 
 def test_object_precision_by_hand():
