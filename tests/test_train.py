@@ -191,6 +191,17 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path, capsys):
     assert "dropout (none) -> 0.0" in err and "colour red -> (none)" in err
 
 
+def test_a_checkpoint_of_before_an_option_resumes_without_it(tmp_path, capsys):
+    run(tmp_path)
+    content = read(tmp_path / "run" / "ckpt.pt")
+    for name in ("void", "hints", "balance", "turns", "negative"):
+        del content["config"][name]
+    save_checkpoint(tmp_path / "run" / "ckpt.pt", content)
+    assert run(tmp_path) == 0
+    assert run(tmp_path, "--balance", "0.5") == 2
+    assert "balance 0.0 -> 0.5" in capsys.readouterr().err
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     run(tmp_path)
     before, folder = weights(tmp_path, "run"), tmp_path / "run"
