@@ -400,7 +400,7 @@ def setting(args, *more):
     """What train.py would use, given more options: its Config and Run."""
     argv = ["--preset", args.preset, "--device", args.device, "--precision", args.precision, "--compile",
             args.compile, *more]
-    argv += ["--crop", "1"]  # scenes are not cropped
+    argv += ["--crop", "1", "--turns", "false", "--negative", "0"]  # scenes are not changed
     c = train.parse(argv + (["--batch_size", str(args.batch)] if args.batch else []))
     c.accumulate = 1
     return c, train.build(c)

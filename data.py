@@ -300,8 +300,9 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1,
     Horizontal flip (p 0.5); gamma, brightness and contrast, hue/saturation/value (p 0.3 each, times
     `jitter`); RGB shift (p 0.1, times `jitter`); rotation within +-20 degrees (p 0.3). Beyond the paper, with
     crop < 1 and u (B, 20): a random part of at least the share `crop` of the sides, stretched by up to
-    2^(1/4) one way and squeezed as much the other. turns: besides, by 0 to 3 quarter turns; negative: the
-    share of samples of which the photo's negative is shown.
+    2^(1/4) one way and squeezed as much the other. turns: besides, by 0 to 3 quarter turns, in the same
+    frame, so that the ends of a photo that is not square fall outside. negative: the share of samples that
+    see the photo's negative.
     size: side of the result, the images' own by default. Returns what `normalise` does, and the labels; new
     pixels are outside and -1. With detail d, the labels have the side `size`, the images d times as many
     pixels, folded.
@@ -355,7 +356,7 @@ def recoloured(images, u, jitter, negative=0.0):
     offset = torch.stack([(v - mean) / std for v, mean, std in zip(offset, MEAN, STD)], dim=1)  # (B, 3)
     # (B, 256): a table spares a power a pixel
     powers = (torch.arange(256, device=images.device) / 255) ** gamma[:, None]
-    powers = torch.where(u[4, :, None] > 1 - negative, powers.flip(1), powers)  # where no shift was drawn
+    powers = torch.where(u[4, :, None] > 1 - negative, powers.flip(1), powers)  # shifts: its lower end
     x = powers.gather(1, images.permute(0, 3, 1, 2).reshape(B, -1).long())
     x = torch.baddbmm(offset[..., None], matrix.T.reshape(B, 3, 3), x.view(B, 3, -1)).view(B, 3, T, T)
     for channel, mean, std in zip(x.unbind(1), MEAN, STD):

@@ -352,7 +352,11 @@ def grain_of(text):
 def digest(path):
     """Of a file's contents: another photo, hint or checkpoint under the same name is another task."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        found = hashlib.sha256()
+        with open(path, "rb") as f:
+            while block := f.read(2**20):
+                found.update(block)
+        return found.hexdigest()[:16]
     except OSError as e:
         raise ValueError(f"{path}: {(e.strerror or in_words(e)).lower()}") from None
 
@@ -424,7 +428,10 @@ def prepare_run(a):
     a.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if one_each else a.device)
     threads = Threads(a.threads or host_threads(a.device))
     ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
+    # before it is read: where it changes in between, --resume samples again
+    digests = {"checkpoint": digest(ckpt)} if ckpt.is_file() else {}
     model, out, names = load_checkpoint(ckpt, a.device), Path(a.out), folder_names(files)
+    digests |= {"odds": digest(model.odds)} if model.odds.is_file() else {}
     set_tidy(model, a.least, a.merge)
     a.tiles = tiles_of(a.tiles, model)
     for given in filter(None, (a.hint, a.init)):
@@ -440,8 +447,7 @@ def prepare_run(a):
     hinted = prompts.get("hints", np.zeros(1)).any()
     if a.closed and not hinted:
         raise ValueError("--closed gives every pixel to a hint: name some with --points, --box or --hint")
-    used = {"checkpoint": ckpt, "hint": a.hint, "init": a.init, "odds": model.tidy["merge"] and model.odds}
-    digests = {name: digest(path) for name, path in used.items() if path}
+    digests |= {k: digest(getattr(a, k)) for k in ("hint", "init") if getattr(a, k)}
     sampling = {k: v for k in ("steps", "guidance", "sampler", "smooth") if (v := getattr(a, k)) is not None}
     settings = {**sampling_of(model, hinted), **model.tidy, **sampling, "grain": a.grain, **asked,
                 **({"strength": a.strength} if a.init else {}), **({"closed": True} if a.closed else {}),

@@ -271,11 +271,9 @@ def joined(evidence, model, grain="normal", hints=None, closed=False):
     none."""
     hint = None if hints is None or not hints.any() else network_hints(hints, *evidence.low.shape)
     net, offset = odds_of(model)
-    if hint is None:
-        grown = tree.grow_free(evidence, net, model.tidy["least"])
-        return grown, grown.cut(grain, offset)
-    grown = tree.grow(evidence, net, hint, model.tidy["least"])
-    return grown, grown.cut(grain, offset, claims(evidence, grown, hint, net, closed, offset))
+    grown = tree.regrow(evidence, net, hint, model.tidy["least"])
+    claimed = None if hint is None else claims(evidence, grown, hint, net, closed, offset)
+    return grown, grown.cut(grain, offset, claimed)
 
 
 def sample_maps(job, model, grain="normal"):

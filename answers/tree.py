@@ -35,7 +35,6 @@ GRAINS = {"coarse": -0.75, "normal": -0.25, "fine": 1.0}
 # at one of them, or between two.
 LEVELS = (6, 4, 3, 2.5, 2, 1.6, 1.3, 1, 0.75, 0.5, 0.25, 0, -0.25, -0.5, -0.75, -1, -1.3, -1.6, -2, -2.5, -3,
           -4, -6)
-KEPT = 2  # what joins above this without hints stays joined where no hint changes the regions
 SURE = 3  # pairs above a level that is this or more join without another look at what they become
 WHOLE = 0.5  # how well the view of the whole photo sees a pixel, beside its tiles, which share 1
 CLEAR = 2.5  # pixels around a hint in which no other region may start
@@ -71,7 +70,7 @@ class Evidence:
     steps: list  # for rows and columns: (h - 1, w, 5) and (h, w - 1, 5), see `gather`
     jump: list  # the same pairs: how unlike the two pixels are, smoothed; watersheds are cut along it
     low: np.ndarray  # (h, w) bool: minima of it, where regions start
-    free: tuple | None = None  # net, least and Tree: what `grow_free` made of it last
+    grown: tuple | None = None  # net, least, hints and their Tree: what `regrow` keeps
 
 
 def gather(image, soft, cells, codes, tiles=(), like=None):
@@ -176,21 +175,6 @@ def regions(evidence, hints=None):
     marker, _ = scipy.ndimage.label(low, np.ones((3, 3)))
     marker = np.where(marker > 0, marker + pieces.max(), pieces)
     return forest(evidence.jump, marker)
-
-
-def kept(free, region, hints):
-    """Regions (h, w) with hints (h, w) -> the same, those joined that the tree without hints joins above
-    KEPT: of its nodes, those of whose leaves all are still there and hold no hint."""
-    leaf, now, n = free.region.ravel(), region.ravel(), int(free.region.max()) + 1
-    to = np.zeros(n, int)
-    to[leaf] = now  # the region of one of its pixels
-    area = np.bincount(leaf)
-    still = (np.bincount(leaf, now == to[leaf]) == area) & (np.bincount(now)[to] == area)
-    whole = np.concatenate([still & (np.bincount(leaf, hints.ravel() > 0) == 0), free.height > KEPT])
-    for node, (a, b) in enumerate(free.children, n):
-        whole[node] &= whole[a] & whole[b]
-    home = np.where(whole[leaf], free.homes(np.flatnonzero(whole[n:]))[leaf], len(whole) + now)
-    return np.unique(home, return_inverse=True)[1].reshape(region.shape)
 
 
 def forest(jump, marker):
@@ -447,14 +431,6 @@ class Tree:
         graph.merge(to, int(labels.max()) + 1)
         return graph
 
-    def homes(self, used):
-        """Of each leaf, the node that it ends in when some merges are made: numbers, with all below them."""
-        leaves = int(self.region.max()) + 1
-        home = np.arange(leaves + len(self.height))
-        for k in np.sort(used)[::-1]:  # from the root down: a node hands its name on to what it joins
-            home[self.children[k]] = home[leaves + k]
-        return home[:leaves]
-
     def cut(self, grain="normal", offset=0.0, claimed=None):
         """A label map (h, w), from 0. grain: a name of GRAINS, or the number of segments (int); offset is
         added to the log odds of GRAINS: above 0, finer. claimed (leaves,): which leaves are one segment,
@@ -469,7 +445,10 @@ class Tree:
             if grain < 1:
                 raise ValueError(f"grain must be at least 1 segment, not {grain}")
             used = np.argsort(-self.height, kind="stable")[: max(0, leaves - int(grain))]
-        home = self.homes(used)
+        home = np.arange(leaves + merges)
+        for k in np.sort(used)[::-1]:  # from the root down: a node hands its name on to what it joins
+            home[self.children[k]] = home[leaves + k]
+        home = home[:leaves]
         if claimed is not None:
             home = np.where(claimed > 0, leaves + merges + claimed, home)
         return np.unique(home[self.region], return_inverse=True)[1].reshape(self.region.shape)
@@ -480,22 +459,12 @@ def grow(evidence, net=None, hints=None, least=0, watch=None):
     all that are surer than the level.
 
     net: of `learnt`; None: the samples alone decide. hints (h, w): numbers from 1, 0 = none, each connected
-    part of which becomes a leaf, with what is around it; beyond what they change, leaves are what joins above
-    KEPT without them. least: regions of fewer pixels join first.
+    part of which becomes a leaf, with what is around it. least: regions of fewer pixels join first.
     watch(tree region (h, w), features, i, j) is told of every round, for fitting.
     """
     region = regions(evidence, hints)
-    if hints is not None and hints.any():
-        region = kept(grow_free(evidence, net, least), region, hints)
     graph, told = Graph(evidence, region), watch and (lambda home, *seen: watch(home[region], *seen))
     return Tree(region, *join(copy.copy(graph), net, least, told), graph)
-
-
-def grow_free(evidence, net=None, least=0):
-    """The same, without hints; kept beside the evidence, so that it grows once."""
-    if evidence.free is None or evidence.free[0] is not net or evidence.free[1] != least:
-        evidence.free = net, least, grow(evidence, net, least=least)
-    return evidence.free[2]
 
 
 def grow_each(evidences, net=None, least=0):
@@ -505,6 +474,15 @@ def grow_each(evidences, net=None, least=0):
     graphs = [Graph(evidence, region) for evidence, region in zip(evidences, maps)]
     merges = split(*join(side_by_side(graphs), net, least), [g.n for g in graphs])
     return [Tree(region, *its, graph) for region, its, graph in zip(maps, merges, graphs)]
+
+
+def regrow(evidence, net=None, hints=None, least=0):
+    """As `grow`; the Tree is kept with the evidence and is what comes back for the same once more, so that
+    another grain, or closed instead of open, costs a cut alone. Neither it nor net may be changed."""
+    last = evidence.grown
+    if not (last and last[0] is net and last[1] == least and np.array_equal(last[2], hints)):
+        evidence.grown = net, least, hints, grow(evidence, net, hints, least)
+    return evidence.grown[3]
 
 
 def join(graph, net, least, watch=None):

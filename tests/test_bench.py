@@ -132,6 +132,15 @@ def small_images(setting):
     return small
 
 
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_every_preset_can_be_measured(preset, monkeypatch):
+    monkeypatch.setattr(train, "build", lambda c: c)
+    args = argparse.Namespace(preset=preset, device="cpu", precision="fp32", compile="off", batch=0)
+    c, same = bench.setting(args)
+    assert c is same and c.preset == preset
+    assert (c.crop, c.turns, c.negative, c.accumulate) == (1, False, 0, 1)
+
+
 def test_a_variant_that_fails_leaves_the_others(quick, capsys, monkeypatch):
     real = bench.Variant.start
 

@@ -230,7 +230,8 @@ def test_codes_without_gaps_are_the_same_maps():
     cells = np.random.default_rng(0).choice([0, 3, 7, 40, 200], (5, 6, 7))
     cells[2], cells[3] = 9, np.where(cells[3] == 7, 0, cells[3])
     new = without_gaps(cells)
-    assert new.shape == cells.shape and [one.max() + 1 for one in new] == [len(np.unique(one)) for one in cells]
+    assert new.shape == cells.shape
+    assert [one.max() + 1 for one in new] == [len(np.unique(one)) for one in cells]
     for a, b in zip(cells, new):
         assert ((a.ravel()[:, None] == a.ravel()) == (b.ravel()[:, None] == b.ravel())).all()
 

@@ -115,7 +115,8 @@ def test_the_baselines_train_and_sample(tmp_path, encoding, palette, prediction)
     (["--image_size", "18"], "needs a multiple of 4"),
     (["--least", "-1"], "--least must be at least 0"),
     (["--merge", "1", "--encoding", "rgb"], "0 with --encoding rgb"),
-    (["--turns", "true"], "--turns belongs to the augmentation of real images"),
+    (["--turns", "true"], "with shapes, or with --augment false, add --turns false"),
+    (["--preset", "crowded"], "add --crop 1 --turns false --negative 0"),
     (["--jitter", "-1"], "--jitter must be at least 0"), (["--batch_size", "0"], "--batch_size must be at "
                                                                                  "least 1"),
     (["--batch_size", "3", "--accumulate", "2"], "cannot be split"),

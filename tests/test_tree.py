@@ -20,11 +20,11 @@ from answers.tree import (
     gather,
     grow,
     grow_each,
-    grow_free,
     lab,
     learnt,
     log_odds,
     regions,
+    regrow,
 )
 
 RNG = np.random.default_rng
@@ -368,41 +368,19 @@ def test_a_sample_twice_is_a_sample(net):
         assert np.allclose(confidence(a, labels, net)[0], confidence(b, labels, net)[0])
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_hints_keep_what_joins_without_them(seed):
-    """Of the regions with hints, those are joined that are the leaves of a node of the tree without hints, of
-    odds above KEPT all the way down; none of these changed, and none holds a hint."""
-    evidence, net = evidence_of(seed, h=24, w=22), network(seed, bias=3.0)
-    hints = hints_at((24, 22), (1, (2, 2)), (2, (19, 18)), (1, (3, 8)))
-    fine, free = regions(evidence, hints), grow(evidence, net)
-    start = grow(evidence, net, hints).region
-    leaves, now, joined = ({frozenset(np.flatnonzero(m.ravel() == k)) for k in np.unique(m)}
-                           for m in (free.region, fine, start))
-    hinted = set(np.flatnonzero(hints.ravel()))
-    nodes = [(frozenset(np.flatnonzero(free.region.ravel() == k)), np.inf)
-             for k in range(free.region.max() + 1)]
-    for (a, b), odds in zip(free.children, free.odds):
-        nodes.append((nodes[a][0] | nodes[b][0], min(odds, nodes[a][1], nodes[b][1])))
-    still = {leaf for leaf in leaves & now if not leaf & hinted}
-    allowed = {node for node, odds in nodes
-               if odds > tree.KEPT and all(leaf in still for leaf in leaves if leaf <= node)}
-    largest = {node for node in allowed if not any(node < other for other in allowed)}
-    rest = {region for region in now if not any(region <= node for node in largest)}
-    assert joined == largest | rest and len(joined) < len(now) and len(rest) > 3
-
-
-def test_the_tree_without_hints_grows_once(monkeypatch):
-    evidence, nets, grown = evidence_of(1), (network(1, bias=2.0), network(2)), []
-    hints = hints_at((12, 11), (1, (2, 2)), (2, (9, 8)))
-    want = grow(evidence_of(1), nets[0], hints)
-    monkeypatch.setattr(tree, "join", lambda *a, join=tree.join: grown.append(a) or join(*a))
-    first = grow_free(evidence, nets[0])
-    again = grow(evidence, nets[0], hints)
-    assert grow_free(evidence, nets[0]) is first and len(grown) == 2  # whatever was asked for before
-    assert (again.region == want.region).all() and (again.odds == want.odds).all()
-    for net, least in ((nets[1], 0), (nets[0], 5), (nets[0], 0)):
-        assert grow_free(evidence, net, least) is not first
-    assert len(grown) == 5
+def test_a_tree_grows_once_for_the_same(monkeypatch):
+    evidence, nets, grown = evidence_of(1), (network(1), network(2)), []
+    a, b = hints_at((12, 11), (1, (2, 2)), (2, (9, 8))), hints_at((12, 11), (1, (2, 2)))
+    monkeypatch.setattr(tree, "grow", lambda *given: grown.append(given) or grow(*given))
+    asked = [(nets[0], None, 0), (nets[0], a, 0), (nets[0], b, 0), (None, b, 0), (nets[1], b, 0),
+             (nets[1], b, 5), (nets[1], None, 5)]
+    for number, given in enumerate(asked, 1):
+        first = regrow(evidence, *given)
+        net, hints, least = given
+        assert regrow(evidence, net, None if hints is None else hints.copy(), least) is first
+        want = grow(evidence, *given)
+        assert (first.region == want.region).all() and (first.odds == want.odds).all()
+        assert len(grown) == number
 
 
 @pytest.mark.parametrize("net", [None, learnt()], ids=["samples alone", "learnt"])
