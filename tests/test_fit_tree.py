@@ -196,9 +196,8 @@ def test_it_learns_colours_from_a_folder(folder, capsys, monkeypatch):
     ]
     net = tree.learnt(out)
     assert len(losses) == 2 and max(losses) < 0.4  # 0.69: not even the mean
-    assert net.keys() == tree.learnt().keys() and all(
-        net[k].shape[1:] == tree.learnt()[k].shape[1:] for k in net
-    )
+    assert net.keys() == tree.learnt().keys() | {"cut"} and net["cut"] in fit_tree.CUTS
+    assert all(net[k].shape[1:] == v.shape[1:] for k, v in tree.learnt().items())
 
     truth, rng = np.arange(16) // 8 + np.zeros((16, 1), int), np.random.default_rng(9)
     photo = np.array([[210, 60, 40], [30, 90, 220]])[truth] + rng.integers(-9, 9, (16, 16, 3))
@@ -216,6 +215,27 @@ def test_it_learns_colours_from_a_folder(folder, capsys, monkeypatch):
         fit_tree.main(words) == 2 and out.read_bytes() == before and not (folder / "tree.npz.part").exists()
     )
     assert f"{out} exists and is not overwritten" in capsys.readouterr().err
+
+
+def test_the_cut_is_where_people_cut():
+    """Maps that are the tree's own cuts, some pixels without a label; without any label, it stays as it is."""
+    rng = np.random.default_rng(4)
+    image = rng.integers(0, 255, (40, 40, 3)).astype(np.uint8)
+    soft = rng.uniform(-1, 1, (2, 40, 40, 2))
+    evidence = tree.gather(image, soft, ((soft > 0) * [1, 2]).sum(-1), 4)
+    net = {**tree.learnt(), "b3": tree.learnt()["b3"] + 1}
+    grown, chosen = tree.grow(evidence, net), []
+    for cut in sorted(fit_tree.CUTS):
+        labels = grown.cut(offset=cut)
+        labels[:2] = -1
+        drawn = [fit_tree.Crop(0, np.stack([labels, labels]), lambda s: evidence, 2)]
+        chosen.append(float(fit_tree.fit_cut(drawn, net)[0]))
+        assert (grown.cut(offset=chosen[-1])[2:] == grown.cut(offset=cut)[2:]).all()
+        there = tree.grow(evidence, {**net, "cut": np.array([cut])})
+        assert all((there.cut(g) == grown.cut(g, cut)).all() for g in tree.GRAINS) and there.shift == cut
+        assert (there.cut(7) == grown.cut(7)).all()
+    assert len(set(chosen)) == 4  # as many maps as there are among these cuts
+    assert fit_tree.fit_cut([fit_tree.Crop(0, labels[None] * 0 - 1, lambda s: evidence, 2)], net) == [0]
 
 
 @pytest.mark.parametrize(

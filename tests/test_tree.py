@@ -264,7 +264,8 @@ def test_a_lost_file_is_named(tmp_path):
     (tmp_path / "e.npy").rename(tmp_path / "e.npz")
     (tmp_path / "f.npz").write_bytes(b"")
     np.savez(tmp_path / "g.npz", **{k: v for k, v in learnt().items() if k != "confidence"})
-    for name in ("a.npz", "b.npz", "c.npz", "d.npz", "e.npz", "f.npz", "g.npz"):
+    np.savez(tmp_path / "h.npz", **{**learnt(), "cut": np.zeros(2)})
+    for name in ("a.npz", "b.npz", "c.npz", "d.npz", "e.npz", "f.npz", "g.npz", "h.npz"):
         with pytest.raises(ValueError, match=f"{name} cannot be read"):
             learnt(tmp_path / name)
 
