@@ -218,7 +218,7 @@ def test_it_learns_colours_from_a_folder(folder, capsys, monkeypatch):
 
 
 def test_the_cut_is_where_people_cut():
-    """Maps that are the tree's own cuts, some pixels without a label; without any label, it stays as it is."""
+    """Of maps that are cuts of the tree, some pixels without a label; without any label, there is none."""
     rng = np.random.default_rng(4)
     image = rng.integers(0, 255, (40, 40, 3)).astype(np.uint8)
     soft = rng.uniform(-1, 1, (2, 40, 40, 2))
