@@ -267,11 +267,11 @@ def parse(argv):
                          f"{c.merge}")
     if c.hints and not codec.has_bits:
         raise ValueError(f"--hints are bits: use --encoding bits, not {c.encoding}, or --hints 0")
-    changes = [f"--{name} {off}" for name, off in (("crop", 1), ("turns", "false"), ("negative", 0))
-               if getattr(c, name) not in (off, False)]
-    if changes and (not c.augment or sets == ["shapes"]):
+    without = [off for off, on in (("--crop 1", c.crop < 1), ("--turns false", c.turns),
+                                   ("--negative 0", c.negative)) if on]
+    if without and (not c.augment or sets == ["shapes"]):
         raise ValueError(f"random crops, turns and negatives belong to the augmentation of real images: with "
-                         f"shapes, or with --augment false, add {' '.join(changes)}")
+                         f"shapes, or with --augment false, add {' '.join(without)}")
     if c.batch_size % c.accumulate:
         raise ValueError(f"--batch_size {c.batch_size} cannot be split into --accumulate {c.accumulate} "
                          f"equal parts")

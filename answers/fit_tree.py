@@ -43,7 +43,8 @@ from frame import subsample
 from sources.formats import read_image
 
 WIDTH, STEPS, LR = 48, 3000, 5e-3  # of the small networks and their training
-CUTS, CROPS = (0, 0.25, -0.25, 0.5, -0.5, 0.75, 1), 200  # to choose from, by so many crops at most
+# of the log odds of the grains: to choose from, by so many crops at most; of equally good ones, the first
+OFFSETS, CROPS = (0, 0.25, -0.25, 0.5, -0.5, 0.75, 1), 200
 MOST = 1 / 3  # of the weight, for any one set
 
 
@@ -283,21 +284,21 @@ def fit_confidence(drawn, net):
     return weight.detach().numpy()
 
 
-def fit_cut(drawn, net):
+def fit_offset(drawn, net):
     """What is added to the log odds of every grain, (1,): where the normal one is most like people's maps, by
     the mean ARI and the PQ of all together (ARI hardly sees a small segment too many, PQ does)."""
     scores = []
     for crop in drawn:
         grown = tree.grow(crop.evidence(slice(None)), net)
-        maps = torch.from_numpy(np.stack([grown.cut(offset=cut) for cut in CUTS]))
+        maps = torch.from_numpy(np.stack([grown.cut(offset=offset) for offset in OFFSETS]))
         for true in torch.from_numpy(crop.maps):
             scores.append(metrics.all_scores(maps, true.expand(len(maps), -1, -1)))
     s = {key: torch.stack([of_map[key] for of_map in scores]) for key in scores[0]}
     found, segments = metrics.quality(s)["pq"]
     worth = (s["ari"].nanmean(0) + found.nansum(0) / segments.nansum(0)).nan_to_num()
-    found = sorted(zip(CUTS, worth.tolist()))
-    print("ARI + PQ of cuts: " + ", ".join(f"{cut:+g} {value:.3f}" for cut, value in found))
-    return np.array([CUTS[int(worth.argmax())]])
+    found = sorted(zip(OFFSETS, worth.tolist()))
+    print("ARI + PQ by offset: " + ", ".join(f"{offset:+g} {value:.3f}" for offset, value in found))
+    return np.array([OFFSETS[int(worth.argmax())]])
 
 
 def main(argv=None):
@@ -373,7 +374,7 @@ def fit_all(drawn, seed):
     net = fit(*(np.concatenate(v) for v in zip(first, second)), seed)
     hints = fit_hints(hinted_leaves(drawn, net, rng), seed)
     # grains are those of the first set's people, as the odds are
-    net["cut"] = fit_cut([crop for crop in drawn if crop.set == 0][-CROPS:], net)
+    net["offset"] = fit_offset([crop for crop in drawn if crop.set == 0][-CROPS:], net)
     return {**net, **hints, "confidence": fit_confidence(drawn[::2], net)}
 
 

@@ -384,16 +384,16 @@ def learnt(path=LEARNT):
         for name, inputs in (("", 53), ("hint_", 49)):
             perceptron(np.zeros((1, inputs)), net, name)
         net["confidence"].reshape(4)
-        shift_of(net)
+        offset_of(net)
     except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as e:
         raise ValueError(f"{path} cannot be read ({e}): fit it anew (python -m answers.fit_tree), or restore "
                          f"it from the repository, or use --merge 0") from None
     return net
 
 
-def shift_of(net):
+def offset_of(net):
     """What a net of `learnt` adds to the log odds of GRAINS; 0 for none, and for files of before."""
-    return float(net["cut"].reshape(())) if net and "cut" in net else 0.0
+    return float(net["offset"].reshape(())) if net and "offset" in net else 0.0
 
 
 def perceptron(x, net, name=""):
@@ -429,7 +429,7 @@ class Tree:
     odds: np.ndarray  # (m,): log odds of each merge
     height: np.ndarray  # (m,): the lowest odds of a merge and of all below it: cuts at one height nest
     graph: Graph  # of the leaves
-    shift: float = 0.0  # what fit_tree.py found to add to the log odds of GRAINS
+    offset: float = 0.0  # of the log odds of GRAINS, fitted by fit_tree.py
 
     def graph_of(self, labels):
         """The Graph of a map (h, w) from 0 that was cut from this tree."""
@@ -447,7 +447,7 @@ class Tree:
             if grain not in GRAINS:
                 raise ValueError(f"grain '{grain}' is not one of {', '.join(GRAINS)}, nor a number of "
                                  f"segments")
-            used = np.flatnonzero(self.height > GRAINS[grain] + self.shift + offset)
+            used = np.flatnonzero(self.height > GRAINS[grain] + self.offset + offset)
         else:
             if grain < 1:
                 raise ValueError(f"grain must be at least 1 segment, not {grain}")
@@ -471,7 +471,7 @@ def grow(evidence, net=None, hints=None, least=0, watch=None):
     """
     region = regions(evidence, hints)
     graph, told = Graph(evidence, region), watch and (lambda home, *seen: watch(home[region], *seen))
-    return Tree(region, *join(copy.copy(graph), net, least, told), graph, shift_of(net))
+    return Tree(region, *join(copy.copy(graph), net, least, told), graph, offset_of(net))
 
 
 def grow_each(evidences, net=None, least=0):
@@ -480,7 +480,7 @@ def grow_each(evidences, net=None, least=0):
     maps = [regions(evidence) for evidence in evidences]
     graphs = [Graph(evidence, region) for evidence, region in zip(evidences, maps)]
     merges = split(*join(side_by_side(graphs), net, least), [g.n for g in graphs])
-    return [Tree(region, *its, graph, shift_of(net)) for region, its, graph in zip(maps, merges, graphs)]
+    return [Tree(region, *its, graph, offset_of(net)) for region, its, graph in zip(maps, merges, graphs)]
 
 
 def regrow(evidence, net=None, hints=None, least=0):

@@ -196,7 +196,7 @@ def test_it_learns_colours_from_a_folder(folder, capsys, monkeypatch):
     ]
     net = tree.learnt(out)
     assert len(losses) == 2 and max(losses) < 0.4  # 0.69: not even the mean
-    assert net.keys() == tree.learnt().keys() | {"cut"} and net["cut"] in fit_tree.CUTS
+    assert net.keys() == tree.learnt().keys() | {"offset"} and net["offset"] in fit_tree.OFFSETS
     assert all(net[k].shape[1:] == v.shape[1:] for k, v in tree.learnt().items())
 
     truth, rng = np.arange(16) // 8 + np.zeros((16, 1), int), np.random.default_rng(9)
@@ -225,17 +225,17 @@ def test_the_cut_is_where_people_cut():
     evidence = tree.gather(image, soft, ((soft > 0) * [1, 2]).sum(-1), 4)
     net = {**tree.learnt(), "b3": tree.learnt()["b3"] + 1}
     grown, chosen = tree.grow(evidence, net), []
-    for cut in sorted(fit_tree.CUTS):
+    for cut in sorted(fit_tree.OFFSETS):
         labels = grown.cut(offset=cut)
         labels[:2] = -1
         drawn = [fit_tree.Crop(0, np.stack([labels, labels]), lambda s: evidence, 2)]
-        chosen.append(float(fit_tree.fit_cut(drawn, net)[0]))
+        chosen.append(float(fit_tree.fit_offset(drawn, net)[0]))
         assert (grown.cut(offset=chosen[-1])[2:] == grown.cut(offset=cut)[2:]).all()
-        there = tree.grow(evidence, {**net, "cut": np.array([cut])})
-        assert all((there.cut(g) == grown.cut(g, cut)).all() for g in tree.GRAINS) and there.shift == cut
+        there = tree.grow(evidence, {**net, "offset": np.array([cut])})
+        assert all((there.cut(g) == grown.cut(g, cut)).all() for g in tree.GRAINS) and there.offset == cut
         assert (there.cut(7) == grown.cut(7)).all()
     assert len(set(chosen)) == 4  # as many maps as there are among these cuts
-    assert fit_tree.fit_cut([fit_tree.Crop(0, labels[None] * 0 - 1, lambda s: evidence, 2)], net) == [0]
+    assert fit_tree.fit_offset([fit_tree.Crop(0, labels[None] * 0 - 1, lambda s: evidence, 2)], net) == [0]
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ def test_a_lost_file_is_named(tmp_path):
     (tmp_path / "e.npy").rename(tmp_path / "e.npz")
     (tmp_path / "f.npz").write_bytes(b"")
     np.savez(tmp_path / "g.npz", **{k: v for k, v in learnt().items() if k != "confidence"})
-    np.savez(tmp_path / "h.npz", **{**learnt(), "cut": np.zeros(2)})
+    np.savez(tmp_path / "h.npz", **{**learnt(), "offset": np.zeros(2)})
     for name in ("a.npz", "b.npz", "c.npz", "d.npz", "e.npz", "f.npz", "g.npz", "h.npz"):
         with pytest.raises(ValueError, match=f"{name} cannot be read"):
             learnt(tmp_path / name)
@@ -384,7 +384,7 @@ def test_a_tree_grows_once_for_the_same(monkeypatch):
         assert len(grown) == number
 
 
-@pytest.mark.parametrize("net", [None, learnt()], ids=["samples alone", "learnt"])
+@pytest.mark.parametrize("net", [None, {**learnt(), "offset": np.ones(1)}], ids=["samples alone", "learnt"])
 def test_trees_that_grow_together_are_those_that_grow_alone(net):
     """Of maps of other sizes, too, and numbers of codes."""
     given = [evidence_of(seed, 20 + seed, 31 - 2 * seed) for seed in range(5)]
