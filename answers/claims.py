@@ -20,6 +20,7 @@ from scipy.sparse.csgraph import breadth_first_order, breadth_first_tree, dijkst
 from answers.tree import collect, neighbours, perceptron
 
 ROUNDS = 2  # what a hint looks like is learnt from the leaves that it gets: so often
+PIECES = 0.75  # leaves that the tree joins at so much above the normal grain's log odds go to hints together
 # Mean log odds above which a hint takes a segment that it does not lie in: of one hint, and by how much less
 # where there are twice as many. The more hints, the fewer segments belong to none of them.
 WANTED, DOUBLED = 1.2, 0.5
@@ -152,6 +153,16 @@ def odds(leaves, owner, net):
     return score
 
 
+def shared(leaves, piece, score):
+    """Log odds (n, K) of leaves -> their mean, by area, in the piece (n,) of the tree that each leaf lies in.
+    Leaves with a hint keep theirs, and so do all of a piece with several hints."""
+    clipped, area = score.clip(-6, 6), np.bincount(piece, leaves.area)
+    mean = np.stack([np.bincount(piece, leaves.area * s) / area for s in clipped.T], axis=1)
+    pairs = np.unique(np.stack([piece, leaves.held])[:, leaves.held > 0], axis=1)
+    single = np.bincount(pairs[0], minlength=len(area)) < 2
+    return np.where((leaves.held > 0)[:, None], score, np.where(single[piece, None], mean[piece], clipped))
+
+
 def first_owner(leaves):
     """Before anything is known: leaves (n,) belong to the hint that they meet first, at even odds or better;
     0 where there is none, or several."""
@@ -193,14 +204,14 @@ def claims(evidence, tree, hints, net=None, closed=False, offset=0.0):
     where no hint lies in it and none wants it by enough (see WANTED).
     """
     leaves = leaves_of(evidence, tree, hints)
-    owner = first_owner(leaves)
+    owner, piece, segment = first_owner(leaves), *np.zeros((2, len(leaves.held)), int)
+    piece[tree.region.ravel()] = tree.cut("normal", offset + PIECES).ravel()
     for _ in range(ROUNDS):
-        score = odds(leaves, owner, net)
+        score = shared(leaves, piece, odds(leaves, owner, net))
         owner = np.where(score.max(1) > 0, score.argmax(1) + 1, 0)
     owner = flood(leaves, score)
     if closed:
         return owner
-    segment = np.zeros(len(owner), int)
     segment[tree.region.ravel()] = tree.cut("normal", offset).ravel()
     held, area = np.bincount(segment, leaves.held) > 0, np.bincount(segment, leaves.area)
     wish = np.stack([np.bincount(segment, leaves.area * s) / area for s in score.clip(-6, 6).T], axis=1)

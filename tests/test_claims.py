@@ -17,6 +17,7 @@ from answers.claims import (
     flood,
     highest,
     leaves_of,
+    shared,
 )
 from answers.tree import confidence, gather, grow, learnt
 
@@ -100,6 +101,48 @@ def test_features_of_a_leaf_and_a_hint():
         assert np.allclose(x[leaf, k - 1, 12:14], [np.mean(bits), np.min(bits)])
         assert x[leaf, k - 1, 16] == pytest.approx(np.log(theirs.mean()))
         assert x[leaf, k - 1, 18] == (owner[leaf] == k)
+
+
+def test_leaves_of_a_piece_share_their_odds_unless_it_has_several_hints():
+    evidence = evidence_of(4)
+    grown = grow(evidence, network(4), HINTS)
+    leaves, rng = leaves_of(evidence, grown, HINTS), RNG(4)
+    n, (first, second) = len(leaves.held), np.flatnonzero(leaves.held)[[0, -1]]
+    assert leaves.held[first] != leaves.held[second]
+    piece, score = rng.integers(1, 4, n), rng.normal(0, 5, (n, 3))
+    piece[leaves.held > 0] = 3
+    piece[first], piece[second] = 0, 0
+    got, area = shared(leaves, piece, score), np.bincount(grown.region.ravel())
+    for leaf in range(n):
+        together = [k for k in range(n) if piece[k] == piece[leaf]]
+        hints = {leaves.held[k] for k in together} - {0}
+        want = sum(area[k] * score[k].clip(-6, 6) for k in together) / sum(area[k] for k in together)
+        if leaves.held[leaf]:
+            want = score[leaf]
+        elif len(hints) > 1:
+            want = score[leaf].clip(-6, 6)
+        assert np.allclose(got[leaf], want)
+    one = piece == 1
+    assert one.sum() > 1 and (got[one] == got[one][0]).all() and len(np.unique(got[piece == 0], axis=0)) > 1
+
+
+def test_a_piece_of_the_tree_goes_to_one_hint(monkeypatch):
+    """Whatever its leaves look like by themselves: all leaves of a piece that no hint lies in."""
+    several = 0
+    for seed in range(6):
+        evidence, net = evidence_of(seed), network(seed)
+        hints = hints_at((12, 11), (1, (2, 2)), (2, (9, 8)))
+        grown = grow(evidence, net, hints)
+        noise = RNG(seed).normal(0, 3, (grown.graph.n, 2))
+        monkeypatch.setattr(module, "odds", lambda leaves, owner, net, noise=noise: noise)
+        monkeypatch.setattr(module, "flood", lambda leaves, score: score.argmax(1) + 1)
+        owner, piece = claims(evidence, grown, hints, net, True), grown.cut("normal", module.PIECES)
+        for k in range(piece.max() + 1):
+            inside = piece == k
+            if not hints[inside].any():
+                assert len(set(owner[grown.region[inside]])) == 1
+                several += len(set(grown.region[inside])) > 1
+    assert several
 
 
 def test_what_a_hint_gets_is_connected_to_it():
