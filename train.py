@@ -802,7 +802,8 @@ class Training:
         self.optimizer.load_state_dict(content["optimizer"])
         self.optimizer.param_groups[0].update(kind)
         fit_state(self.optimizer)
-        self.update.scaler.load_state_dict(content["scaler"])
+        if content["scaler"]:  # else the run was in fp32 or bf16 so far
+            self.update.scaler.load_state_dict(content["scaler"])
 
     def content(self):
         """The checkpoint."""

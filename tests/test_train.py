@@ -407,6 +407,18 @@ def test_a_run_goes_on_in_the_layout_of_another_device(tmp_path, before, after):
         torch.testing.assert_close(moves[k], stays[k], rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_goes_on_where_the_loss_is_scaled_and_back(tmp_path, monkeypatch):
+    """As from a GPU with bf16 to one without: --precision auto is another there."""
+    now = []
+    monkeypatch.setattr(train, "pick_precision", lambda name, device: (now[-1], "this GPU's"))
+    monkeypatch.setattr(train, "settle_form", lambda c, run: "")
+    for steps, dtype in (1, None), (2, torch.float16), (3, torch.bfloat16):
+        now.append(dtype)
+        assert run(tmp_path, "--max_steps", str(steps), "--eval_images", "1", "--steps", "1") == 0
+        content = read(tmp_path / "run" / "ckpt.pt")
+        assert content["step"] == steps and bool(content["scaler"]) == (dtype == torch.float16)
+
+
 def three_steps(tmp_path, monkeypatch, *more, out):
     """A run of 100 steps that Ctrl-C stops after three more: its weights."""
     with monkeypatch.context() as patch:
