@@ -669,9 +669,9 @@ class Beside:
         self.pool.shutdown()  # what has begun is brought to its end
 
 
-def read(path, device="cpu"):
-    """The dictionary in a file that `save` wrote. Raises ValueError naming the file: Damaged, or refused for
-    its contents."""
+def read(path):
+    """The dictionary in a file that `save` wrote, its tensors on the host. Raises ValueError naming the file:
+    Damaged, or refused for its contents."""
     path = Path(path)
     try:
         whole = path.read_bytes()
@@ -685,7 +685,7 @@ def read(path, device="cpu"):
     if hashlib.sha256(memoryview(whole)[:-TAIL]).hexdigest().encode() != whole[-64:]:
         raise Damaged(f"{path}: not a readable checkpoint: its contents do not match its checksum")
     try:
-        content = torch.load(io.BytesIO(whole), map_location=device, weights_only=True)
+        content = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         what = re.search(r"GLOBAL ([\w.]+)", str(e))
         raise ValueError(f"{path}: refused: it holds {what[1] if what else 'something'}, which is neither "
@@ -702,7 +702,7 @@ def read(path, device="cpu"):
     return content
 
 
-def newest(path, device="cpu"):
+def newest(path):
     """(content, its path, what is wrong with path or ""): path, or the one before where it is missing or
     damaged.
 
@@ -712,7 +712,7 @@ def newest(path, device="cpu"):
     for candidate in (Path(path), previous(path)):
         if candidate.exists():
             try:
-                return read(candidate, device), candidate, problem
+                return read(candidate), candidate, problem
             except Damaged as e:
                 problem = f"{problem}; {e}" if problem else str(e)
     if Path(path).exists() or previous(path).exists():

@@ -555,7 +555,7 @@ class Run:
     train_data: object = None  # data.load's
     val_data: object = None
     origin: str = "from scratch"  # of the weights, in words
-    resumed: dict | None = None  # the checkpoint to go on from
+    resumed: dict | None = None  # the checkpoint to go on from, on the host, until Training has taken it over
     rank: int = 0
     world: int = 1  # processes
     lock: object = None  # of --out
@@ -690,7 +690,7 @@ def prepare_run(c):
     out = Path(c.out)
     make_folder(out)
     run.lock = lock(out) if rank == 0 else None  # one writer
-    run.resumed, path, problem = newest(out / "ckpt.pt", run.device)
+    run.resumed, path, problem = newest(out / "ckpt.pt")
     if run.resumed:
         check_resumed(c, run, path)
     else:
@@ -712,7 +712,7 @@ def prepare_run(c):
 
 def load_init(c, run):
     """Start from the weights of --init. Raises ValueError where they are another network's."""
-    source = read(c.init, run.device)
+    source = read(c.init)
     if lacks := {"network", "ema", "codec"} - source.keys():
         raise ValueError(f"--init {c.init} lacks {', '.join(sorted(lacks))}: it is no checkpoint of train.py")
     old, new = (extras(d) for d in (source.get("diffusion", {}), vars(c)))
@@ -802,6 +802,7 @@ class Training:
         self.optimizer.load_state_dict(content["optimizer"])
         self.optimizer.param_groups[0].update(kind)
         fit_state(self.optimizer)
+        self.run.origin, self.run.resumed = f"going on from step {self.step}", None
         if content["scaler"]:  # else the run was in fp32 or bf16 so far
             self.update.scaler.load_state_dict(content["scaler"])
 
@@ -845,14 +846,13 @@ class Training:
         options = "  ".join(f"{k}={v}" for k, v in vars(c).items())
         self.say(textwrap.fill(options, 120, break_on_hyphens=False))
         size = "endless" if len(run.train_data) >= 2**31 else len(run.train_data)
-        origin = f"going on from step {self.step}" if run.resumed else run.origin
         live = ("torch", "for --balance") if c.balance else kernels.live(run.device)
         self.say(f"{sum(p.numel() for p in run.net.parameters()):,} parameters on "
                  f"{f'{run.world} x ' if run.world > 1 else ''}{run.device}, "
                  f"{str(run.dtype or torch.float32)[6:]} in {run.form[1]} ({run.why}); "
                  f"kernels: {' ('.join(live)}); "
                  f"GroupNorm: {'triton' if kernels.norms(run.device) else 'torch'}; "
-                 f"{size} training images; {origin}; into {self.out}/")
+                 f"{size} training images; {run.origin}; into {self.out}/")
         if self.measured:
             self.say(self.measured)
         if self.update.fast is not self.update.model:

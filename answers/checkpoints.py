@@ -47,10 +47,10 @@ class Model:
         return getattr(self.net, "detail", 1)
 
 
-def read_checkpoint(path, device="cpu"):
+def read_checkpoint(path):
     """The dictionary in a checkpoint file, or in the one before it where it is damaged. Raises ValueError
     naming the file."""
-    content, used, problem = newest(path, device)
+    content, used, problem = newest(path)
     if content is None:
         raise ValueError(f"{path}: no such file; train one with: python train.py")
     if problem:
@@ -80,7 +80,7 @@ def load_checkpoint(path, device="cpu", raw=False):
     """The EMA network of a checkpoint, or the network itself (raw), ready to sample from; its samples are
     joined by the odds in the tree.npz beside it, if there is one. Raises ValueError naming the file,
     RuntimeError as `diffusion.kernel_options`."""
-    c = read_checkpoint(path, device)
+    c = read_checkpoint(path)
     if lacks := {"network", "ema", "codec", "diffusion", "image_size", "sampling", "dataset",
                  "step"} - c.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it is no checkpoint of train.py")

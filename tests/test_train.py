@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -417,6 +418,26 @@ def test_a_run_goes_on_where_the_loss_is_scaled_and_back(tmp_path, monkeypatch):
         assert run(tmp_path, "--max_steps", str(steps), "--eval_images", "1", "--steps", "1") == 0
         content = read(tmp_path / "run" / "ckpt.pt")
         assert content["step"] == steps and bool(content["scaler"]) == (dtype == torch.float16)
+
+
+def test_the_checkpoint_that_a_run_goes_on_from_is_let_go(tmp_path, monkeypatch):
+    """It would be another copy of all weights, as long as the run takes."""
+    assert run(tmp_path, "--max_steps", "1", "--eval_images", "1", "--steps", "1") == 0
+    real, seen = train.newest, []
+
+    def newest(path):
+        content, *rest = real(path)
+        seen.extend(weakref.ref(content[part]["stem.weight"]) for part in ("net", "ema"))
+        return content, *rest
+
+    def take_step(t, batch):
+        assert len(seen) == 2 and not any(kept() is not None for kept in seen)
+        assert t.step == 1 and t.run.origin == "going on from step 1"
+        return "enough"
+
+    monkeypatch.setattr(train, "newest", newest)
+    monkeypatch.setattr(train.Training, "take_step", take_step)
+    assert run(tmp_path, "--max_steps", "2", "--eval_images", "1", "--steps", "1") == 2
 
 
 def three_steps(tmp_path, monkeypatch, *more, out):
