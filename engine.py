@@ -715,9 +715,14 @@ def newest(path):
                 return read(candidate), candidate, problem
             except Damaged as e:
                 problem = f"{problem}; {e}" if problem else str(e)
-    if Path(path).exists() or previous(path).exists():
+    if stored(path):
         raise ValueError(f"{problem}; remove it to start anew")
     return None, None, ""
+
+
+def stored(path):
+    """Whether there is a file, damaged or not, for `newest` to go on from."""
+    return Path(path).exists() or previous(path).exists()
 
 
 def lock(folder):

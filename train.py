@@ -95,6 +95,7 @@ from engine import (
     program,
     read,
     save_checkpoint,
+    stored,
     try_to_write,
     update_ema,
 )
@@ -679,7 +680,8 @@ def prepare_run(c):
     run = build(c, local if world > 1 else None)
     run.rank, run.world = rank, world
     switches(c, run.device, run.dtype, world)
-    if c.init:
+    out = Path(c.out)
+    if c.init and not stored(out / "ckpt.pt"):  # a run that goes on needs that file no more
         load_init(c, run)
     common = dict(root=c.root, cache=c.cache, seed=c.seed, unlabelled=c.unlabelled, components=c.components,
                   max_bad=c.max_bad, void=c.void)
@@ -687,7 +689,6 @@ def prepare_run(c):
                                    datasets.packed_side(c.image_size, c.crop, run.net.detail),
                                    compose=c.compose, **common)
     run.val_data = datasets.load(c.dataset, "val", c.image_size, detail=run.net.detail, **common)
-    out = Path(c.out)
     make_folder(out)
     run.lock = lock(out) if rank == 0 else None  # one writer
     run.resumed, path, problem = newest(out / "ckpt.pt")

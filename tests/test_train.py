@@ -254,6 +254,10 @@ def test_export_sampling_and_fine_tuning(tmp_path, capsys):
         err = capsys.readouterr().err
         assert words in err and "is another network" in err and err.count("\n") == 1
     assert run(tmp_path, "--init", str(tmp_path / "none.pt"), out="other") == 2
+    assert "none.pt: no such file" in capsys.readouterr().err
+    # where the run goes on, that file may be gone
+    assert run(tmp_path, *tuned[:-1], "gone.pt", "--lr", "0", "--max_steps", "1", out="tuned") == 0
+    assert "complete at step 1" in capsys.readouterr().out
     assert train.main(["--out", str(tmp_path / "nothing"), "--export", str(exported)]) == 2
     (tmp_path / "other").mkdir(exist_ok=True)
     save_checkpoint(tmp_path / "other" / "ckpt.pt", read(exported))
