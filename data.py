@@ -207,6 +207,15 @@ def find(name, split, root="data", split_seed=0, void=()):
     return files, lambda: [item._replace(void=item.void + tuple(void)) for item in listing()]
 
 
+def selection(data, limit):
+    """Positions of at most `limit` items of a data set, ascending, the same at every call: drawn at random,
+    as files in the order of their names are city after city, or a video frame by frame; of endless shapes the
+    first."""
+    if len(data) >= 2**31:
+        return list(range(limit))
+    return np.sort(np.random.default_rng(0).permutation(len(data))[:limit]).tolist()
+
+
 def originals(name, split, root="data", void=()):
     """The listing of a data set of files, which Packed.items are numbers in; [] of shapes, which have no
     files."""

@@ -78,7 +78,7 @@ def arguments(argv):
                    help="share of unusable items that is too much")
     p.add_argument("--size", type=int, help="longer side to score at: of a baseline (128), of a network "
                                             "besides its own")
-    p.add_argument("--limit", type=int, default=256, help="at most so many images")
+    p.add_argument("--limit", type=int, default=256, help="at most so many images, drawn at random")
     p.add_argument("--root", default="data")
     p.add_argument("--cache", default="cache")
     p.add_argument("--out", help="where the files go (default: out/eval/<checkpoint>-<dataset>-<split>, and "
@@ -131,7 +131,7 @@ from answers.clicks import clicks_curve, clicks_needed
 from answers.jobs import tiles_of
 from answers.pictures import example_sheet
 from answers.scoring import at_own_size, at_size_of, score_images
-from data import load, originals, parse_parts, parse_void
+from data import load, originals, parse_parts, parse_void, selection
 from diffusion import SAMPLERS, VARIANCES, WITHOUT_VARIANCE
 from engine import crowded, foreign, host_threads, make_folder, pick_device, program
 
@@ -463,7 +463,7 @@ def main(argv=None):
         return complain(e)
     home, settings = settings_of(a, model)
     ns, sweep = sorted(a.n), []
-    positions = list(range(min(a.limit, len(data))))
+    positions = selection(data, a.limit)
     try:
         if a.clicking:
             model.sampling.update(home)

@@ -170,7 +170,7 @@ class Config:
     dropout: float = 0.0
     # validation, by real sampling with the averaged weights
     eval_every: int = 10_000  # steps
-    eval_images: int = 256
+    eval_images: int = 256  # at most, drawn at random
     steps: int = 8  # denoising steps
     guidance: float = 1.0  # 0: half the cost
     sampler: str = "ddpm"  # ddpm, ddim
@@ -435,7 +435,7 @@ def validate(net, run, c, stop):
     """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None if
     stopped."""
     data, codec, rank, world = run.val_data, run.codec, run.rank, run.world
-    n, totals, tiles, side = min(c.eval_images, len(data)), [], [], side_of(codec)
+    positions, totals, tiles, side = datasets.selection(data, c.eval_images), [], [], side_of(codec)
     device = next(net.parameters()).device
     model = Model(net, codec, run.diffusion, c.image_size, chosen(c, SAMPLING), c.dataset, 0,
                   chosen(c, TIDY))
@@ -452,8 +452,8 @@ def validate(net, run, c, stop):
                 for job in denoise(jobs, model, 1, size, callback=leave_if_stopped)]
 
     try:
-        for start in range(size * rank, n, size * world):
-            at = list(range(start, min(start + size, n)))
+        for start in range(size * rank, len(positions), size * world):
+            at = positions[start : start + size]
             found = maps_of(at, at)
             for i, segments in zip(at, found):
                 maps = data.maps(i)[:, : segments.shape[0], : segments.shape[1]]

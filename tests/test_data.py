@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import load, order, uniforms
+from data import load, order, selection, uniforms
 from sources import packing
 from sources.formats import find_folder, read_image, read_label
 from sources.scenes import draw_scene, paint
@@ -224,6 +224,17 @@ def test_order_is_a_permutation_in_every_epoch_and_resumes():
     assert (np.concatenate(pieces) == whole).all()
     assert (order(0, 70, 10, seed=4) != whole).any() and order(5, 3, 2**31, 0).tolist() == [5, 6, 7]
     assert sorted(order(0, 9, 3, 0).tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # a batch of several epochs
+
+
+def test_a_selection_is_of_all_parts_of_a_data_set():
+    """The same at every call, and of a larger one a part."""
+    data = range(5000)  # ten cities of 500 images
+    few, many = selection(data, 100), selection(data, 400)
+    assert few == sorted(set(few)) == selection(data, 100) and len(few) == 100 and set(few) < set(many)
+    counts = np.bincount([i // 500 for i in few], minlength=10)
+    assert len(counts) == 10 and counts.min() >= 3 and counts.max() <= 20
+    assert selection(data, 5000) == selection(data, 9000) == list(data)
+    assert selection(load("shapes", "val", 16), 3) == [0, 1, 2]
 
 
 def test_uniforms_belong_to_the_sample():

@@ -148,6 +148,13 @@ def test_a_checkpoint_with_several_annotators_and_a_sweep(ckpt, tmp_path, capsys
                                                                 v in report["48"]["human"].items())
 
 
+def test_a_limit_takes_images_of_all_names(tmp_path, capsys):
+    d = folder(tmp_path / "d", {f"{n:02}": [halves(8, 8)] for n in range(12)})
+    run(capsys, tmp_path, "--baseline", "grid", "--dataset", d, "--size", 8, "--limit", 4)
+    names = [row["name"] for row in csv.DictReader(open(tmp_path / "out/images.csv"))]
+    assert names == [f"{n:02}" for n in sorted(np.random.default_rng(0).permutation(12)[:4])]
+
+
 def test_the_same_answers_in_every_batch(ckpt, tmp_path, capsys):
     reports = [run(capsys, tmp_path, "--ckpt", ckpt, "--limit", 3, "--n", 2, "--batch",
                    batch)[1] for batch in (1, 5)]

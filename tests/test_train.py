@@ -601,6 +601,17 @@ def test_a_signal_during_validation_stops_it_and_it_is_made_up_for(tmp_path, mon
     assert all(torch.equal(whole[k], made_up[k]) for k in whole)
 
 
+def test_validation_sees_images_of_all_names(tmp_path, monkeypatch):
+    folder, real, seen = make_folder(tmp_path / "mine", n=30), train.packed_job, []
+    monkeypatch.setattr(train, "packed_job", lambda data, i, *more: seen.append(i) or real(data, i, *more))
+    c = train.parse([*QUICK, "--dataset", str(folder), "--preset", "tiny", "--eval_images", "2"])
+    run = train.build(c)
+    run.val_data = train.datasets.load(c.dataset, "val", 16, cache=tmp_path / "cache")
+    train.validate(run.net.eval(), run, c, [])
+    # of 3 for validation
+    assert sorted(set(seen)) == sorted(np.random.default_rng(0).permutation(3)[:2]) != [0, 1]
+
+
 def test_validation_scores_answers_as_sample_and_eval_make_them(tmp_path, monkeypatch):
     monkeypatch.setattr("answers.tree.log_odds", lambda features, net: np.zeros(len(features)))
     assert run(tmp_path, "--least", "3", "--merge", "99") == 0  # everything joins: one segment, ARI 0
