@@ -640,8 +640,14 @@ def switches(c, device, dtype, world):
     able = device.type == "cuda" and world == 1 and dtype != torch.float16
     if c.graph == "on" and not able:
         raise ValueError("--graph on needs CUDA, a single process and no fp16: use --graph auto")
-    worth = device.type == "cuda" and c.max_steps >= COMPILED
-    return c.compile == "on" or c.compile == "auto" and worth, able and c.graph != "off"
+    # torch.compile writes kernels for Triton
+    compiled = c.compile == "on" or worth_compiling(c, device) and kernels.triton is not None
+    return compiled, able and c.graph != "off"
+
+
+def worth_compiling(c, device):
+    """Whether --compile auto compiles, where there is Triton."""
+    return c.compile == "auto" and device.type == "cuda" and c.max_steps >= COMPILED
 
 
 def loss_of(diffusion, codec, dtype, kernel_options):
@@ -858,6 +864,8 @@ class Training:
             self.say(self.measured)
         if self.update.fast is not self.update.model:
             self.say("compiling: the first step takes about a minute (--compile off: no time, slower steps)")
+        elif worth_compiling(c, run.device) and kernels.triton is None:
+            self.say(f"not compiled, so that steps take longer: {kernels.why_not}")
 
     def validate(self):
         """Score the averaged weights and keep the best; nothing if the run is stopped meanwhile, as a resumed

@@ -386,7 +386,27 @@ def test_each_process_touches_its_own_gpu_alone(monkeypatch):
     assert picked == ["cuda:3", "cpu", "auto"]
 
 
-def test_what_is_compiled_and_captured():
+def test_without_triton_nothing_is_compiled_and_the_run_says_so(monkeypatch):
+    """As on Windows, where torch.compile would fail at the first step."""
+    monkeypatch.setattr(train.kernels, "triton", None)
+    monkeypatch.setattr(train.kernels, "why_not", "triton cannot be imported (no module)")
+    c, cuda, said = train.Config(), torch.device("cuda"), []
+    assert train.switches(c, cuda, torch.bfloat16, 1) == (False, True)
+    t = object.__new__(train.Training)
+    t.c, t.out, t.measured, t.say = c, "o", "", said.append
+    t.run = train.build(train.parse(["--device", "cpu"]))
+    t.run.device, t.run.train_data = cuda, []
+    t.update = types.SimpleNamespace(fast=t.run.net, model=t.run.net)
+    t.introduce()
+    assert said[-1] == "not compiled, so that steps take longer: triton cannot be imported (no module)"
+    t.c = train.Config(compile="off")
+    t.introduce()
+    assert "into o/" in said[-1]
+
+
+def test_what_is_compiled_and_captured(monkeypatch):
+    monkeypatch.setattr(train.kernels, "triton", "here")
+
     def switches(device="cuda", dtype=torch.bfloat16, world=1, **options):
         return train.switches(train.Config(**options), torch.device(device), dtype, world)
 
