@@ -318,8 +318,8 @@ def batches(c, run, step, kernel_options):
 
     Yields dictionaries of what `training_loss` takes and `draw` draws, on the device, one row a sample: every
     world-th sample of the global batch. All of it depends on the seed and on the step alone, whoever computes
-    it. kernel_options: what diffusion.kernel_options returned, for the kernels' loss. Nothing waits for a
-    CUDA device, up to 1,024 segments an image.
+    it. kernel_options: what diffusion.kernel_options returned; None: plain PyTorch. Nothing waits for a CUDA
+    device, up to 1,024 segments an image.
     """
     stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
     source = datasets.batches(run.train_data, step * c.batch_size, c.batch_size, c.seed,
@@ -352,6 +352,7 @@ def make_batch(c, run, step, parts, kernel_options):
     """images, labels, sizes and uniform numbers, of data.batches -> the dictionary of a step's batch."""
     images, labels, sizes, u = parts
     detail, share = run.net.detail, slice(run.rank, None, run.world)
+    fused = kernel_options and not c.balance  # the loss; the kernels weigh no pixels
     if c.augment and datasets.names(c.dataset) != ["shapes"]:
         x, _, labels = datasets.augment(images, labels, sizes, u, c.image_size, c.crop, c.jitter, detail,
                                         c.turns, c.negative)
@@ -359,7 +360,7 @@ def make_batch(c, run, step, parts, kernel_options):
         x, _, labels = datasets.unchanged(images, labels, sizes, detail)
     generator = torch.Generator().manual_seed(c.seed * 2**32 + step)
     drawn = draw((c.batch_size, run.codec.channels, *labels.shape[1:]), run.diffusion, generator, run.device,
-                 eps=not kernel_options)
+                 eps=not fused)
     if run.diffusion.hints > 0:
         u = torch.rand(c.batch_size, datasets.NUMBERS, generator=generator)
         drawn["u"] = to_device(u, run.device)
@@ -370,7 +371,8 @@ def make_batch(c, run, step, parts, kernel_options):
     cells = cells_of(labels, numbers, hints, c, run, kernel_options)
     if hints is not None:
         drawn["hints"] = hint_bits(run.codec.encode(cells.int()), hints)
-    if not kernel_options:
+    if not fused:
+        cells = cells.long()
         counts = pixel_weights(cells, run.codec.classes, c.balance) if c.balance else cells >= 0
         return dict(x0=run.codec.encode(cells), image=x, valid=counts, **drawn)
     seeds = torch.arange(numbers.start, numbers.stop, numbers.step, device=run.device) + c.seed * 2**40
@@ -653,7 +655,7 @@ def worth_compiling(c, device):
 def loss_of(diffusion, codec, dtype, kernel_options):
     """loss(net, batch) of a dictionary that `batches` yields, which had the same kernel_options."""
     def loss(net, batch):
-        if kernel_options:
+        if "cells" in batch:
             return fused_training_loss(net, batch["cells"], batch["image"], codec.channels, batch["seeds"],
                                        diffusion, batch, codec.activate, **kernel_options,
                                        dtype=dtype or torch.float32, hints=batch.get("hints"))
@@ -787,8 +789,7 @@ class Training:
         kind = dict(fused=run.device.type in ("cuda", "cpu"), capturable=run.device.type == "cuda")
         self.optimizer = torch.optim.AdamW(run.net.parameters(), lr=c.lr, betas=(0.9, 0.999),
                                            weight_decay=c.weight_decay, **kind)
-        # the kernels weigh no pixels
-        self.kernel_options = None if c.balance else kernel_options(run.codec, run.device)
+        self.kernel_options = kernel_options(run.codec, run.device)
         compiled, graph = switches(c, run.device, run.dtype, run.world)
         loss = loss_of(run.diffusion, run.codec, run.dtype, self.kernel_options)
         self.update = Step(run.net, loss, self.optimizer, run.dtype, c.accumulate, c.grad_clip, compiled,
@@ -853,11 +854,11 @@ class Training:
         options = "  ".join(f"{k}={v}" for k, v in vars(c).items())
         self.say(textwrap.fill(options, 120, break_on_hyphens=False))
         size = "endless" if len(run.train_data) >= 2**31 else len(run.train_data)
-        live = ("torch", "for --balance") if c.balance else kernels.live(run.device)
         self.say(f"{sum(p.numel() for p in run.net.parameters()):,} parameters on "
                  f"{f'{run.world} x ' if run.world > 1 else ''}{run.device}, "
                  f"{str(run.dtype or torch.float32)[6:]} in {run.form[1]} ({run.why}); "
-                 f"kernels: {' ('.join(live)}); "
+                 f"kernels: {' ('.join(kernels.live(run.device))})"
+                 f"{'; loss: torch (for --balance)' * (c.balance > 0)}; "
                  f"GroupNorm: {'triton' if kernels.norms(run.device) else 'torch'}; "
                  f"{size} training images; {run.origin}; into {self.out}/")
         if self.measured:

@@ -81,7 +81,7 @@ def test_a_plain_step_waits_for_nothing_and_needs_no_float64(steps, options):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("options",
-                         [["--hints", "0.8"], ["--palette", "none"],
+                         [["--hints", "0.8"], ["--palette", "none"], ["--balance", "0.5"],
                           ["--palette", "random", "--self_condition", "0.5"]])
 def test_a_step_through_the_kernels_waits_for_nothing(steps, options):
     with Device() as device:

@@ -9,6 +9,7 @@ import train
 from bits import Codec
 from diffusion import Diffusion, draw, fused_training_loss, sample, training_loss
 from model import UNet
+from sources.scenes import Shapes
 
 SIZE = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=2, patch=2)
 
@@ -78,6 +79,25 @@ def test_training_and_sampling_through_triton(kernel_device, smoothed_once, tmp_
                "--compile off --kernels triton").split()
     assert train.main([*options, "--device", kernel_device, "--out", str(tmp_path / "run")]) == 0
     assert "kernels: triton (asked for); GroupNorm: torch" in capsys.readouterr().out
+
+
+def test_balanced_samples_get_their_cells_from_the_kernel(kernel_device, monkeypatch):
+    """Though the loss that weighs their pixels is plain PyTorch's."""
+    c = train.parse(["--device", kernel_device, *"--batch_size 2 --image_size 8 --balance 0.5".split()])
+    run = train.build(c)
+    run.train_data = Shapes("train", 8)
+
+    def batch(options):
+        coming = train.batches(c, run, 0, options)
+        made = next(coming)
+        coming.close()
+        return made
+
+    plain, given = batch(None), train.kernel_options(run.codec, run.device)
+    monkeypatch.setattr(train.Codec, "cells", None)
+    fast = batch(given)
+    assert fast.keys() == plain.keys() and all(torch.equal(v, fast[k]) for k, v in plain.items())
+    assert train.loss_of(run.diffusion, run.codec, None, given)(run.net, fast).isfinite()
 
 
 def test_forced_triton_without_a_gpu_says_why(kernel_device, tmp_path, monkeypatch, capsys):
