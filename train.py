@@ -532,6 +532,7 @@ def portable(content):
 
 
 def export(c):
+    check_export(c)
     content, path, problem = newest(Path(c.out) / "ckpt.pt")
     if content is None:
         raise ValueError(f"{c.out}/ckpt.pt: no such file: train first, or name the folder of a run with "
@@ -541,6 +542,19 @@ def export(c):
     save_checkpoint(c.export, portable(content))
     print(f"{c.export}: averaged weights and configuration of {path}, step {content['step']}")
     return 0
+
+
+def check_export(c):
+    """Raises ValueError where --export would overwrite anything but what it wrote itself."""
+    target = Path(c.export)
+    of_run = [Path(c.out, name).resolve() for name in ("ckpt.pt", "ckpt.prev.pt", "best.pt")]
+    try:
+        taken = target.resolve() in of_run or target.exists() and "optimizer" in read(target)
+    except ValueError:  # no checkpoint at all
+        taken = True
+    if taken:
+        raise ValueError(f"--export {target} would take the place of a file that --export has not written: "
+                         f"choose another name")
 
 
 @dataclass

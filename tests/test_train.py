@@ -265,6 +265,24 @@ def test_export_sampling_and_fine_tuning(tmp_path, capsys):
     assert "lacks net, optimizer, scaler" in capsys.readouterr().err
 
 
+def test_an_export_overwrites_nothing_but_an_export(tmp_path, capsys):
+    folder, content = tmp_path / "run", dict(step=3, net={}, ema={}, optimizer={}, scaler={})
+    folder.mkdir()
+    for name in ("ckpt.pt", "ckpt_000003.pt"):
+        save_checkpoint(folder / name, content)
+    save_checkpoint(folder / "best.pt", train.portable(content))
+    (folder / "photo.png").write_bytes(b"of somebody")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in (*before, "ckpt.prev.pt", "."):
+        assert train.main(["--out", str(folder), "--export", str(folder / name)]) == 2
+        err = capsys.readouterr().err
+        assert "--export has not written: choose another name" in err and err.count("\n") == 1
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    for _ in range(2):  # an export gives way to a newer one
+        assert train.main(["--out", str(folder), "--export", str(folder / "model.pt")]) == 0
+    assert read(folder / "model.pt").keys() == {"format", "step", "ema"}
+
+
 def test_accumulation_and_the_whole_batch_are_the_same(tmp_path):
     for parts in "1", "2":
         assert run(tmp_path, "--lr", "1e-4", "--precision", "fp32", "--accumulate", parts, out=parts) == 0
