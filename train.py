@@ -766,8 +766,8 @@ def check_resumed(c, run, path):
     form = run.resumed.get("form") or run.form
     if len(form) != 2 or form[0] not in PRECISIONS or form[1] not in LAYOUTS:
         raise ValueError(f"{path}: this version has no precision and layout {form}: use the one that made it")
-    none = dict(void="", hints=0.0, balance=0.0, turns=False, negative=0.0)  # versions before had none
-    old = {**none, **run.resumed["config"]}
+    # versions before an option did what its default does: a new one's has to be its off value
+    old = {**vars(Config()), **run.resumed["config"]}
     if datasets.same(old["dataset"], c.dataset, run.resumed.get("contents"), run.train_data):
         old["dataset"] = c.dataset
     differ = differences(old, vars(c), FREE) + differences(run.resumed["network"], run.network, {"dropout"})
