@@ -19,7 +19,6 @@ and every unzip read it as it is.
 
 import contextlib
 import copy
-import dataclasses
 import difflib
 import errno
 import functools
@@ -549,24 +548,31 @@ def forget(path, keep):
 
 
 def options_given(argv, kind):
-    """Command line of --key value or --key=value -> {key: value}, of the type that the dataclass `kind` gives
-    each. Raises ValueError."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    given, i = {}, 0
-    while i < len(argv):
-        key, eq, value = argv[i].removeprefix("--").partition("=")
+    """Command line -> {key: value}, of the type that the dataclass `kind` gives each. Raises ValueError."""
+    return {key: typed(key, value, kind.__dataclass_fields__[key].type)
+            for key, value in option_words(argv, kind).items()}
+
+
+def option_words(argv, kind):
+    """Command line of --key value, --key=value or, if it is to be true, --key -> {key: value as it stands
+    there}. Keys are fields of the dataclass `kind`, their underscores dashes if one likes. Raises
+    ValueError."""
+    fields, given, left = kind.__dataclass_fields__, {}, list(argv)
+    while left:
+        word = left.pop(0)
+        key, eq, value = word.removeprefix("--").partition("=")
         key = key.replace("-", "_")
-        if not argv[i].startswith("--") or key not in fields:
+        if not word.startswith("--") or key not in fields:
             near = difflib.get_close_matches(key, fields, 1, 0.4)
-            raise ValueError(f"unknown option '{argv[i]}'" + (f": did you mean --{near[0]}?" if near
-                                                              else ": see --help"))
-        if not eq:
-            i += 1
-            if i == len(argv):
-                raise ValueError(f"--{key} needs a value")
-            value = argv[i]
-        given[key] = typed(key, value, fields[key].type)
-        i += 1
+            raise ValueError(f"unknown option '{word}'" + (f": did you mean --{near[0]}?" if near
+                                                           else ": see --help"))
+        if not eq and left and not left[0].startswith("--"):
+            value = left.pop(0)
+        elif not eq and fields[key].type is bool:
+            value = "true"
+        elif not eq:
+            raise ValueError(f"--{key} needs a value")
+        given[key] = value
     return given
 
 

@@ -88,8 +88,8 @@ def arguments(argv):
     p.add_argument("--n", type=whole, default=[1], help="samples an image, e.g. 8, or 1,2,4,8,16")
     p.add_argument("--clicks", type=click_numbers, help="instead: scores after so many clicks, e.g. "
                                                         "0,1,2,4,8,16,all")
-    p.add_argument("--clicks_to", type=float, help="instead: how many clicks an object takes until this "
-                                                   "IoU, e.g. 0.85")
+    p.add_argument("--clicks_to", "--clicks-to", type=float,
+                   help="instead: how many clicks an object takes until this IoU, e.g. 0.85")
     p.add_argument("--steps", type=whole, help="denoising steps, e.g. 8, or 1,2,4,8,16")
     p.add_argument("--guidance", type=real, help="e.g. 1, or 0,1,2,3 (default: the checkpoint's, but at most "
                                                  "3 where it sees clicks)")

@@ -28,7 +28,7 @@ import torch
 
 import eval as evaluation
 import train
-from engine import complaint, form_of, layout, pick_device, pick_precision, program
+from engine import complaint, form_of, layout, option_words, pick_device, pick_precision, program
 
 # of every run with this preset's network; written out, so that a change of train.py's presets changes no
 # result
@@ -90,12 +90,8 @@ EXPERIMENTS = {
 
 
 def options(text):
-    """'--a 1 --b 2' or a list of the same -> {"a": "1", "b": "2"}. Raises ValueError."""
-    words = text.split() if isinstance(text, str) else [part for word in text for part in word.split("=", 1)]
-    if len(words) % 2 or any(not name.startswith("--") for name in words[::2]):
-        raise ValueError(f"'{' '.join(words)}' is not a list of options of train.py with a value each: "
-                         f"--palette none")
-    return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
+    """train.py's, '--bits 4 --lr 1' or a list of the same -> {"bits": "4", "lr": "1"}. Raises ValueError."""
+    return option_words(text.split() if isinstance(text, str) else text, train.Config)
 
 
 def run_of(flags, also, a, seed):

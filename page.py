@@ -24,7 +24,7 @@ def options(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("photo", nargs="?", help="an image file (default: choose one on the page)")
     p.add_argument("--port", type=int, default=8765, help="of 127.0.0.1; 0: one that is free")
-    p.add_argument("--no_browser", action="store_true", help="print the address, and open no browser")
+    p.add_argument("--no_browser", "--no-browser", action="store_true", help="only print the address")
     p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--tiles", help="also look closer at T x T tiles, or auto (default: as sample.py does)")

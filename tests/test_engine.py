@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import json
 
@@ -19,6 +20,8 @@ from engine import (
     fit_state,
     forget,
     host_threads,
+    option_words,
+    options_given,
     pick_device,
     pick_precision,
     program,
@@ -171,6 +174,35 @@ def test_a_program_leaves_the_garbage_collector_as_it_was():
     frozen = []
     program("name", "")(lambda argv: frozen.append(gc.get_freeze_count()))()
     assert frozen[0] > 1000 and gc.get_freeze_count() == 0
+
+
+@dataclasses.dataclass
+class Options:
+    rate: float = 0.0
+    note: str = ""
+    max_bad: int = 0
+    turns: bool = False
+    full_size: bool = True
+
+
+@pytest.mark.parametrize("words, given", [
+    ("", {}), ("--rate -1e-3 --note=--x", dict(rate=-1e-3, note="--x")), ("--turns", dict(turns=True)),
+    ("--turns --note on", dict(turns=True, note="on")), ("--max-bad 3 --full-size=0", dict(max_bad=3,
+                                                                                          full_size=False)),
+    ("--turns false --turns 1 --full_size", dict(turns=True, full_size=True))])
+def test_options_of_a_dataclass(words, given):
+    assert options_given(words.split(), Options) == given
+    assert all(type(value) is str for value in option_words(words.split(), Options).values())
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--rate", "--rate needs a value"), ("--note --turns", "--note needs a value"),
+    ("--turns maybe", "--turns is true or false, not 'maybe'"), ("--max-bad x", "--max_bad needs a number"),
+    ("--turn", "unknown option '--turn': did you mean --turns?"), ("--turns 1 0", "unknown option '0'")])
+def test_options_that_are_none(words, message):
+    with pytest.raises(ValueError) as raised:
+        options_given(words.split(), Options)
+    assert message in str(raised.value)
 
 
 def test_watch_counts_rows_and_names_spikes():

@@ -34,6 +34,11 @@ def test_every_run_is_one_that_train_understands(preset):
         assert len(seen) == len(rows), name  # no two rows are the same run
 
 
+def test_options_of_train_are_spelt_as_there():
+    a, rest = experiments.arguments(["palette", "--components", "--max-bad=0.5", "--lr", "1e-3"])
+    assert experiments.options(rest) == dict(components="true", max_bad="0.5", lr="1e-3")
+
+
 def test_equal_runs_are_one_folder():
     a = type("A", (), dict(preset="tiny", dataset="x/bsds500", out="o"))
     of = {label: experiments.run_of(flags, {}, a, 0)[0] for label, flags, _, _ in
@@ -133,7 +138,7 @@ def test_a_finished_run_with_other_options_is_not_taken_for_this_one(fake, tmp_p
 
 
 @pytest.mark.parametrize("words, message", [
-    (("palette", "--palet", "none"), "did you mean --palette"), (("palette", "--lr"), "with a value each"),
+    (("palette", "--palet", "none"), "did you mean --palette"), (("palette", "--lr"), "--lr needs a value"),
     (("palette", "--part", "3/2"), "--part"),
     (("palette", "--seeds", "0"), "--seeds"), (("palette", "--part", "x"), "--part"),
     (("nothing",), "invalid choice"),

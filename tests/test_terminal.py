@@ -1,5 +1,6 @@
 """Work outlives its terminal: outputs that fail, a hang-up, signals."""
 
+import argparse
 import errno
 import io
 import os
@@ -16,6 +17,8 @@ from PIL import Image
 
 import data
 import eval as evaluation
+import experiments
+import page
 import sample
 import train
 from engine import HANGUP, Output, program
@@ -208,6 +211,20 @@ def test_wrong_options_end_in_one_sentence(capsys, script, arguments):
         status = e.code
     err = capsys.readouterr().err
     assert status == 2 and err.count("\n") == 1 and arguments[-2].lstrip("-").split("=")[0] in err
+
+
+def test_dashes_do_for_underscores_in_every_program(monkeypatch):
+    add, added = argparse._ActionsContainer.add_argument, []
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument",
+                        lambda parser, *names, **more: added.append(names) or add(parser, *names, **more))
+    for parse, words in ((evaluation.arguments, []), (data.options, ["mine"]), (sample.options, []),
+                         (page.options, []), (experiments.arguments, ["palette"])):
+        parse(words)
+    assert len(added) > 60
+    for names in added:
+        assert {name[:2] + name[2:].replace("_", "-") for name in names if name[0] == "-"} <= {*names}, names
+    assert evaluation.arguments(["--clicks-to", "0.8"]).clicks_to == 0.8
+    assert page.options(["--no-browser"]).no_browser
 
 
 @pytest.mark.parametrize("name", ["sample", "eval", "page", "data", "train"])
