@@ -147,10 +147,10 @@ def finish(folder, full, a):
     c = train.parse(train_arguments(folder, full, a))
     with open(folder / "eval.txt", "w") as tables, contextlib.redirect_stdout(tables):
         status = evaluation.main(["--ckpt", str(folder / "ckpt.pt"), "--dataset", a.dataset, "--limit",
-                                  str(a.limit), "--out",
-                                  str(folder / "eval"), "--root", a.root, "--cache", a.cache, "--device",
-                                  a.device,
-                                  "--unlabelled", c.unlabelled, *["--components"] * c.components])
+                                  str(a.limit), "--out", str(folder / "eval"), "--root", a.root, "--cache",
+                                  a.cache, "--device", a.device, "--unlabelled", c.unlabelled,
+                                  f"--void={c.void}", f"--max_bad={c.max_bad}",
+                                  *["--components"] * c.components])
     if status:
         return status
     report = json.loads((folder / "eval/report.json").read_text())

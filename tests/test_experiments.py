@@ -165,14 +165,15 @@ def test_one_real_run(tmp_path, capsys):
 
 
 def test_the_evaluation_sees_the_labels_as_the_training_does(fake, tmp_path, capsys):
-    assert experiments.main([*arguments("palette", out=tmp_path), "--components", "true", "--unlabelled",
-                             "ignore"]) == 0
-    assert len(fake.evaluated) == 4 and all(argv[-3:] == ["--unlabelled", "ignore",
-                                                          "--components"] for argv in fake.evaluated)
+    labels = ["--components", "true", "--unlabelled", "ignore", "--void", "-1,255", "--max_bad", "0.5"]
+    assert experiments.main([*arguments("palette", out=tmp_path), *labels]) == 0
+    asked = [experiments.evaluation.arguments(argv) for argv in fake.evaluated]
+    assert len(asked) == 4
+    assert all((a.components, a.unlabelled, a.void, a.max_bad) == (True, "ignore", "-1,255", 0.5)
+               for a in asked)
     report = next(tmp_path.glob("**/report.json"))
     report.write_text("{}")
-    assert experiments.main([*arguments("palette", out=tmp_path), "--components", "true", "--unlabelled",
-                             "ignore"]) == 2
+    assert experiments.main([*arguments("palette", out=tmp_path), *labels]) == 2
     assert f"{report} was not written by experiments.py" in capsys.readouterr().err
     assert experiments.main(arguments("palette", "--dataset", "shapes:2,shapes", out=tmp_path)) == 2
     assert "--dataset names 2 data sets: one at a time is evaluated" in capsys.readouterr().err
