@@ -206,17 +206,16 @@ def totals(index, n, shape):
     return total(length), total(length * row), total(length * (2 * col + length - 1) // 2)
 
 
-def random_cells(labels, classes, generator=None):
-    """The `none` palette: each segment of each map gets a random code of its own. labels (B, H, W) -> (B, H,
-    W)."""
-    index, counts, _, _ = segment_sums(labels)
-    B, n = counts.shape
+def random_cells(labels, order, below=None):
+    """The `none` palette: segments get cells by their size. labels (B, H, W), -1 = ignore; order (B, classes)
+    int64: what the largest segment of each map gets, the second largest, ... -> (B, H, W).
+
+    below: a promise that all labels lie in [-1, below), with which nothing waits for a device.
+    """
+    index, counts, *_ = segment_counts(labels, below) if below else segment_sums(labels)
     rank = counts.argsort(dim=1, descending=True, stable=True).argsort(1)  # 0 = the largest segment
-    rank = torch.where(rank < classes, rank, 0)  # too many: into the largest
-    gen_device = generator.device if generator is not None else labels.device
-    codes = torch.rand(B, classes, generator=generator, device=gen_device).argsort(1).to(labels.device)
-    cells = codes.gather(1, rank)  # (B, n)
-    return paint(cells, index, labels.shape)
+    rank = torch.where(rank < order.shape[1], rank, 0)  # too many: into the largest
+    return paint(order.gather(1, rank), index, labels.shape)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -278,7 +277,9 @@ class Codec:
         generator: for palette none; hints (B, H, W) bool: for the others, see `locate`.
         """
         if self.palette == "none":
-            return random_cells(labels, self.classes, generator)
+            device = labels.device if generator is None else generator.device
+            draws = torch.rand(len(labels), self.classes, generator=generator, device=device)
+            return random_cells(labels, draws.argsort(1).to(labels.device))
         return locate(labels, self.side, hints=hints)
 
     def encode(self, cells):

@@ -45,10 +45,6 @@ SIZES = {  # at k = 6, RGB:  parameters
     "paper": dict(width=64, mult=(1, 2, 2, 4, 4), blocks=3, attn=2, heads=4, patch=1),  # 38,496,262
 }
 
-# The paper's channel multipliers at other image sizes (SIZES["paper"] is the one for 128 pixels).
-PAPER_MULT = {16: (1, 2, 2), 32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 2, 2, 4, 4),
-              256: (1, 1, 2, 2, 4, 4)}
-
 
 def time_features(t, dim=64, max_period=10.0):
     """Cosines, then sines, of t * max_period^(-i / (dim/2)): (B,) in [0, 1] -> (B, dim), float32. t is not

@@ -52,7 +52,7 @@ from answers.checkpoints import SHIPPED, Model
 from answers.jobs import packed_job
 from answers.pictures import grid, overlay, side_of
 from answers.segment import denoise, placed, sample_maps
-from bits import Codec, finer_bits, hint_bits, paint, segment_counts
+from bits import Codec, finer_bits, hint_bits, random_cells
 from diffusion import (
     SAMPLERS,
     VARIANCES,
@@ -411,18 +411,6 @@ def pixel_weights(cells, classes, balance):
     share[:, classes] = 0
     weight, valid = share.gather(1, flat), (flat < classes).sum(1, keepdim=True)
     return (weight * valid / weight.sum(1, keepdim=True).clamp(min=1e-9)).view(cells.shape)
-
-
-def random_cells(labels, order, below):
-    """The `none` palette as bits.random_cells has it, without a wait: segments get cells by their size.
-
-    labels (B, H, W) in [-1, below); order (B, classes) int64: what the largest segment of each map gets, the
-    second largest, ... -> (B, H, W).
-    """
-    index, counts = segment_counts(labels, below)
-    rank = counts.argsort(dim=1, descending=True, stable=True).argsort(1)  # 0 = the largest segment
-    rank = torch.where(rank < order.shape[1], rank, 0)  # too many: into the largest
-    return paint(order.gather(1, rank), index, labels.shape)
 
 
 # ------------------------------------------------------------------------------------------------------------

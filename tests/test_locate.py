@@ -96,7 +96,7 @@ def test_an_image_gets_the_same_cells_in_any_batch():
 def test_none_palette_draws_distinct_codes_anew():
     labels = torch.randint(-1, 12, (200, 10, 10), generator=torch.Generator().manual_seed(0)) * 1000
     labels[labels == -1000] = -1
-    cells = random_cells(labels, 16, torch.Generator().manual_seed(0))
+    cells = Codec(bits=4, palette="none").cells(labels, torch.Generator().manual_seed(0))
     pairs = [set(zip(a.flatten().tolist(), b.flatten().tolist())) for a, b in zip(labels, cells)]
     for p in pairs:  # one to one, ignored stay ignored
         assert len(p) == len({a for a, _ in p}) == len({b for _,
@@ -106,8 +106,10 @@ def test_none_palette_draws_distinct_codes_anew():
 
 def test_none_palette_merges_the_smallest_into_the_largest():
     labels = torch.tensor([[[1, 1, 2, 2, 2, 3, 4, 4, 5, 5, 6]]])  # 6 segments, 4 codes: 3 and 6 join 2
-    cells = random_cells(labels, 4)[0, 0].tolist()
-    assert cells[5] == cells[10] == cells[2] and len(set(cells)) == 4
+    order = torch.tensor([[7, 0, 5, 2]])
+    for below in None, 7, 50:
+        cells = random_cells(labels, order, below)[0, 0].tolist()
+        assert cells == [0, 0, 7, 7, 7, 7, 5, 5, 2, 2, 7]
 
 
 @pytest.mark.parametrize("labels",
