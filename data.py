@@ -269,9 +269,11 @@ def batches(data, start, count, seed, workers=0, rank=0, ranks=1, pin=False):
     if count % ranks:
         raise ValueError(f"a batch of {count} samples cannot be shared by {ranks} processes equally")
     make, rows = functools.partial(samples, data, start, count, seed, rank, ranks), count // ranks
-    if workers:
-        yield from ring(make, rows, workers, pin)
+    yield from ring(make, rows, workers, pin) if workers else one_ahead(make, rows, pin)
 
+
+def one_ahead(make, rows, pin):
+    """As `ring`, by a thread of this process."""
     def whole(batch):
         return tuple(part.pin_memory() if pin else part for part in make(batch, 0, rows))
 
