@@ -19,6 +19,7 @@ and every unzip read it as it is.
 
 import contextlib
 import copy
+import datetime
 import difflib
 import errno
 import functools
@@ -303,14 +304,27 @@ def pick_device(name):
                          f"cpu") from None
 
 
-def join_processes(rank, world, backend):
-    """Make this one of `world` processes that torchrun started."""
+def join_processes(rank, world, backend, patient=False):
+    """Make this one of `world` processes that torchrun started. patient: they wait for each other as long as
+    it takes, not 10 or 30 minutes."""
     host, port, env = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ.get
     store = dist.TCPStore(host, port, world, is_master=rank == 0
                           and env("TORCHELASTIC_USE_AGENT_STORE") != "True")
     # after a restart the store still holds the addresses of the dead processes
     store = dist.PrefixStore(env("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    longest = datetime.timedelta(days=365) if patient else None
+    dist.init_process_group(backend, timeout=longest, store=store, rank=rank, world_size=world)
+
+
+def wait_for_all():
+    """Until all joined processes have come here; it can be interrupted. Returns whether this is the first of
+    them, or the only one."""
+    if not dist.is_initialized():
+        return True
+    work = dist.barrier(async_op=True)
+    while not work.is_completed():
+        time.sleep(0.1)
+    return dist.get_rank() == 0
 
 
 def any_stopped(stop, world):

@@ -103,7 +103,16 @@ from answers.pictures import colours, grid, overlaid, panel, shade, uncertainty
 from answers.prompts import hint_map
 from answers.segment import denoise, sampling_of, summarise
 from answers.tree import GRAINS
-from engine import Threads, complaint, host_threads, make_folder, pick_device, program
+from engine import (
+    Threads,
+    complaint,
+    host_threads,
+    join_processes,
+    make_folder,
+    pick_device,
+    program,
+    wait_for_all,
+)
 from sources.formats import IMAGE_TYPES, in_words, junk, read_image, read_label
 
 fail = complaint("sample.py")
@@ -145,8 +154,9 @@ def three_bytes(labels):
 def save_json(path, info, images, annotations, category, **more):
     content = dict(info=info, images=images, annotations=annotations,
                    categories=[dict(id=1, name="segment", supercategory="segment", **category)], **more)
-    path.with_suffix(".part").write_text(json.dumps(content))
-    path.with_suffix(".part").replace(path)
+    part = path.with_suffix(f".{os.getpid()}.part")  # other processes may write the same
+    part.write_text(json.dumps(content))
+    part.replace(path)
 
 
 def info_of(path):
@@ -186,6 +196,8 @@ def done(folder, info):
     than its results."""
     swap(folder)
     found = info_of(folder / "segments.json")
+    if found.get("digests", {}).get("image") == info["digests"]["image"]:
+        found["image"] = info["image"]  # the same photo, named by another path
     if found.get("image", info["image"]) != info["image"]:
         raise ValueError(f"{folder} holds the results of {found['image']}: choose another --out")
     for path in (panoptic_png(folder), *folder.glob("*.png")):
@@ -457,6 +469,8 @@ def prepare_run(a):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
         introduce(a, model, ckpt, settings)
+    if world > 1 and "MASTER_ADDR" in os.environ:
+        join_processes(rank, world, "gloo", patient=True)
     return Run(a, model, threads, rank, files[rank::world], {path: out / names[path] for path in files},
                prompts, sampling, info, digests, panoptic,
                sampling.get("steps", model.sampling["steps"]))
@@ -599,12 +613,14 @@ def main(argv=None):
     except (ValueError, OSError, RuntimeError) as e:
         fail(e)
     stopped = sample_all(run)
-    if run.panoptic:
+    # torchrun ends all processes as soon as one has failed
+    if wait_for_all() and run.panoptic:
         out = Path(run.options.out)
         try:
             write_panoptic(out)
         except (OSError, ValueError, KeyError, TypeError) as e:
             run.say(ValueError(f"{out / 'panoptic.json'} is not written ({in_words(e)})"))
+    wait_for_all()
     if stopped:
         raise stopped
     if run.failed and len(run.files) > 1:

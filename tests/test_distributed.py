@@ -10,7 +10,9 @@ import traceback
 
 import pytest
 import torch
+from PIL import Image
 
+import sample
 import train
 from engine import read
 
@@ -22,8 +24,9 @@ OPTIONS = ("--device cpu --image_size 16 --batch_size 4 --max_steps 6 --save_eve
 SMALL = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=4, patch=2)
 
 
-def processes(world, out, *more, before=lambda rank: None):
-    """A run by `world` processes, with the environment that torchrun gives them: their numbers."""
+def processes(world, out, *more, before=lambda rank: None, main=None):
+    """A run of train.py (or another main, with just these options) by `world` processes, with the environment
+    that torchrun gives them: their numbers."""
     sys.stdout.flush()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -41,7 +44,7 @@ def processes(world, out, *more, before=lambda rank: None):
                                   else "lo0")
                 train.SIZES["tiny"] = SMALL
                 before(rank)
-                status = train.main([*OPTIONS, "--out", str(out), *more])
+                status = main(more) if main else train.main([*OPTIONS, "--out", str(out), *more])
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -161,3 +164,38 @@ def test_all_compute_in_the_form_that_the_first_one_measured(tmp_path):
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     assert ends(processes(2, tmp_path / "two", "--batch_size", "3")) == [2, 2]
     assert "--batch_size 3 cannot be split among 2 processes" in (tmp_path / "two.0.txt").read_text()
+
+
+def test_a_photo_that_fails_is_not_the_end_of_the_other_processes(tmp_path, model, monkeypatch):
+    """Which torchrun ends as soon as one exits with an error: they exit together, with one list."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for k in (0, 2, 4):
+        Image.new("RGB", (20, 20), (40 * k, 90, 0)).save(photos / f"{k}.png")
+    (photos / "1.png").write_text("no picture"), (photos / "3.png").write_text("no picture")
+    (tmp_path / "x.pt").write_text("weights")
+    monkeypatch.setattr(sample, "load_checkpoint", lambda *_: model)
+    ready, waits, write, wait = tmp_path / "ready", tmp_path / "waits", sample.write, sample.wait_for_all
+
+    def until(file):
+        end = time.time() + 60
+        while not file.exists():
+            assert time.time() < end
+            time.sleep(0.01)
+
+    def wait_and_say_so():
+        waits.touch()
+        return wait()
+
+    monkeypatch.setattr(sample, "write", lambda *all, **more: until(ready) or write(*all, **more))
+    monkeypatch.setattr(sample, "wait_for_all", wait_and_say_so)
+    words = f"{photos} --n 1 --ckpt {tmp_path / 'x.pt'} --device cpu --format coco_panoptic"
+    words = [*words.split(), "--out", str(tmp_path / "o")]
+    first, second = processes(2, tmp_path / "log", *words, main=sample.main)
+    until(waits)  # the second has nothing left to do
+    time.sleep(0.2)
+    assert os.waitpid(second, os.WNOHANG) == (0, 0)
+    ready.touch()
+    assert ends([first, second]) == [0, 2]
+    listed = json.loads((tmp_path / "o/panoptic.json").read_text())
+    assert [image["file_name"] for image in listed["images"]] == ["0.png", "2.png", "4.png"]

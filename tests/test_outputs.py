@@ -324,7 +324,7 @@ def test_images_of_the_same_name_do_not_clash(run, tmp_path):
 
 
 def test_results_of_another_image_and_a_strangers_file_stay(run, tmp_path, capsys):
-    picture().save("a.png"), picture().save("a.jpg")
+    picture().save("a.png"), picture(seed=1).save("a.jpg")
     assert run("a.png", "--n", 3) == 0 and run("a.jpg", "--n", 1) == 2
     assert "holds the results of a.png" in capsys.readouterr().err
     # none left over
@@ -336,6 +336,13 @@ def test_results_of_another_image_and_a_strangers_file_stay(run, tmp_path, capsy
     (tmp_path / "o/panoptic.json").write_text("{}")
     assert run("a.png", "--n", 1, "--out", "o", "--format", "coco_panoptic") == 2
     assert (tmp_path / "o/panoptic.json").read_text() == "{}"
+
+
+def test_a_photo_is_the_same_by_whichever_path(run, tmp_path, capsys):
+    picture().save("a.png")
+    assert run("a.png", "--n", 1) == 0 and run(tmp_path / "a.png", "--n", 1, "--resume") == 0
+    assert f"{tmp_path / 'a.png'}: done already" in capsys.readouterr().out
+    assert run(tmp_path / "a.png", "--n", 2) == 0
 
 
 def test_resume_does_again_what_had_other_settings(run, capsys):
