@@ -146,12 +146,25 @@ def same(old, new, old_contents, data):
 
     old_contents: what `contents` gave for the old one; data: the new one's.
     """
-    def place(name):
-        return name if name in NAMED else Path(name).resolve()
-
     (old_names, *old_rest), (new_names, *new_rest) = (zip(*parse_parts(text)) for text in (old, new))
     moved = contents(data) == old_contents
     return old_rest == new_rest and (moved or list(map(place, old_names)) == list(map(place, new_names)))
+
+
+def place(name):
+    """Of a data set: its name, or its whole path."""
+    return name if name in NAMED else Path(name).resolve()
+
+
+def as_trained(config, name):
+    """dict(components, unlabelled, void): how a run of train.py with these options read a data set; None
+    where it was not among its sets."""
+    for other, _, own in parse_parts(str(config.get("dataset") or "shapes")):
+        if place(other) == place(name):
+            return dict(components=own["components"] or config.get("components", False),
+                        unlabelled=own["unlabelled"] or config.get("unlabelled", "segment"),
+                        void=own["void"] or parse_void(config.get("void", "")))
+    return None
 
 
 def names(text):

@@ -69,11 +69,11 @@ def arguments(argv):
                    help="instead of a checkpoint")
     p.add_argument("--dataset", default="shapes", help="shapes, coco, or a folder")
     p.add_argument("--split", default="val")
-    p.add_argument("--components", action="store_true", help="label maps hold classes, whose connected "
-                                                             "parts are the segments")
-    p.add_argument("--unlabelled", default="segment", choices=["segment", "ignore"],
-                   help="what id 0 is, as in training")
-    p.add_argument("--void", default="", help="ids that are ignored, as in training, e.g. 255 or 254,255")
+    p.add_argument("--components", action=argparse.BooleanOptionalAction,
+                   help="label maps hold classes, whose connected parts are the segments (default of this "
+                        "and the next two: as the checkpoint was trained on this data set)")
+    p.add_argument("--unlabelled", choices=["segment", "ignore"], help="what id 0 is (else: segment)")
+    p.add_argument("--void", help="ids that are ignored, e.g. 255 or 254,255 (else: none)")
     p.add_argument("--max_bad", "--max-bad", type=float, default=0.01,
                    help="share of unusable items that is too much")
     p.add_argument("--size", type=int, help="longer side to score at: of a baseline (128), of a network "
@@ -131,9 +131,9 @@ from answers.clicks import clicks_curve, clicks_needed
 from answers.jobs import tiles_of
 from answers.pictures import example_sheet
 from answers.scoring import at_own_size, at_size_of, score_images
-from data import load, originals, parse_parts, parse_void, selection
+from data import as_trained, load, originals, parse_parts, parse_void, selection
 from diffusion import SAMPLERS, VARIANCES, WITHOUT_VARIANCE
-from engine import crowded, foreign, host_threads, make_folder, pick_device, program
+from engine import crowded, foreign, host_threads, join_processes, make_folder, pick_device, program
 
 ROWS = {"ari": "ARI", "iou": "IoU", "hiou": "hIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ",
         "ap50": "AP at IoU 0.5", "covering": "covering", "pri": "PRI", "voi": "VoI (bits)",
@@ -345,9 +345,9 @@ def check(a):
     (a.dataset, _, settings), *more = parse_parts(a.dataset)
     if more:
         raise ValueError(f"--dataset names {1 + len(more)} data sets: one at a time is evaluated")
-    a.components = a.components or settings["components"]
+    a.components = settings["components"] or a.components
     a.unlabelled = settings["unlabelled"] or a.unlabelled
-    a.void = settings["void"] or parse_void(a.void)
+    a.void = settings["void"] or (None if a.void is None else parse_void(a.void))
 
 
 def load_model(a):
@@ -355,7 +355,7 @@ def load_model(a):
     kernels that were asked for cannot be had."""
     # torchrun: the processes share the images
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        join_processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "gloo", patient=True)
     local = os.environ.get("LOCAL_RANK", "0")
     device = pick_device(f"cuda:{local}" if a.device == "auto" and torch.cuda.is_available() else a.device)
     kernels.use(a.kernels or kernels.mode)
@@ -370,6 +370,16 @@ def load_model(a):
     model = load_checkpoint(path, device, a.raw)
     set_tidy(model, a.least, a.merge)
     return path, model
+
+
+def read_as_trained(a, model):
+    """What label maps mean, where the command line does not say: as in training, on the same data set."""
+    usual = dict(components=False, unlabelled="segment", void=())
+    trained = model and as_trained(model.config, a.dataset) or usual
+    taken = {key: trained[key] for key in usual if getattr(a, key) is None}
+    vars(a).update(taken)
+    if told := {key: value for key, value in taken.items() if value != usual[key]}:
+        print(f"{a.dataset} is read as in training: {', '.join(f'{k} {v}' for k, v in told.items())}")
 
 
 def load_data(a, model):
@@ -453,6 +463,7 @@ def main(argv=None):
     try:
         check(a)
         path, model = load_model(a)
+        read_as_trained(a, model)
         data, places, files = load_data(a, model)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}{a.others}")

@@ -40,6 +40,7 @@ class Model:
     tidy: dict = field(default_factory=lambda: dict(least=0, merge=0.0))
     odds: Path = tree.LEARNT  # the file of learnt odds
     graphs: dict = field(default_factory=dict)  # of segment.sampled, on CUDA
+    config: dict = field(default_factory=dict)  # the options of train.py
 
     @property
     def detail(self):
@@ -103,7 +104,8 @@ def load_checkpoint(path, device="cpu", raw=False):
         model = Model(net, codec, diffusion, c["image_size"],
                       {"smooth": 0.0, **c["sampling"]}, c["dataset"], c["step"],
                       {"least": 0, "merge": 0.0, **c.get("tidy", {})},
-                      beside if (beside := Path(path).with_name("tree.npz")).exists() else tree.LEARNT)
+                      beside if (beside := Path(path).with_name("tree.npz")).exists() else tree.LEARNT,
+                      config=dict(c.get("config", {})))
     except Exception as e:  # of whatever kind, for whatever lies in it
         known = {ValueError: str(e), RuntimeError: "its weights do not fit its network"}
         why = known.get(type(e), "entries of a wrong kind")

@@ -37,7 +37,7 @@ from answers.claims import features, first_owner, leaves_of
 from answers.jobs import prepare
 from answers.scoring import own_maps, share_who_drew
 from answers.segment import denoise, evidence_of
-from data import originals, parse_parts
+from data import as_trained, originals, parse_parts
 from engine import host_threads, pick_device
 from frame import subsample
 from sources.formats import read_image
@@ -306,8 +306,8 @@ def main(argv=None):
     p.add_argument("--dataset", required=True, help="a data set or several, see train.py; their training "
                                                     "images are used")
     p.add_argument("--root", default="data", help="where named data sets lie")
-    p.add_argument("--unlabelled", default="segment", choices=("segment", "ignore"),
-                   help="id 0, where a set does not say :ignore")
+    p.add_argument("--unlabelled", choices=("segment", "ignore"), help="id 0, where a set does not say "
+                   ":ignore (default: as the checkpoint was trained on it, else segment)")
     p.add_argument("--ckpt", help="default: the newest under out/, else the weights in the box")
     p.add_argument("--out", help="the file to write (default: tree.npz beside the checkpoint)")
     p.add_argument("--crops", type=int, default=800, help="random crops, of all images together")
@@ -336,8 +336,11 @@ def main(argv=None):
         sets = parse_parts(a.dataset)
         if "shapes" in (name for name, _, _ in sets):
             raise ValueError("shapes have no files: name data sets of images, see train.py")
-        sets = [(originals(name, "train", a.root, own["void"])[: a.limit], weight,
-                 {**own, "unlabelled": own["unlabelled"] or a.unlabelled})
+        for name, _, own in sets:  # what a set does not say is as in training
+            for key, value in (as_trained(model.config, name) or {}).items():
+                own[key] = own[key] or (a.unlabelled if key == "unlabelled" else None) or value
+            own["unlabelled"] = own["unlabelled"] or a.unlabelled or "segment"
+        sets = [(originals(name, "train", a.root, own["void"])[: a.limit], weight, own)
                 for name, weight, own in sets]
         net, part = fit_sets(model, sets, a), Path(f"{a.out}.part")
         with open(part, "wb") as f:

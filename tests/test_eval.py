@@ -23,6 +23,7 @@ from answers.jobs import Job
 from answers.segment import evidence_of, joined
 from bits import Codec
 from diffusion import sample
+from engine import read, save_checkpoint
 from metrics import calibration_error
 
 
@@ -52,7 +53,9 @@ def run(capsys, tmp_path, *arguments):
     given = [str(v) for v in arguments]
     status = evaluation.main([*given, "--device", "cpu", "--cache", str(tmp_path / "cache"), "--out",
                               str(tmp_path / "out")])
-    return status, json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    said = capsys.readouterr()
+    assert said.out, said.err
+    return status, json.loads(said.out.strip().splitlines()[-1])
 
 
 def thirds(h, w):
@@ -360,6 +363,20 @@ def test_the_name_of_a_data_set_carries_its_options(tmp_path, capsys):
         _, report = run(capsys, tmp_path, "--baseline", "grid", "--size", 48, "--dataset", *options)
         scores.append(report["network"]["grid"]["ari"][0])
     assert scores[0] < 0.9 and scores[1] == scores[2] == 1
+
+
+def test_a_data_set_is_read_as_in_training_unless_the_command_line_says_otherwise(ckpt, tmp_path, capsys):
+    classes = np.kron([[1, 0, 1], [0, 2, 0], [2, 0, 1]], np.ones((16, 16), int))
+    d, content = folder(tmp_path / "d", {"a": [classes]}), read(ckpt)
+    texts = [str(d), f"shapes:2,{tmp_path}/x/../d:3:components:ignore"]
+    for dataset, more in zip(texts, (dict(components=True, unlabelled="ignore"), {})):
+        content["config"].update(dict(dataset=dataset, components=False, unlabelled="segment"), **more)
+        save_checkpoint(tmp_path / "ckpt.pt", content)
+        found = []
+        for options in ([], ["--no-components"], ["--unlabelled", "segment"], ["--void", "0,1"]):
+            given = ["--ckpt", tmp_path / "ckpt.pt", "--dataset", d, "--n", 1, *options]
+            found.append(run(capsys, tmp_path, *given)[1]["network"]["sample"]["true"][0])
+        assert found == [5, 2, 6, 2]  # parts of classes 1 and 2; the two; with id 0, one segment; of class 2
 
 
 def test_shared_rows_without_torchrun():

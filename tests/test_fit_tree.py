@@ -217,6 +217,18 @@ def test_it_learns_colours_from_a_folder(folder, capsys, monkeypatch):
     assert f"{out} exists and is not overwritten" in capsys.readouterr().err
 
 
+def test_sets_are_read_as_in_training_unless_they_say_otherwise(folder, monkeypatch):
+    two, content, seen = folder / "two", engine.read(folder / "ckpt.pt"), []
+    content["config"] = dict(dataset=f"{two}:components", unlabelled="ignore", void="7")
+    engine.save_checkpoint(folder / "ckpt.pt", content)
+    monkeypatch.setattr(fit_tree, "fit_sets", lambda _, sets, a: seen.append([own for *_, own in sets]) or {})
+    for k, more in enumerate(([f"{two},{two}:void=9"], [str(two), "--unlabelled", "segment"])):
+        words = ["--ckpt", str(folder / "ckpt.pt"), "--out", str(folder / f"{k}.npz"), "--dataset", *more]
+        assert fit_tree.main([*words, "--device", "cpu"]) == 0
+    trained = dict(components=True, unlabelled="ignore", void=(7,))
+    assert seen == [[trained, {**trained, "void": (9,)}], [{**trained, "unlabelled": "segment"}]]
+
+
 def test_the_cut_is_where_people_cut():
     """Of maps that are cuts of the tree, some pixels without a label; without any label, there is none."""
     rng = np.random.default_rng(4)
