@@ -122,15 +122,29 @@ def test_prompts_that_do_not_fit_are_named(model):
         with pytest.raises(ValueError, match="contradictory hints: id [34] shares all its pixels with "
                                              "others"):
             use()
-    many = np.arange(30)[:, None] * 4 // 30 * 5 + np.arange(40) * 5 // 40 + 1
-    with pytest.raises(ValueError, match="20 ids in the hints are more than the 16"):
-        prepare(image, model, many, init=np.ones((30, 40), np.int64))
     with pytest.raises(ValueError, match="0 x 3"):
         prepare(Image.new("RGB", (0, 3)), model)
     hints = hint_map(40, 30, "20,10")
     assert (prepare(image, Model(None, Codec("rgb"), D, 16, {}, "mine", 0), hints).hints == hints).all()
     with pytest.raises(ValueError, match="encoding bits, not rgb"):
         prepare(image, Model(None, Codec("rgb"), D, 16, {}, "mine", 0), init=hints)
+
+
+def test_of_more_hints_than_the_network_has_codes_it_sees_the_largest(model):
+    """And the answer has them all."""
+    knowing, side = replace(model, diffusion=Diffusion(hints=0.5)), 16
+    many, small = np.kron(np.arange(1, 21).reshape(4, 5), np.ones((4, 3), int)), [3, 8, 14, 20]
+    many = np.pad(many, ((0, 0), (0, 1)))  # 20 ids of 12 pixels
+    many[np.isin(many, small) & (np.arange(side) % 3 != 1)] = 0  # four of them keep 4
+    init = np.full((side, side), 5)
+    job = prepare(picture(side, side), knowing, many, init)
+    seen = (job.known != 0).any(0).numpy()
+    assert (seen == ((many > 0) & ~np.isin(many, small))).all()
+    cells = knowing.codec.decode(job.known[None])[0].numpy()
+    assert len({(many[p], cells[p]) for p in zip(*np.nonzero(seen))}) == len(np.unique(cells[seen])) == 16
+    answer = segment(picture(side, side), model, 1, hints=many, init=init).answer
+    pairs = {(many[p], int(answer.labels[p])) for p in zip(*np.nonzero(many))}
+    assert len(pairs) == len({label for _, label in pairs}) == 20
 
 
 def test_hints_get_the_cells_of_their_centroids(model):
