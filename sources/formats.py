@@ -15,6 +15,7 @@ import math
 import os
 import re
 import stat
+import unicodedata
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -110,8 +111,9 @@ def split_of(name):
 
 
 def stem_of(path, folder):
-    """A file's path within a folder, without its ending: what an image and its label have in common."""
-    return Path(os.path.relpath(path, folder)).with_suffix("").as_posix()
+    """A file's path within a folder, without its ending: what an image and its label have in common, in
+    whichever way accents are written (macOS has its own)."""
+    return unicodedata.normalize("NFC", Path(os.path.relpath(path, folder)).with_suffix("").as_posix())
 
 
 def by_stem(files, folder, types=IMAGE_TYPES):

@@ -295,6 +295,14 @@ def flood(label):
     return out
 
 
+def test_names_match_however_their_accents_are_written(tmp_path):
+    """macOS writes an e and an accent where others write one letter."""
+    for image, label in (("cafe\u0301", "caf\u00e9"), ("\u00fc", "u\u0308_a0")):
+        write(tmp_path / f"d/images/val/{image}.png", PIXEL)
+        write(tmp_path / f"d/labels/val/{label}.png", LABEL)
+    assert len(opened(tmp_path, tmp_path / "d")) == 2
+
+
 def test_components_of_classes(tmp_path):
     for seed, shape in enumerate([(24, 32), (1, 40), (33, 1), (1, 1)]):
         label = np.random.default_rng(seed).integers(0, 4, shape)
