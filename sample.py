@@ -319,7 +319,8 @@ def find_images(names):
         if name.is_dir():
             inside = sorted(p for p in name.iterdir() if p.suffix.lower() in IMAGE_TYPES and not junk(p.name))
             if not inside:
-                raise ValueError(f"{name}: no images in this folder")
+                raise ValueError(f"{name}: no images in this folder itself; name the folders within, say "
+                                 f"{name}/*/")
             files += inside
         else:
             files.append(name)

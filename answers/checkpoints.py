@@ -127,9 +127,10 @@ def set_tidy(model, least, merge):
 
 
 def newest_checkpoint(root="out", shipped=SHIPPED):
-    """The checkpoint under root that was written last; else the weights that come with the repository. Raises
-    ValueError."""
-    found = sorted(Path(root).glob("**/ckpt.pt"), key=lambda p: p.stat().st_mtime)
+    """The checkpoint under root that was written last, but for those of experiments.py; else the weights that
+    come with the repository. Raises ValueError."""
+    found = [p for p in Path(root).glob("**/ckpt.pt") if p.relative_to(root).parts[0] != "experiments"]
+    found.sort(key=lambda p: p.stat().st_mtime)
     if not found and not shipped.exists():
         raise ValueError(f"no checkpoint under {root}/, and no {shipped}: train one first (python train.py, "
                          f"about 3 minutes "

@@ -37,7 +37,7 @@ from answers.claims import features, first_owner, leaves_of
 from answers.jobs import prepare
 from answers.scoring import own_maps, share_who_drew
 from answers.segment import denoise, evidence_of
-from data import as_trained, originals, parse_parts
+from data import as_trained, originals, parse_parts, selection
 from engine import host_threads, pick_device
 from frame import subsample
 from sources.formats import read_image
@@ -340,8 +340,9 @@ def main(argv=None):
             for key, value in (as_trained(model.config, name) or {}).items():
                 own[key] = own[key] or (a.unlabelled if key == "unlabelled" else None) or value
             own["unlabelled"] = own["unlabelled"] or a.unlabelled or "segment"
-        sets = [(originals(name, "train", a.root, own["void"])[: a.limit], weight, own)
-                for name, weight, own in sets]
+        sets = [([items[k] for k in selection(items, a.limit or len(items))], weight, own)
+                for name, weight, own in sets
+                for items in [originals(name, "train", a.root, own["void"])]]
         net, part = fit_sets(model, sets, a), Path(f"{a.out}.part")
         with open(part, "wb") as f:
             np.savez(f, **net)

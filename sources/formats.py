@@ -904,6 +904,8 @@ def open_image(path, size=None):
     with pillow(path) as image:
         deep = ";16" in str([tile[3] for tile in image.tile])  # Pillow keeps the higher 8 bits of colours
         full, turn = image.size, orientation(image)  # of a PNG, this decodes it
+        if image.format == "TIFF" and image.n_frames > 1:
+            notice(path, f"of its {image.n_frames} pages, the first is taken: save the others as files")
         if size:
             # decoded at 1/2, 1/4 or 1/8; at 2 `size`, the area filter after it would err twice as much
             image.draft(None, tuple(3 * side for side in fitted(*full, size)))

@@ -259,5 +259,7 @@ def test_the_newest_checkpoint_is_taken_and_without_one_the_weights_in_the_box(c
     assert "weights/photo.pt" in capsys.readouterr().out
     (tmp_path / "out" / "mine").mkdir(parents=True)
     (tmp_path / "out" / "mine" / "ckpt.pt").write_bytes(ckpt.read_bytes())
+    (tmp_path / "out" / "experiments" / "rgb").mkdir(parents=True)
+    (tmp_path / "out" / "experiments" / "rgb" / "ckpt.pt").write_bytes(ckpt.read_bytes())  # newer
     assert sample.main(["a.png", "--n", "1", "--out", "s"]) == 0
     assert "out/mine/ckpt.pt" in capsys.readouterr().out
