@@ -34,6 +34,13 @@ def test_read_image_of_every_mode(tmp_path):
     assert (image[0, 0], image[-1, -1]) == pytest.approx((0, 255))  # float: stretched to its maximum
 
 
+def test_of_a_stack_the_first_page_is_taken_and_it_is_said(tmp_path):
+    pages = [Image.fromarray(np.full((6, 8, 3), v, np.uint8)) for v in (10, 20, 30)]
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    with pytest.warns(UserWarning, match="stack.tif: of its 3 pages, the first is taken"):
+        assert (np.asarray(read_image(tmp_path / "stack.tif")) == 10).all()
+
+
 def test_pixels_that_are_no_numbers_and_integers_of_32_bits(tmp_path):
     array = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
     for bad in (np.nan, np.inf):
