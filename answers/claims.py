@@ -17,7 +17,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import breadth_first_order, breadth_first_tree, dijkstra, minimum_spanning_tree
 
-from answers.tree import collect, neighbours, perceptron
+from answers.tree import PLACE, collect, neighbours, perceptron
 
 ROUNDS = 2  # what a hint looks like is learnt from the leaves that it gets: so often
 PIECES = 0.75  # leaves that the tree joins at so much above the normal grain's log odds go to hints together
@@ -50,7 +50,7 @@ def leaves_of(evidence, tree, hints):
     held[region[hints > 0]] = hints[hints > 0]
     i, j, jump = touching(region, evidence.jump)
     return Leaves(area, mean, graph.total.shape[1] - 1, codes * (area / graph.seen[whole, 0])[:, None, None],
-                  (i, j), held, nearness(tree, held, mean[:, 6:8], i, j, jump))
+                  (i, j), held, nearness(tree, held, mean[:, PLACE], i, j, jump))
 
 
 def touching(region, jumps):
@@ -62,6 +62,9 @@ def touching(region, jumps):
     pair = np.searchsorted(i * n + j, (np.minimum(a, b) * n + np.maximum(a, b))[apart])
     np.minimum.at(least, pair, values[apart, 0])
     return i, j, np.stack([least, total[:, 1] / total[:, 0]], axis=1)
+
+
+MEET = 4  # column of `nearness`: the odds at which they meet; the next one: how much nearer than any other
 
 
 def nearness(tree, held, place, i, j, jump):
@@ -166,7 +169,7 @@ def shared(leaves, piece, score):
 def first_owner(leaves):
     """Before anything is known: leaves (n,) belong to the hint that they meet first, at even odds or better;
     0 where there is none, or several."""
-    meet, lead = leaves.near[..., 4], leaves.near[..., 5]
+    meet, lead = leaves.near[..., MEET], leaves.near[..., MEET + 1]
     clear = (meet.max(1) > 0) & ((lead.max(1) > 0) | (meet.shape[1] == 1))
     return np.where(leaves.held > 0, leaves.held, np.where(clear, meet.argmax(1) + 1, 0))
 

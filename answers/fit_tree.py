@@ -214,7 +214,7 @@ def fit(pairs, targets, set_numbers, seed):
     """-> {name: array}: the odds of pairs of regions, as tree.log_odds takes them."""
     torch.manual_seed(seed)
     # by the root of the smaller region's share of the map
-    weight = balanced(np.exp(0.5 * pairs[:, 52]), set_numbers)
+    weight = balanced(np.exp(0.5 * pairs[:, tree.SMALLER]), set_numbers)
     x, mean, scale = standardised(torch.from_numpy(pairs), torch.from_numpy(set_numbers))
     y = torch.from_numpy(targets)
 

@@ -124,6 +124,9 @@ def pair_weight(view, axis):
     return np.moveaxis(np.minimum(lines[1:], lines[:-1]), 0, axis)
 
 
+PLACE = slice(6, 8)  # columns of `appearance_of`
+
+
 def appearance_of(image, side):
     """(h, w, 3) uint8 -> (h, w, 28): Lab, texture of L, place in units of `side` pixels, histograms of Lab;
     all of about the same size."""
@@ -371,8 +374,9 @@ def side_by_side(graphs):
     return whole
 
 
-# the column of `features` that is the share of samples that put both together, as far as regions are pure
-SAME = 33
+# columns of `features`: the share of samples that put both together, as far as regions are pure, and the
+# logarithm of the smaller region's share of the map
+SAME, SMALLER = 33, 52
 
 
 @functools.cache

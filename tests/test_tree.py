@@ -13,6 +13,8 @@ from answers.tree import (
     GRAINS,
     LEARNT,
     LEVELS,
+    PLACE,
+    SMALLER,
     Graph,
     appearance_of,
     confidence,
@@ -211,6 +213,7 @@ def test_features_pixel_by_pixel_and_after_merges():
     evidence = gather(image, soft, cells, codes)
     region = regions(evidence)
     region = np.unique(region, return_inverse=True)[1].reshape(h, w)
+    assert np.allclose(np.moveaxis(evidence.appearance[..., PLACE] * 9, 2, 0), np.mgrid[:h, :w])
     graph = Graph(evidence, region)
     for _ in range(3):  # as they are, and twice after merges of several regions at once
         assert list(zip(graph.i, graph.j)) == touching(region) and graph.n == region.max() + 1
@@ -221,6 +224,7 @@ def test_features_pixel_by_pixel_and_after_merges():
             if (region == i).sum() == (region == j).sum():
                 sure[36:38] = sure[42:50] = False
             assert np.allclose(row[sure], want[sure], atol=1e-9)
+            assert np.exp(row[SMALLER]) == pytest.approx(min((region == i).mean(), (region == j).mean()))
         new = Graph(evidence, region)
         assert np.allclose(graph.features(), new.features(), atol=1e-9)
         # anything with anything
