@@ -154,9 +154,8 @@ def three_bytes(labels):
 def save_json(path, info, images, annotations, category, **more):
     content = dict(info=info, images=images, annotations=annotations,
                    categories=[dict(id=1, name="segment", supercategory="segment", **category)], **more)
-    part = path.with_suffix(f".{os.getpid()}.part")  # other processes may write the same
-    part.write_text(json.dumps(content))
-    part.replace(path)
+    path.with_suffix(".part").write_text(json.dumps(content))
+    path.with_suffix(".part").replace(path)
 
 
 def info_of(path):
