@@ -39,9 +39,9 @@ def pytest_configure(config):
 
 
 def hasten(interpreter):
-    """Triton's interpreter patches the language for a kernel, then again at each call of a function in it, makes
-    a table of types at each operation, and compares whether integers overflow, to drop the result. Without all
-    that, it computes the same in half the time."""
+    """Triton's interpreter patches the language for a kernel, again at each call of a function in it, makes a
+    table of types at each operation, and looks whether integers overflow, to drop what it finds. Without all
+    that it computes the same in half the time."""
     def call(self, *args, **options):
         if self.fn not in patched:
             patched.add(self.fn)
