@@ -435,7 +435,7 @@ def server(monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.files, server.cut, server.log, server.ranges = {}, {}, [], True
         server.url = f"http://127.0.0.1:{server.server_address[1]}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # else shutdown waits
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         yield server
         server.shutdown()

@@ -72,13 +72,16 @@ class Server:
         assert status == 200, content
         return json.loads(content)
 
-    def upload(self, image):
-        """The answer to an image, after all its samples are there."""
+    def open(self, image):
         out = io.BytesIO()
         image.save(out, "PNG")
         status, content = self.get("POST", "/open", out.getvalue())
         assert status == 200, content
-        photo, news = json.loads(content), dict(version=0, busy=True)
+        return json.loads(content)
+
+    def upload(self, image):
+        """The answer to an image, after all its samples are there."""
+        photo, news = self.open(image), dict(version=0, busy=True)
         while news["busy"]:
             news = self.ask("/wait", photo=photo["photo"], version=news["version"])
         assert not news["error"] and news["samples"] == 8
@@ -138,8 +141,7 @@ class Browser:
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.tabs.append(target)
         tab = self.attach(target)
-        window = dict(width=size[0], height=size[1], deviceScaleFactor=1, mobile=False)
-        tab.call("Emulation.setDeviceMetricsOverride", **window)
+        tab.resize(*size)
         tab.call("Page.navigate", url=url)
         tab.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
         return tab
@@ -172,6 +174,10 @@ class Tab:
         while not self.js(expression):
             assert time.time() < end, f"not in {seconds} s: {expression} {self.js('document.body.innerText')}"
             time.sleep(0.02)
+
+    def resize(self, width, height):
+        window = dict(width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setDeviceMetricsOverride", **window)
 
     def place(self, x, y):
         """Shares of the photo's width and height -> pixels of the window."""
@@ -242,9 +248,9 @@ def server(ckpt):
 
 @pytest.fixture(scope="module")
 def hinted(tmp_path_factory):
-    """The server of a network that has learnt with hints, and its checkpoint."""
+    """The server of a network that has learnt with hints and looks at tiles, and its checkpoint."""
     ckpt = trained(tmp_path_factory.mktemp("hinted"), "--hints", "0.5")
-    server = Server("--ckpt", ckpt)
+    server = Server("--ckpt", ckpt, "--tiles", 2)
     yield server, ckpt
     server.stop()
 
@@ -312,7 +318,7 @@ def test_clicks_of_one_id_are_together_and_of_two_apart(server):
 
 @pytest.mark.parametrize("strokes, grain, closed, size", [
     ([], "normal", False, (90, 60)), (STROKES, "normal", False, (90, 60)), (STROKES, "fine", True, (90, 60)),
-    (STROKES, "5", False, (1300, 900)), ([dict(id=7, points=[[0, 0]])], "12", False, (7, 5))])
+    (STROKES, "5", False, (830, 570)), ([dict(id=7, points=[[0, 0]])], "12", False, (7, 5))])
 def test_downloads_are_what_sample_py_makes_of_them(server, ckpt, tmp_path, strokes, grain, closed, size):
     photo(size).save(tmp_path / "a.png")
     one = server.upload(photo(size))
@@ -352,7 +358,7 @@ def test_a_network_that_sees_hints_samples_with_them(hinted, tmp_path):
     photo().save(tmp_path / "a.png")
     (tmp_path / "hints.png").write_bytes(server.get("POST", "/download", body["hints"])[1])
     command = [tmp_path / "a.png", "--ckpt", ckpt, "--device", "cpu", "--out", tmp_path / "out"]
-    command += ["--hint", tmp_path / "hints.png"]
+    command += ["--hint", tmp_path / "hints.png", "--tiles", 2]
     assert sample.main([*map(str, command)]) == 0
     labels = pixels(server.get("POST", "/download", body["labels"])[1])
     assert np.array_equal(labels, np.asarray(Image.open(tmp_path / "out" / "a" / "answer.png")))
@@ -404,23 +410,22 @@ def test_a_file_that_is_no_image_gets_a_sentence(server, content, words):
     assert status == 400 and words in error and error.startswith("this file: ") and "/" not in error
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(photo="../../etc/passwd"), "only the last 4 photos"), (dict(grain="many"), "--grain is"),
-    (dict(strokes=[dict(id=0, points=[[1, 1]])]), "a hint is"),
-    (dict(strokes=[dict(id=300, points=[[1, 1]])]), "a hint is"),
-    (dict(strokes=[dict(id=1, points=[[190, 1]])]), "a hint is"),
-    (dict(strokes=[dict(id=1, points=[[-9, 1]])]), "a hint is"),
-    (dict(strokes=[dict(id=i, points=[[9, 9]]) for i in (1, 2)]), "a hint is wholly under later ones")])
-def test_wrong_requests_get_a_sentence(server, change, words):
-    asked = dict(photo=server.upload(photo())["photo"], strokes=[], grain="normal", closed=False) | change
-    status, reply = server.get("POST", "/cut", json.dumps(asked).encode())
-    assert status == 400 and words in json.loads(reply)["error"]
+def test_wrong_requests_get_a_sentence(server):
+    asked = dict(photo=server.upload(photo())["photo"], strokes=[], grain="normal", closed=False)
+    hints = [[dict(id=i, points=[p])] for i, p in ((0, [1, 1]), (300, [1, 1]), (1, [190, 1]), (1, [-9, 1]))]
+    twice = [dict(id=i, points=[[9, 9]]) for i in (1, 2)]
+    for change, words in ((dict(photo="../../etc/passwd"), "only the last 4 photos"),
+                          (dict(grain="many"), "--grain is"),
+                          *((dict(strokes=strokes), "a hint is") for strokes in hints),
+                          (dict(strokes=twice), "a hint is wholly under later ones")):
+        status, reply = server.get("POST", "/cut", json.dumps(asked | change).encode())
+        assert status == 400 and words in json.loads(reply)["error"], change
 
 
 def test_only_the_last_photos_are_at_hand(server):
-    first = server.upload(photo())["photo"]
+    first = server.open(photo())["photo"]
     for seed in range(4):
-        server.upload(photo(seed=seed))
+        server.open(photo((9, 6), seed))
     status, reply = server.get("POST", "/wait", json.dumps(dict(photo=first, version=0)).encode())
     assert status == 400 and "open this one again" in json.loads(reply)["error"]
 
@@ -566,8 +571,7 @@ def test_keyboard_alone(browser, server, tmp_path):
 def test_what_is_saved_is_repeated_by_the_command_shown(browser, server, hinted, monkeypatch, tmp_path,
                                                         tiles):
     """In tiles, of a network that has learnt with hints."""
-    if tiles > 1:
-        server = Server("--ckpt", hinted[1], "--tiles", str(tiles))
+    server = hinted[0] if tiles > 1 else server
     shutil.rmtree(browser.folder / "saved", ignore_errors=True)
     tab = opened(browser, server, tmp_path)
     tab.click(0.2, 0.2)
@@ -590,8 +594,6 @@ def test_what_is_saved_is_repeated_by_the_command_shown(browser, server, hinted,
     answer = np.asarray(Image.open("samples/a/answer.png"))
     assert np.array_equal(np.asarray(Image.open(saved["labels"])), answer) and len(np.unique(answer)) == 2
     assert json.loads(saved["coco"].read_text())["images"][0]["file_name"] == "a.png"
-    if tiles > 1:
-        server.stop()
 
 
 @in_browser
@@ -682,7 +684,7 @@ def test_a_text_named_jpg_and_a_dropped_photo(browser, server, tmp_path):
 def test_another_sites_page_gets_nothing(browser, server, tmp_path):
     (tmp_path / "index.html").write_text("<p>elsewhere")
     elsewhere = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
-    threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+    threading.Thread(target=elsewhere.serve_forever, args=[0.01], daemon=True).start()
     tab = browser.tab(f"http://127.0.0.1:{elsewhere.server_port}/")
     sent = f"{{ method: 'POST', headers: {{ 'X-Token': '{server.config['token']}' }}, body: '{{}}' }}"
     for action, options in (("", "{}"), ("open", "{ method: 'POST', body: 'x' }"), ("wait", sent)):
@@ -696,16 +698,21 @@ def test_another_sites_page_gets_nothing(browser, server, tmp_path):
 
 
 @in_browser
-@pytest.mark.parametrize("size", [(1280, 800), (390, 844)])
-def test_all_of_it_fits_the_window(browser, server, tmp_path, size):
-    tab = opened(browser, server, tmp_path, photo((90, 60)), size)  # as wide as the window bears
-    tab.click(0.5, 0.5)
-    tab.settle()
-    assert tab.js("(e => e.scrollWidth <= e.clientWidth)(document.scrollingElement)")
-    tab = opened(browser, server, tmp_path, photo((60, 90)), size)
-    box = tab.js("(b => [b.left, b.top, b.right, b.bottom])(canvas.getBoundingClientRect())")
-    assert box[0] >= 0 and box[1] >= 0 and box[2] <= size[0] and box[3] <= size[1] and box[3] - box[1] > 300
-    assert tab.js("[...document.querySelectorAll('button')].every(b => b.scrollWidth <= b.clientWidth + 1)")
+def test_all_of_it_fits_the_window(browser, server, tmp_path):
+    """A photo as wide as a wide window bears and one as high as it is, both of them in a narrow one, too."""
+    for width, height, windows in ((90, 60, ((1280, 800), (390, 844))), (60, 90, ((390, 844), (1280, 800)))):
+        tab = opened(browser, server, tmp_path, photo((width, height)), windows[0])
+        tab.click(0.5, 0.5)
+        tab.settle()
+        for size in windows:
+            tab.resize(*size)
+            tab.js("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+            box = tab.js("(b => [b.left, b.top, b.right, b.bottom])(canvas.getBoundingClientRect())")
+            assert tab.js("(e => e.scrollWidth <= e.clientWidth)(document.scrollingElement)")
+            assert box[0] >= 0 and box[1] >= 0 and box[2] <= size[0] and box[3] <= size[1]
+            assert width > height or box[3] - box[1] > 300
+            assert tab.js("[...document.querySelectorAll('button')].every("
+                          "b => b.scrollWidth <= b.clientWidth + 1)")
 
 
 @in_browser
