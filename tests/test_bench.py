@@ -35,21 +35,21 @@ def quick(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("mode", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
-def test_kernels(quick, capsys, monkeypatch, mode):
-    """Without Triton plain PyTorch alone; in its interpreter both."""
-    monkeypatch.setattr(kernels, "mode", mode)
-    monkeypatch.setattr(bench, "SIZE", 8)
-    if mode == "triton":  # the interpreter is slow
-        monkeypatch.setattr(bench, "timed", lambda f, device: [1000 * timeit.timeit(f, number=1)] * 3)
+def check_kernels(table, rows, fused):
+    assert len(table) == 2 + len(rows) and all(row["eager"][0] > 0 for row in rows)
+    assert {"locate", "noise", "average, once of 12 times", "network input", "norm + SiLU, forward",
+            "norm + SiLU, both ways"} <= {row["kernel"] for row in rows}
+    assert [row["fused"][0] > 0 for row in rows if "fused" in row] == [True] * len(rows) * fused
+
+
+@pytest.mark.interpreter
+def test_kernels(quick, capsys, monkeypatch):
+    """In Triton's interpreter; without Triton plain PyTorch alone, below."""
+    monkeypatch.setattr(kernels, "mode", "triton")
+    monkeypatch.setattr(bench, "SIZE", 8)  # the interpreter is slow
+    monkeypatch.setattr(bench, "timed", lambda f, device: [1000 * timeit.timeit(f, number=1)] * 3)
     table, result = quick(capsys, "kernels")
-    assert len(table) == 2 + len(result["rows"])
-    assert {row["kernel"] for row in result["rows"]} >= {"locate", "noise", "average, once of 12 times",
-                                                         "network input", "norm + SiLU, forward",
-                                                         "norm + SiLU, both ways"}
-    assert all(row["eager"][0] > 0 for row in result["rows"])
-    assert [row["fused"][0] > 0 for row in result["rows"] if "fused" in row] == [True] * len(
-        result["rows"]) * (mode == "triton")
+    check_kernels(table, result["rows"], True)
 
 
 def test_data(quick, capsys):
@@ -58,22 +58,22 @@ def test_data(quick, capsys):
     assert list(result["reading"]) == ["0", "2"]
 
 
-def test_sample_and_photos(quick, capsys):
+def test_sample(quick, capsys):
     table, result = quick(capsys, *"sample --n 2 --images 2 --steps 1 --rounds 1 --device cpu".split())
     assert len(table) == 5 and result["samples_per_second"] > 0
-    table, result = quick(capsys, *"photos --n 1 --images 1 --steps 1 --rounds 1 --device cpu".split())
-    assert len(table) == 4 and [row["stage"] for row in result["rows"]] == ["soft bits", "label maps"]
 
 
 PLAIN = ["plain float32 NCHW", "plain bfloat16 NHWC"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_train(quick, capsys, precision):
-    table, result = quick(capsys, *f"train --batch 2 --rounds 1 --device cpu --precision {precision}".split())
+def check_train(table, result):
     assert list(result["variants"]) == [*PLAIN, "train.py"] and len(table) == 2 + 3
     assert all(row["images_per_second"] > 0 and row["backward"] > 0 for row in result["variants"].values())
     assert result["gflop_per_image"] > 0
+
+
+def test_train(quick, capsys):
+    check_train(*quick(capsys, *"train --batch 2 --rounds 1 --device cpu --precision fp32".split()))
 
 
 def test_train_measures_precision_and_layout_as_train_py_does(quick, capsys, monkeypatch):
@@ -197,15 +197,15 @@ def test_gpu_measures_a_gpu_and_overwrites_no_other_files(tmp_path, monkeypatch,
 
 
 def test_gpu_small_runs_every_part(quick, tmp_path, monkeypatch):
-    """Names and order as on a GPU, where training has three batch sizes. The tests and the data are processes
-    of their own, as all are; the other parts run here."""
+    """Names and order as on a GPU, where training has three batch sizes. The tests are a process, as all
+    parts are; the others run here."""
     names = [name for name, _, _ in bench.gpu_parts(False)]
     assert names == ["tests", "kernels", "train-8", "train-64", "train-256", "photos", "data"]
     assert sum(share for _, share, _ in bench.gpu_parts(False)) <= 540
     real = bench.run_part
 
     def run_part(command, path, limit):
-        if command[1] != "bench.py" or command[2] == "data":
+        if command[1] != "bench.py":
             return real(command, path, limit)
         with open(path, "w") as out, contextlib.redirect_stdout(out):
             status = bench.main(command[2:])
@@ -216,6 +216,13 @@ def test_gpu_small_runs_every_part(quick, tmp_path, monkeypatch):
     assert bench.main(["gpu", "--small", "--out", str(tmp_path / "out")]) == 0
     parts = json.loads((tmp_path / "out" / "gpu.json").read_text())["parts"]
     assert list(parts) == ["tests", "kernels", "train", "photos", "data"]
-    assert [parts[name]["result"]["bench"] for name in parts if name != "tests"] == list(parts)[1:]
+    results = {name: part["result"] for name, part in parts.items() if name != "tests"}
+    assert [result["bench"] for result in results.values()] == list(results)
+    tables = {name: [line for line in (tmp_path / "out" / f"{name}.txt").read_text().splitlines()
+                     if line.startswith("|")] for name in results}
+    check_kernels(tables["kernels"], results["kernels"]["rows"], False)
+    check_train(tables["train"], results["train"])
+    assert len(tables["photos"]) == 4
+    assert [row["stage"] for row in results["photos"]["rows"]] == ["soft bits", "label maps"]
     text = (tmp_path / "out" / "gpu.md").read_text()
     assert text.count("|--") > 4 and ("passed" in text or "skipped" in text)

@@ -125,14 +125,18 @@ sys.exit(main())
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("command", [
-    "PROGRAM >&- 2>&-", "PROGRAM >&-", "PROGRAM <&- 2>&-", "PROGRAM > /dev/full 2> /dev/full",
-    "set -o pipefail; PROGRAM 2> /dev/null | true"])
-def test_a_program_ends_as_if_it_had_been_heard(tmp_path, command):
+def test_a_program_ends_as_if_it_had_been_heard(tmp_path):
     """Also at the end, where Python flushes; and nothing that is printed gets into a file that is opened."""
-    (tmp_path / "p.py").write_text(PROGRAM.format(root=str(ROOT)))
-    done = subprocess.run(["bash", "-c", command.replace("PROGRAM", f"{sys.executable} p.py")], cwd=tmp_path)
-    assert (done.returncode, (tmp_path / "out.txt").read_text()) == (0, "mine")
+    running = {}
+    for k, command in enumerate(("PROGRAM >&- 2>&-", "PROGRAM >&-", "PROGRAM <&- 2>&-",
+                                 "PROGRAM > /dev/full 2> /dev/full",
+                                 "set -o pipefail; PROGRAM 2> /dev/null | true")):
+        (home := tmp_path / str(k)).mkdir()
+        (home / "p.py").write_text(PROGRAM.format(root=str(ROOT)))
+        words = ["bash", "-c", command.replace("PROGRAM", f"{sys.executable} p.py")]
+        running[command] = subprocess.Popen(words, cwd=home), home
+    for command, (process, home) in running.items():
+        assert (process.wait(120), (home / "out.txt").read_text()) == (0, "mine"), command
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (HANGUP, 129)])

@@ -49,8 +49,8 @@ def test_in_bfloat16_what_a_sample_gets_does_not_depend_on_its_batch():
     model, photo = load_checkpoint(SHIPPED), Image.effect_noise((64, 48), 90).convert("RGB")
     if next(model.net.parameters()).dtype == torch.float32:
         pytest.skip("this CPU has no bfloat16")
-    one, four = (segment(photo, model, n=3, batch=batch, steps=2).x_hat for batch in (1, 4))
-    assert torch.equal(one, four)
+    one, two = (segment(photo, model, n=2, batch=batch, steps=1).x_hat for batch in (1, 2))
+    assert torch.equal(one, two)
 
 
 def test_the_command_says_that_it_uses_them(tmp_path, monkeypatch, capsys):
