@@ -22,7 +22,7 @@ from engine import NoGraph, lock, read, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("small")
 ROOT = Path(train.__file__).parent
-QUICK = ("--device cpu --max_steps 4 --batch_size 2 --image_size 16 --eval_images 3 --steps 2 "
+QUICK = ("--device cpu --max_steps 4 --batch_size 2 --image_size 16 --eval_images 1 --steps 1 "
          "--log_every 2 --save_every 2 --eval_every 4").split()
 
 
@@ -113,7 +113,7 @@ def test_the_baselines_train_and_sample(tmp_path, encoding, palette, prediction)
     (["--lr"], "--lr needs a value"),
     (["--augment", "maybe"], "--augment is true or false"),
     (["--bits", "5"], "bits must be 2, 4, 6, 8 or 10"),
-    (["--image_size", "18"], "needs a multiple of 4"),
+    (["--image_size", "17"], "needs a multiple of 2"),
     (["--least", "-1"], "--least must be at least 0"),
     (["--merge", "1", "--encoding", "rgb"], "0 with --encoding rgb"),
     (["--turns", "true"], "with shapes, or with --augment false, add --turns false"),
@@ -630,7 +630,7 @@ def test_a_signal_during_validation_stops_it_and_it_is_made_up_for(tmp_path, mon
 
     assert run(tmp_path, out="whole") == 0
     monkeypatch.setattr(train, "scores", interrupted)
-    assert run(tmp_path, "--batch_size", "2") == 143
+    assert run(tmp_path, "--eval_images", "3") == 143
     assert len(calls) == 2 and not any("ari" in line for line in log(tmp_path))
     assert run(tmp_path) == 0
     assert [line["step"] for line in log(tmp_path) if "ari" in line] == [4]
