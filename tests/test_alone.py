@@ -31,13 +31,13 @@ import numpy as np
 image, soft = np.random.randint(0, 256, (12, 16, 3), np.uint8), np.random.rand(2, 12, 16, 6)
 cells = np.random.randint(0, 64, (2, 12, 16))""",
     "kernels": """
-labels, image, seeds = torch.randint(-1, 5, (2, 8, 8)), torch.randn(2, 3, 8, 8), torch.arange(2)
-alpha, sigma, weight, t = torch.rand(4, 2)
-net, out, xt = lambda x, t: x[:, :6], torch.randn(4, 6, 8, 8), torch.randn(2, 6, 8, 8)
+labels, image, seeds = torch.randint(-1, 5, (1, 4, 4)), torch.randn(1, 3, 4, 4), torch.arange(1)
+alpha, sigma, weight, t = torch.rand(4, 1)
+net, out, xt = lambda x, t: x[:, :6], torch.randn(2, 6, 4, 4), torch.randn(1, 6, 4, 4)
 alpha_t, sigma_t, a, b, c = 0.6, 0.8, 0.3, 0.5, 0.1
-h, gain, bias = torch.randn(2, 6, 8, 8), torch.rand(6), torch.rand(6)
-rows = torch.nn.functional.pad(torch.rand(2, 8, 7), (1, 1)), torch.ones(2, 8, 8)
-columns = torch.nn.functional.pad(torch.rand(2, 7, 8), (0, 0, 1, 1)), torch.ones(2, 8, 8)""",
+h, gain, bias = torch.randn(1, 6, 4, 4), torch.rand(6), torch.rand(6)
+rows = torch.nn.functional.pad(torch.rand(1, 4, 3), (1, 1)), torch.ones(1, 4, 4)
+columns = torch.nn.functional.pad(torch.rand(1, 3, 4), (0, 0, 1, 1)), torch.ones(1, 4, 4)""",
 }
 LARGE = {'SIZES["paper"]': 'SIZES["tiny"]', "128, 128": "16, 16"}  # the same with less to compute
 
