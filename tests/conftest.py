@@ -2,6 +2,7 @@
 CPU."""
 
 import dataclasses
+import gc
 import os
 import signal
 import sys
@@ -21,6 +22,14 @@ for number in {signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}:
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+
+gc.set_threshold(700, 10, 100)  # a look through all that is imported takes 0.3 s
+
+
+def pytest_sessionfinish():
+    gc.collect()
+    gc.freeze()  # else pytest's own five looks at the end take as long each
 
 
 def pytest_configure(config):

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import pytest
+from conftest import SMALL
 from PIL import Image
 
 import page
@@ -41,14 +42,26 @@ in_browser = pytest.mark.skipif(not BROWSER, reason="no chromium is installed: a
 
 
 class Server:
-    """A running page.py, and requests to it as its page makes them."""
+    """A running page.py, and requests to it as its page makes them. alone: a program of its own; else a fork
+    of this one, which has loaded what takes long."""
 
-    def __init__(self, *arguments):
-        command = [sys.executable, "page.py", "--port", "0", "--no_browser", "--device", "cpu"]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, **pipes)
-        line = self.process.stdout.readline()
-        assert line.startswith("http://127.0.0.1:"), self.process.stderr.read()
+    def __init__(self, *arguments, alone=False):
+        words = ["--port", "0", "--no_browser", "--device", "cpu", *map(str, arguments)]
+        (out, write_out), (err, write_err) = os.pipe(), os.pipe()
+        self.child = os.fork()
+        if self.child == 0:
+            try:
+                os.dup2(write_out, 1), os.dup2(write_err, 2), os.chdir(ROOT)
+                if alone:
+                    os.execv(sys.executable, [sys.executable, "page.py", *words])
+                sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
+                page.main(words)
+            finally:
+                os._exit(1)
+        os.close(write_out), os.close(write_err)
+        self.out, self.err = os.fdopen(out), os.fdopen(err)
+        line = self.out.readline()
+        assert line.startswith("http://127.0.0.1:"), self.err.read()
         self.url = line.split()[0]
         self.port = int(self.url.split(":")[2].strip("/"))
         self.config = json.loads(re.search(r"const config = (.*);\n", self.get("GET", "/")[1].decode())[1])
@@ -89,8 +102,10 @@ class Server:
 
     def stop(self, how=signal.SIGINT):
         """(exit status, what it said on stderr)"""
-        self.process.send_signal(how)
-        return self.process.wait(120), self.process.stderr.read()
+        os.kill(self.child, how)
+        said, _ = self.err.read(), self.out.close()
+        self.err.close()
+        return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1]), said
 
 
 # ---- the browser, by the DevTools protocol over a pipe
@@ -230,12 +245,14 @@ class Tab:
 def trained(out, *more):
     """The checkpoint of a network that has learnt next to nothing."""
     options = "--max_steps 2 --batch_size 2 --image_size 32 --eval_images 1 --steps 2 --eval_every 2"
-    assert train.main([*options.split(), "--device", "cpu", *more, "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.SIZES, "tiny", dict(SMALL, attn=0))
+        assert train.main([*options.split(), "--device", "cpu", *more, "--out", str(out)]) == 0
     return out / "ckpt.pt"
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory, small):
+def ckpt(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("run"))
 
 
@@ -270,7 +287,7 @@ def browser(chromium):
     chromium.close_tabs()
 
 
-def photo(size=(90, 60), seed=0):
+def photo(size=(90, 60), seed=1):
     """Blocks of colour, with noise."""
     rng = np.random.default_rng(seed)
     blocks = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(size, Image.Resampling.NEAREST)
@@ -434,7 +451,7 @@ def test_only_the_last_photos_are_at_hand(server):
 def test_control_c_ends_it_in_the_middle_of_sampling_and_nothing_is_left(tmp_path, monkeypatch, how):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     photo((300, 200)).save(tmp_path / "a.png")
-    server = Server(tmp_path / "a.png", "--ckpt", ROOT / "weights" / "photo.pt")
+    server = Server(tmp_path / "a.png", "--ckpt", ROOT / "weights" / "photo.pt", alone=True)
     assert server.config["first"]["name"] == "a.png" and len(list(tmp_path.glob("bitseg-*/*"))) == 1
     assert server.stop(how) == (0, "")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
@@ -635,7 +652,7 @@ def test_an_answer_that_comes_too_late_is_not_shown_on_the_next_photo(browser, s
         };""")
     tab.click(0.5, 0.5)
     tab.wait("free.length === 1")
-    photo((60, 90), 1).save(tmp_path / "b.png")
+    photo((60, 90), 2).save(tmp_path / "b.png")
     tab.choose_file(tmp_path / "b.png")
     tab.wait("state.name === 'b.png' && state.samples === 8")
     tab.js("free[0]()")
@@ -651,7 +668,7 @@ def test_an_answer_that_comes_too_late_is_not_shown_on_the_next_photo(browser, s
 @in_browser
 def test_two_tabs(browser, server, tmp_path):
     one = opened(browser, server, tmp_path)
-    two = opened(browser, server, tmp_path, photo((60, 90), 1))
+    two = opened(browser, server, tmp_path, photo((60, 90), 2))
     one.click(0.2, 0.2)
     two.click(0.5, 0.5)
     one.click(0.8, 0.8)
