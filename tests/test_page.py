@@ -34,6 +34,7 @@ import sample
 import train
 
 ROOT = Path(__file__).parent.parent
+VIEW = 400  # pixels of the side shown: half of page.py's, for a quarter of the work
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(not BROWSER, reason="no chromium is installed: apt-get install chromium")
 
@@ -43,7 +44,7 @@ in_browser = pytest.mark.skipif(not BROWSER, reason="no chromium is installed: a
 
 class Server:
     """A running page.py, and requests to it as its page makes them. alone: a program of its own; else a fork
-    of this one, which has loaded what takes long."""
+    of this one, which has loaded what takes long, and shows less."""
 
     def __init__(self, *arguments, alone=False):
         words = ["--port", "0", "--no_browser", "--device", "cpu", *map(str, arguments)]
@@ -55,6 +56,7 @@ class Server:
                 if alone:
                     os.execv(sys.executable, [sys.executable, "page.py", *words])
                 sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
+                page.VIEW = VIEW
                 page.main(words)
             finally:
                 os._exit(1)
@@ -306,7 +308,7 @@ def pixels(png):
 
 def test_a_photo_is_sampled_and_cut(server):
     one = server.upload(photo())
-    assert one["size"] == [90, 60] and one["view"][0] == 800
+    assert one["size"] == [90, 60] and one["view"] == [VIEW, 267]
     asked = dict(photo=one["photo"], strokes=[], closed=False)
     found = {grain: server.ask("/cut", grain=grain, **asked) for grain in ("3", "9")}
     maps = {grain: whole(cut["runs"], *one["view"]) for grain, cut in found.items()}
@@ -335,7 +337,7 @@ def test_clicks_of_one_id_are_together_and_of_two_apart(server):
 
 @pytest.mark.parametrize("strokes, grain, closed, size", [
     ([], "normal", False, (90, 60)), (STROKES, "normal", False, (90, 60)), (STROKES, "fine", True, (90, 60)),
-    (STROKES, "5", False, (830, 570)), ([dict(id=7, points=[[0, 0]])], "12", False, (7, 5))])
+    (STROKES, "5", False, (530, 400)), ([dict(id=7, points=[[0, 0]])], "12", False, (7, 5))])
 def test_downloads_are_what_sample_py_makes_of_them(server, ckpt, tmp_path, strokes, grain, closed, size):
     photo(size).save(tmp_path / "a.png")
     one = server.upload(photo(size))
@@ -661,7 +663,7 @@ def test_an_answer_that_comes_too_late_is_not_shown_on_the_next_photo(browser, s
     tab.js("free[1]()")
     tab.settle()
     last = server.ask("/cut", **tab.js("asked()"))
-    assert whole(last["runs"], 533, 800).ravel().tolist() == tab.js("[...state.maps.a.labels]")
+    assert whole(last["runs"], 267, VIEW).ravel().tolist() == tab.js("[...state.maps.a.labels]")
     assert tab.js("state.strokes.length") == 0
 
 
@@ -672,7 +674,7 @@ def test_two_tabs(browser, server, tmp_path):
     one.click(0.2, 0.2)
     two.click(0.5, 0.5)
     one.click(0.8, 0.8)
-    for tab, n, view in ((one, 2, [800, 533]), (two, 1, [533, 800])):
+    for tab, n, view in ((one, 2, [VIEW, 267]), (two, 1, [267, VIEW])):
         tab.settle()
         assert tab.js("state.strokes.length") == n and tab.js("state.view") == view
         last = server.ask("/cut", **tab.js("asked()"))

@@ -31,7 +31,7 @@ OPTIONS = ("--device cpu --image_size 16 --batch_size 2 --eval_images 2 --steps 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setitem(train.SIZES, "tiny", dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=4, patch=2))
+    monkeypatch.setitem(train.SIZES, "tiny", dict(width=32, mult=(1,), blocks=1, attn=1, heads=4, patch=2))
 
 
 def packed(folder, n=5, size=16):

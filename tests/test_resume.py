@@ -37,7 +37,7 @@ def start(out):
         status = 1
         try:
             sys.stdout = sys.stderr = open(f"{out}.txt", "a", buffering=1)
-            train.SIZES["tiny"] = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=4, patch=2)
+            train.SIZES["tiny"] = dict(width=32, mult=(1,), blocks=1, attn=1, heads=4, patch=2)
             status = train.main([*OPTIONS, "--out", str(out)])
         except BaseException:
             traceback.print_exc()

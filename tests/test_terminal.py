@@ -128,8 +128,7 @@ sys.exit(main())
 def test_a_program_ends_as_if_it_had_been_heard(tmp_path):
     """Also at the end, where Python flushes; and nothing that is printed gets into a file that is opened."""
     running = {}
-    for k, command in enumerate(("PROGRAM >&- 2>&-", "PROGRAM >&-", "PROGRAM <&- 2>&-",
-                                 "PROGRAM > /dev/full 2> /dev/full",
+    for k, command in enumerate(("PROGRAM <&- >&- 2>&-", "PROGRAM >&-", "PROGRAM > /dev/full 2> /dev/full",
                                  "set -o pipefail; PROGRAM 2> /dev/null | true")):
         (home := tmp_path / str(k)).mkdir()
         (home / "p.py").write_text(PROGRAM.format(root=str(ROOT)))
