@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.forked,
 OPTIONS = ("--device cpu --image_size 16 --batch_size 4 --max_steps 6 --save_every 2 --eval_every 6 "
            "--eval_images 5 --steps 1 --log_every 1 "
            "--lr 1e-3 --precision fp32").split()
-SMALL = dict(width=32, mult=(1,), blocks=1, attn=1, heads=4, patch=2)
+SMALL = dict(width=32, mult=(1, 2), blocks=1, attn=1, heads=4, patch=2)
 
 
 def processes(world, out, *more, before=lambda rank: None, main=None):

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -32,6 +33,7 @@ from PIL import Image
 import page
 import sample
 import train
+from answers.checkpoints import SHIPPED
 
 ROOT = Path(__file__).parent.parent
 VIEW = 400  # pixels of the side shown: half of page.py's, for a quarter of the work
@@ -449,13 +451,17 @@ def test_only_the_last_photos_are_at_hand(server):
     assert status == 400 and "open this one again" in json.loads(reply)["error"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_control_c_ends_it_in_the_middle_of_sampling_and_nothing_is_left(tmp_path, monkeypatch, how):
+def test_control_c_ends_it_in_the_middle_of_sampling_and_nothing_is_left(tmp_path, monkeypatch):
+    """SIGTERM, too; two programs at once."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     photo((300, 200)).save(tmp_path / "a.png")
-    server = Server(tmp_path / "a.png", "--ckpt", ROOT / "weights" / "photo.pt", alone=True)
-    assert server.config["first"]["name"] == "a.png" and len(list(tmp_path.glob("bitseg-*/*"))) == 1
-    assert server.stop(how) == (0, "")
+    with ThreadPoolExecutor() as pool:
+        started = pool.map(lambda _: Server(tmp_path / "a.png", "--ckpt", SHIPPED, alone=True), range(2))
+    for server, how in zip(started, (signal.SIGINT, signal.SIGTERM)):
+        assert server.config["first"]["name"] == "a.png"
+        folder, = tmp_path.glob(f"bitseg-*/{server.config['first']['photo']}")
+        assert len(list(folder.parent.iterdir())) == 1
+        assert server.stop(how) == (0, "")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 

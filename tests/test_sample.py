@@ -255,8 +255,10 @@ def test_the_newest_checkpoint_is_taken_and_without_one_the_weights_in_the_box(c
                                                                                capsys):
     monkeypatch.chdir(tmp_path)
     photo().save("a.png")
-    assert sample.main(["a.png", "--n", "1", "--out", "s"]) == 0
-    assert "weights/photo.pt" in capsys.readouterr().out
+    assert sample.main(["a.png", "--n", "1", "--steps", "1", "--out", "s"]) == 0
+    out = capsys.readouterr().out
+    assert "weights/photo.pt" in out and "come with this repository" in out
+    assert (tmp_path / "s/a/answer.png").exists()
     (tmp_path / "out" / "mine").mkdir(parents=True)
     (tmp_path / "out" / "mine" / "ckpt.pt").write_bytes(ckpt.read_bytes())
     (tmp_path / "out" / "experiments" / "rgb").mkdir(parents=True)
