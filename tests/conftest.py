@@ -92,6 +92,16 @@ def kernel_device():
     kernels.use("auto")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_panels():
+    """sample.py's panels show a photo at 80 pixels a side, not 320: else they take most of a test's time."""
+    from answers import pictures
+    with pytest.MonkeyPatch.context() as patch:
+        fitted = pictures.fitted
+        patch.setattr(pictures, "fitted", lambda width, height, side: fitted(width, height, side // 4))
+        yield
+
+
 SMALL = dict(width=32, mult=(1,), blocks=1, attn=1, heads=4, patch=2)
 
 

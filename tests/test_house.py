@@ -6,6 +6,7 @@ room that it enters.
 """
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ def room(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+@functools.cache
 def imports(path):
     """The full names of the modules that a file imports, wherever in it."""
     found = set()
