@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 
-gc.set_threshold(700, 10, 100)  # a look through all that is imported takes 0.3 s
+gc.set_threshold(7000, 10, 30)  # a look through all that is imported takes 0.3 s
 
 
 def pytest_sessionfinish():
