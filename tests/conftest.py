@@ -41,8 +41,6 @@ def pytest_configure(config):
     if old and os.environ.get("TRITON_INTERPRET"):
         raise pytest.UsageError(f"the interpreter of Triton {triton.__version__} does not run with NumPy "
                                 f"{np.__version__}: pip install 'numpy<2.4'")
-
-
     if triton and os.environ.get("TRITON_INTERPRET"):
         hasten(triton.runtime.interpreter)
 
