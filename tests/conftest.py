@@ -1,6 +1,7 @@
 """The modules under test lie one folder up. Without a GPU, Triton's interpreter runs the kernels on the
 CPU."""
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -42,7 +43,8 @@ def pytest_configure(config):
         raise pytest.UsageError(f"the interpreter of Triton {triton.__version__} does not run with NumPy "
                                 f"{np.__version__}: pip install 'numpy<2.4'")
     if triton and os.environ.get("TRITON_INTERPRET"):
-        hasten(triton.runtime.interpreter)
+        with contextlib.suppress(AttributeError):  # of another version: slower
+            hasten(triton.runtime.interpreter)
 
 
 def hasten(interpreter):
@@ -61,8 +63,8 @@ def hasten(interpreter):
         return types[dtype.scalar.name]
 
     patched, types, builder = set(), {}, interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
     real_call, real_type = interpreter.InterpretedFunction.__call__, interpreter._get_np_dtype
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
     interpreter.InterpretedFunction.__call__, interpreter._get_np_dtype = call, numpy_type
 
 
