@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -483,11 +484,11 @@ def test_wrong_use_gets_one_sentence(server, ckpt, monkeypatch, capsys, argument
 # ---- in the browser
 
 
-def opened(browser, server, folder, image=None, size=(1280, 800)):
+def opened(browser, server, folder, image=None, size=(1280, 800), name="a.png"):
     """A tab with a photo, all its samples there."""
-    (image or photo()).save(folder / "a.png")
+    (image or photo()).save(folder / name)
     tab = browser.tab(server.url, size)
-    tab.choose_file(folder / "a.png")
+    tab.choose_file(folder / name)
     tab.settle()
     return tab
 
@@ -598,27 +599,28 @@ def test_what_is_saved_is_repeated_by_the_command_shown(browser, server, hinted,
     """In tiles, of a network that has learnt with hints."""
     server = hinted[0] if tiles > 1 else server
     shutil.rmtree(browser.folder / "saved", ignore_errors=True)
-    tab = opened(browser, server, tmp_path)
+    a = "a" if tiles > 1 else "-a's $1"
+    tab = opened(browser, server, tmp_path, name=f"{a}.png")
     tab.click(0.2, 0.2)
     tab.drag((0.6, 0.2), (0.7, 0.5), (0.8, 0.8))
     tab.js("$('closed').click()")
     tab.settle()
     saved = {}
     for kind in ("labels", "overlay", "coco", "hints"):
-        name = f"a_{kind}_n8_seed0_normal_closed.{'json' if kind == 'coco' else 'png'}"
+        name = f"{a}_{kind}_n8_seed0_normal_closed.{'json' if kind == 'coco' else 'png'}"
         tab.js(f"document.querySelector('[data-kind={kind}]').click()")
-        tab.wait(f"$('status').textContent === 'Saved {name}.'")
+        tab.wait(f'$("status").textContent === "Saved {name}."')
         saved[kind] = browser.folder / "saved" / name
     while not all(path.exists() for path in saved.values()):  # the browser writes them on its own time
         time.sleep(0.02)
     monkeypatch.chdir(tmp_path)
     shutil.copy(saved["hints"], tmp_path)
-    command = tab.js("$('command').textContent").split()
+    command = shlex.split(tab.js("$('command').textContent"))
     assert command[:2] == ["python", "sample.py"]
     assert sample.main([*command[2:], "--device", "cpu"]) == 0
-    answer = np.asarray(Image.open("samples/a/answer.png"))
+    answer = np.asarray(Image.open(f"samples/{a}/answer.png"))
     assert np.array_equal(np.asarray(Image.open(saved["labels"])), answer) and len(np.unique(answer)) == 2
-    assert json.loads(saved["coco"].read_text())["images"][0]["file_name"] == "a.png"
+    assert json.loads(saved["coco"].read_text())["images"][0]["file_name"] == f"{a}.png"
 
 
 @in_browser
