@@ -326,7 +326,7 @@ def find_images(names):
     return files
 
 
-def ahead(function, items, count=4):
+def read_ahead(function, items, count=4):
     """Results of function(item), computed in a thread up to `count` items ahead."""
     with ThreadPoolExecutor(1) as pool:
         waiting = deque()
@@ -509,7 +509,7 @@ def load(run, path):
 
 def jobs_of(run):
     """The images' jobs, read ahead; what goes wrong is said."""
-    for loaded in ahead(functools.partial(load, run), run.files):
+    for loaded in read_ahead(functools.partial(load, run), run.files):
         if isinstance(loaded, tuple):
             run.reading.append(loaded)
             run.begun += 1
@@ -519,7 +519,7 @@ def jobs_of(run):
             run.say(loaded)
 
 
-def sampled(run):
+def sample_each(run):
     """Yields when run.reading[0] has its samples, with an exception where it has not: of a batch that fails,
     each image is tried alone, so that what is wrong with one is not the others' end."""
     a = run.options
@@ -559,14 +559,14 @@ def sampled(run):
                 yield fault(path, e)
 
 
-LARGE = threading.Lock()  # of photos above 20 megapixels one is finished at a time
+ONE_LARGE = threading.Lock()  # of photos above 20 megapixels one is finished at a time
 
 
 def finish(run, job, path, pixels, info):
     """Write the results of one image. Returns what to say of it."""
     a, folder = run.options, run.folders[path]
     try:
-        with LARGE if pixels > 2e7 else nullcontext():
+        with ONE_LARGE if pixels > 2e7 else nullcontext():
             image = read_image(path)  # again: several do not fit into memory
             result = summarise(job, image, run.model, a.grain, a.closed)
             info = {**info, **({"unfinished": True} if job.lacks(a.n) else {})}  # --resume samples it again
@@ -584,7 +584,7 @@ def sample_all(run):
     stopped, writing = None, deque()
     with ThreadPoolExecutor(2) as writers:
         try:
-            for error in sampled(run):
+            for error in sample_each(run):
                 job, *about = run.reading.popleft()
                 if error:
                     run.say(error)

@@ -285,13 +285,13 @@ SAMPLING = ("steps", "guidance", "sampler", "variance", "smooth")
 TIDY = ("least", "merge")
 
 
-def chosen(c, names):
+def subset(c, names):
     """These options of a Config, as a dictionary."""
     return {name: getattr(c, name) for name in names}
 
 
 def codec_of(c):
-    return Codec(**chosen(c, CODEC))
+    return Codec(**subset(c, CODEC))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -427,8 +427,8 @@ def validate(net, run, c, stop):
     data, codec, rank, world = run.val_data, run.codec, run.rank, run.world
     positions, totals, tiles, side = datasets.selection(data, c.eval_images), [], [], side_of(codec)
     device = next(net.parameters()).device
-    model = Model(net, codec, run.diffusion, c.image_size, chosen(c, SAMPLING), c.dataset, 0,
-                  chosen(c, TIDY))
+    model = Model(net, codec, run.diffusion, c.image_size, subset(c, SAMPLING), c.dataset, 0,
+                  subset(c, TIDY))
     size = min(32, c.batch_size) if device.type == "cpu" else 32  # small: a signal is looked at in between
 
     def leave_if_stopped(*_):
@@ -822,8 +822,8 @@ class Training:
         return dict(
             step=self.step, best=self.best, validated=self.validated, config=vars(c), dataset=c.dataset,
             image_size=c.image_size, network=run.network, contents=datasets.contents(run.train_data),
-            codec=chosen(c, CODEC), diffusion=dataclasses.asdict(run.diffusion), sampling=chosen(c, SAMPLING),
-            tidy=chosen(c, TIDY), net=run.net.state_dict(), ema=self.ema.state_dict(),
+            codec=subset(c, CODEC), diffusion=dataclasses.asdict(run.diffusion), sampling=subset(c, SAMPLING),
+            tidy=subset(c, TIDY), net=run.net.state_dict(), ema=self.ema.state_dict(),
             optimizer=self.optimizer.state_dict(), scaler=self.update.scaler.state_dict(),
             form=run.form if run.device.type == "cpu" else None)
 

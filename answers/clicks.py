@@ -83,7 +83,7 @@ def baselines(photo, x_hat):
             "watershed, samples": lambda hints: tree.forest(jump_of_samples, hints)}
 
 
-def sampled(model, data, positions, n, seed, batch, tiles, files, **asked):
+def to_click(model, data, positions, n, seed, batch, tiles, files, **asked):
     """For each image: its position, maps (m, h, w), baselines, and a function: hints (h, w) -> evidence of n
     samples that have seen them; None, and where the network sees no hints: of samples that have not. tiles,
     files: as of `clicks_curve`; asked: as of `denoise`."""
@@ -98,8 +98,7 @@ def sampled(model, data, positions, n, seed, batch, tiles, files, **asked):
         def evidence(hints=None, i=i, plain=plain):
             if hints is None or not model.diffusion.hints:
                 return plain
-            shown = np.where(hints <= model.codec.classes, hints, 0)  # more have no number
-            return evidence_of(next(denoise([job(i, shown)], model, n, batch, **asked)), model.codec)
+            return evidence_of(next(denoise([job(i, hints)], model, n, batch, **asked)), model.codec)
 
         yield (i, data.maps(i)[:, :h, :w].numpy(), baselines(packed.photo, torch.stack(unseeing.x_hat)),
                evidence)
@@ -114,7 +113,7 @@ def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1, tiles=1, file
     has them; more than 1 needs the images' files, as of `data.originals`.
     """
     curve = {}
-    for _, maps, methods, evidence in sampled(model, data, positions, n, seed, batch, tiles, files, **asked):
+    for _, maps, methods, evidence in to_click(model, data, positions, n, seed, batch, tiles, files, **asked):
         plain, scored = evidence(), {}
         for true in maps:
             points = clicks_of(true)
@@ -160,8 +159,8 @@ def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, se
     for k in chosen:
         wanted.setdefault(found[k][0], []).append(found[k][1])
     counts, left_out = {}, 0
-    for i, maps, by_baseline, evidence in sampled(model, data, sorted(wanted), n, seed, batch, tiles, files,
-                                                  **asked):
+    for i, maps, by_baseline, evidence in to_click(model, data, sorted(wanted), n, seed, batch, tiles, files,
+                                          **asked):
         item = files[data.items[i]]
         picture, labels = read_image(item.image), read_labels(item)[0]
         methods = {"tree": lambda hints: joined(evidence(hints), model, hints=hints)[1],

@@ -202,7 +202,7 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **asked):
         """For the samples that it lacks; for those of tiles that are still to be chosen, once its own are
         there."""
         if len(job.x_hat) >= n and job.tiles is None:
-            job.tiles = chosen(job, model)
+            job.tiles = tiles_asked_for(job, model)
         queue.extend(job.lacks(n))
 
     queue, waiting, jobs = deque(), deque(), iter(jobs)
@@ -218,7 +218,7 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **asked):
             yield waiting.popleft()
 
 
-def chosen(job, model):
+def tiles_asked_for(job, model):
     """The tiles that a job is to have, now that its own samples are there: of its choices, the fewest in
     which the median segment of the joint answer has NEAR pixels, or else the most."""
     if not job.closer:

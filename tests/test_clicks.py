@@ -183,10 +183,10 @@ class Packed:
 
 
 def evidence_for(maps, files):
-    """clicks.sampled without a network: samples that see the disc, and nothing else; of a model that sees
+    """clicks.to_click without a network: samples that see the disc, and nothing else; of a model that sees
     hints only those that have seen hints."""
 
-    def sampled(model, data, positions, n, *_, **asked):
+    def to_click(model, data, positions, n, *_, **asked):
         for i in positions:
             small = maps[i][2::4, 2::4].astype(int)
             photo = np.array(Image.open(files[i].image).resize((16, 12), Image.Resampling.BOX))
@@ -197,7 +197,7 @@ def evidence_for(maps, files):
             yield (i, data.maps(i)[:, :12].numpy(), by_baseline,
                    lambda hints=None: blind if hints is None and model.diffusion.hints else plain)
 
-    return sampled
+    return to_click
 
 
 class Plain:
@@ -210,7 +210,7 @@ class Plain:
 def test_the_curve_of_clicks(scene, monkeypatch):
     maps, files = scene
     data = Packed(maps, files)
-    monkeypatch.setattr(clicks, "sampled", evidence_for(maps, files))
+    monkeypatch.setattr(clicks, "to_click", evidence_for(maps, files))
     curve = clicks.clicks_curve(Plain(), data, [0, 1, 2], [0, 2, "all"], n=2)
     methods = {"open", "closed", "nearest click", "watershed, Lab", "random walker", "watershed, samples"}
     assert curve.keys() == methods and {k: len(v) for k, v in curve["open"].items()} == {0: 3, 2: 3, "all": 3}
@@ -229,7 +229,7 @@ def test_a_network_that_sees_hints_samples_again(scene, monkeypatch):
     maps, files = scene
     hinted = Plain()
     hinted.diffusion = Diffusion(hints=0.5)
-    monkeypatch.setattr(clicks, "sampled", evidence_for(maps, files))
+    monkeypatch.setattr(clicks, "to_click", evidence_for(maps, files))
     data, plain = Packed(maps, files), Plain()
     without, curve = (clicks.clicks_curve(m, data, [0], [0, 2], n=2) for m in (plain, hinted))
     assert curve.keys() - without.keys() == {"open, at once", "closed, at once"}
@@ -252,17 +252,18 @@ def test_samples_that_have_seen_clicks(model, monkeypatch):
     for module in (clicks, scoring):
         monkeypatch.setattr(module, "packed_job", lambda data, i, seed=0: prepare(picture, hinted, seed=seed))
     data = type("Data", (), dict(maps=lambda self, i: torch.zeros(1, 16, 16, dtype=torch.long)))()
-    ((_, _, _, evidence),) = clicks.sampled(hinted, data, [0], 2, 5, 1, 1, None)
+    ((_, _, _, evidence),) = clicks.to_click(hinted, data, [0], 2, 5, 1, 1, None)
     same = segment(picture, hinted, n=2, seed=clicks.seed_of(5, 0), hints=hints)
     less = segment(picture, hinted, n=2, seed=clicks.seed_of(5, 0), hints=hints, guidance=3.0)
     more = segment(picture, hinted, n=2, seed=clicks.seed_of(5, 0), hints=hints, guidance=8.0)
     assert torch.equal(same.x_hat, less.x_hat) and not torch.equal(same.x_hat, more.x_hat)
     assert (evidence(hints).views[0].soft == same.evidence.views[0].soft).all()
-    ((_, _, _, asked),) = clicks.sampled(hinted, data, [0], 2, 5, 1, 1, None, guidance=8.0)
+    ((_, _, _, asked),) = clicks.to_click(hinted, data, [0], 2, 5, 1, 1, None, guidance=8.0)
     assert (asked(hints).views[0].soft == more.evidence.views[0].soft).all()
     assert (evidence().views[0].soft != same.evidence.views[0].soft).any() and evidence() is evidence(None)
-    hints[5, 5] = 17  # the 16 codes hold no more: shown to the tree alone
-    assert (evidence(hints).views[0].soft == same.evidence.views[0].soft).all()
+    hints[1, :16], hints[5, 5] = np.arange(20, 36), 17  # more than the 16 codes
+    many = segment(picture, hinted, n=2, seed=clicks.seed_of(5, 0), hints=hints)
+    assert (evidence(hints).views[0].soft == many.evidence.views[0].soft).all()
 
 
 def test_tiles_see_the_clicks_too(model, scene):
@@ -278,7 +279,7 @@ def test_tiles_see_the_clicks_too(model, scene):
     data.photo = lambda i: np.array(photo.resize((16, 12)))
     hints = np.zeros((12, 16), int)
     hints[2, 3], hints[5, 8] = 2, 1
-    ((_, _, methods, evidence),) = clicks.sampled(hinted, data, [1], 3, 4, 1, 2, files)
+    ((_, _, methods, evidence),) = clicks.to_click(hinted, data, [1], 3, 4, 1, 2, files)
     seed = clicks.seed_of(4, 1)
     for given in (None, hints):
         own = None if given is None else given.repeat(4, 0).repeat(4, 1)
@@ -301,7 +302,7 @@ def test_tiles_see_the_clicks_too(model, scene):
 
 def test_clicks_that_objects_need(scene, monkeypatch):
     maps, files = scene
-    monkeypatch.setattr(clicks, "sampled", evidence_for(maps, files))
+    monkeypatch.setattr(clicks, "to_click", evidence_for(maps, files))
     data = Packed(maps, files)
     counts, left_out = clicks.clicks_needed(Plain(), data, files, 0.85, objects=4, n=2)
     assert left_out == 0 and {len(v) for v in counts.values()} == {4}
