@@ -753,7 +753,8 @@ def test_a_page_whose_server_has_ended_says_so(browser, ckpt, tmp_path):
 
 if __name__ == "__main__":
     shown, folder, *clicks = sys.argv[1:]
-    server, browser = Server(shown, "--ckpt", "weights/photo.pt", alone=True), Browser(Path(tempfile.mkdtemp()))
+    server = Server(shown, "--ckpt", "weights/photo.pt", alone=True)
+    browser = Browser(Path(tempfile.mkdtemp()))
     tab = browser.tab(server.url)
     for name in ("page.png", "page-clicks.png"):
         tab.settle()
