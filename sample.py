@@ -193,6 +193,9 @@ def is_result(path):
 def done(folder, info):
     """Whether this image is done with these settings. Raises ValueError if the folder holds anything else
     than its results."""
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a symbolic link, whose place results cannot take: remove it, or "
+                         f"choose another --out")
     swap(folder)
     found = info_of(folder / "segments.json")
     if found.get("digests", {}).get("image") == info["digests"]["image"]:

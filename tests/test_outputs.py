@@ -345,6 +345,15 @@ def test_a_photo_is_the_same_by_whichever_path(run, tmp_path, capsys):
     assert run(tmp_path / "a.png", "--n", 2) == 0
 
 
+def test_a_folder_of_results_that_is_a_link_is_refused_and_stays(run, tmp_path, capsys):
+    picture().save("a.png")
+    link, target = tmp_path / "samples/a", tmp_path / "elsewhere"
+    target.mkdir(), link.parent.mkdir(), link.symlink_to(target, target_is_directory=True)
+    assert run("a.png", "--n", 1) == 2 and run("a.png", "--n", 1) == 2
+    assert capsys.readouterr().err.count("samples/a is a symbolic link") == 2
+    assert list(link.parent.iterdir()) == [link] and link.is_symlink() and not list(target.iterdir())
+
+
 def test_resume_does_again_what_had_other_settings(run, capsys):
     picture().save("a.png"), picture(20, 20, 1).save("b.png")
     assert run("a.png", "--n", 1) == 0 and run("a.png", "b.png", "--n", 1, "--resume") == 0
