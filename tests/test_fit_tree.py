@@ -174,7 +174,7 @@ def folder(tmp_path):
 
 
 def test_it_learns_colours_from_a_folder(folder, capsys, monkeypatch):
-    monkeypatch.setattr(fit_tree, "STEPS", 300)
+    monkeypatch.setattr(fit_tree, "STEPS", 150)
     two, out = folder / "two", folder / "tree.npz"
     words = [
         "--ckpt",

@@ -678,9 +678,10 @@ def test_presets_name_real_options_and_networks():
 
 
 def test_help_shows_every_option_and_the_shell_sees_the_status():
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and all(f"    {name}: " in done.stdout
-                                        for name in train.Config.__dataclass_fields__)
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--nonsense", "1"], capture_output=True,
-                          text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    helped, wrong = (subprocess.Popen([sys.executable, ROOT / "train.py", *words], **pipes)
+                   for words in (["--help"], ["--nonsense", "1"]))  # side by side
+    shown, said = helped.communicate()[0], wrong.communicate()[1]
+    assert helped.returncode == 0
+    assert all(f"    {name}: " in shown for name in train.Config.__dataclass_fields__)
+    assert wrong.returncode == 2 and "unknown option '--nonsense'" in said and "Traceback" not in said
