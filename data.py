@@ -156,15 +156,19 @@ def place(name):
     return name if name in NAMED else Path(name).resolve()
 
 
-def as_trained(config, name):
-    """dict(components, unlabelled, void): how a run of train.py with these options read a data set; None
-    where it was not among its sets."""
-    for other, _, own in parse_parts(str(config.get("dataset") or "shapes")):
-        if place(other) == place(name):
-            return dict(components=own["components"] or config.get("components", False),
-                        unlabelled=own["unlabelled"] or config.get("unlabelled", "segment"),
-                        void=own["void"] or parse_void(config.get("void", "")))
-    return None
+def as_trained(config, name, given):
+    """dict(components, unlabelled, void) of a data set, None where it is not said -> the same, all said: as a
+    run of train.py with the options `config` read it, which is printed, or else as train.py does by
+    default."""
+    usual = dict(components=False, unlabelled="segment", void=())
+    whole = {**usual, **config, "void": parse_void(config.get("void", ""))}
+    parts = parse_parts(str(config.get("dataset") or "shapes"))
+    own = next((own for other, _, own in parts if place(other) == place(name)), None)
+    trained = usual if own is None else {key: own[key] or whole[key] for key in usual}
+    taken = {key: value for key, value in trained.items() if given[key] is None}
+    if told := [f"{key} {value}" for key, value in taken.items() if value != usual[key]]:
+        print(f"{name} is read as in training: {', '.join(told)}")
+    return {**given, **taken}
 
 
 def names(text):

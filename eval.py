@@ -372,16 +372,6 @@ def load_model(a):
     return path, model
 
 
-def read_as_trained(a, model):
-    """What label maps mean, where the command line does not say: as in training, on the same data set."""
-    usual = dict(components=False, unlabelled="segment", void=())
-    trained = model and as_trained(model.config, a.dataset) or usual
-    taken = {key: trained[key] for key in usual if getattr(a, key) is None}
-    vars(a).update(taken)
-    if told := {key: value for key, value in taken.items() if value != usual[key]}:
-        print(f"{a.dataset} is read as in training: {', '.join(f'{k} {v}' for k, v in told.items())}")
-
-
 def load_data(a, model):
     """The data set at the network's size; the `places` of score_images; the listing of its files."""
     def at_size(size, detail=1):
@@ -463,7 +453,8 @@ def main(argv=None):
     try:
         check(a)
         path, model = load_model(a)
-        read_as_trained(a, model)
+        given = {key: getattr(a, key) for key in ("components", "unlabelled", "void")}
+        vars(a).update(as_trained(model.config if model else {}, a.dataset, given))
         data, places, files = load_data(a, model)
         name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}{a.others}")

@@ -623,7 +623,7 @@ def main(argv=None):
             write_panoptic(out)
         except (OSError, ValueError, KeyError, TypeError) as e:
             run.say(ValueError(f"{out / 'panoptic.json'} is not written ({in_words(e)})"))
-    wait_for_all()
+    wait_for_all()  # for panoptic.json, too
     if stopped:
         raise stopped
     if run.failed and len(run.files) > 1:

@@ -156,7 +156,7 @@ def odds(leaves, owner, net):
     return score
 
 
-def shared(leaves, piece, score):
+def piece_odds(leaves, piece, score):
     """Log odds (n, K) of leaves -> their mean, by area, in the piece (n,) of the tree that each leaf lies in.
     Leaves with a hint keep theirs, and so do all of a piece with several hints."""
     clipped, area = score.clip(-6, 6), np.bincount(piece, leaves.area)
@@ -207,15 +207,14 @@ def claims(evidence, tree, hints, net=None, closed=False, offset=0.0):
     where no hint lies in it and none wants it by enough (see WANTED).
     """
     leaves = leaves_of(evidence, tree, hints)
-    owner, piece, segment = first_owner(leaves), *np.zeros((2, len(leaves.held)), int)
-    piece[tree.region.ravel()] = tree.cut("normal", offset + PIECES).ravel()
+    owner, piece = first_owner(leaves), tree.of_leaves(tree.cut("normal", offset + PIECES))
     for _ in range(ROUNDS):
-        score = shared(leaves, piece, odds(leaves, owner, net))
+        score = piece_odds(leaves, piece, odds(leaves, owner, net))
         owner = np.where(score.max(1) > 0, score.argmax(1) + 1, 0)
     owner = flood(leaves, score)
     if closed:
         return owner
-    segment[tree.region.ravel()] = tree.cut("normal", offset).ravel()
+    segment = tree.of_leaves(tree.cut("normal", offset))
     held, area = np.bincount(segment, leaves.held) > 0, np.bincount(segment, leaves.area)
     wish = np.stack([np.bincount(segment, leaves.area * s) / area for s in score.clip(-6, 6).T], axis=1)
     wanted = WANTED - DOUBLED * np.log2(wish.shape[1])

@@ -160,7 +160,7 @@ def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, se
         wanted.setdefault(found[k][0], []).append(found[k][1])
     counts, left_out = {}, 0
     for i, maps, by_baseline, evidence in to_click(model, data, sorted(wanted), n, seed, batch, tiles, files,
-                                          **asked):
+                                                   **asked):
         item = files[data.items[i]]
         picture, labels = read_image(item.image), read_labels(item)[0]
         methods = {"tree": lambda hints: joined(evidence(hints), model, hints=hints)[1],

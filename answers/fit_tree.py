@@ -336,13 +336,11 @@ def main(argv=None):
         sets = parse_parts(a.dataset)
         if "shapes" in (name for name, _, _ in sets):
             raise ValueError("shapes have no files: name data sets of images, see train.py")
-        for name, _, own in sets:  # what a set does not say is as in training
-            for key, value in (as_trained(model.config, name) or {}).items():
-                own[key] = own[key] or (a.unlabelled if key == "unlabelled" else None) or value
-            own["unlabelled"] = own["unlabelled"] or a.unlabelled or "segment"
-        sets = [([items[k] for k in selection(items, a.limit or len(items))], weight, own)
-                for name, weight, own in sets
-                for items in [originals(name, "train", a.root, own["void"])]]
+        for k, (name, weight, own) in enumerate(sets):
+            own["unlabelled"] = own["unlabelled"] or a.unlabelled
+            own = as_trained(model.config, name, {key: value or None for key, value in own.items()})
+            items = originals(name, "train", a.root, own["void"])
+            sets[k] = [items[k] for k in selection(items, a.limit or len(items))], weight, own
         net, part = fit_sets(model, sets, a), Path(f"{a.out}.part")
         with open(part, "wb") as f:
             np.savez(f, **net)

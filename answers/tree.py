@@ -435,11 +435,16 @@ class Tree:
     graph: Graph  # of the leaves
     offset: float = 0.0  # of the log odds of GRAINS, fitted by fit_tree.py
 
+    def of_leaves(self, labels):
+        """A map (h, w) that was cut from this tree -> its label of every leaf."""
+        out = np.zeros(self.graph.n, int)
+        out[self.region.ravel()] = labels.ravel()
+        return out
+
     def graph_of(self, labels):
         """The Graph of a map (h, w) from 0 that was cut from this tree."""
-        graph, to = copy.copy(self.graph), np.zeros(self.graph.n, int)
-        to[self.region.ravel()] = labels.ravel()
-        graph.merge(to, int(labels.max()) + 1)
+        graph = copy.copy(self.graph)
+        graph.merge(self.of_leaves(labels), int(labels.max()) + 1)
         return graph
 
     def cut(self, grain="normal", offset=0.0, claimed=None):

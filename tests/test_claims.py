@@ -17,7 +17,7 @@ from answers.claims import (
     flood,
     highest,
     leaves_of,
-    shared,
+    piece_odds,
 )
 from answers.tree import confidence, gather, grow, learnt
 
@@ -112,7 +112,7 @@ def test_leaves_of_a_piece_share_their_odds_unless_it_has_several_hints():
     piece, score = rng.integers(1, 4, n), rng.normal(0, 5, (n, 3))
     piece[leaves.held > 0] = 3
     piece[first], piece[second] = 0, 0
-    got, area = shared(leaves, piece, score), np.bincount(grown.region.ravel())
+    got, area = piece_odds(leaves, piece, score), np.bincount(grown.region.ravel())
     for leaf in range(n):
         together = [k for k in range(n) if piece[k] == piece[leaf]]
         hints = {leaves.held[k] for k in together} - {0}

@@ -217,7 +217,7 @@ def test_it_learns_colours_from_a_folder(folder, capsys, monkeypatch):
     assert f"{out} exists and is not overwritten" in capsys.readouterr().err
 
 
-def test_sets_are_read_as_in_training_unless_they_say_otherwise(folder, monkeypatch):
+def test_sets_are_read_as_in_training_unless_they_say_otherwise(folder, monkeypatch, capsys):
     two, content, seen = folder / "two", engine.read(folder / "ckpt.pt"), []
     content["config"] = dict(dataset=f"{two}:components", unlabelled="ignore", void="7")
     engine.save_checkpoint(folder / "ckpt.pt", content)
@@ -227,6 +227,10 @@ def test_sets_are_read_as_in_training_unless_they_say_otherwise(folder, monkeypa
         assert fit_tree.main([*words, "--device", "cpu"]) == 0
     trained = dict(components=True, unlabelled="ignore", void=(7,))
     assert seen == [[trained, {**trained, "void": (9,)}], [{**trained, "unlabelled": "segment"}]]
+    said = [line for line in capsys.readouterr().out.splitlines() if "as in training" in line]
+    assert said == [f"{two} is read as in training: {taken}" for taken in (
+        "components True, unlabelled ignore, void (7,)", "components True, unlabelled ignore",
+        "components True, void (7,)")]
 
 
 def test_the_cut_is_where_people_cut():
