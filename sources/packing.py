@@ -36,7 +36,7 @@ try:
 except ImportError:  # Windows: no lock between processes that pack
     fcntl = None
 
-VERSION = 7  # of packed data sets
+VERSION = 8  # of packed data sets
 SAVE_EVERY = 5.0  # seconds of packing that a kill can cost
 
 
@@ -108,11 +108,9 @@ def convert(item, size, unlabelled, components, detail=1):
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            pictures = []
-            for side in dict.fromkeys((size * detail, size)):
-                image, (W, H) = open_image(item.image, side)
-                w, h = fitted(W, H, size)
-                pictures.append(resize_image(image, side, (w * side // size, h * side // size))[0])
+            image, (W, H) = open_image(item.image, size * detail)
+            w, h = fitted(W, H, size)
+            pictures = [resize_image(image, size * d, (w * d, h * d))[0] for d in dict.fromkeys((detail, 1))]
             for label in read_labels(item):
                 label = connected(label) if components else label
                 label = np.where(label == 0, -1, label) if unlabelled == "ignore" else label
