@@ -37,7 +37,7 @@ import sys
 import threading
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -451,6 +451,19 @@ class Output:
 HANGUP = getattr(signal, "SIGHUP", None)
 
 
+def one_line():
+    """A warnings.formatwarning, whose third warning from one line of code, as of one kind of file, says that
+    it is the last."""
+    seen = Counter()
+
+    def told(message, category, file, number, line=None):
+        seen[file, number] += 1
+        last = " (further ones of this kind are not named)" * (seen[file, number] == 3)
+        return f"NOTE: {message}{last}\n" * (seen[file, number] <= 3)
+
+    return told
+
+
 def program(name, stopped):
     """Decorates main(argv) -> exit status, so that it outlasts its terminal.
 
@@ -479,8 +492,7 @@ def program(name, stopped):
                             for n in (signal.SIGTERM, HANGUP) if n and signal.getsignal(n) == signal.SIG_DFL}
             sys.stdout, sys.stderr = outputs = [Output(stream) for stream in streams]
             gc.freeze()  # else the collector looks through all that was imported, 80 ms each time
-            usual = warnings.formatwarning
-            warnings.formatwarning = lambda message, *_, **__: f"NOTE: {message}\n"
+            usual, warnings.formatwarning = warnings.formatwarning, one_line()
             try:
                 return main(argv)
             except KeyboardInterrupt as e:

@@ -53,7 +53,7 @@ class Notice(UserWarning):
 
 
 def notice(path, what):
-    warnings.warn(f"{path}: {what}", Notice, stacklevel=3)
+    warnings.warn(f"{path}: {what}", Notice, stacklevel=2)  # of the line that calls: one for each kind
 
 
 # Formats. Each is one function find_*(home, split) -> (files, listing): the files that images and labels come

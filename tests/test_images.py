@@ -1,12 +1,15 @@
 """What data.py does to a single image or label map: reading every format, resizing, normalising."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from frame import fitted, normalise, resize_image, resize_label
-from sources.formats import read_image, read_label
+from sources.formats import Item, read_image, read_label
+from sources.packing import DONE, convert
 
 PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)  # 8 wide, 6 high
 LABEL = np.repeat(np.arange(8, dtype=np.uint8)[None] // 3 * 50, 6, 0)  # three bands: 0, 50, 100
@@ -32,6 +35,32 @@ def test_read_image_of_every_mode(tmp_path):
         if expected is not None:
             assert (image == expected).all(), name
     assert (image[0, 0], image[-1, -1]) == pytest.approx((0, 255))  # float: stretched to its maximum
+
+
+def test_little_contrast_is_raised_and_said_alike_for_answers_and_for_training(tmp_path):
+    r = np.random.default_rng(0)
+    dark = r.integers(10, 50, (40, 60, 3)).astype(np.uint8)  # as of a fluorescence microscope
+    dark[0, 0] = 255  # a hot pixel
+    low, high = np.percentile(dark, (0.1, 99.9))
+    write(tmp_path / "dark.png", dark)
+    with pytest.warns(UserWarning, match="dark.png: its contrast was raised"):
+        image = np.asarray(read_image(tmp_path / "dark.png"))
+    assert np.abs(image - ((dark - low) * 255 / (high - low)).clip(0, 255)).max() <= 0.5
+    # what training sees of it
+    item = Item(str(tmp_path / "dark.png"), ["label"], lambda item: [(dark[..., 0] > 30).astype(np.int32)])
+    outcome, (seen, photo), size, _, _, notices = convert(item, 20, "segment", False, detail=2)
+    assert outcome == DONE and size == (14, 20) and len(notices) == 1 and "contrast" in notices[0]
+    expected, _ = resize_image(Image.fromarray(image), 40, (40, 28))
+    assert (seen == expected).all() and np.ptp(photo[:14].astype(int)) > np.ptp(dark.astype(int)[1:]) * 1.5
+
+    flat = np.full((40, 60, 3), (100, 101, 103), np.uint8)  # at most 8 times: noise stays weak
+    with pytest.warns(UserWarning, match="contrast"):
+        assert np.ptp(np.asarray(read_image(write(tmp_path / "noise.png", flat)))) == 8 * 3
+    for name, whole in (("usual", r.integers(60, 200, (40, 60, 3))), ("one", np.full((40, 60, 3), 90))):
+        whole = whole.astype(np.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert (np.asarray(read_image(write(tmp_path / f"{name}.png", whole))) == whole).all()
 
 
 def test_of_a_stack_the_first_page_is_taken_and_it_is_said(tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ import experiments
 import page
 import sample
 import train
-from engine import HANGUP, Output, program
+from engine import HANGUP, Output, one_line, program
+from sources.formats import notice
 
 pytestmark = pytest.mark.usefixtures("small")
 ROOT = Path(__file__).parent.parent
@@ -214,6 +216,19 @@ def test_wrong_options_end_in_one_sentence(capsys, script, arguments):
         status = e.code
     err = capsys.readouterr().err
     assert status == 2 and err.count("\n") == 1 and arguments[-2].lstrip("-").split("=")[0] in err
+
+
+def test_of_many_notices_of_one_kind_three_are_said():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for k in range(5):
+            notice(f"{k}.tif", "is strange")
+        notice("5.jpg", "is odd")
+    line = one_line()
+    told = [line(w.message, w.category, w.filename, w.lineno) for w in caught]
+    assert "".join(told).splitlines() == [
+        "NOTE: 0.tif: is strange", "NOTE: 1.tif: is strange",
+        "NOTE: 2.tif: is strange (further ones of this kind are not named)", "NOTE: 5.jpg: is odd"]
 
 
 def test_dashes_do_for_underscores_in_every_program(monkeypatch):
