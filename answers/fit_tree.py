@@ -40,7 +40,7 @@ from answers.segment import denoise, evidence_of
 from data import as_trained, originals, parse_parts, selection
 from engine import host_threads, pick_device
 from frame import subsample
-from sources.formats import read_image
+from sources.formats import in_words, notice, read_image
 
 WIDTH, STEPS, LR = 48, 3000, 5e-3  # of the small networks and their training
 # of the log odds of the grains: to choose from, by so many crops at most; of equally good ones, the first
@@ -55,7 +55,11 @@ def crops(items, count, settings, seed, crop=None):
     order = np.random.default_rng(seed).permutation(len(items))
     for c in range(count):
         item, r = items[order[c % len(items)]], np.random.default_rng([*seed, c])
-        image, maps = read_image(item.image), own_maps(item, settings["unlabelled"], settings["components"])
+        try:
+            image, maps = read_image(item.image), own_maps(item, settings["unlabelled"], settings["components"])
+        except Exception as e:  # of any library, for whatever is in a file
+            notice(item.image, f"left out: {in_words(e)}")
+            continue
         share, stretch = 1, 1
         if crop or c >= len(items):
             share = np.sqrt(r.uniform(crop**2 if crop else 0.55, 1))
@@ -339,7 +343,9 @@ def main(argv=None):
         for k, (name, weight, own) in enumerate(sets):
             own["unlabelled"] = own["unlabelled"] or a.unlabelled
             own = as_trained(model.config, name, {key: value or None for key, value in own.items()})
-            items = originals(name, "train", a.root, own["void"])
+            items = [item for item in originals(name, "train", a.root, own["void"]) if item.read]
+            if not items:
+                raise ValueError(f"{name} has no image with labels")
             sets[k] = [items[k] for k in selection(items, a.limit or len(items))], weight, own
         net, part = fit_sets(model, sets, a), Path(f"{a.out}.part")
         with open(part, "wb") as f:
@@ -363,6 +369,8 @@ def fit_sets(model, sets, a):
             jobs.append(job)
             seen = partial(evidence_of, job, model.codec)
             drawn.append(Crop(s, subsample(maps, *job.size).numpy(), seen, a.n))
+    if not drawn:
+        raise ValueError(f"no image of {a.dataset} can be read")
     for _ in tqdm(denoise(jobs, model, a.n, a.batch), "sampling", len(jobs), leave=False):
         pass
     return fit_all(drawn, a.seed)

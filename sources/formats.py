@@ -9,6 +9,8 @@ resizing of both. What it is not: sets, batches and augmentation are data.py.
 """
 
 import base64
+import functools
+import hashlib
 import io
 import json
 import math
@@ -33,7 +35,7 @@ try:
     import pillow_heif  # not required: photos of iPhones
     pillow_heif.register_heif_opener()
 except ImportError:
-    pass
+    pillow_heif = None
 
 HEIC = {".heic", ".heif", ".hif"}
 Image.init()
@@ -41,6 +43,7 @@ Image.init()
 IMAGE_TYPES = HEIC | {suffix for suffix, kind in Image.registered_extensions().items()
                       if (kind in Image.OPEN or kind == "MPO")
                       and kind not in ("EPS", "WMF", "GRIB", "BUFR", "HDF5", "MPEG")}
+LOOK = 192  # pixels of the longer side, at which a photo's contrast is judged
 LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "HEIF"}  # no type for ids
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -113,15 +116,21 @@ def split_of(name):
 def stem_of(path, folder):
     """A file's path within a folder, without its ending: what an image and its label have in common, in
     whichever way accents are written (macOS has its own)."""
-    return unicodedata.normalize("NFC", Path(os.path.relpath(path, folder)).with_suffix("").as_posix())
+    stem = os.path.splitext(path.removeprefix(os.path.join(folder, "")))[0]
+    return unicodedata.normalize("NFC", stem.replace(os.sep, "/"))
+
+
+def inside(files, folder, types):
+    """The paths of these files that lie in a folder, or in those within, and are of these types."""
+    start = os.path.join(folder, "")
+    return [f[0] for f in files if f[0].startswith(start) and os.path.splitext(f[0])[1].lower() in types]
 
 
 def by_stem(files, folder, types=IMAGE_TYPES):
     """{stem: path} of the files of these types in a folder and those within. Raises ValueError where two have
     one stem."""
     found = {}
-    for path in (f[0] for f in files if Path(f[0]).is_relative_to(folder)
-                 and Path(f[0]).suffix.lower() in types):
+    for path in inside(files, folder, types):
         if other := found.get(stem := stem_of(path, folder)):
             raise ValueError(f"{other} and {path} have the same stem, so that one label would be both's: "
                              "remove or rename one")
@@ -130,12 +139,16 @@ def by_stem(files, folder, types=IMAGE_TYPES):
 
 
 def tenth(items, split, home):
-    """A split of what has none: every 10th item is for validation; of fewer, the last. Raises ValueError
-    where there is but one, which is for training."""
-    if len(items) == 1 and split != "train":
+    """A split of what has none: about a tenth (at least a twentieth, and one image) is for validation, drawn
+    by the images' names alone, so that none changes sides when others come. Raises ValueError where there is
+    but one, which is for training."""
+    draw = {item.image: hashlib.sha256(stem_of(item.image, home).encode()).digest()
+            for item in items if item.image}
+    if len(draw) == 1 and split != "train":
         raise ValueError(f"{home} holds one image: two are needed, as one is kept for validation")
-    held = set(range(9, len(items), 10)) or set(range(1, len(items))[-1:])
-    return [item for i, item in enumerate(items) if (i in held) == (split != "train")]
+    number = max(sum(digest[0] < 26 for digest in draw.values()), len(draw) // 20, 1)  # 26 of 256
+    held = set(sorted(draw, key=draw.get)[: min(number, len(draw) - 1)])
+    return [item for item in items if (item.image in held) == (split != "train")]
 
 
 def split_folders(folder, split):
@@ -169,17 +182,20 @@ def find_folder(home, split):
     if splits:
         labelled = split_folders(labelled, split)[1] or labelled / folder.name
     everything = scan(home / "images")
-    files = [f for f in everything if Path(f[0]).is_relative_to(folder)]
+    files = [f for f in everything if f[0].startswith(os.path.join(folder, ""))]
     files += scan(labelled) if labelled.is_dir() else []
 
     def listing():
         images = by_stem(files, folder)
         maps, masks = labels_of(images, files, labelled)
-        near = {(part, stem_of(f[0], part)): f[0] for f in files for part in (folder, labelled)
-                if Path(f[0]).is_relative_to(part)}
+
+        @functools.cache
+        def near():
+            return {(part, stem_of(f[0], part)): f[0] for f in files for part in (folder, labelled)
+                    if f[0].startswith(os.path.join(part, ""))}
 
         def other(part, stem):  # a file whose type does not do
-            path = near.get((part, stem))
+            path = near().get((part, stem))
             return f"; there is {path}, of no type that Pillow reads" if path else ""
 
         def item(stem, path):
@@ -200,7 +216,7 @@ def find_folder(home, split):
                        f"{f[0]}: left out, as it lies beside the folders {', '.join(splits)}")
                   for f in everything
                   if splits and split == "train" and Path(f[0]).suffix.lower() in IMAGE_TYPES
-                  and not any(Path(f[0]).is_relative_to(d) for d in splits.values())]
+                  and not f[0].startswith(tuple(os.path.join(d, "") for d in splits.values()))]
         return (items if splits else tenth(items, split, home / "images")) + lonely + beside
 
     return files, listing
@@ -210,11 +226,10 @@ def labels_of(images, files, labelled):
     """The label files in the folder `labelled`, by their image's stem: {stem: {the file's own stem: [paths]}}
     of label maps, [one] each, or more where it is there twice; {stem: [paths]} of masks. images: by stem."""
     def lossy(path):  # beside a PNG: a picture of the label
-        return Path(path).suffix.lower() in (".jpg", ".jpeg", ".jfif", ".webp")
+        return os.path.splitext(path)[1].lower() in (".jpg", ".jpeg", ".jfif", ".webp")
 
     maps, masks = {}, {}
-    for path in sorted((f[0] for f in files if Path(f[0]).is_relative_to(labelled)
-                        and Path(f[0]).suffix.lower() in IMAGE_TYPES), key=lossy):
+    for path in sorted(inside(files, labelled, IMAGE_TYPES), key=lossy):
         whole = stem_of(path, labelled)
         stem, _, annotator = whole.rpartition("_a")
         if whole in images or not (annotator.isdigit() and stem):  # an image may itself be named x_a1
@@ -366,7 +381,8 @@ def find_voc(home, split):
 
     def listing():
         photos, maps = by_stem(files, images), by_stem(files, objects)
-        stems = lists[split].read_text().split() if lists else sorted(maps)
+        lines = lists[split].read_text("utf-8").splitlines() if lists else sorted(maps)
+        stems = [unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip()]
         # 255 is the border that nobody decided on; in CVAT's colours it is (224, 224, 192)
         items = [Item(photos[stem], [maps[stem]], read_pngs, None, (255, 224 + 256 * 224 + 65536 * 192))
                  if stem in photos and stem in maps
@@ -641,6 +657,8 @@ def read_label(path, rgb=False):
             raise ValueError(f"a {f.format}, whose compression changes the ids: export it as PNG")
         if getattr(f, "n_frames", 1) > 1:
             raise ValueError(f"{f.n_frames} pages in one file: one file for each label map is needed")
+        if f.mode in ("RGB", "RGBA", "LA") and ";16" in str([tile[3] for tile in f.tile]):
+            raise ValueError("16 bits a colour, of which 8 are lost: save it in 16-bit grey, an id a pixel")
         mode = f.mode
         colours = mode in ("RGB", "RGBA", "RGBX", "CMYK")
         value = np.asarray(f.convert("RGBA") if colours else f.getchannel(0) if mode in ("LA", "PA") else f)
@@ -656,10 +674,9 @@ def read_label(path, rgb=False):
     if value.dtype.kind == "f" and not ((value == np.round(value)) & (np.abs(value) < 2**31)).all():
         raise ValueError(f"{path}: a label map has whole numbers, this one has others")
     if not rgb and (colours or mode == "L") and value.size:
-        ends = run_ends(value.ravel())
-        ids, which = np.unique(value.ravel()[ends], return_inverse=True)
-        runs, pixels = np.bincount(which), np.bincount(which, np.diff(ends, prepend=-1))
-        scattered = runs / pixels > 0.6
+        ids, pixels, scattered = scattering(value)
+        if scattered.mean() > 0.5:  # thin upright things are not
+            scattered &= scattering(value.T)[2]
         # people leave a few single pixels of ids; a photo's or a smoothed edge's are a good part of the image
         if len(ids) > 16 and scattered.mean() > 0.5 and pixels[scattered].sum() > 0.01 * value.size:
             raise ValueError(f"{path}: {len(ids)} {'colours' if colours else 'ids'}, most of them in single "
@@ -667,6 +684,16 @@ def read_label(path, rgb=False):
                              f"edges: "
                              f"export it without smoothing")
     return value.astype(np.int32)
+
+
+def scattering(value):
+    """The ids of a label map (H, W), their numbers of pixels, and whether most of these are alone in their
+    row."""
+    flat = value.ravel()
+    ends = run_ends(flat)
+    ids, which = np.unique(flat[ends], return_inverse=True)
+    runs, pixels = np.bincount(which), np.bincount(which, np.diff(ends, prepend=-1))
+    return ids, pixels, runs / pixels > 0.6
 
 
 def ids_of(label):
@@ -701,8 +728,10 @@ def read_masks(item):
 def sizes_of(path):
     """(W, H) as stored, (W, H) upright, EXIF orientation of an image file."""
     with pillow(path) as image:
-        turn = orientation(image)
-        return image.size, image.size[::-1] if turn >= 5 else image.size, turn
+        turn, size = orientation(image), image.size
+        if image.format == "TIFF" and turn >= 5:  # Pillow gives the upright one
+            size = size[::-1]
+        return size, size[::-1] if turn >= 5 else size, turn
 
 
 def orientation(image):
@@ -903,7 +932,7 @@ def open_image(path, size=None):
     least 3 `size`."""
     with pillow(path) as image:
         deep = ";16" in str([tile[3] for tile in image.tile])  # Pillow keeps the higher 8 bits of colours
-        full, turn = image.size, orientation(image)  # of a PNG, this decodes it
+        full = image.size
         if image.format == "TIFF" and image.n_frames > 1:
             notice(path, f"of its {image.n_frames} pages, the first is taken: save the others as files")
         if size:
@@ -915,6 +944,7 @@ def open_image(path, size=None):
             if "truncated" not in str(e):
                 raise
             image = completed(path, image.format)
+        turn = orientation(image)  # now: Pillow turns a TIFF while it loads it
         image = image.transpose(TURNS[turn]) if turn > 1 else image
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # 16-bit and float grey
             image = Image.fromarray(eight_bits(path, np.asarray(image).astype(np.float64), image.mode != "F"))
@@ -931,13 +961,16 @@ def stretched(path, image):
     """An RGB image; if nearly all of its values (from the 0.1st to the 99.9th percentile) lie in less than
     half of the range, as in a fluorescence microscope's, spread over all of it, but at most 8 times as far
     apart: networks and people see little in such an image, and in one of less contrast it may be noise."""
-    count = np.reshape(image.histogram(), (3, 256)).sum(0).cumsum()
-    low, high = np.searchsorted(count, (0.001 * count[-1], 0.999 * count[-1]))
+    small = image  # as a network sees it; of a JPEG that is decoded smaller, the same
+    if max(image.size) > LOOK:
+        small = image.resize(fitted(*image.size, LOOK), Image.Resampling.BOX)
+    count = np.reshape(small.histogram(), (3, 256)).sum(0).cumsum()
+    low, high = (int(v) for v in np.searchsorted(count, (0.001 * count[-1], 0.999 * count[-1])))
     if high == low or high - low >= 128:
         return image
     notice(path, "its contrast was raised, as its values fill less than half of the range")
-    gain = min(255 / (high - low), 8)
-    return image.point([min(255, max(0, round((v - low) * gain))) for v in range(256)] * 3)
+    gain, middle = min(255 / (high - low), 8), (low + high) / 2
+    return image.point([min(255, max(0, round((v - middle) * gain + 127.5))) for v in range(256)] * 3)
 
 
 def eight_bits(path, value, whole):

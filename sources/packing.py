@@ -29,14 +29,14 @@ import torch
 from tqdm import tqdm
 
 from frame import IGNORE, connected, fitted, resize_image, resize_label
-from sources.formats import Notice, ids_of, in_words, open_image, read_labels
+from sources.formats import HEIC, Notice, ids_of, in_words, open_image, pillow_heif, read_labels
 
 try:
     import fcntl
 except ImportError:  # Windows: no lock between processes that pack
     fcntl = None
 
-VERSION = 8  # of packed data sets
+VERSION = 9  # of packed data sets
 SAVE_EVERY = 5.0  # seconds of packing that a kill can cost
 
 
@@ -133,7 +133,9 @@ def pack(files, listing, cache, name, options, workers, max_bad):
     home = os.path.commonpath([path for path, _, _ in files]) if files else ""
     print_of = json.dumps([(os.path.relpath(path, home), *rest) for path, *rest in files])
     fingerprint = hashlib.sha256(print_of.encode()).hexdigest()[:16]
-    key = hashlib.sha256(json.dumps([VERSION, fingerprint, options]).encode()).hexdigest()[:8]
+    heic = pillow_heif is not None and any(Path(path).suffix.lower() in HEIC for path, _, _ in files)
+    made = json.dumps([VERSION, fingerprint, options] + ["HEIC"] * heic)
+    key = hashlib.sha256(made.encode()).hexdigest()[:8]
     target = cache / f"{name}-{options['size']}-{key}"
     if not is_complete(target):
         cache.mkdir(parents=True, exist_ok=True)
@@ -144,6 +146,9 @@ def pack(files, listing, cache, name, options, workers, max_bad):
                 shutil.rmtree(target, ignore_errors=True)  # cut off from outside
                 pack_items(target, listing(), name, options, fingerprint, workers, max_bad)
         Path(f"{target}.lock").unlink(missing_ok=True)
+    elif bad := json.loads((target / "index.json").read_text())["bad"]:
+        print(f"NOTE: {bad} items of {name} were skipped when it was packed ({target / 'skipped.txt'}); "
+              f"where that is mended, remove {target}")
     index = json.loads((target / "index.json").read_text())
     if index["bad"] > max_bad * (index["bad"] + index["images"]):
         raise too_bad(target, index["bad"], index["bad"] + index["images"], max_bad, index["example"])
@@ -206,7 +211,7 @@ class Store:
 
     def add(self, number, pictures, sizes, labels, counts, notices):
         """What `convert` made of an item."""
-        self.notices.writelines(text.replace("\n", " ") + "\n" for text in notices)
+        self.notices.writelines(" ".join(text.splitlines()) + "\n" for text in notices)
         for picture in pictures:
             append(self.images, picture)
         append(self.labels, labels)
@@ -278,7 +283,7 @@ def pack_items(target, items, name, options, fingerprint, workers, max_bad):
           f"of them now in {spent:.1f} s = {new / spent:.0f} a second with {workers} "
           f"process{'es' * (workers > 1)}; {len(reasons[BAD])} skipped as bad, {len(reasons[EMPTY])} without "
           f"labels" + f" ({target / 'skipped.txt'})" * bool(skipped))
-    told = (target / "notices.txt").read_text("utf-8").splitlines()
+    told = list(dict.fromkeys((target / "notices.txt").read_text("utf-8").splitlines()))
     for text in warned(rows, options["size"], reasons[LEFT] + told, target):
         print(f"NOTE: {text}")
 
@@ -317,7 +322,7 @@ def mapped(task, items, workers):
 
 
 def write_lines(path, lines):
-    path.write_text("".join(line.replace("\n", " ") + "\n" for line in lines), "utf-8", "replace")
+    path.write_text("".join(" ".join(line.splitlines()) + "\n" for line in lines), "utf-8", "replace")
 
 
 def warned(rows, S, notices, target):

@@ -95,13 +95,17 @@ def test_folder_with_splits(tmp_path):
     assert torch.equal(train.get([3])[0], images[[1]])  # positions go round
 
 
-def test_folder_without_splits_keeps_every_tenth_for_val(tmp_path):
-    root = folder(tmp_path / "d", [f"i{n:02}" for n in range(21)])
+def test_folder_without_splits_keeps_a_tenth_for_val_whatever_else_comes(tmp_path):
+    stems = [f"i{n:03}" for n in range(200)]
+    root = folder(tmp_path / "d", stems[50:])
     train, val = (load(str(root), split, 8, cache=tmp_path).names for split in ("train", "val"))
-    assert val == ["i09", "i19"] and sorted(train + val) == [f"i{n:02}" for n in range(21)]
-    few = folder(tmp_path / "few", ["a", "b", "c"])  # fewer than ten: the last
-    assert [load(str(few), split, 8, cache=tmp_path).names for split in ("train", "val")] == [["a", "b"],
-                                                                                              ["c"]]
+    assert 8 <= len(val) <= 24 and sorted(train + val) == stems[50:]
+    folder(root, stems[:50])  # which come first
+    assert set(load(str(root), "val", 8, cache=tmp_path).names) & set(stems[50:]) == set(val)
+    for names in (["a", "b", "c"], ["x", "y"], ["i0", "i5"], [f"q{k}" for k in range(5)]):  # few: one, or more
+        few = folder(tmp_path / "few" / names[0], names)
+        train, val = (load(str(few), split, 8, cache=tmp_path).names for split in ("train", "val"))
+        assert train and val and sorted(train + val) == sorted(names)
 
 
 def test_annotators_are_drawn(tmp_path):

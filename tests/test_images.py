@@ -1,5 +1,6 @@
 """What data.py does to a single image or label map: reading every format, resizing, normalising."""
 
+import itertools
 import warnings
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from frame import fitted, normalise, resize_image, resize_label
-from sources.formats import Item, read_image, read_label
+from sources.formats import Item, open_image, read_image, read_label, sizes_of
 from sources.packing import DONE, convert
 
 PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)  # 8 wide, 6 high
@@ -53,9 +54,22 @@ def test_little_contrast_is_raised_and_said_alike_for_answers_and_for_training(t
     expected, _ = resize_image(Image.fromarray(image), 40, (40, 28))
     assert (seen == expected).all() and np.ptp(photo[:14].astype(int)) > np.ptp(dark.astype(int)[1:]) * 1.5
 
-    flat = np.full((40, 60, 3), (100, 101, 103), np.uint8)  # at most 8 times: noise stays weak
+    # at most 8 times, around the middle: noise stays weak, and a white page stays no black one
+    flat = np.full((200, 300, 3), (250, 251, 253), np.uint8)
+    flat[50:55, 50:55] = 0  # on it, something small
     with pytest.warns(UserWarning, match="contrast"):
-        assert np.ptp(np.asarray(read_image(write(tmp_path / "noise.png", flat)))) == 8 * 3
+        image = np.asarray(read_image(write(tmp_path / "noise.png", flat))).astype(int)
+    assert np.ptp(image[0, 0]) == 8 * 3 and 100 < image[0, 0].mean() < 150 and image[52, 52].max() == 0
+
+    # a large JPEG is decoded smaller for training: noise that is averaged there says nothing
+    noise = np.where(np.arange(2400)[:, None] // 400 % 2, 110, 150)[..., None] + r.normal(0, 20, (2400, 1200, 3))
+    write(tmp_path / "large.jpg", noise.clip(0, 255).astype(np.uint8), quality=92)
+    with pytest.warns(UserWarning, match="contrast"):
+        image = read_image(tmp_path / "large.jpg")
+    item = Item(str(tmp_path / "large.jpg"), ["label"], lambda item: [np.ones((2400, 1200), np.int32)])
+    _, (seen,), _, _, _, notices = convert(item, 64, "segment", False)
+    expected, _ = resize_image(image, 64, (32, 64))
+    assert notices and np.abs(seen[:, :32].astype(int) - expected[:, :32]).mean() < 15
     for name, whole in (("usual", r.integers(60, 200, (40, 60, 3))), ("one", np.full((40, 60, 3), 90))):
         whole = whole.astype(np.uint8)
         with warnings.catch_warnings():
@@ -94,10 +108,18 @@ def test_read_image_converted_modes(tmp_path):
 
 
 def test_read_image_turns_by_exif(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees
-    write(tmp_path / "turned.png", PIXEL, exif=exif)
-    assert (np.asarray(read_image(tmp_path / "turned.png")) == np.rot90(PIXEL, -1)).all()
+    """Of a TIFF, too, which Pillow turns by itself. 1 to 8: the first row and column of what is stored are
+    shown at top left, top right, bottom right, bottom left; left top, right top, right bottom, left bottom."""
+    turned = {1: PIXEL, 2: PIXEL[:, ::-1], 3: PIXEL[::-1, ::-1], 4: PIXEL[::-1], 5: PIXEL.swapaxes(0, 1),
+              6: np.rot90(PIXEL, -1), 7: PIXEL[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(PIXEL)}
+    for (turn, want), kind in itertools.product(turned.items(), ("png", "tif", "webp")):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        path = write(tmp_path / f"{turn}.{kind}", PIXEL, exif=exif, **{"lossless": True} if kind == "webp" else {})
+        image, size = open_image(path)
+        stored, upright, tag = sizes_of(path)
+        assert (np.asarray(image) == want).all() and size == upright == image.size, path
+        assert stored == (8, 6) and tag == turn
 
 
 def test_sides_are_rounded_up_to_even_numbers():
