@@ -175,6 +175,11 @@ def kernel_options(codec, device):
                 else codec.cell_of_code.argsort().to(device))
 
 
+def host_seed(seed):
+    """A 64-bit seed for the CPU's generator, which takes no more than the low 32 bits of one."""
+    return (seed ^ (seed >> 32) * 0x9E3779B9) & 0xFFFFFFFF
+
+
 def draw(shape, d, generator=None, device=None, eps=True):
     """The random part of training samples of shape (B, C, H, W) and what follows from it, as a dictionary of
     rows of samples.
@@ -203,7 +208,8 @@ def draw(shape, d, generator=None, device=None, eps=True):
 
 def to_device(x, device):
     """A tensor of the host on a device, without a wait: from page-locked memory, where that is CUDA."""
-    return (x.pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
+    cuda = torch.device(device).type == "cuda"  # elsewhere, x might be gone before it is copied
+    return (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
 
 
 def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=None, hints=None):
@@ -342,7 +348,8 @@ def sample(model, image, valid, channels, seeds, diffusion, activate, steps=8, g
     if kernel_options:
         keys, stream = torch.as_tensor(seeds, device=device), itertools.count()
     else:
-        generators = [torch.Generator(device).manual_seed(int(s)) for s in seeds]
+        own = host_seed if device.type == "cpu" else int
+        generators = [torch.Generator(device).manual_seed(own(int(s))) for s in seeds]
 
     def autocast():  # no cache of cast weights: a CUDA graph must not find what lay there before
         return torch.autocast(device.type, dtype, cache_enabled=False) if dtype else contextlib.nullcontext()

@@ -125,8 +125,9 @@ def finished(folder, full, a):
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / 'report.json'} was not written by experiments.py, or is cut short: "
                          f"move it away") from None
-    if content["options"] != full | {"limit": a.limit}:
-        old, new = content["options"], full | {"limit": a.limit}
+    new = full | {"limit": a.limit, "root": a.root}  # where named data sets lie
+    old = {"root": a.root} | content["options"]
+    if old != new:
         differ = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in old | new
                            if old.get(key) != new.get(key))
         raise ValueError(f"{folder} was made with other options ({differ}): move it away, or use another "
@@ -154,7 +155,7 @@ def finish(folder, full, a):
     if status:
         return status
     report = json.loads((folder / "eval/report.json").read_text())
-    content = {"options": full | {"limit": a.limit}, "minutes": minutes, "ari": report["ari"],
+    content = {"options": full | {"limit": a.limit, "root": a.root}, "minutes": minutes, "ari": report["ari"],
                "iou": report["iou"], "report": report}
     (folder / "report.part").write_text(json.dumps(content))
     (folder / "report.part").replace(folder / "report.json")  # the run is finished

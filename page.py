@@ -236,7 +236,7 @@ def main(argv=None):
             fail(f"--port is from 0 to 65535, not {a.port}" if isinstance(e, OverflowError) else e)
         server.desk, server.config = desk, dict(
             token=secrets.token_hex(16), first=first, ckpt=a.ckpt, seed=SEED, upload=UPLOAD, tiles=desk.tiles)
-        threading.Thread(target=desk.work, daemon=True).start()
+        threading.Thread(target=lambda: (pick_device(str(device)), desk.work()), daemon=True).start()
         print(url := f"http://127.0.0.1:{server.server_port}/", f"on {device}; Ctrl-C ends it", flush=True)
         try:
             a.no_browser or webbrowser.open(url)

@@ -59,6 +59,7 @@ from diffusion import (
     Diffusion,
     draw,
     fused_training_loss,
+    host_seed,
     kernel_options,
     to_device,
     training_loss,
@@ -329,7 +330,7 @@ def batches(c, run, step, kernel_options):
 
     def make(step):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-            parts = [v.to(run.device, non_blocking=True) for v in next(source)]
+            parts = [v.to(run.device, non_blocking=bool(stream)) for v in next(source)]
             return make_batch(c, run, step, parts, kernel_options), stream and stream.record_event()
 
     try:
@@ -358,7 +359,7 @@ def make_batch(c, run, step, parts, kernel_options):
                                         c.turns, c.negative)
     else:
         x, _, labels = datasets.unchanged(images, labels, sizes, detail)
-    generator = torch.Generator().manual_seed(c.seed * 2**32 + step)
+    generator = torch.Generator().manual_seed(host_seed(c.seed * 2**32 + step))
     drawn = draw((c.batch_size, run.codec.channels, *labels.shape[1:]), run.diffusion, generator, run.device,
                  eps=not fused)
     if run.diffusion.hints > 0:
@@ -393,7 +394,7 @@ def cells_of(labels, numbers, hints, c, run, kernel_options):
     """Label maps (B, H, W) -> cells; numbers: of the samples, which random codes depend on."""
     codec, device, below = run.codec, run.device, promised(run.train_data)
     if codec.palette == "none":
-        generators = [torch.Generator().manual_seed(c.seed * 2**40 + i) for i in numbers]
+        generators = [torch.Generator().manual_seed(host_seed(c.seed * 2**40 + i)) for i in numbers]
         order = torch.cat([torch.rand(1, codec.classes, generator=g).argsort(1) for g in generators])
         return random_cells(labels, to_device(order, device), run.train_data.labels_below)
     if kernel_options and (hints is None or below):
@@ -468,7 +469,8 @@ def validate(net, run, c, stop):
     sums = torch.cat([scored.nansum(0), (~scored.isnan()).sum(0), torch.tensor([len(stop)])]).double()
     if world > 1:
         dist.all_reduce(sums)
-    if sums[4]:
+    if sums[4]:  # in any process
+        stop or stop.append(signal.SIGTERM)
         return None
     ari, iou = (sums[:2] / sums[2:4]).tolist()
     if rank > 0:
@@ -504,11 +506,7 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
-    try:
-        status = train(c, run)
-    except datasets.Unread as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        status = 2
+    status = train(c, run)
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
@@ -892,7 +890,8 @@ class Training:
         """One step. Returns "", or where it cannot be taken a sentence that says why and what to do."""
         c, run, full = self.c, self.run, False
         if c.dropout:  # a step's randomness: seed and step alone
-            torch.manual_seed(c.seed * 2**32 + (run.rank + 1) * 2**24 + self.step)
+            seed = c.seed * 2**32 + (run.rank + 1) * 2**24 + self.step
+            torch.manual_seed(host_seed(seed) if run.device.type == "cpu" else seed)
         try:
             self.seen.append(self.update(batch, learning_rate(self.step, c)))
         except NoGraph as e:
@@ -909,7 +908,9 @@ class Training:
             fits, tried = self.update.fits(batch), len(batch["image"]) // c.accumulate
             remedy = "choose a smaller --network"
             if fits:
-                remedy = f"add --accumulate {c.batch_size // run.world // fits}"
+                rows = c.batch_size // run.world
+                parts = next(k for k in range(1, rows + 1) if rows % k == 0 and rows // k <= fits)
+                remedy = f"add --accumulate {parts}"
             return (f"out of memory on {run.device} with {tried} images at once; "
                     f"{fits or 'not even one'} would fit: {remedy} and run the same command again")
         update_ema(self.ema, run.net, self.step, c.ema)
@@ -920,6 +921,13 @@ class Training:
         if words := self.threads():
             self.say(words)
         return ""
+
+    def give_up(self, problem):
+        """Save what was learnt since the last checkpoint, and say why the run ends. -> the exit status."""
+        if self.step > self.first:
+            self.checkpoint()
+        print(f"train.py: {problem}", file=sys.stderr)
+        return 2
 
     def report(self):
         """Say and log how the steps since the last line went."""
@@ -977,8 +985,7 @@ def train(c, run):
                       f"done, but not saved in {out}/ckpt.pt: make room, and run the same command again")
                 return 0 if t.is_stored() else 1
             if problem := t.take_step(next(coming)):
-                print(f"train.py: {problem}", file=sys.stderr)
-                return 2
+                return t.give_up(problem)
             if t.step % c.log_every == 0 or t.step == c.max_steps:
                 t.report()
                 if t.watch.worst >= 20:
@@ -994,6 +1001,11 @@ def train(c, run):
         t.say(f"\nstopped{' and saved' if t.is_stored() else ''} at step {t.step}: run the same command "
               f"again to go on")
         return 128 + (t.stop[0] if t.stop else signal.SIGTERM)
+    except (RuntimeError, ValueError, datasets.Unread) as e:
+        status = t.give_up((str(e).strip() or type(e).__name__).splitlines()[0])
+        if isinstance(e, (ValueError, datasets.Unread)) or out_of_memory(e):
+            return status
+        raise
     finally:
         coming.close()
         t.writer.close()

@@ -56,7 +56,8 @@ def crops(items, count, settings, seed, crop=None):
     for c in range(count):
         item, r = items[order[c % len(items)]], np.random.default_rng([*seed, c])
         try:
-            image, maps = read_image(item.image), own_maps(item, settings["unlabelled"], settings["components"])
+            image = read_image(item.image)
+            maps = own_maps(item, settings["unlabelled"], settings["components"])
         except Exception as e:  # of any library, for whatever is in a file
             notice(item.image, f"left out: {in_words(e)}")
             continue

@@ -181,15 +181,18 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **asked):
         photos = torch.from_numpy(np.stack([job.image for job in some]))
         given["image"], given["valid"] = normalise(photos.to(device), torch.tensor(
             [job.size for job in some], device=device), model.detail)
+        x_hat = None
         try:
             x_hat = sampled(model, given, callback, strength=strength,
                             **{**sampling_of(model, "hints" in given), **asked})
         except RuntimeError as e:
             if not out_of_memory(e):
                 raise
+        if x_hat is None:  # here the failed batch's memory is free again
             model.graphs.clear()
             if len(part) == 1:
-                raise ValueError("the device's memory does not hold one sample: try --device cpu") from None
+                raise ValueError("the device's memory does not hold one sample: try --device cpu")
+            given.clear()
             batch = half = len(part) // 2
             run(part[:half])
             return run(part[half:])

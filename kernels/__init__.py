@@ -83,6 +83,8 @@ def live(device):
     reason = why_not
     if not reason and device.type != "cuda" and not triton.knobs.runtime.interpret:
         reason = f"the tensors are on {device.type}"
+    if not reason and device.type == "cuda" and torch.version.hip:
+        reason = "they are in part PTX, for NVIDIA"
     if (not reason and device.type == "cuda" and mode == "auto"
             and torch.cuda.get_device_capability(device) < (8, 0)):
         reason = f"{torch.cuda.get_device_name(device)} is older than Ampere, for which they were written"
@@ -228,6 +230,8 @@ def locate(labels, side, dtype=torch.int64, labels_below=None, hints=None):
         if low < -1 or high >= _locate.MAX_LABELS:
             labels, high = _locate.renumbered(labels, side * side)
         labels_below = max(1, high + 1)
+    if hints is not None and labels.dtype == torch.uint8:  # which has no -1
+        labels = labels.short()
     return _locate.locate(labels.contiguous(), side, dtype, labels_below, hints)
 
 

@@ -175,7 +175,7 @@ def locate(labels: Tensor, side: int, dtype: torch.dtype, labels_below: int,
     B, H, W = labels.shape
     N, K = max(16, triton.next_power_of_2(labels_below)), triton.next_power_of_2(side * side)
     blocks = triton.cdiv(H * W, BLOCK)
-    maps = [labels] if hints is None else [labels, torch.where(hints, labels, -1)]
+    maps = [labels] if hints is None else [labels, torch.where(hints, labels, -1).contiguous()]
     moments = torch.zeros(len(maps), B, 3, N, dtype=torch.int64, device=labels.device)
     cell = torch.empty(B, N, dtype=torch.int16, device=labels.device)
     out = torch.empty(labels.shape, dtype=dtype, device=labels.device)

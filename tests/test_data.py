@@ -102,7 +102,7 @@ def test_folder_without_splits_keeps_a_tenth_for_val_whatever_else_comes(tmp_pat
     assert 8 <= len(val) <= 24 and sorted(train + val) == stems[50:]
     folder(root, stems[:50])  # which come first
     assert set(load(str(root), "val", 8, cache=tmp_path).names) & set(stems[50:]) == set(val)
-    for names in (["a", "b", "c"], ["x", "y"], ["i0", "i5"], [f"q{k}" for k in range(5)]):  # few: one, or more
+    for names in (["a", "b", "c"], ["x", "y"], ["i0", "i5"], [f"q{k}" for k in range(5)]):
         few = folder(tmp_path / "few" / names[0], names)
         train, val = (load(str(few), split, 8, cache=tmp_path).names for split in ("train", "val"))
         assert train and val and sorted(train + val) == sorted(names)

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -216,6 +217,19 @@ def test_watch_counts_rows_and_names_spikes():
     assert watch.worst == 3
 
 
+def test_what_libraries_say_of_a_full_device():
+    for words in ("CUDA out of memory. Tried to allocate 2 GiB", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+                  "FIND was unable to find an engine to execute this computation",
+                  "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"):
+        assert engine.out_of_memory(RuntimeError(words))
+    assert not engine.out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+def test_layouts_of_devices():
+    assert engine.layout(torch.device("cuda")) == torch.channels_last
+    assert engine.layout(torch.device("cpu")) == engine.layout(torch.device("mps")) == torch.contiguous_format
+
+
 def test_the_batch_that_fits_is_found_by_halving():
     net, batch, step, _ = setting()
     tried = []
@@ -228,6 +242,31 @@ def test_the_batch_that_fits_is_found_by_halving():
 
     step.loss = loss
     assert step.fits(batch) == 2 and tried == [4, 2]
+    # nothing for DistributedDataParallel to see
+    assert all(p.grad is None for p in net.parameters())
+
+    class Large(torch.autograd.Function):  # whose backward pass does not fit
+        @staticmethod
+        def forward(ctx, x):
+            ctx.rows = len(x)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            if ctx.rows > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return gradient
+
+    held = []
+
+    def kept(net, b):
+        assert not any(of() is not None for of in held)  # of the backward pass that failed
+        out = Large.apply(net(b["x"]))
+        held.append(weakref.ref(out))
+        return out.square().sum()
+
+    step.loss = kept
+    assert step.fits(batch) == 1 and len(held) == 3
     step.loss = lambda net, b: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate "
                                                                   "memory"))
     assert step.fits(batch) == 0

@@ -135,6 +135,9 @@ def test_a_finished_run_with_other_options_is_not_taken_for_this_one(fake, tmp_p
     monkeypatch.setitem(experiments.BUDGET, "tiny", experiments.BUDGET["tiny"].replace("2e-3", "5e-3"))
     assert experiments.main(arguments("tanh", out=tmp_path)) == 2
     assert "lr 2e-3 -> 5e-3" in capsys.readouterr().err
+    assert experiments.main(arguments("palette", out=tmp_path / "b")) == 0  # named sets lie elsewhere
+    assert experiments.main(arguments("palette", "--root", "other", out=tmp_path / "b")) == 2
+    assert "root data -> other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, message", [

@@ -138,7 +138,8 @@ def test_crops_of_a_set(tmp_path):
     own = dict(unlabelled="ignore", components=False)
     (tmp_path / "none.png").write_bytes(b"no image")  # left out, and said
     with pytest.warns(UserWarning, match="none.png: left out: .*not a readable image"):
-        some = list(fit_tree.crops([*items, items[0]._replace(image=str(tmp_path / "none.png"))], 6, own, (0, 1)))
+        bad = items[0]._replace(image=str(tmp_path / "none.png"))
+        some = list(fit_tree.crops([*items, bad], 6, own, (0, 1)))
     assert len(some) == 4
     widths = [image.width for image, _ in fit_tree.crops(items, 40, own, (0, 1), 0.25)]
     assert 7 <= min(widths) < 0.7 * 32 < max(widths) and widths[:2] != [32, 32]  # any, from the first on

@@ -62,7 +62,8 @@ def test_little_contrast_is_raised_and_said_alike_for_answers_and_for_training(t
     assert np.ptp(image[0, 0]) == 8 * 3 and 100 < image[0, 0].mean() < 150 and image[52, 52].max() == 0
 
     # a large JPEG is decoded smaller for training: noise that is averaged there says nothing
-    noise = np.where(np.arange(2400)[:, None] // 400 % 2, 110, 150)[..., None] + r.normal(0, 20, (2400, 1200, 3))
+    noise = np.where(np.arange(2400)[:, None] // 400 % 2, 110, 150)[..., None]
+    noise = noise + r.normal(0, 20, (2400, 1200, 3))
     write(tmp_path / "large.jpg", noise.clip(0, 255).astype(np.uint8), quality=92)
     with pytest.warns(UserWarning, match="contrast"):
         image = read_image(tmp_path / "large.jpg")
@@ -108,14 +109,14 @@ def test_read_image_converted_modes(tmp_path):
 
 
 def test_read_image_turns_by_exif(tmp_path):
-    """Of a TIFF, too, which Pillow turns by itself. 1 to 8: the first row and column of what is stored are
-    shown at top left, top right, bottom right, bottom left; left top, right top, right bottom, left bottom."""
+    """Of a TIFF, too, which Pillow turns by itself."""
     turned = {1: PIXEL, 2: PIXEL[:, ::-1], 3: PIXEL[::-1, ::-1], 4: PIXEL[::-1], 5: PIXEL.swapaxes(0, 1),
               6: np.rot90(PIXEL, -1), 7: PIXEL[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(PIXEL)}
     for (turn, want), kind in itertools.product(turned.items(), ("png", "tif", "webp")):
         exif = Image.Exif()
         exif[0x0112] = turn
-        path = write(tmp_path / f"{turn}.{kind}", PIXEL, exif=exif, **{"lossless": True} if kind == "webp" else {})
+        options = dict(lossless=True) if kind == "webp" else {}
+        path = write(tmp_path / f"{turn}.{kind}", PIXEL, exif=exif, **options)
         image, size = open_image(path)
         stored, upright, tag = sizes_of(path)
         assert (np.asarray(image) == want).all() and size == upright == image.size, path

@@ -344,7 +344,7 @@ def test_label_maps_of_16_bits_a_colour_which_would_lose_ids_are_named(tmp_path,
         channels = {2: 3, 6: 4, 4: 2}[colour]
         path.with_suffix(".png").write_bytes(png(np.stack([ids] * channels, -1), colour))
 
-    fails(folder(tmp_path / "d", label=label), "16 bits a colour, of which 8 are lost: save it in 16-bit grey")
+    fails(folder(tmp_path / "d", label=label), "16 bits a colour, of which 8 are lost: save it in 16-bit")
 
 
 def test_thin_upright_things_are_no_photo(tmp_path):

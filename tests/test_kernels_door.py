@@ -76,6 +76,13 @@ def test_what_is_called_where_pytorch_is_live_says_so():
             assert str(e.value) == f"the kernels need Triton, but PyTorch is live here ({why})"
 
 
+@needs_triton
+def test_a_gpu_of_another_maker_takes_plain_pytorch(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    kernels.use("auto")
+    assert kernels.live("cuda") == ("torch", "they are in part PTX, for NVIDIA")
+
+
 def test_modes_have_names(monkeypatch):
     with pytest.raises(ValueError, match="kernels 'cuda' is not one of auto, triton, torch"):
         kernels.use("cuda")

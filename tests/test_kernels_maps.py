@@ -76,6 +76,13 @@ def test_locate_with_hints(segments, side, share):
     hints = torch.rand(labels.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) < share
     true = bits.locate(labels, side, hints=hints & (labels >= 0))
     assert torch.equal(kernels.locate(labels, side, labels_below=segments, hints=hints), true)
+    # in another order in memory, and ids of a type without -1
+    turned = hints.mT.contiguous().mT
+    assert torch.equal(kernels.locate(labels, side, labels_below=segments, hints=turned), true)
+    if segments < 256:
+        whole = labels.clamp(min=0)
+        got = kernels.locate(whole.to(torch.uint8), side, labels_below=segments, hints=hints)
+        assert torch.equal(got, bits.locate(whole, side, hints=hints))
     assert share == 0 or not torch.equal(true, bits.locate(labels, side))
 
 

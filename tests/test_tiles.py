@@ -16,7 +16,7 @@ from answers.prompts import hint_map
 from answers.scoring import otsu, watershed
 from answers.segment import denoise, evidence_of, rise, segment, without_gaps
 from bits import Codec
-from diffusion import Diffusion
+from diffusion import Diffusion, host_seed
 from frame import resize_image
 from metrics import ari, contingency, object_precision
 
@@ -114,6 +114,9 @@ def test_off_is_as_before_and_seeds_are_of_each_samples_own(by_grey):
     seeds = [s for seeds, _ in by_grey for s in seeds]
     assert seeds[:3] == [7, 8, 9] and len(seeds) == len(set(seeds)) == 3 + 4 * LOOKS
     assert all(torch.equal(a, b) for a, b in zip(result.x_hat, again.x_hat))
+    # and so has their noise, though a CPU's generator takes 32 bits
+    noise = [torch.randn(9, generator=torch.Generator().manual_seed(host_seed(int(s)))) for s in seeds]
+    assert len({tuple(v.tolist()) for v in noise}) == len(seeds)
     two = segment(image, model_of(), 2, seed=7, tiles=2)
     one = segment(image, model_of(), 1, seed=8, tiles=2)  # the second sample by itself
     assert alike(one.cells[0], again.cells[1]) == alike(two.cells[1], again.cells[1]) == 1

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import diffusion
 import train
 from answers.checkpoints import load_checkpoint
 from engine import NoGraph, lock, read, save_checkpoint
@@ -348,6 +349,45 @@ def test_out_of_memory_says_what_fits_and_that_works(tmp_path, monkeypatch, caps
     assert "Traceback" not in err
     if path == "torch":  # the interpreter is slow
         assert run(tmp_path, "--batch_size", "4", "--accumulate", "4", "--kernels", path) == 0
+
+
+def test_what_ends_a_run_loses_no_step(tmp_path, monkeypatch, capsys):
+    """A full device while a batch is made, or in validation: said, and saved."""
+    real, calls = train.make_batch, []
+
+    def make_batch(*a):
+        calls.append(0)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return real(*a)
+
+    monkeypatch.setattr(train, "make_batch", make_batch)
+    assert run(tmp_path, "--save_every", "100", "--eval_every", "100") == 2
+    assert "train.py: CUDA out of memory" in capsys.readouterr().err
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 2
+
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "make_batch", real)
+    monkeypatch.setattr("answers.segment.sample", no_memory)
+    assert run(tmp_path, "--save_every", "100", "--eval_every", "2", out="other") == 2
+    assert "memory does not hold one sample" in capsys.readouterr().err
+    assert torch.load(tmp_path / "other" / "ckpt.pt", weights_only=True)["step"] == 2
+
+
+def test_seeds_differ_in_all_that_is_drawn(tmp_path):
+    """A CPU's generator takes the low 32 bits of a seed alone."""
+    rows = []
+    for seed in ("0", "1"):
+        c = train.parse([*QUICK, "--preset", "tiny", "--seed", seed])
+        of_seed = train.build(c)
+        of_seed.train_data = train.datasets.load("shapes", "train", 16)
+        source = train.batches(c, of_seed, 0, None)
+        rows.append(next(source))
+        source.close()
+    assert not any(torch.equal(rows[0][k], rows[1][k]) for k in ("t", "eps"))
+    assert diffusion.host_seed(2**32 - 1) == 2**32 - 1  # of small ones, what it was
 
 
 def test_a_failed_compilation_gets_one_sentence(tmp_path, monkeypatch, capsys):
