@@ -341,9 +341,9 @@ def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1,
         pieces = zip(*(v.split(8) for v in (images, labels, sizes, u)))
         return tuple(torch.cat(v) for v in zip(*(augment(*piece, size, crop, jitter, detail,
                                                          turns, negative) for piece in pieces)))
-    u = u.to(device, non_blocking=device.type == "cuda").T  # (16 or 20, B)
+    u = u.to(device, non_blocking=device.type != "mps").T  # (16 or 20, B)
     x = recoloured(images, u, jitter, negative)
-    old = sizes.to(device, non_blocking=device.type == "cuda").T.float()  # (2, B): h, w
+    old = sizes.to(device, non_blocking=device.type != "mps").T.float()  # (2, B): h, w
     row, col = source_pixels(old, u, T, S, crop, detail, turns)
     last_row, last_col = old.view(2, B, 1, 1) - 1
     # (B, S, S), the label's

@@ -208,8 +208,8 @@ def draw(shape, d, generator=None, device=None, eps=True):
 
 def to_device(x, device):
     """A tensor of the host on a device, without a wait: from page-locked memory, where that is CUDA."""
-    cuda = torch.device(device).type == "cuda"  # elsewhere, x might be gone before it is copied
-    return (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
+    kind = torch.device(device).type  # on a Mac, x might be gone before it is copied
+    return (x.pin_memory() if kind == "cuda" else x).to(device, non_blocking=kind != "mps")
 
 
 def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=None, hints=None):

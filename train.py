@@ -330,7 +330,7 @@ def batches(c, run, step, kernel_options):
 
     def make(step):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-            parts = [v.to(run.device, non_blocking=bool(stream)) for v in next(source)]
+            parts = [v.to(run.device, non_blocking=run.device.type != "mps") for v in next(source)]
             return make_batch(c, run, step, parts, kernel_options), stream and stream.record_event()
 
     try:

@@ -118,7 +118,7 @@ def test_a_dead_process_ends_the_others_and_the_run_goes_on(tmp_path):
     assert second == -signal.SIGKILL and first not in (0, None)
     assert "Traceback" in (tmp_path / "two.0.txt").read_text()  # the error is shown
     assert ends(processes(2, tmp_path / "two")) == [0, 0]
-    assert "going on from step 2" in (tmp_path / "two.0.txt").read_text()
+    assert "going on from step 4" in (tmp_path / "two.0.txt").read_text()
     assert ends(processes(1, tmp_path / "one")) == [0]
     assert_same_run(tmp_path / "one", tmp_path / "two")
 

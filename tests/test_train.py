@@ -411,7 +411,7 @@ def test_a_failed_capture_ends_with_one_sentence_and_what_was_saved(tmp_path, mo
     assert err == ("train.py: no CUDA graph of a step (operation not permitted): use --graph off and run "
                    "the same "
                    "command again\n")
-    assert read(tmp_path / "run" / "ckpt.pt")["step"] == 2
+    assert read(tmp_path / "run" / "ckpt.pt")["step"] == 3
     monkeypatch.undo()
     assert run(tmp_path, "--graph", "off") == 0 and run(tmp_path, out="whole") == 0
     halves = weights(tmp_path, "run")
