@@ -76,11 +76,11 @@ def losses(out):
     return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
 
 
-def assert_same_run(a, b):
-    assert [line["step"] for line in losses(a)] == [line["step"] for line in losses(b)] == [1, 2, 3, 4, 5, 6]
-    torch.testing.assert_close(torch.tensor([line["loss"] for line in losses(a)]),
-                               torch.tensor([line["loss"] for line in losses(b)]),
-                               rtol=1e-4, atol=0)
+def assert_same_run(a, b, untold=()):
+    """untold: steps of b whose loss nobody could report."""
+    one, two = ({line["step"]: line["loss"] for line in losses(out)} for out in (a, b))
+    assert list(one) == [1, 2, 3, 4, 5, 6] and list(two) == [step for step in one if step not in untold]
+    assert all(two[step] == pytest.approx(one[step], rel=1e-4) for step in two)
     one, two = read(a / "ckpt.pt"), read(b / "ckpt.pt")
     for part in ("net", "ema"):
         for k, v in one[part].items():
@@ -120,7 +120,7 @@ def test_a_dead_process_ends_the_others_and_the_run_goes_on(tmp_path):
     assert ends(processes(2, tmp_path / "two")) == [0, 0]
     assert "going on from step 4" in (tmp_path / "two.0.txt").read_text()
     assert ends(processes(1, tmp_path / "one")) == [0]
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two", untold=(4,))
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
