@@ -14,6 +14,7 @@ import os
 import secrets
 import tempfile
 import threading
+import warnings
 import webbrowser
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,7 +35,6 @@ def options(argv=None):
 
 if __name__ == "__main__":
     options()  # before torch, whose import takes seconds: --help and mistakes end here
-
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy, whose products are small here
 
 import numpy as np
@@ -44,7 +44,7 @@ from answers import checkpoints, jobs, segment
 from answers.pictures import colours, overlaid, runs, shade
 from answers.prompts import strokes_map
 from engine import Threads, complaint, host_threads, pick_device, program
-from sample import MARK, grain_of, read_image, save, save_ids, save_json
+from sample import MARK, fault, grain_of, read_image, save, save_ids, save_json
 
 fail = complaint("page.py")
 N, FIRST, SEED, VIEW = 8, 4, 0, 800  # samples, those of a first answer, first seed; pixels of the side shown
@@ -112,12 +112,13 @@ class Desk:
         """The bytes of an image file; the oldest photo goes."""
         file = self.folder / secrets.token_hex(8)
         try:
-            with self.slow:
+            with self.slow, warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
                 file.write_bytes(data)
                 image = read_image(file)
-        except ValueError as e:
-            file.unlink()
-            raise ValueError(str(e).replace(str(file), name)) from None
+        except (ValueError, OSError) as e:  # OSError: a full disk, say
+            file.unlink(missing_ok=True)
+            raise ValueError(str(fault(file, e)).replace(str(file), name)) from None
         size = [max(1, round(side * VIEW / max(image.size))) for side in image.size]
         view = image.resize(size, Image.Resampling.LANCZOS)
         with self.news:
@@ -127,6 +128,7 @@ class Desk:
             self.news.notify_all()
         view.save(picture := io.BytesIO(), "JPEG", quality=95)
         return dict(photo=file.name, size=image.size, view=view.size,
+                    notes="".join(str(w.message).replace(f"{file}:", ";") for w in told),
                     image="data:image/jpeg;base64," + base64.b64encode(picture.getvalue()).decode())
 
     def wait(self, photo, version):
@@ -150,9 +152,8 @@ class Desk:
 
     def samples(self, photo, grain, **_):
         """Each sample's map, and where they disagree."""
-        p = self.photos[photo]
         with self.slow:
-            result = segment.summarise(p.job, p.view, self.model, grain_of(grain))
+            result = segment.summarise((p := self.photos[photo]).job, p.view, self.model, grain_of(grain))
         votes = Image.fromarray((result.boundary.numpy() * N).round().astype("u1")).resize(p.view.size, 0)
         return dict(samples=[runs(labels) for labels in result.enlarged()], boundary=runs(votes),
                     colours=colours(result.side).tolist(), shades=shade(np.linspace(0, 1, N + 1)).tolist())
@@ -181,9 +182,7 @@ class Desk:
 
 class Handler(BaseHTTPRequestHandler):
     timeout = 30  # seconds that a client may leave its connection silent
-
-    def log_message(self, *_):
-        """Says nothing of requests."""
+    log_message = lambda *_: None  # says nothing of requests
 
     def reply(self, status, body, kind="application/json", policy="default-src 'none'"):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -213,17 +212,18 @@ class Handler(BaseHTTPRequestHandler):
             data, act = self.rfile.read(int(length)), getattr(server.desk, self.path[1:])
             result = act(data) if self.path == "/open" else act(**json.loads(data))
             self.reply(200, *result) if isinstance(result, tuple) else self.reply(200, result)
-        except (ValueError, KeyError) as e:
-            gone = f"only the last {PHOTOS} photos are at hand: open this one again"
-            self.reply(400, dict(error=gone if isinstance(e, KeyError) else str(e)))
         except ConnectionError:
             pass  # the browser's tab was closed meanwhile
+        except (ValueError, KeyError, OSError) as e:
+            gone = f"only the last {PHOTOS} photos are at hand: open this one again"
+            self.reply(400, dict(error=gone if isinstance(e, KeyError) else str(e)))
     do_GET = do_POST
 
 
 @program("page.py", "start it again, and load the page anew")
 def main(argv=None):
     a = options(argv)
+    warnings.simplefilter("ignore", UserWarning)  # notices of files, which the page says
     with tempfile.TemporaryDirectory(prefix="bitseg-", ignore_cleanup_errors=True) as folder:
         try:
             device, ckpt = pick_device(a.device), a.ckpt or checkpoints.newest_checkpoint()

@@ -28,10 +28,11 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -113,9 +114,10 @@ from engine import (
     program,
     wait_for_all,
 )
-from sources.formats import IMAGE_TYPES, in_words, junk, read_image, read_label
+from sources.formats import IMAGE_TYPES, READING, in_words, junk, notice, read_image, read_label
 
 fail = complaint("sample.py")
+LONG = 4  # times its height, or width: a picture that is better cut into parts
 MARK = "bitseg sample.py"  # in every file written: others are never overwritten
 
 
@@ -181,13 +183,18 @@ def info_of(path):
                      f"another --out")
 
 
+# what a results folder holds; a copy by another name is the user's
+RESULTS = re.compile(r"(answer|(answer_)?overlay|labels_\d+|overlay_\d+|uncertainty|panel|panoptic)\.png"
+                     r"|segments\.(json|part)")
+
+
 def is_result(path):
     """Whether sample.py wrote a file, which may be cut off or empty now."""
     try:
         info_of(path)
     except ValueError:
-        return False
-    return path.suffix in (".png", ".json")
+        return path.name == "segments.part"
+    return RESULTS.fullmatch(path.name) is not None
 
 
 def done(folder, info):
@@ -282,11 +289,14 @@ def write_panoptic(out):
     it."""
     listed, found = None, []
     while listed != found or listed is None:  # again if others came meanwhile
-        listed, images, annotations = found, [], []
-        for i, name in enumerate(found, 1):
-            content = json.loads((out / name / "segments.json").read_text())
-            keys = ("id", "category_id", "area", "bbox", "iscrowd")
-            images.append({**content["images"][0], "id": i})
+        listed, images, annotations, taken = found, [], [], Counter()
+        contents = [json.loads((out / name / "segments.json").read_text()) for name in found]
+        taken.update(content["images"][0]["file_name"] for content in contents)
+        for i, (name, content) in enumerate(zip(found, contents), 1):
+            keys, image = ("id", "category_id", "area", "bbox", "iscrowd"), content["images"][0]
+            if taken[image["file_name"]] > 1:  # in several folders
+                image = {**image, "file_name": content["info"]["image"]}
+            images.append({**image, "id": i})
             annotations.append(dict(image_id=i, file_name=f"{name}.png",
                                     segments_info=[{k: s[k] for k in keys} for s in content["annotations"]]))
         save_json(out / "panoptic.json", dict(software=MARK), images, annotations,
@@ -323,6 +333,9 @@ def find_images(names):
             if not inside:
                 raise ValueError(f"{name}: no images in this folder itself; name the folders within, say "
                                  f"{name}/*/")
+            if any(d.is_dir() and any(p.suffix.lower() in IMAGE_TYPES for p in d.iterdir()
+                                      if not junk(p.name)) for d in name.iterdir() if not junk(d.name)):
+                notice(name, f"images in folders within it are left out: name these folders, say {name}/*/")
             files += inside
         else:
             files.append(name)
@@ -395,6 +408,8 @@ def arguments(argv):
         if (times := len(getattr(a, name))) > 1:
             raise ValueError(f"--{name} is given {times} times: one label map holds all ids")
         setattr(a, name, "".join(getattr(a, name)))
+    if any(not group.strip(" ;") for group in a.points):
+        raise ValueError("--points is empty: \"x,y x,y;x,y\", in pixels")
     a.points = ";".join(a.points)
     if not 0 < a.strength <= 1:
         raise ValueError(f"--strength must be above 0 and at most 1, not {a.strength}")
@@ -460,15 +475,16 @@ def prepare_run(a):
     make_folder(out)
     prompts = read_prompts(a, files[0]) if asked else {}
     hinted = prompts.get("hints", np.zeros(1)).any()
-    if a.closed and not hinted:
-        raise ValueError("--closed gives every pixel to a hint: name some with --points, --box or --hint")
+    if a.closed and (not hinted or prompts["hints"].max() == prompts["hints"][prompts["hints"] > 0].min()):
+        raise ValueError("--closed gives every pixel to a hint: name two or more with --points, --box or "
+                         "--hint")
     digests |= {k: digest(getattr(a, k)) for k in ("hint", "init") if getattr(a, k)}
     sampling = {k: v for k in ("steps", "guidance", "sampler", "smooth") if (v := getattr(a, k)) is not None}
     settings = {**sampling_of(model, hinted), **model.tidy, **sampling, "grain": a.grain, **asked,
                 **({"strength": a.strength} if a.init else {}), **({"closed": True} if a.closed else {}),
                 **({"tiles": a.tiles} if a.tiles != 1 else {})}
-    info = dict(software=MARK, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed, format=a.format,
-                **settings)
+    info = dict(software=MARK, reading=READING, checkpoint=str(ckpt), step=model.step, n=a.n, seed=a.seed,
+                format=a.format, **settings)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
         introduce(a, model, ckpt, settings)
@@ -504,6 +520,9 @@ def load(run, path):
         if done(run.folders[path], info) and run.options.resume:
             return f"{path}: done already"
         image = read_image(path)
+        if max(image.size) > LONG * min(image.size):
+            low = run.model.image_size * min(image.size) / max(image.size)
+            notice(path, f"its short side is seen at {low:.0f} pixels: cut so long a picture into parts")
         job = prepare(image, run.model, **run.prompts, seed=run.options.seed, tiles=run.options.tiles)
         return job, path, image.width * image.height, info
     except Exception as e:

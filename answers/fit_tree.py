@@ -38,7 +38,7 @@ from answers.jobs import prepare
 from answers.scoring import own_maps, share_who_drew
 from answers.segment import denoise, evidence_of
 from data import as_trained, originals, parse_parts, selection
-from engine import host_threads, pick_device
+from engine import host_threads, make_folder, pick_device, program
 from frame import subsample
 from sources.formats import in_words, notice, read_image
 
@@ -306,6 +306,7 @@ def fit_offset(drawn, net):
     return np.array([OFFSETS[int(worth.argmax())]])
 
 
+@program("fit_tree.py", "nothing is written; start it again")
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", required=True, help="a data set or several, see train.py; their training "
@@ -348,10 +349,19 @@ def main(argv=None):
             if not items:
                 raise ValueError(f"{name} has no image with labels")
             sets[k] = [items[k] for k in selection(items, a.limit or len(items))], weight, own
-        net, part = fit_sets(model, sets, a), Path(f"{a.out}.part")
-        with open(part, "wb") as f:
-            np.savez(f, **net)
-        part.replace(a.out)
+        part = Path(f"{a.out}.part")
+        make_folder(part.parent)
+        try:
+            open(part, "wb").close()  # before what may take an hour
+        except OSError as e:
+            raise ValueError(f"{part}: {e.strerror.lower()}; choose another --out") from None
+        try:
+            net = fit_sets(model, sets, a)
+            with open(part, "wb") as f:
+                np.savez(f, **net)
+            part.replace(a.out)
+        finally:
+            part.unlink(missing_ok=True)
     except (ValueError, OSError, RuntimeError) as e:  # RuntimeError: kernels that cannot be had
         print(f"fit_tree.py: {e}", file=sys.stderr)
         return 2

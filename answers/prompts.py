@@ -77,8 +77,9 @@ def network_hints(hints, height, width):
     names = np.unique(hints[hints > 0])
     small = shrink(hints, height, width)
     if lost := sorted(set(names.tolist()) - set(small.flat)):
-        raise ValueError(f"contradictory hints: id {lost[0]} shares all its pixels with others at the "
-                         f"network's {max(height, width)} pixels; make it larger or move it away")
+        raise ValueError(f"contradictory hints: number {lost[0]} (a map's id; boxes come first, then groups "
+                         f"of points) shares all its pixels with others at the network's "
+                         f"{max(height, width)} pixels; make it larger or move it away")
     return np.where(small > 0, np.searchsorted(names, small) + 1, 0)
 
 

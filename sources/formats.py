@@ -43,6 +43,7 @@ Image.init()
 IMAGE_TYPES = HEIC | {suffix for suffix, kind in Image.registered_extensions().items()
                       if (kind in Image.OPEN or kind == "MPO")
                       and kind not in ("EPS", "WMF", "GRIB", "BUFR", "HDF5", "MPEG")}
+READING = 9  # raised where files are read in another way than before
 LOOK = 192  # pixels of the longer side, at which a photo's contrast is judged
 LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "HEIF"}  # no type for ids
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -933,8 +934,8 @@ def open_image(path, size=None):
     with pillow(path) as image:
         deep = ";16" in str([tile[3] for tile in image.tile])  # Pillow keeps the higher 8 bits of colours
         full = image.size
-        if image.format == "TIFF" and image.n_frames > 1:
-            notice(path, f"of its {image.n_frames} pages, the first is taken: save the others as files")
+        if (pages := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+            notice(path, f"of its {pages} pages, the first is taken: save the others as files")
         if size:
             # decoded at 1/2, 1/4 or 1/8; at 2 `size`, the area filter after it would err twice as much
             image.draft(None, tuple(3 * side for side in fitted(*full, size)))
@@ -950,9 +951,12 @@ def open_image(path, size=None):
             image = Image.fromarray(eight_bits(path, np.asarray(image).astype(np.float64), image.mode != "F"))
         elif deep and np.percentile(np.asarray(image)[..., :-1 if "A" in image.mode else None], 99.9) < 64:
             raise ValueError("16 bits a colour, of which only the lower ones are used: save it with 8 bits")
-        if "A" in image.getbands() or "transparency" in image.info:  # on white
+        if "A" in image.getbands() or "transparency" in image.info:  # on white; if white itself, on black
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+            seen = np.asarray(image.resize((64, 64), Image.Resampling.BOX)).reshape(-1, 4).astype(float)
+            white = (seen[:, :3] * seen[:, 3:]).sum() > 3 * 225 * seen[:, 3].sum()
+            ground = (0, 0, 0, 255) if white else (255, 255, 255, 255)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
         image = stretched(path, image if image.mode == "RGB" else image.convert("RGB"))
         return image, full[::-1] if turn >= 5 else full
 

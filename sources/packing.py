@@ -29,14 +29,14 @@ import torch
 from tqdm import tqdm
 
 from frame import IGNORE, connected, fitted, resize_image, resize_label
-from sources.formats import HEIC, Notice, ids_of, in_words, open_image, pillow_heif, read_labels
+from sources.formats import HEIC, READING, Notice, ids_of, in_words, open_image, pillow_heif, read_labels
 
 try:
     import fcntl
 except ImportError:  # Windows: no lock between processes that pack
     fcntl = None
 
-VERSION = 9  # of packed data sets
+VERSION = READING, 7  # of packed data sets
 SAVE_EVERY = 5.0  # seconds of packing that a kill can cost
 
 
@@ -138,8 +138,12 @@ def pack(files, listing, cache, name, options, workers, max_bad):
     key = hashlib.sha256(made.encode()).hexdigest()[:8]
     target = cache / f"{name}-{options['size']}-{key}"
     if not is_complete(target):
-        cache.mkdir(parents=True, exist_ok=True)
-        with open(f"{target}.lock", "w") as lock:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            lock = open(f"{target}.lock", "w")
+        except OSError as e:
+            raise OSError(f"{cache}: {(e.strerror or str(e)).lower()}; choose another --cache") from None
+        with lock:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be packing the same
             if not is_complete(target):

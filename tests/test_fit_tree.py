@@ -283,6 +283,18 @@ def test_wrong_use_gets_one_sentence(folder, capsys, words, said):
     assert said in err and err.count("\n") == 1 and not (folder / "new.npz").exists()
 
 
+def test_where_nothing_can_be_written_is_said_before_hours_of_work(folder, monkeypatch, capsys):
+    monkeypatch.setattr(fit_tree, "fit_sets", lambda *_: {"weights": np.zeros(1)})
+    words = ["--ckpt", str(folder / "ckpt.pt"), "--dataset", str(folder / "two"), "--device", "cpu", "--out"]
+    assert fit_tree.main([*words, str(folder / "new/folder/t.npz")]) == 0
+    assert [p.name for p in (folder / "new/folder").iterdir()] == ["t.npz"]
+    monkeypatch.setattr(fit_tree, "fit_sets", lambda *_: pytest.fail("it was begun"))
+    (folder / "new/file").touch(), (folder / "new/t.npz.part").mkdir()
+    for name in ("file/x.npz", "t.npz"):
+        assert fit_tree.main([*words, str(folder / "new" / name)]) == 2
+        assert "choose another --out" in capsys.readouterr().err
+
+
 def test_maps_without_a_label_are_nothing_to_learn_from(folder, capsys):
     for k in range(3):
         Image.new("L", (32, 32)).save(folder / "two/labels" / f"{k}.png")

@@ -83,6 +83,21 @@ def test_of_a_stack_the_first_page_is_taken_and_it_is_said(tmp_path):
     pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
     with pytest.warns(UserWarning, match="stack.tif: of its 3 pages, the first is taken"):
         assert (np.asarray(read_image(tmp_path / "stack.tif")) == 10).all()
+    pages[0].save(tmp_path / "moving.gif", save_all=True, append_images=pages[1:])
+    with pytest.warns(UserWarning, match="moving.gif: of its 3 pages, the first is taken"):
+        assert np.asarray(read_image(tmp_path / "moving.gif")).std() == 0
+
+
+def test_what_is_white_and_transparent_around_it_is_seen(tmp_path):
+    """On black; of any other colour, on white."""
+    inside = np.zeros((40, 60), bool)
+    inside[10:30, 20:40] = True
+    for colour, ground in (((255,) * 3, 0), ((250, 240, 255), 0), ((200, 30, 30), 255), ((0,) * 3, 255)):
+        image = np.dstack([np.where(inside[..., None], colour, (9, 9, 9)), 255 * inside]).astype(np.uint8)
+        got = np.asarray(read_image(write(tmp_path / "x.png", image)))
+        assert (got[inside] == colour).all() and (got[~inside] == ground).all()
+    clear = write(tmp_path / "clear.png", np.zeros((6, 8, 4), np.uint8))  # nothing to be seen
+    assert (np.asarray(read_image(clear)) == 255).all()
 
 
 def test_pixels_that_are_no_numbers_and_integers_of_32_bits(tmp_path):

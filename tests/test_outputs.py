@@ -391,6 +391,16 @@ def test_resume_does_again_what_was_made_of_other_files(run, model, monkeypatch,
     assert again("--format", "coco_panoptic") == (0, True) and again() == (0, False)
 
 
+def test_photos_of_one_name_have_their_paths_in_panoptic_json(run, tmp_path):
+    for name in ("s1/IMG_1.jpg", "s2/IMG_1.jpg", "s2/x.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture().save(tmp_path / name)
+    assert run("s1", "s2", "--n", 1, "--format", "coco_panoptic") == 0
+    listed = json.loads((tmp_path / "samples/panoptic.json").read_text())
+    names = [image["file_name"] for image in listed["images"]]
+    assert sorted(names) == ["s1/IMG_1.jpg", "s2/IMG_1.jpg", "x.jpg"]
+
+
 def test_no_panoptic_png_of_an_earlier_answer_stays(run, tmp_path):
     picture().save("a.png"), picture(20, 20, 1).save("b.png")
     assert run("a.png", "--n", 1, "--format",

@@ -4,6 +4,7 @@
 """
 
 import base64
+import errno
 import fcntl
 import http.client
 import io
@@ -430,6 +431,29 @@ def test_a_file_that_is_no_image_gets_a_sentence(server, content, words):
     status, reply = server.get("POST", "/open", content)
     error = json.loads(reply)["error"]
     assert status == 400 and words in error and error.startswith("this file: ") and "/" not in error
+
+
+def test_what_a_file_is_read_like_is_said_on_the_page(server):
+    dark = Image.fromarray((np.asarray(photo()) // 8).astype(np.uint8))
+    assert server.open(dark)["notes"].startswith("; its contrast was raised")
+    assert server.open(photo())["notes"] == ""
+
+
+def test_a_full_disk_is_named_and_the_next_photo_opens(tmp_path, monkeypatch):
+    desk, real = page.Desk.__new__(page.Desk), Path.write_bytes
+    desk.folder, desk.slow, desk.news, desk.photos = tmp_path, threading.Lock(), threading.Condition(), {}
+
+    def full(path, data):
+        real(path, data[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = io.BytesIO()
+    photo().save(out, "PNG")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(ValueError, match="a.png: .*No space left on device"):
+            desk.open(out.getvalue(), "a.png")
+    assert not list(tmp_path.iterdir()) and desk.open(out.getvalue(), "a.png")["size"] == photo().size
 
 
 def test_wrong_requests_get_a_sentence(server):

@@ -4,6 +4,8 @@ import errno
 import itertools
 import json
 import os
+import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -127,10 +129,15 @@ def test_files_of_others_stay_when_folders_change_places(run):
     Path("samples/a/more").mkdir(parents=True)
     Path("samples/a/more/notes.txt").write_text("mine"), Path("samples/a/list.json").write_text("[]")
     for n in (3, 1):
+        if n == 1:  # copies of what was written, kept by other names
+            copies = {"answer_3.png": "answer.png", "3.json": "segments.json", "my_00.png": "labels_00.png"}
+            for copy, name in copies.items():
+                shutil.copy(f"samples/a/{name}", f"samples/a/{copy}")
         assert run("a.png", "--n", n) == 0
         assert len(list(Path("samples/a").glob("labels_*.png"))) == n
     assert Path("samples/a/more/notes.txt").read_text() == "mine"
     assert Path("samples/a/list.json").read_text() == "[]"
+    assert all(Path("samples/a", copy).exists() for copy in copies)
 
 
 def test_resume_counts_on_nothing_that_is_not_there(run, capsys):
@@ -271,7 +278,7 @@ def test_two_dashes_end_the_options(run):
 @pytest.mark.parametrize("words", [
     ["--n", "9" * 12], ["--steps", "9" * 12], ["--batch", "9" * 12], ["--guidance", "1e30"],
     ["--smooth", "1e30"], ["--least", "9" * 30], ["--merge", "1e300"], ["--grain", "²"],
-    ["--strength", "nan"], ["--points", "1e999,0"],
+    ["--strength", "nan"], ["--points", "1e999,0"], ["--points", ""], ["--points", " ; "],
     ["--box", "nan,0,9,9"], ["--hint", "m.png", "--hint", "m.png"], ["--init", "m.png", "--init", "m.png"],
     ["--device", "cuda:-1"], ["--seed", "-1"]])
 def test_numbers_out_of_range_get_one_sentence(run, capsys, words):
@@ -279,6 +286,21 @@ def test_numbers_out_of_range_get_one_sentence(run, capsys, words):
     assert run("a.png", *words) == 2
     err = capsys.readouterr().err
     assert err.startswith("sample.py: ") and err.count("\n") == 1
+
+
+def test_folders_within_a_folder_and_long_pictures_are_told(run):
+    Path("d/within").mkdir(parents=True), Path("e/none").mkdir(parents=True)
+    for path in ("d/a.png", "d/within/b.png", "e/a.png"):
+        picture().save(path)
+    with pytest.warns(UserWarning, match="d: images in folders within it are left out: .*d/[*]/"):
+        assert [p.name for p in sample.find_images(["d"])] == ["a.png"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(sample.find_images(["e", "d/within"])) == 2
+    picture(400, 20).save("long.png"), picture(80, 20).save("four.png")
+    with pytest.warns(UserWarning, match="long.png: its short side is seen at .* pixels") as told:
+        assert run("long.png", "four.png", "--n", 1) == 0
+    assert len(told) == 1
 
 
 def test_no_image_gets_one_sentence(run, capsys):

@@ -220,7 +220,7 @@ def test_clicks_are_held_and_closed_leaves_nothing_else(ckpt, tmp_path, capsys):
         assert [len(s) for s in held] == [1] * 4 and len(set().union(*held)) == 4
     assert set(label.flat) == set().union(*held)
     assert run(ckpt, tmp_path, tmp_path / "a.png", "--n", 2, "--closed") == 2
-    assert "--closed gives every pixel to a hint: name some" in capsys.readouterr().err
+    assert "--closed gives every pixel to a hint: name two" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, words", [
