@@ -76,8 +76,8 @@ def options(argv):
                    help="label map: pixels of one id belong together, of different ids apart; 0 is free")
     p.add_argument("--points", action="append", default=[],
                    help='groups of clicks "x,y x,y;x,y", in pixels from the top left corner; may be repeated')
-    p.add_argument("--box", action="append", default=[], help="x0,y0,x1,y1 about one segment; may be "
-                                                              "repeated")
+    p.add_argument("--box", action="append", default=[], help="x0,y0,x1,y1 about one segment, which "
+                                                              "ends there; may be repeated")
     p.add_argument("--init", action="append", default=[], help="label map to start from; 0 is free")
     p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, "
                                                                "at most 1")
@@ -101,7 +101,7 @@ from tqdm import tqdm
 from answers.checkpoints import SAMPLERS, SHIPPED, Model, load_checkpoint, newest_checkpoint, set_tidy
 from answers.jobs import prepare, tiles_of
 from answers.pictures import colours, grid, overlaid, panel, shade, uncertainty
-from answers.prompts import hint_map
+from answers.prompts import boxes_by_id, hint_map
 from answers.segment import denoise, sampling_of, summarise
 from answers.tree import GRAINS
 from engine import (
@@ -362,7 +362,9 @@ def read_prompts(a, path):
             boxes = [(x0, y0, x1, y1) for x0, y0, x1, y1 in (map(float, box.split(",")) for box in a.box)]
         except ValueError:
             raise ValueError(f"--box {' '.join(a.box)} is not of the form x0,y0,x1,y1") from None
-        given["hints"] = hint_map(width, height, a.points, boxes, read_label(a.hint) if a.hint else None)
+        drawn = read_label(a.hint) if a.hint else None
+        given["hints"] = hint_map(width, height, a.points, boxes, drawn)
+        given["boxes"] = boxes_by_id(boxes, drawn)
     if a.init:
         given["init"] = read_label(a.init)
     return given

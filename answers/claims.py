@@ -199,21 +199,27 @@ def flood(leaves, score):
     return owner
 
 
-def claims(evidence, tree, hints, net=None, closed=False, offset=0.0):
+def claims(evidence, tree, hints, net=None, closed=False, offset=0.0, within=None):
     """The hint (n,) that each leaf of a tree belongs to, from 1; 0 = none, which happens unless closed.
 
     tree: grown with these hints (h, w), numbers from 1 to K, 0 = none. net: of `tree.learnt`; None: the
     samples alone decide. A segment of the tree, cut at the normal grain with this offset, stays as it is
-    where no hint lies in it and none wants it by enough (see WANTED).
+    where no hint lies in it and none wants it by enough (see WANTED). within (K, h, w) bool: where each
+    hint's segment may lie, which, unless closed, has no leaf whose larger part lies elsewhere.
     """
     leaves = leaves_of(evidence, tree, hints)
     owner, piece = first_owner(leaves), tree.of_leaves(tree.cut("normal", offset + PIECES))
+    barred = np.zeros((len(owner), hints.max()), bool)  # (n, K)
+    if within is not None:
+        share = [np.bincount(tree.region.ravel(), inside.ravel()) / leaves.area for inside in within]
+        barred = (np.stack(share, axis=1) < 0.5) & (leaves.held == 0)[:, None]
     for _ in range(ROUNDS):
-        score = piece_odds(leaves, piece, odds(leaves, owner, net))
+        score = np.where(barred, -99, piece_odds(leaves, piece, odds(leaves, owner, net)))
         owner = np.where(score.max(1) > 0, score.argmax(1) + 1, 0)
     owner = flood(leaves, score)
     if closed:
         return owner
+    owner = np.where(barred[np.arange(len(owner)), owner - 1], 0, owner)
     segment = tree.of_leaves(tree.cut("normal", offset))
     held, area = np.bincount(segment, leaves.held) > 0, np.bincount(segment, leaves.area)
     wish = np.stack([np.bincount(segment, leaves.area * s) / area for s in score.clip(-6, 6).T], axis=1)

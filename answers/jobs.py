@@ -34,6 +34,7 @@ class Job:
     photo: np.ndarray  # (h, w, 3) uint8: its valid part, at the label map's resolution
     x_hat: list  # of (C, h, w)
     hints: np.ndarray | None = None  # (H, W), at the image's own size: ids, 0 = none
+    boxes: dict | None = None  # {id of hints: (x0, y0, x1, y1)}, in which its segment lies
     # (C, S, S): bits of the hints, 0 elsewhere, for a network that sees hints
     known: torch.Tensor | None = None
     init: torch.Tensor | None = None  # (C, S, S): bits to start from, 0 where there are none
@@ -92,11 +93,12 @@ def tiles_of(given, model=None):
     return given if given == "auto" else int(given)
 
 
-def prepare(image, model, hints=None, init=None, seed=0, tiles=None):
+def prepare(image, model, hints=None, init=None, seed=0, tiles=None, boxes=None):
     """PIL image -> Job. hints (H, W): ids, pixels of one id belong together, of different ids apart; init (H,
     W): ids to start from; both 0 where not given. tiles: t looks closer at t x t overlapping tiles, besides;
-    "auto": at as many as the size of what is found asks for, up to 4 x 4; None: as `tiles_of` has it. Raises
-    ValueError for an image without pixels and for prompts that do not fit."""
+    "auto": at as many as the size of what is found asks for, up to 4 x 4; None: as `tiles_of` has it. boxes:
+    {id of the hints: (x0, y0, x1, y1)}, in which its segment lies (prompts.boxes_by_id). Raises ValueError
+    for an image without pixels and for prompts that do not fit."""
     if image.mode != "RGB" or 0 in image.size:
         raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {image.width} x "
                          f"{image.height} of mode {image.mode}: formats.read_image gives one, upright, of "
@@ -106,7 +108,7 @@ def prepare(image, model, hints=None, init=None, seed=0, tiles=None):
     if (hints is not None or init is not None) and not any(v is not None and v.any() for v in (hints, init)):
         raise ValueError("hints and initial map are empty: no pixel has an id above 0")
     (job,) = jobs_of(image, model, hints, init, seed, 1)
-    job.hints = hints
+    job.hints, job.boxes = hints, boxes
     if tiles == "auto":
         job.closer = [jobs_of(image, model, hints, init, seed, t) for t in (2, 3, 4)]
     else:

@@ -16,6 +16,24 @@ CLICK = 0.005  # radius of a click, as a share of the longer side: about one of 
 HINTS = 225  # strokes of so many ids at most: they are kept in 8 bits, with colours of their own
 
 
+def boxes_by_id(boxes, drawn=None):
+    """{id in `hint_map`: box}: large ones first, after the ids that are drawn."""
+    first = 1 if drawn is None else max(0, int(drawn.max())) + 1
+    return dict(enumerate(sorted(boxes, key=lambda b: (b[0] - b[2]) * (b[3] - b[1])), first))
+
+
+def within_boxes(boxes, hints, height, width):
+    """Where each hint's segment may lie: (K, height, width) bool, in the order of the ids in hints (H, W);
+    boxes {id: (x0, y0, x1, y1)}, in the hints' pixels."""
+    (H, W), names = hints.shape, np.unique(hints[hints > 0])
+    y, x = ((np.arange(n) + 0.5) * of / n for n, of in ((height, H), (width, W)))
+    out = np.ones((len(names), height, width), bool)
+    for inside, name in zip(out, names.tolist()):
+        x0, y0, x1, y1 = boxes.get(name, (0, 0, W, H))
+        inside &= ((y0 <= y) & (y <= y1))[:, None] & (x0 <= x) & (x <= x1)
+    return out
+
+
 def hint_map(width, height, points="", boxes=(), drawn=None):
     """Points, boxes and drawn hints as one hint map (height, width), of integers. Raises ValueError.
 
@@ -30,14 +48,14 @@ def hint_map(width, height, points="", boxes=(), drawn=None):
         raise ValueError(f"the hint has {drawn.shape[1]} x {drawn.shape[0]} pixels, but the image {width} x "
                          f"{height}")
     first = 1 if drawn is None else max(0, int(drawn.max())) + 1  # the first id not taken
-    for i, (x0, y0, x1, y1) in enumerate(sorted(boxes, key=lambda b: (b[0] - b[2]) * (b[3] - b[1]))):
+    for i, (x0, y0, x1, y1) in boxes_by_id(boxes, drawn).items():
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise ValueError(f"box {x0:g},{y0:g},{x1:g},{y1:g} does not lie in the image of {width} x "
                              f"{height} pixels")
         at = slice(int(y0), int(y1) + 1), slice(int(x0), int(x1) + 1)
         down, across = (2 * y[at[0]] + 1 - y0 - y1) / (y1 - y0), (2 * x[at[1]] + 1 - x0 - x1) / (x1 - x0)
-        out[at][down**2 + across**2 <= 0.25] = first + i
-        out[int((y0 + y1) / 2), int((x0 + x1) / 2)] = first + i  # at least one pixel
+        out[at][down**2 + across**2 <= 0.25] = i
+        out[int((y0 + y1) / 2), int((x0 + x1) / 2)] = i  # at least one pixel
     try:
         clicks = [(g, *map(float, p.split(","))) for g, group in enumerate(points.split(";"))
                   for p in group.split()]

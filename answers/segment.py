@@ -28,7 +28,7 @@ from answers.checkpoints import Model, odds_of
 from answers.checkpoints import load_checkpoint as load_checkpoint  # for users: with `segment`, all they need
 from answers.claims import claims
 from answers.jobs import prepare
-from answers.prompts import checked, network_hints
+from answers.prompts import checked, network_hints, within_boxes
 from bits import entropy, locate
 from diffusion import kernel_options, sample
 from engine import NoGraph, as_cuda_graph, out_of_memory
@@ -90,27 +90,28 @@ class Segmentation:
         together = max(1, 2**22 // (image.width * image.height))  # of a small photo, they share the weights
         return (one for some in self.cells.split(together) for one in enlarge(some, image, calm))
 
-    def cut(self, grain="normal", hints=None, closed=False):
+    def cut(self, grain="normal", hints=None, closed=False, boxes=None):
         """Another Answer from the same samples, in milliseconds.
 
         grain: coarse, normal, fine, or a number of segments. hints (H, W): ids, 0 = free (`hint_map`): pixels
-        of one id are together, those of two apart. closed: every pixel belongs to a hint. Raises ValueError
-        for hints that do not fit.
+        of one id are together, those of two apart. closed: every pixel belongs to a hint. boxes: {id: (x0,
+        y0, x1, y1)}, in which its segment lies, but for a few pixels, unless closed. Raises ValueError for
+        hints that do not fit.
         """
         hints = checked("hint", hints, self.image)
-        grown, labels = joined(self.evidence, self.model, grain, hints, closed)
+        grown, labels = joined(self.evidence, self.model, grain, hints, closed, boxes)
         return answer(grown, labels, self, hints)
 
 
 def segment(image, model, n=8, seed=0, grain="normal", closed=False, hints=None, init=None, tiles=None,
-            **options):
+            boxes=None, **options):
     """n samples for one PIL image and their joint answer: a Segmentation. Sample j has the seed `seed` + j.
 
-    grain, closed: as `Segmentation.cut` has them; hints, init, tiles: as `prepare`; options: as `denoise`.
-    Every tile is sampled LOOKS times, for the samples in turn. The same seed gives the same map, whatever
-    else is sampled beside it: on the CPU to the last bit at batch 1.
+    grain, closed: as `Segmentation.cut` has them; hints, init, tiles, boxes: as `prepare`; options: as
+    `denoise`. Every tile is sampled LOOKS times, for the samples in turn. The same seed gives the same map,
+    whatever else is sampled beside it: on the CPU to the last bit at batch 1.
     """
-    job = prepare(image, model, hints, init, seed, tiles)
+    job = prepare(image, model, hints, init, seed, tiles, boxes)
     return summarise(next(denoise([job], model, n, **options)), image, model, grain, closed)
 
 
@@ -269,13 +270,14 @@ def rise(tile, shape):
     return out[0][:, None] * out[1]
 
 
-def joined(evidence, model, grain="normal", hints=None, closed=False):
-    """Evidence -> its tree, and the map (h, w) that is cut from it. hints: (H, W) ids at any size, 0 =
-    none."""
+def joined(evidence, model, grain="normal", hints=None, closed=False, boxes=None):
+    """Evidence -> its tree, and the map (h, w) that is cut from it. hints: (H, W) ids at any size, 0 = none;
+    boxes: {id: box}, in the hints' pixels."""
     hint = None if hints is None or not hints.any() else network_hints(hints, *evidence.low.shape)
     net, offset = odds_of(model)
     grown = tree.regrow(evidence, net, hint, model.tidy["least"])
-    claimed = None if hint is None else claims(evidence, grown, hint, net, closed, offset)
+    within = within_boxes(boxes, hints, *evidence.low.shape) if boxes else None
+    claimed = None if hint is None else claims(evidence, grown, hint, net, closed, offset, within)
     return grown, grown.cut(grain, offset, claimed)
 
 
@@ -352,7 +354,7 @@ def summarise(job, image, model, grain="normal", closed=False):
         bits = F.interpolate(bits, (tall, wide), mode="bilinear")[0, 0]
     result = Segmentation(None, cells, side, agreement(cells), boundary[0], bits, x_hat, image,
                           evidence_of(job, codec), model)
-    result.answer = result.cut(grain, job.hints, closed)
+    result.answer = result.cut(grain, job.hints, closed, job.boxes)
     return result
 
 

@@ -203,6 +203,24 @@ def test_alike_samples_decide_without_a_network():
         assert same(owner, cells[0]) and owner[0, 0] == 1 and owner[0, 19] == 2
 
 
+def test_a_box_bounds_its_segment_and_no_other():
+    """All samples say one segment; leaves whose larger part lies outside the first hint's box are not its."""
+    evidence = evidence_of(5, 24, 30, 2, 4)
+    hints, net = hints_at((24, 30), (1, (12, 8)), (2, (2, 27))), network(0)
+    grown = grow(evidence, net, hints)
+    within = np.ones((2, 24, 30), bool)
+    within[0] = False
+    within[0, 6:18, 2:15] = True
+    for offset in (-2.0, 0.0):
+        free, bound = (claims(evidence, grown, hints, net, False, offset, limit) for limit in (None, within))
+        for leaf in range(grown.graph.n):
+            share = within[0][grown.region == leaf].mean()
+            assert bound[leaf] != 1 or share >= 0.5 or hints[grown.region == leaf].any()
+        every = claims(evidence, grown, hints, net, False, offset, np.ones_like(within))
+        assert (every == free).all()
+    assert (claims(evidence, grown, hints, net, True, 0.0, within) > 0).all()  # closed leaves nothing
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_hints_are_kept_at_every_size(data):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from answers.checkpoints import Model
 from answers.jobs import prepare
-from answers.prompts import hint_map
+from answers.prompts import boxes_by_id, hint_map, within_boxes
 from answers.segment import denoise, joined, segment
 from bits import Codec
 from diffusion import Diffusion, alpha_sigma, sample
@@ -95,6 +95,19 @@ def test_a_hint_map_of_points_and_boxes():
     assert ids[50, 190] == 7 and ids[50, 188] == 8  # what is drawn lies over discs
     near = hint_map(200, 100, "50,50;51,50")  # discs that would touch are smaller
     assert near[50, 50] != near[50, 51] and (near > 0).sum() == 2
+
+
+def test_where_boxes_let_their_segments_lie():
+    boxes = [(10, 5, 60, 45), (0, 0, 100, 50)]
+    hints = hint_map(100, 50, "80,20", boxes)
+    found = boxes_by_id(boxes)
+    assert found == {1: (0, 0, 100, 50), 2: (10, 5, 60, 45)} and hints[25, 35] == 2 and hints[20, 80] == 3
+    within = within_boxes(found, hints, 25, 50)  # at half the size
+    for y, x in np.ndindex(25, 50):
+        assert within[:, y, x].tolist() == [True, 10 <= 2 * x + 1 <= 60 and 5 <= 2 * y + 1 <= 45, True]
+    drawn = np.zeros((50, 100), np.int64)
+    drawn[0, 0] = 4
+    assert boxes_by_id(boxes, drawn).keys() == {5, 6}
 
 
 @pytest.mark.parametrize("points, boxes, words", [
