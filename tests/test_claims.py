@@ -218,7 +218,16 @@ def test_a_box_bounds_its_segment_and_no_other():
             assert bound[leaf] != 1 or share >= 0.5 or hints[grown.region == leaf].any()
         every = claims(evidence, grown, hints, net, False, offset, np.ones_like(within))
         assert (every == free).all()
-    assert (claims(evidence, grown, hints, net, True, 0.0, within) > 0).all()  # closed leaves nothing
+    closed = claims(evidence, grown, hints, net, True, 0.0, within)  # leaves nothing: to the other one
+    outside = np.bincount(grown.region.ravel(), within[0].ravel()) < 0.5 * np.bincount(grown.region.ravel())
+    assert (closed > 0).all() and (closed[outside] == 2).all()
+    # where no other is, it ends there as well
+    alone = hints_at((24, 30), (1, (12, 8)))
+    grown = grow(evidence, net, alone)
+    outside = np.bincount(grown.region.ravel(), within[0].ravel()) < 0.5 * np.bincount(grown.region.ravel())
+    for limit, most in ((None, len(outside)), (within[:1], 0)):
+        owner = claims(evidence, grown, alone, net, False, -9.0, limit)  # one segment
+        assert (owner[outside] == 1).sum() == min(most, outside.sum()) and outside.any()
 
 
 @settings(max_examples=40, deadline=None)

@@ -81,7 +81,7 @@ def test_locate_with_hints(segments, side, share):
     assert torch.equal(kernels.locate(labels, side, labels_below=segments, hints=turned), true)
     if segments < 256:
         whole = labels.clamp(min=0)
-        got = kernels.locate(whole.to(torch.uint8), side, labels_below=segments, hints=hints)
+        got = kernels.locate(whole.to(torch.uint8), side, labels_below=256, hints=hints)
         assert torch.equal(got, bits.locate(whole, side, hints=hints))
     assert share == 0 or not torch.equal(true, bits.locate(labels, side))
 

@@ -214,7 +214,7 @@ def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
         sizes.append(len(image))
         assert not any(of() is not None for of in held)
         maps = image + 1
-        held.append(weakref.ref(maps))
+        held.extend((weakref.ref(maps), weakref.ref(image)))
         if len(image) > 2:
             raise torch.OutOfMemoryError("no")
         return real(net, image=maps - 1, **options)

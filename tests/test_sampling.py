@@ -150,8 +150,9 @@ def test_a_seed_gives_the_same_sample_in_every_batch(sampler):
 def test_another_seed_gives_another_sample():
     cells, x0, image, valid = scene()
     model = lambda x, t: torch.tanh(2 * x[:, :6])
-    a, b = sample(model, image[[1, 1]], valid[[1, 1]], 6, [1, 2], Diffusion(), identity)
-    assert not torch.equal(a, b)
+    for other in (2, 1 + 2**32, 1 + 2**52):
+        a, b = sample(model, image[[1, 1]], valid[[1, 1]], 6, [1, other], Diffusion(), identity)
+        assert not torch.equal(a, b)
 
 
 def test_the_border_is_zero_at_every_step():
