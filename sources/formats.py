@@ -963,16 +963,16 @@ def open_image(path, size=None):
 
 def stretched(path, image):
     """An RGB image; if nearly all of its values (from the 0.1st to the 99.9th percentile) lie in less than
-    half of the range, as in a fluorescence microscope's, spread over all of it, but at most 8 times as far
+    two thirds of the range, as in a fluorescence microscope's, spread over all of it, but at most 8 times as far
     apart: networks and people see little in such an image, and in one of less contrast it may be noise."""
     small = image  # as a network sees it; of a JPEG that is decoded smaller, the same
     if max(image.size) > LOOK:
         small = image.resize(fitted(*image.size, LOOK), Image.Resampling.BOX)
     count = np.reshape(small.histogram(), (3, 256)).sum(0).cumsum()
     low, high = (int(v) for v in np.searchsorted(count, (0.001 * count[-1], 0.999 * count[-1])))
-    if high == low or high - low >= 128:
+    if high == low or high - low >= 170:
         return image
-    notice(path, "its contrast was raised, as its values fill less than half of the range")
+    notice(path, "its contrast was raised, as its values fill less than two thirds of the range")
     gain, middle = min(255 / (high - low), 8), (low + high) / 2
     return image.point([min(255, max(0, round((v - middle) * gain + 127.5))) for v in range(256)] * 3)
 

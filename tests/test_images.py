@@ -71,7 +71,7 @@ def test_little_contrast_is_raised_and_said_alike_for_answers_and_for_training(t
     _, (seen,), _, _, _, notices = convert(item, 64, "segment", False)
     expected, _ = resize_image(image, 64, (32, 64))
     assert notices and np.abs(seen[:, :32].astype(int) - expected[:, :32]).mean() < 15
-    for name, whole in (("usual", r.integers(60, 200, (40, 60, 3))), ("one", np.full((40, 60, 3), 90))):
+    for name, whole in (("usual", r.integers(40, 220, (40, 60, 3))), ("one", np.full((40, 60, 3), 90))):
         whole = whole.astype(np.uint8)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
