@@ -12,7 +12,7 @@ from frame import fitted, normalise, resize_image, resize_label
 from sources.formats import Item, open_image, read_image, read_label, sizes_of
 from sources.packing import DONE, convert
 
-PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)  # 8 wide, 6 high
+PIXEL = (np.arange(6 * 8 * 3) * 255 // 143).astype(np.uint8).reshape(6, 8, 3)  # 8 wide, 6 high
 LABEL = np.repeat(np.arange(8, dtype=np.uint8)[None] // 3 * 50, 6, 0)  # three bands: 0, 50, 100
 
 
