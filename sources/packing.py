@@ -36,7 +36,7 @@ try:
 except ImportError:  # Windows: no lock between processes that pack
     fcntl = None
 
-VERSION = f"{READING}.7"  # of packed data sets
+VERSION = 100 * READING + 7  # of packed data sets
 SAVE_EVERY = 5.0  # seconds of packing that a kill can cost
 
 
