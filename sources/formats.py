@@ -963,8 +963,9 @@ def open_image(path, size=None):
 
 def stretched(path, image):
     """An RGB image; if nearly all of its values (from the 0.1st to the 99.9th percentile) lie in less than
-    two thirds of the range, as in a fluorescence microscope's, spread over all of it, but at most 8 times as far
-    apart: networks and people see little in such an image, and in one of less contrast it may be noise."""
+    two thirds of the range, as in a fluorescence microscope's, spread over all of it, but at most 8 times as
+    far apart: networks and people see little in such an image, and in one of less contrast it may be
+    noise."""
     small = image  # as a network sees it; of a JPEG that is decoded smaller, the same
     if max(image.size) > LOOK:
         small = image.resize(fitted(*image.size, LOOK), Image.Resampling.BOX)
