@@ -24,7 +24,7 @@ from answers.segment import segment
 from answers.tree import gather, lab
 from diffusion import Diffusion
 from model import UNet
-from sources.formats import Item
+from sources.formats import Item, read_image
 
 
 def depth(mask, y, x):
@@ -273,7 +273,7 @@ def test_tiles_see_the_clicks_too(model, scene):
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.05)
     hinted = dataclasses.replace(model, net=net, diffusion=Diffusion(hints=0.5))
-    photo = Image.open(files[1].image)
+    photo = read_image(files[1].image)
     data = Packed(maps, files)
     data.get = lambda i: (torch.from_numpy(np.array(photo.resize((16, 12))))[None], None, [(12, 16)])
     data.photo = lambda i: np.array(photo.resize((16, 12)))

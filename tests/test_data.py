@@ -15,7 +15,7 @@ from sources import packing
 from sources.formats import find_folder, read_image, read_label
 from sources.scenes import draw_scene, paint
 
-PIXEL = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)  # 8 wide, 6 high
+PIXEL = (np.arange(6 * 8 * 3) * 250 // 143).astype(np.uint8).reshape(6, 8, 3)  # 8 wide, 6 high
 LABEL = np.repeat(np.arange(8, dtype=np.uint8)[None] // 3 * 50, 6, 0)  # three bands: 0, 50, 100
 
 
