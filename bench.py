@@ -333,7 +333,8 @@ def stages_of(packed, B, device, seconds):
         return kernels.locate(labels, codec.side, labels_below=packed.labels_below)
 
     def everything():
-        images, labels, sizes, u = (part.to(device, non_blocking=True) for part in next(source))
+        images, labels, sizes, u = (part.to(device, non_blocking=torch.device(device).type != "mps")
+                                    for part in next(source))
         x, inside, labels = data.augment(images, labels, sizes, u)
         return x, codec.encode(palette(labels))
 

@@ -281,8 +281,9 @@ def fit_state(optimizer):
 
 def out_of_memory(e):
     """Whether an exception says so, on any device."""
+    # "engine": what cuDNN's benchmark says; "hold": what segment.denoise does
     phrases = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED",
-               "unable to find an engine")  # which is what cuDNN's benchmark says
+               "unable to find an engine", "memory does not hold")
     return isinstance(e, torch.OutOfMemoryError) or any(phrase in str(e) for phrase in phrases)
 
 

@@ -289,9 +289,9 @@ def write_panoptic(out):
     it."""
     listed, found = None, []
     while listed != found or listed is None:  # again if others came meanwhile
-        listed, images, annotations, taken = found, [], [], Counter()
+        listed, images, annotations = found, [], []
         contents = [json.loads((out / name / "segments.json").read_text()) for name in found]
-        taken.update(content["images"][0]["file_name"] for content in contents)
+        taken = Counter(content["images"][0]["file_name"] for content in contents)
         for i, (name, content) in enumerate(zip(found, contents), 1):
             keys, image = ("id", "category_id", "area", "bbox", "iscrowd"), content["images"][0]
             if taken[image["file_name"]] > 1:  # in several folders

@@ -1002,8 +1002,9 @@ def train(c, run):
               f"again to go on")
         return 128 + (t.stop[0] if t.stop else signal.SIGTERM)
     except (RuntimeError, ValueError, datasets.Unread) as e:
-        status = t.give_up((str(e).strip() or type(e).__name__).splitlines()[0])
-        if isinstance(e, (ValueError, datasets.Unread)) or out_of_memory(e):
+        words, full = (str(e).strip() or type(e).__name__).splitlines()[0], out_of_memory(e)
+        status = t.give_up(f"{words}; add --accumulate, and run the same command again" if full else words)
+        if full or isinstance(e, datasets.Unread):
             return status
         raise
     finally:
