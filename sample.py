@@ -333,8 +333,9 @@ def find_images(names):
             if not inside:
                 raise ValueError(f"{name}: no images in this folder itself; name the folders within, say "
                                  f"{name}/*/")
-            if any(d.is_dir() and any(p.suffix.lower() in IMAGE_TYPES for p in d.iterdir()
-                                      if not junk(p.name)) for d in name.iterdir() if not junk(d.name)):
+            within = [d for d in name.iterdir() if d.is_dir() and not junk(d.name) and os.access(d, os.R_OK)]
+            if any(p.suffix.lower() in IMAGE_TYPES and not junk(p.name) for d in within
+                   if not (d / "segments.json").exists() for p in d.iterdir()):  # which has results
                 notice(name, f"images in folders within it are left out: name these folders, say {name}/*/")
             files += inside
         else:

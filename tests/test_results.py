@@ -294,6 +294,7 @@ def test_folders_within_a_folder_and_long_pictures_are_told(run):
         picture().save(path)
     with pytest.warns(UserWarning, match="d: images in folders within it are left out: .*d/[*]/"):
         assert [p.name for p in sample.find_images(["d"])] == ["a.png"]
+    Path("e/result").mkdir(), picture().save("e/result/answer.png"), Path("e/result/segments.json").touch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(sample.find_images(["e", "d/within"])) == 2
