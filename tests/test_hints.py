@@ -253,9 +253,11 @@ def test_pixel_weights(balance):
     cells = torch.full((2, 8, 8), 3)
     cells[0, :2, :2], cells[0, 7], cells[1] = 0, -1, 2
     weight = train.pixel_weights(cells, 4, balance)
-    small, large = weight[0, 0, 0], weight[0, 4, 4]
+    small, large = weight[0, 0, 0], weight[0, 6, 6]
+    near = 5 * 5  # the segment's 2 x 2 pixels and three beside it, below and to the right
     assert torch.allclose(small / large, torch.tensor((52 / 4) ** balance))
-    assert torch.allclose(4 * small + 52 * large, torch.tensor(56.0)) and not weight[0, 7].any()
+    assert weight[0, 4, 4] == weight[0, 0, 4] == small and weight[0, 5, 0] == weight[0, 0, 5] == large
+    assert torch.allclose(near * small + (56 - near) * large, torch.tensor(56.0)) and not weight[0, 7].any()
     assert torch.allclose(weight[1], torch.ones(8, 8))  # one segment alone
     one = Diffusion(loss="bce")
     drawn = draw((2, 2, 8, 8), one, torch.Generator().manual_seed(0))
