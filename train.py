@@ -407,9 +407,9 @@ def cells_of(labels, numbers, hints, c, run, kernel_options):
 
 def pixel_weights(cells, classes, balance):
     """What each pixel of cells (B, H, W) below classes, -1 = ignored, counts in the loss: (B, H, W), 0 where
-    ignored, 1 on average elsewhere; balance: the power of its segment's area by which it counts less. Pixels up
-    to RIM about a segment count as much as its own: on either side of a border alike, or it would be learnt where
-    the small segment is too large (by a quarter, of nuclei)."""
+    ignored, 1 on average elsewhere; balance: the power of its segment's area by which it counts less. Pixels
+    up to RIM about a segment count as much as its own: both sides of a border alike, or it is learnt
+    where the small segment is too large (by a quarter, of nuclei)."""
     flat = torch.where(cells < 0, classes, cells).flatten(1)
     area = torch.zeros(len(flat), classes + 1, device=cells.device)
     share = area.scatter_add_(1, flat, torch.ones_like(flat, dtype=area.dtype)).clamp(min=1).pow(-balance)
