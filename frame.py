@@ -116,6 +116,8 @@ def shrink(ids, height, width):
     out = np.zeros((height, width), np.int64)
     for y in range(height):  # one row after the other, as they may have millions of pixels
         strip = ids[rows[ends[y] : ends[y + 1]] * ids.shape[0] // len(rows)]
+        if not (strip > 0).any():  # as in most rows of a map of clicks
+            continue
         strip = strip[:, cols * ids.shape[1] // len(cols)]
         names, rank = np.unique(strip[strip > 0], return_inverse=True)
         at = np.broadcast_to(place, strip.shape)[strip > 0]

@@ -117,7 +117,7 @@ from engine import (
 from sources.formats import IMAGE_TYPES, READING, in_words, junk, notice, read_image, read_label
 
 fail = complaint("sample.py")
-LONG = 4  # times its height, or width: a picture that is better cut into parts
+LONG = 4  # times its height, or width: of what the network looks at, more is too much
 MARK = "bitseg sample.py"  # in every file written: others are never overwritten
 
 
@@ -523,10 +523,11 @@ def load(run, path):
         if done(run.folders[path], info) and run.options.resume:
             return f"{path}: done already"
         image = read_image(path)
-        if max(image.size) > LONG * min(image.size):
-            low = run.model.image_size * min(image.size) / max(image.size)
-            notice(path, f"its short side is seen at {low:.0f} pixels: cut so long a picture into parts")
         job = prepare(image, run.model, **run.prompts, seed=run.options.seed, tiles=run.options.tiles)
+        seen = min(min(part.size) for part in job.tiles or next(iter(job.closer), [job]))
+        if seen * LONG < run.model.image_size:
+            notice(path, f"its short side is seen at {seen} pixels: cut so long a picture into parts"
+                         f"{', or use --tiles 2' * (run.options.tiles == 1)}")
         return job, path, image.width * image.height, info
     except Exception as e:
         return fault(path, e)

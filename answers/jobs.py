@@ -8,6 +8,7 @@ network (segment.py).
     job = prepare(image, model)  # a PIL image in RGB, a Model; segment.denoise adds the samples
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -19,6 +20,7 @@ from bits import hint_bits
 from frame import resize_image, shrink
 
 TILES = 16  # at most so many a side
+NARROW = 1.75  # a tile's sides are at most about so unlike
 LOOKS = 2  # samples of each tile, in turn one of each sample of the whole: more of them bring nothing
 
 
@@ -95,10 +97,10 @@ def tiles_of(given, model=None):
 
 def prepare(image, model, hints=None, init=None, seed=0, tiles=None, boxes=None):
     """PIL image -> Job. hints (H, W): ids, pixels of one id belong together, of different ids apart; init (H,
-    W): ids to start from; both 0 where not given. tiles: t looks closer at t x t overlapping tiles, besides;
-    "auto": at as many as the size of what is found asks for, up to 4 x 4; None: as `tiles_of` has it. boxes:
-    {id of the hints: (x0, y0, x1, y1)}, in which its segment lies (prompts.boxes_by_id). Raises ValueError
-    for an image without pixels and for prompts that do not fit."""
+    W): ids to start from; both 0 where not given. tiles: t looks closer at t x t overlapping tiles, besides,
+    or as many as `jobs_of` says; "auto": at as many as the size of what is found asks for, up to 4 x 4; None:
+    as `tiles_of` has it. boxes: {id of the hints: (x0, y0, x1, y1)}, in which its segment lies
+    (prompts.boxes_by_id). Raises ValueError for an image without pixels and for prompts that do not fit."""
     if image.mode != "RGB" or 0 in image.size:
         raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {image.width} x "
                          f"{image.height} of mode {image.mode}: formats.read_image gives one, upright, of "
@@ -117,15 +119,20 @@ def prepare(image, model, hints=None, init=None, seed=0, tiles=None, boxes=None)
 
 
 def jobs_of(image, model, hints, init, seed, t):
-    """t x t tiles, each overlapping the next by a quarter, as Jobs; their samples have seeds of their own."""
+    """The parts of a closer look, each overlapping the next by a quarter, as Jobs; their samples have seeds
+    of their own. t: parts along the shorter side of a photo, or fewer where fewer hold it; the longer side
+    has as many, in a panorama more, up to TILES, so that none is narrow. 1: the whole."""
     S, d = model.image_size, model.detail
-    side = S * (3 * t + 1) // 4  # of the photo, in a tile's pixels
+    long = t if t == 1 else min(max(t, round(t * max(image.size) / min(image.size) / NARROW)), TILES)
+    side = S * (3 * long + 1) // 4  # of the photo, in a tile's pixels
     small, (h, w) = resize_image(image, side)
     seen, _ = resize_image(image, side * d, (w * d, h * d))
     hint = network_hints(hints, h, w) if hints is not None and hints.any() else None
     start = None if init is None else shrink(init, h, w)
-    tall, wide = (min(n, 2 * -(-2 * n // (3 * t + 1))) for n in (h, w))
-    corners = [sorted({round(k) for k in np.linspace(0, n - m, t)}) for n, m in ((h, tall), (w, wide))]
+    counts = [max(1, math.ceil((4 * n / S - 1) / 3)) for n in (h, w)]
+    tall, wide = (min(n, 2 * -(-2 * n // (3 * c + 1))) for n, c in zip((h, w), counts))
+    corners = [sorted({round(k) for k in np.linspace(0, n - m, c)})
+               for n, m, c in zip((h, w), (tall, wide), counts)]
     out = []
     for k, (y, x) in enumerate(product(*corners), t > 1):
 

@@ -11,7 +11,7 @@ import answers.segment as segmenting
 import sample
 from answers import tree
 from answers.checkpoints import Model
-from answers.jobs import LOOKS, jobs_of, prepare
+from answers.jobs import LOOKS, TILES, jobs_of, prepare
 from answers.prompts import hint_map
 from answers.scoring import otsu, watershed
 from answers.segment import denoise, evidence_of, rise, segment, without_gaps
@@ -72,22 +72,35 @@ def alike(labels, truth):
     return float(ari(contingency(torch.as_tensor(labels).long()[None], torch.as_tensor(truth).long()[None])))
 
 
-@pytest.mark.parametrize("size", [(128, 128), (200, 90), (31, 77), (300, 5)])
+@pytest.mark.parametrize("size", [(128, 128), (200, 90), (31, 77), (300, 5), (60, 100), (1000, 100)])
 @pytest.mark.parametrize("t", [2, 3, 4])
 def test_tiles_cover_the_photo_and_share_its_pixels(size, t):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     tiles = jobs_of(image, model_of(), None, None, 5, t)
-    whole, (h, w) = resize_image(image, SIZE * (3 * t + 1) // 4)
     job = replace(jobs_of(image, model_of(), None, None, 5, 1)[0], tiles=tiles)
-    assert np.array_equal(job.scene, whole[:h, :w])
+    h, w = job.scene.shape[:2]
+    whole, kept = resize_image(image, max(h, w))
+    assert kept == (h, w) and np.array_equal(job.scene, whole[:h, :w])
+    assert max(h, w) >= SIZE * (3 * t + 1) // 4
     seen = np.zeros((h, w))
     for tile in tiles:
-        assert max(tile.size) == SIZE or max(tile.size) >= max(h, w) / (3 * t + 1) * 4
+        assert max(tile.size) <= SIZE and (max(tile.size) == SIZE or len(tiles) == TILES)
         seen[tile.place] += rise(tile, (h, w))
     assert (seen > 0).all()
     if size == (128, 128):
         assert np.allclose(seen, 1)  # each pixel counts alike
     assert len({tile.seed for tile in tiles} | {5}) == 1 + len(tiles)
+
+
+@pytest.mark.parametrize("size, t, rows, columns", [
+    ((96, 64), 2, 2, 2), ((64, 96), 2, 2, 2), ((96, 48), 2, 1, 2), ((30, 90), 2, 3, 1),
+    ((1000, 100), 2, 1, 11), ((100, 1000), 3, 16, 2), ((90, 90), 3, 3, 3), ((1000, 100), 1, 1, 1)])
+def test_a_panorama_has_more_tiles_along_its_length_and_none_is_narrow(size, t, rows, columns):
+    tiles = jobs_of(Image.new("RGB", size), model_of(), None, None, 0, t)
+    assert (len({tile.top for tile in tiles}), len({tile.left for tile in tiles})) == (rows, columns)
+    assert len(tiles) == rows * columns
+    if t > 1:
+        assert min(min(tile.size) for tile in tiles) * 2 >= SIZE
 
 
 def test_a_crowd_is_told_apart_and_nothing_is_cut_at_a_seam(by_grey):
