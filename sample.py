@@ -52,9 +52,10 @@ def options(argv):
     p.add_argument("--sampler", help="ddpm or ddim (default: the checkpoint's)")
     p.add_argument("--smooth", type=float, help="share of the side that answers are averaged over, between "
                                                 "the image's edges; 0 = none")
-    p.add_argument("--tiles", help="2: look closer, at 2 x 2 overlapping tiles, besides; 1: do not; auto: at "
-                                   "as many as the size of what is found asks for, up to 4 x 4 (default: 2 "
-                                   "for photos, 1 for a checkpoint without learnt odds, or --merge 0)")
+    p.add_argument("--tiles", help="2: look closer, at 2 x 2 overlapping tiles (more along a panorama), "
+                                   "besides; 1: do not; auto: at as many as the size of what is found asks "
+                                   "for, up to 4 x 4 (default: 2 for photos, 1 for a checkpoint without "
+                                   "learnt odds, or --merge 0)")
     p.add_argument("--grain", default="normal", help="coarse, normal, fine, or how many segments")
     p.add_argument("--closed", action="store_true", help="every pixel belongs to one of the hints")
     p.add_argument("--merge", type=float, help="cut where the odds that people part two regions reach this: "

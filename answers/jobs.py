@@ -120,8 +120,8 @@ def prepare(image, model, hints=None, init=None, seed=0, tiles=None, boxes=None)
 
 def jobs_of(image, model, hints, init, seed, t):
     """The parts of a closer look, each overlapping the next by a quarter, as Jobs; their samples have seeds
-    of their own. t: parts along the shorter side of a photo, or fewer where fewer hold it; the longer side
-    has as many, in a panorama more, up to TILES, so that none is narrow. 1: the whole."""
+    of their own. t x t parts; of a panorama more along its length, up to TILES, so that none is narrow, and
+    as few as hold it along the other side. t = 1: the whole."""
     S, d = model.image_size, model.detail
     long = t if t == 1 else min(max(t, round(t * max(image.size) / min(image.size) / NARROW)), TILES)
     side = S * (3 * long + 1) // 4  # of the photo, in a tile's pixels
@@ -129,7 +129,7 @@ def jobs_of(image, model, hints, init, seed, t):
     seen, _ = resize_image(image, side * d, (w * d, h * d))
     hint = network_hints(hints, h, w) if hints is not None and hints.any() else None
     start = None if init is None else shrink(init, h, w)
-    counts = [max(1, math.ceil((4 * n / S - 1) / 3)) for n in (h, w)]
+    counts = [t if long == t else max(1, math.ceil((4 * n / S - 1) / 3)) for n in (h, w)]
     tall, wide = (min(n, 2 * -(-2 * n // (3 * c + 1))) for n, c in zip((h, w), counts))
     corners = [sorted({round(k) for k in np.linspace(0, n - m, c)})
                for n, m, c in zip((h, w), (tall, wide), counts)]
