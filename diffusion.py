@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 try:
     import kernels  # fused, for CUDA; this file works without the folder
+    kernels = kernels if hasattr(kernels, "live") else None  # not another package of that name
 except ImportError:
     kernels = None
 

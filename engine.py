@@ -752,7 +752,7 @@ def newest(path):
             except Damaged as e:
                 problem = f"{problem}; {e}" if problem else str(e)
     if stored(path):
-        raise ValueError(f"{problem}; remove it to start anew")
+        raise ValueError(problem)
     return None, None, ""
 
 

@@ -28,6 +28,8 @@ def contingency(pred, true):
     if pred.shape != true.shape or pred.dim() != 3:
         raise ValueError(f"two (B, H, W) label maps of one shape are needed, not {tuple(pred.shape)}, "
                          f"{tuple(true.shape)}")
+    if pred.is_floating_point() or true.is_floating_point():
+        raise ValueError("label maps are of integers: ToTensor and the like make fractions of their ids")
     pred, true = pred.long(), true.long()
     (low_p, P), (low_t, T) = span(pred), span(true)
     if P * T > 2**16:  # sparse ids, or many

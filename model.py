@@ -24,6 +24,7 @@ from einops import rearrange
 
 try:
     import kernels  # GroupNorm and SiLU as one, on CUDA; this file works without the folder
+    kernels = kernels if hasattr(kernels, "live") else None  # not another package of that name
 except ImportError:
     kernels = None
 

@@ -24,6 +24,7 @@ segment.py.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -310,10 +311,12 @@ def write_panoptic(out):
 # Command line
 
 
-def folder_names(files):
+def folder_names(files, out):
     """A folder for each file, all different: the stem; else the name, with as many of its parents as it
-    takes."""
-    names, depth = {}, 0
+    takes. A file whose results are in out/stem stays there, when others of that stem come."""
+    stems = Counter(p.stem.casefold() for p in files)
+    names = {p: p.stem for p in files if stems[p.stem.casefold()] > 1 and p.resolve() == holds(out / p.stem)}
+    depth = 0
     while left := [p for p in files if p not in names]:
         parts = {p: p.resolve().parts[-depth:] for p in left}
         name = {p: "_".join(parts[p]).replace(".", "_") if depth else p.stem for p in left}
@@ -325,23 +328,38 @@ def folder_names(files):
     return names
 
 
+def holds(folder):
+    """The image, resolved, whose results a folder holds; None where it holds none."""
+    with contextlib.suppress(ValueError, OSError):
+        image = info_of(folder / "segments.json").get("image")
+        return image and Path(image).resolve()
+
+
 def find_images(names):
-    """Files and folders as a list of image files. Raises ValueError for what is not there."""
+    """Files and folders as a list of image files; what sample.py wrote is none. Raises ValueError where there
+    is none at all."""
     files = []
     for name in map(Path, names):
-        if name.is_dir():
-            inside = sorted(p for p in name.iterdir() if p.suffix.lower() in IMAGE_TYPES and not junk(p.name))
-            if not inside:
-                raise ValueError(f"{name}: no images in this folder itself; name the folders within, say "
-                                 f"{name}/*/")
-            within = [d for d in name.iterdir() if d.is_dir() and not junk(d.name) and os.access(d, os.R_OK)]
-            if any(p.suffix.lower() in IMAGE_TYPES and not junk(p.name) for d in within
-                   if not (d / "segments.json").exists() for p in d.iterdir()):  # which has results
-                notice(name, f"images in folders within it are left out: name these folders, say {name}/*/")
-            files += inside
-        else:
+        if not name.is_dir():
             files.append(name)
+            continue
+        inside = images_in(name)
+        within = [d for d in name.iterdir() if d.is_dir() and not junk(d.name) and os.access(d, os.R_OK)]
+        if any(images_in(d) for d in within if not (d / "segments.json").exists()):
+            notice(name, f"images in folders within it are left out: name these folders, say {name}/*/")
+        elif not inside:
+            notice(name, "no images in this folder")
+        files += inside
+    if not files:
+        raise ValueError(f"{' '.join(map(str, names))}: no images found")
     return files
+
+
+def images_in(folder):
+    """The image files of a folder itself, sorted, but for sample.py's own."""
+    ours = (folder / "segments.json").exists()
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_TYPES and not junk(p.name)
+                  and not (ours and is_result(p)))
 
 
 def read_ahead(function, items, count=4):
@@ -383,6 +401,8 @@ def grain_of(text):
 
 def digest(path):
     """Of a file's contents: another photo, hint or checkpoint under the same name is another task."""
+    if not os.path.isfile(path) and not os.path.isdir(path) and os.path.exists(path):
+        raise ValueError(f"{path}: no ordinary file")  # reading from a pipe might never end
     try:
         found = hashlib.sha256()
         with open(path, "rb") as f:
@@ -454,7 +474,12 @@ class Run:
 def prepare_run(a):
     """The command line's options -> Run. Raises ValueError, OSError, or RuntimeError where kernels that were
     asked for cannot be had."""
-    files = list({path.resolve(): path for path in find_images(a.images)}.values())
+    places = {}
+    for path in find_images(a.images):
+        first = places.setdefault(path.resolve(), path)
+        if os.path.abspath(first) != os.path.abspath(path):
+            notice(path, f"it is {first} by another name, which has the results")
+    files = list(places.values())
     asked = {k: getattr(a, k) for k in ("hint", "points", "box", "init") if getattr(a, k)}
     if asked and len(files) > 1:
         raise ValueError(f"--{next(iter(asked))} is for one image, not for {len(files)}")
@@ -464,7 +489,7 @@ def prepare_run(a):
     ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
     # before it is read: where it changes in between, --resume samples again
     digests = {"checkpoint": digest(ckpt)} if ckpt.is_file() else {}
-    model, out, names = load_checkpoint(ckpt, a.device), Path(a.out), folder_names(files)
+    model, out, names = load_checkpoint(ckpt, a.device), Path(a.out), folder_names(files, Path(a.out))
     digests |= {"odds": digest(model.odds)} if model.odds.is_file() else {}
     set_tidy(model, a.least, a.merge)
     a.tiles = tiles_of(a.tiles, model)

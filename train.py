@@ -704,7 +704,10 @@ def prepare_run(c):
     run.val_data = datasets.load(c.dataset, "val", c.image_size, detail=run.net.detail, **common)
     make_folder(out)
     run.lock = lock(out) if rank == 0 else None  # one writer
-    run.resumed, path, problem = newest(out / "ckpt.pt")
+    try:
+        run.resumed, path, problem = newest(out / "ckpt.pt")
+    except ValueError as e:
+        raise ValueError(f"{e}; remove it to start anew") from None
     if run.resumed:
         check_resumed(c, run, path)
     else:

@@ -17,7 +17,7 @@ import torch
 from answers import tree
 from bits import Codec
 from diffusion import SAMPLERS, VARIANCES, Diffusion, kernel_options
-from engine import newest, pick_precision
+from engine import newest, pick_device, pick_precision
 from model import UNet
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "photo.pt"
@@ -79,9 +79,9 @@ def check_settings(c):
 
 def load_checkpoint(path, device="cpu", raw=False):
     """The EMA network of a checkpoint, or the network itself (raw), ready to sample from; its samples are
-    joined by the odds in the tree.npz beside it, if there is one. Raises ValueError naming the file,
-    RuntimeError as `diffusion.kernel_options`."""
-    c = read_checkpoint(path)
+    joined by the odds in the tree.npz beside it, if there is one. Raises ValueError naming the file
+    or the device, RuntimeError as `diffusion.kernel_options`."""
+    c, device = read_checkpoint(path), pick_device(str(device))
     if lacks := {"network", "ema", "codec", "diffusion", "image_size", "sampling", "dataset",
                  "step"} - c.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(lacks))}: it is no checkpoint of train.py")
@@ -98,9 +98,8 @@ def load_checkpoint(path, device="cpu", raw=False):
                              f"settings say")
         net.load_state_dict(c["net" if raw else "ema"])
         # half of the time, where the CPU has bf16; what the samplers do with its output stays float32
-        device = torch.device(device)
         dtype = pick_precision("auto", device)[0] if device.type == "cpu" else None
-        net = net.to(device, dtype).eval().requires_grad_(False)
+        net = net.to(dtype=dtype).eval().requires_grad_(False)
         model = Model(net, codec, diffusion, c["image_size"],
                       {"smooth": 0.0, **c["sampling"]}, c["dataset"], c["step"],
                       {"least": 0, "merge": 0.0, **c.get("tidy", {})},
@@ -112,6 +111,7 @@ def load_checkpoint(path, device="cpu", raw=False):
         raise ValueError(f"{path}: no checkpoint that this version can use: {why}") from None
     # now, not in the midst of sampling: raises where kernels were forced that cannot run
     kernel_options(model.codec, device)
+    model.net.to(device)
     return model
 
 

@@ -101,10 +101,12 @@ def prepare(image, model, hints=None, init=None, seed=0, tiles=None, boxes=None)
     or as many as `jobs_of` says; "auto": at as many as the size of what is found asks for, up to 4 x 4; None:
     as `tiles_of` has it. boxes: {id of the hints: (x0, y0, x1, y1)}, in which its segment lies
     (prompts.boxes_by_id). Raises ValueError for an image without pixels and for prompts that do not fit."""
-    if image.mode != "RGB" or 0 in image.size:
-        raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {image.width} x "
-                         f"{image.height} of mode {image.mode}: formats.read_image gives one, upright, of "
-                         f"any file")
+    if getattr(image, "mode", "") != "RGB" or 0 in image.size:
+        found = (f"{image.width} x {image.height} of mode {image.mode}" if hasattr(image, "mode")
+                 else type(image).__name__)
+        raise ValueError(f"a PIL image in RGB with at least one pixel is needed, not {found}: "
+                         f"formats.read_image gives one, upright, of any file, PIL.Image.fromarray of "
+                         f"uint8 (H, W, 3)")
     tiles, hints = tiles_of(tiles, model), checked("hint", hints, image)
     init = checked("initial map", init, image)
     if (hints is not None or init is not None) and not any(v is not None and v.any() for v in (hints, init)):

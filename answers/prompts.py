@@ -50,8 +50,8 @@ def hint_map(width, height, points="", boxes=(), drawn=None):
     first = 1 if drawn is None else max(0, int(drawn.max())) + 1  # the first id not taken
     for i, (x0, y0, x1, y1) in boxes_by_id(boxes, drawn).items():
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise ValueError(f"box {x0:g},{y0:g},{x1:g},{y1:g} does not lie in the image of {width} x "
-                             f"{height} pixels")
+            raise ValueError(f"box {x0:g},{y0:g},{x1:g},{y1:g} is no left,top,right,bottom in the image of "
+                             f"{width} x {height} pixels")
         at = slice(int(y0), int(y1) + 1), slice(int(x0), int(x1) + 1)
         down, across = (2 * y[at[0]] + 1 - y0 - y1) / (y1 - y0), (2 * x[at[1]] + 1 - x0 - x1) / (x1 - x0)
         out[at][down**2 + across**2 <= 0.25] = i

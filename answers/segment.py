@@ -50,7 +50,8 @@ LARGE = 3e7  # pixels of a photo that is not kept twice
 class Answer:
     """One label map of an image of H x W pixels: all samples together, or one."""
 
-    # (H, W) integers from 0: the number of a place in a square palette of side x side places
+    # (H, W) uint8, int16 or int32, by the largest (as an index: `.long()`), from 0: the number of a place in
+    # a square palette of side x side places
     labels: torch.Tensor
     side: int
     # COCO: id = label + 1, area, bbox, segmentation (RLE), confidence: the chance that a person drew it
@@ -167,6 +168,8 @@ def denoise(jobs, model, n=8, batch=None, strength=0.4, callback=None, **asked):
     callback: as `diffusion.sample` has it. Either all jobs have hints (an initial map), or none. Raises
     ValueError.
     """
+    if n < 1 or batch is not None and batch < 1:
+        raise ValueError(f"n and batch are at least 1, not {n} and {batch}")
     weight = next(model.net.parameters())
     device, alike = weight.device, weight.dtype == torch.bfloat16
     batch = batch or (64 if device.type != "cpu" else 4 if alike else 1)
@@ -274,6 +277,8 @@ def joined(evidence, model, grain="normal", hints=None, closed=False, boxes=None
     """Evidence -> its tree, and the map (h, w) that is cut from it. hints: (H, W) ids at any size, 0 = none;
     boxes: {id: box}, in the hints' pixels."""
     hint = None if hints is None or not hints.any() else network_hints(hints, *evidence.low.shape)
+    if hint is None and (closed or boxes):
+        raise ValueError("closed and boxes need hints with ids above 0 (prompts.hint_map makes them)")
     net, offset = odds_of(model)
     grown = tree.regrow(evidence, net, hint, model.tidy["least"])
     within = within_boxes(boxes, hints, *evidence.low.shape) if boxes else None

@@ -3,6 +3,7 @@ runs there."""
 
 import ast
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -89,3 +90,11 @@ for home in sorted(root.iterdir()):
     assert done.returncode == 0, done.stderr
     loaded = {Path(line).parts[0] for line in done.stdout.splitlines()}
     assert loaded == {name.replace("/", "_").removesuffix(".py") for name in GIVEN}
+
+
+@pytest.mark.parametrize("name", ["model.py", "diffusion.py"])
+def test_another_package_named_kernels_is_not_taken_for_ours(name, tmp_path, monkeypatch):
+    (tmp_path / "kernels.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    assert runpy.run_path(str(ROOT / name))["kernels"] is None

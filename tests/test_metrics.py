@@ -163,6 +163,11 @@ def test_wrong_shapes(pred, true):
         scores(torch.zeros(pred).long(), torch.zeros(true).long())
 
 
+def test_fractions_are_no_ids():  # which ToTensor makes: all 0 as integers, and all would be one segment
+    with pytest.raises(ValueError, match="label maps are of integers"):
+        scores(torch.zeros(1, 2, 2).long(), torch.rand(1, 2, 2))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The rest of all_scores, by definition
 

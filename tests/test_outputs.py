@@ -2,6 +2,7 @@
 colour vision."""
 
 import json
+import os
 import weakref
 from pathlib import Path
 
@@ -321,12 +322,41 @@ def test_images_of_the_same_name_do_not_clash(run, tmp_path):
     assert run("a.png", "./a.png", "a.jpg", "x", "B.png", "--n", 1) == 0
     assert len(list((tmp_path / "samples").glob("*/segments.json"))) == 5
     names = folder_names([tmp_path / n for n in ("a.png", "a.jpg", "x/a.png", "A.png", "b.c.png",
-                                                 "panoptic.png")])
+                                                 "panoptic.png")], tmp_path)
     assert len({n.casefold() for n in names.values()}) == len(names) == 6
     assert names[tmp_path / "a.jpg"] == "a_jpg" and names[tmp_path / "x/a.png"] == "x_a_png"
-    assert folder_names([tmp_path / "...png", tmp_path / "..png"]) == {tmp_path / "...png": "___png",
-                                                                       tmp_path / "..png": "__png"}
+    assert folder_names([tmp_path / "...png", tmp_path / "..png"], tmp_path) == {
+        tmp_path / "...png": "___png", tmp_path / "..png": "__png"}
     assert names[tmp_path / "b.c.png"] == "b.c" and names[tmp_path / "panoptic.png"] == "panoptic_png"
+
+
+def test_a_folder_that_grows_keeps_the_results_that_it_has(run, tmp_path):
+    (tmp_path / "d").mkdir(), picture().save("d/a.jpg")
+    assert run("d/a.jpg", "--n", 1) == 0
+    picture(seed=1).save("d/a.png")
+    assert run("d", "--n", 1, "--resume", "--format", "coco_panoptic") == 0
+    assert sorted(p.parent.name for p in (tmp_path / "samples").glob("*/segments.json")) == ["a", "a_png"]
+    listed = json.loads((tmp_path / "samples/panoptic.json").read_text())["images"]
+    assert sorted(image["file_name"] for image in listed) == ["a.jpg", "a.png"]
+
+
+def test_one_file_by_two_names_is_done_once_and_that_is_said(run, tmp_path):
+    picture().save("a.png"), (tmp_path / "last.png").symlink_to("a.png")
+    with pytest.warns(UserWarning, match="last.png: it is a.png by another name"):
+        assert run("a.png", "./a.png", "last.png", "--n", 1) == 0
+    assert [p.parent.name for p in (tmp_path / "samples").glob("*/segments.json")] == ["a"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_and_an_empty_folder_do_not_keep_others_from_being_done(run, tmp_path, capsys):
+    picture().save("a.png"), os.mkfifo("b.png"), (tmp_path / "none").mkdir()
+    with pytest.warns(UserWarning, match="none: no images in this folder"):
+        assert run("a.png", "b.png", "none", "--n", 1) == 2
+    assert "b.png: no ordinary file" in capsys.readouterr().err
+    assert (tmp_path / "samples/a/panel.png").exists()
+    with pytest.warns(UserWarning, match="samples: no images"):  # what it wrote is no input
+        assert run("samples", "samples/a", "--n", 1) == 2
+    assert "samples samples/a: no images found" in capsys.readouterr().err
 
 
 def test_results_of_another_image_and_a_strangers_file_stay(run, tmp_path, capsys):

@@ -147,6 +147,20 @@ def test_by_default_learnt_odds_look_closer_and_raw_samples_do_not(tmp_path, mon
         assert sample.prepare_run(a).info.get("tiles") == tiles
 
 
+def test_mistakes_of_those_who_call_it_get_a_sentence(by_grey):
+    image, model = crowd()[0], model_of()
+    few = "n and batch are at least 1"
+    for wrong, words in ((dict(n=0), few), (dict(batch=-1), few), (dict(closed=True), "need hints"),
+                         (dict(boxes={1: (0, 0, 9, 9)}), "need hints")):
+        with pytest.raises(ValueError, match=words):
+            segment(image, model, **{"n": 1, **wrong})
+    for other in (np.zeros((4, 4, 3), np.uint8), "photo.jpg"):
+        with pytest.raises(ValueError, match=f"not {type(other).__name__}: formats.read_image gives one"):
+            segment(other, model)
+    with pytest.raises(ValueError, match="need hints"):
+        segment(image, model, 1).cut(closed=True)
+
+
 def test_two_samples_of_the_tiles_take_turns(by_grey):
     job = next(denoise([prepare(crowd()[0], model_of(), tiles=2)], model_of(), 5))
     assert [len(each.x_hat) for each in (job, *job.tiles)] == [5, 2, 2, 2, 2]

@@ -32,6 +32,19 @@ def test_a_checkpoint_of_the_users_own_comes_first(tmp_path):
         newest_checkpoint(tmp_path / "nothing", tmp_path / "missing.pt")
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_not_the_files_fault(device):
+    with pytest.raises(ValueError, match=f"device '{device}' is not usable here"):
+        load_checkpoint(SHIPPED, device)
+
+
+def test_a_file_that_is_no_checkpoint_need_not_be_removed(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png: not a readable checkpoint") as told:
+        load_checkpoint(tmp_path / "a.png")
+    assert "remove it" not in str(told.value)
+
+
 def test_they_tell_a_few_flat_regions_apart():
     image, truth = np.zeros((96, 128, 3), np.uint8), np.zeros((96, 128), np.int64)
     image[:] = (120, 170, 230)
