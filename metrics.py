@@ -143,6 +143,18 @@ def matches(table):
     return or_nan(hit.sum((1, 2)).double(), table), or_nan((iou * hit).sum((1, 2)), table)
 
 
+def in_void(pred, true):
+    """How many predicted segments have some valid pixels, but more where true is -1, and no match: (B,)
+    float64. In PQ, these are not wrong (Kirillov et al. 2019, void labels). -1 must not be padding."""
+    counts = []
+    for one, truth in zip(pred, true):
+        owner, valid = one.unique(return_inverse=True)[1], truth != -1
+        seen, void = (owner[of].bincount(minlength=int(owner.max()) + 1) for of in (valid, ~valid))
+        found = (iou_matrix(contingency(one[None], truth[None]))[0] > 0.5).any(1)
+        counts.append(((seen > 0) & (void > seen) & ~found).sum())
+    return torch.stack(counts).double()
+
+
 def object_precision(pred, true):
     """Objects found, at IoU above one half: TP / (TP + FP + FN), (B,) float64; nan where nothing is id 0.
 
@@ -230,12 +242,15 @@ def all_scores(pred, true):
     """scores and covering, pri, voi, boundary, pred, true (numbers of segments), matched, overlap: (B,)
     float64 each.
 
-    PQ, SQ and RQ of any set of images are ratios of sums of the last four, see `quality`.
+    PQ, SQ and RQ of any set of images are ratios of sums of the last four, see `quality`. pred leaves out
+    what `in_void` counts, so that maps must have no padding.
     """
     table = contingency(pred, true)
     iou, hiou = matched_iou(table)
     n_pred, n_true = (or_nan(n, table) for n in segment_counts(table))
     matched, overlap = matches(table)
+    if (true == -1).any():
+        n_pred = n_pred - in_void(pred, true)
     return {"ari": ari(table), "iou": iou, "hiou": hiou, "covering": covering(table),
             "pri": rand_index(table), "voi": voi(table),
             "boundary": boundary_f(pred, true), "pred": n_pred, "true": n_true, "matched": matched,

@@ -264,8 +264,9 @@ def fit_hints(rows, seed):
 
 def fit_confidence(drawn, net):
     """How `tree.confidence` weighs what it sees: (4,), by logistic regression on the share of annotators who
-    have a segment with IoU above one half, of the maps at every grain."""
-    seen, hits = [], []
+    have a segment with IoU above one half, of the maps at every grain; of segments that somebody could have
+    drawn."""
+    seen, hits, of = [], [], []
     for crop in drawn:
         evidence = crop.evidence(slice(None))
         grown = tree.grow(evidence, net)
@@ -273,15 +274,19 @@ def fit_confidence(drawn, net):
             labels = grown.cut(grain)
             graph = grown.graph_of(labels)
             inside, outside, share = tree.sureness(grown, labels, graph, tree.border_chances(graph, net))
-            hits.append(share_who_drew(labels, torch.from_numpy(crop.maps))[: len(share)])
+            hits.append(share_who_drew(labels, torch.from_numpy(crop.maps)))
             seen.append(torch.from_numpy(tree.confidence_features(inside, outside, share).T))
-    x, y = torch.cat(seen), torch.cat(hits)
+            of.append(torch.full((len(share),), crop.set))
+    x, y, of = torch.cat(seen), torch.cat(hits), torch.cat(of)
+    judged = ~y.isnan()
+    x, y, of = x[judged], y[judged], of[judged].numpy()
+    counts = torch.from_numpy(balanced(np.ones(len(of)), of) * len(of))
     weight = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=100)
 
     def closure():
         optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(weight[0] + x @ weight[1:], y)
+        loss = F.binary_cross_entropy_with_logits(weight[0] + x @ weight[1:], y, counts)
         loss.backward()
         return loss
 

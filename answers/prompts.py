@@ -71,7 +71,12 @@ def hint_map(width, height, points="", boxes=(), drawn=None):
         radius = min(CLICK * max(width, height), apart / 2.1)
         at = tuple(slice(max(0, int(p - radius)), int(p + radius) + 1) for p in (py, px))
         out[at][np.hypot(y[at[0]] - py, x[at[1]] - px) <= radius] = g
-    return out if drawn is None else np.where(drawn > 0, drawn, out)
+    out = out if drawn is None else np.where(drawn > 0, drawn, out)
+    asked = {*boxes_by_id(boxes, drawn), *(g for g, *_ in clicks)}
+    if lost := sorted(asked - set(np.unique(out).tolist())):
+        raise ValueError(f"contradictory hints: number {lost[0]} (boxes come first, then groups of points) "
+                         f"lies wholly under others: move it, or leave it out")
+    return out
 
 
 def strokes_map(strokes, size):

@@ -7,6 +7,7 @@ averages, prints and writes nothing (eval.py does); answers to clicks are clicks
 import numpy as np
 import scipy.ndimage
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from scipy.cluster.vq import kmeans2
 from tqdm import tqdm
@@ -115,10 +116,11 @@ def judge(answers, maps, scores=metrics.all_scores):
     return result
 
 
-def bit_table(x_hat, maps, codec):
-    """Reliability of Eq. 3's bits of a sample (k, h, w) against every annotator's (m, h, w): (10, 3) over
-    confidences from 0.5."""
-    cells = codec.cells(maps)  # (m, h, w)
+def bit_table(x_hat, maps, codec, side):
+    """Reliability of Eq. 3's bits of a sample (k, h, w) against every annotator's (m, h, w), whose palette is
+    that of a network's square of side x side: (10, 3) over confidences from 0.5."""
+    h, w = maps.shape[1:]
+    cells = codec.cells(F.pad(maps, (0, side - w, 0, side - h), value=-1))[:, :h, :w]  # (m, h, w)
     truth, valid = codec.encode(cells) > 0, (cells >= 0)[:, None].expand(-1, len(x_hat), -1, -1)
     x = x_hat.clamp(-1, 1).expand_as(truth)
     return metrics.reliability(((1 + x.abs()) / 2)[valid], ((x > 0) == truth)[valid], low=0.5)
@@ -157,14 +159,18 @@ def border_table(grown, labels, maps, net):
 
 def share_who_drew(labels, maps):
     """Of each segment of labels (h, w) the share of the annotators' maps (m, h, w) that have one with IoU
-    above one half: (segments,) float64."""
+    above one half, of those who labelled half of it: (segments,) float64, nan where nobody did."""
     table = metrics.contingency(torch.from_numpy(labels).long().expand(len(maps), -1, -1), maps)
-    return (metrics.iou_matrix(table).amax(2) > 0.5).double().mean(0)
+    drew = metrics.iou_matrix(table).amax(2) > 0.5
+    could = table.sum(2) >= torch.from_numpy(np.bincount(labels.ravel())) / 2
+    return (drew & could).sum(0) / could.sum(0).double()
 
 
 def segment_table(sure, labels, maps):
     """Reliability of the confidence of segments, against the share of annotators who drew them: (10, 3)."""
-    return metrics.reliability(torch.as_tensor(sure), share_who_drew(labels, maps)[: len(sure)])
+    drew = share_who_drew(labels, maps)
+    judged = ~drew.isnan()
+    return metrics.reliability(torch.as_tensor(sure)[judged], drew[judged])
 
 
 def own_scores(pred, true):
@@ -261,5 +267,5 @@ def reliability_of(job, every, maps, tree_of_all, labels, model):
     result["segments"] = segment_table(sure, labels, finer)
     result["borders"] = border_table(tree_of_all, labels, finer, net)
     if model.codec.has_bits and model.codec.palette != "none":
-        result["bits"] = bit_table(job.x_hat[0], maps, model.codec)
+        result["bits"] = bit_table(job.x_hat[0], maps, model.codec, model.image_size)
     return result

@@ -18,7 +18,8 @@ fitted by fit_tree.py to people's segmentations.
 import copy
 import functools
 import zipfile
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -206,7 +207,8 @@ def forest(jump, marker):
     tree = minimum_spanning_tree(csr_matrix((cost, (i, j)), shape=(n + 1, n + 1))).tocoo()
     keep = np.maximum(tree.row, tree.col) < n
     links = coo_matrix((tree.data[keep], (tree.row[keep], tree.col[keep])), shape=(n, n))
-    return connected_components(links, directed=False)[1].reshape(h, w)
+    # int64, as the pairs of many regions have numbers above 2^31
+    return connected_components(links, directed=False)[1].astype(int).reshape(h, w)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -434,6 +436,7 @@ class Tree:
     height: np.ndarray  # (m,): the lowest odds of a merge and of all below it: cuts at one height nest
     graph: Graph  # of the leaves
     offset: float = 0.0  # of the log odds of GRAINS, fitted by fit_tree.py
+    claimed: dict = field(default_factory=dict)  # by its hints, as segment.joined keeps it
 
     def of_leaves(self, labels):
         """A map (h, w) that was cut from this tree -> its label of every leaf."""
@@ -448,10 +451,10 @@ class Tree:
         return graph
 
     def cut(self, grain="normal", offset=0.0, claimed=None):
-        """A label map (h, w), from 0. grain: a name of GRAINS, or the number of segments (int); offset is
-        added to the log odds of GRAINS: above 0, finer. claimed (leaves,): which leaves are one segment,
-        whatever the grain says, by a number above 0 (see claims.py)."""
-        leaves, merges = int(self.region.max()) + 1, len(self.height)
+        """A label map (h, w), from 0. grain: a name of GRAINS, or the number of segments (int), claimed ones
+        among them; offset is added to the log odds of GRAINS: above 0, finer. claimed (leaves,): which leaves
+        are one segment, whatever the grain says, by a number above 0 (see claims.py)."""
+        leaves = int(self.region.max()) + 1
         if isinstance(grain, str):
             if grain not in GRAINS:
                 raise ValueError(f"grain '{grain}' is not one of {', '.join(GRAINS)}, nor a number of "
@@ -460,14 +463,22 @@ class Tree:
         else:
             if grain < 1:
                 raise ValueError(f"grain must be at least 1 segment, not {grain}")
-            used = np.argsort(-self.height, kind="stable")[: max(0, leaves - int(grain))]
-        home = np.arange(leaves + merges)
+            order, few = np.argsort(-self.height, kind="stable"), int(grain)
+            if claimed is not None:
+                few = bisect_left(range(leaves), grain, 1, key=lambda k: len(
+                    np.unique(self.homes(order[: leaves - k], claimed))))
+            used = order[: max(0, leaves - few)]
+        return np.unique(self.homes(used, claimed)[self.region], return_inverse=True)[1].reshape(
+            self.region.shape)
+
+    def homes(self, used, claimed=None):
+        """(leaves,): a number for each segment, where some merges are used and leaves are claimed."""
+        leaves = int(self.region.max()) + 1
+        home = np.arange(leaves + len(self.height))
         for k in np.sort(used)[::-1]:  # from the root down: a node hands its name on to what it joins
             home[self.children[k]] = home[leaves + k]
         home = home[:leaves]
-        if claimed is not None:
-            home = np.where(claimed > 0, leaves + merges + claimed, home)
-        return np.unique(home[self.region], return_inverse=True)[1].reshape(self.region.shape)
+        return home if claimed is None else np.where(claimed > 0, leaves + len(self.height) + claimed, home)
 
 
 def grow(evidence, net=None, hints=None, least=0, watch=None):
@@ -569,6 +580,7 @@ def split(children, odds, height, counts):
 def root(to, k):
     """Where k ends that is on its way to[k], to[to[k]] ..."""
     while to[k] != k:
+        to[k] = to[to[k]]  # the next time, half as far
         k = to[k]
     return k
 

@@ -220,12 +220,16 @@ def test_bit_table():
     maps = torch.randint(0, 5, (2, 8, 8), generator=g)
     maps[:, :2] = -1
     truth = codec.encode(codec.cells(maps))  # (2, 4, 8, 8)
-    sure = scoring.bit_table(truth[0], maps[:1], codec)
+    sure = scoring.bit_table(truth[0], maps[:1], codec, 8)
     assert calibration_error(sure) == 0 and sure[9].tolist() == [6 * 8 * 4] * 3
-    table = scoring.bit_table(0.6 * truth[0], maps, codec)  # against both
+    table = scoring.bit_table(0.6 * truth[0], maps, codec, 8)  # against both
     right = int((truth[0] == truth[1])[:, 2:].sum()) + 6 * 8 * 4
     assert table.sum(0).tolist() == pytest.approx([2 * 6 * 8 * 4, 0.8 * 2 * 6 * 8 * 4, right], rel=1e-6)
     assert (table[:, 0] > 0).sum() == 1 and table[5:7, 0].sum() == 2 * 6 * 8 * 4  # 0.8 is an edge
+    wide = torch.full((1, 8, 8), -1)  # whose palette is that of the square, as in training
+    wide[:, :3] = torch.randint(0, 5, (1, 3, 8), generator=g)
+    truth = codec.encode(codec.cells(wide))[0, :, :3]
+    assert calibration_error(scoring.bit_table(truth, wide[:, :3], codec, 8)) == 0
 
 
 @pytest.fixture
@@ -252,6 +256,8 @@ def test_segments_are_right_where_people_have_one_like_them(cut):
     for k, p in enumerate(sure):
         hits = []
         for truth in maps.numpy():
+            if ((labels == k) & (truth >= 0)).sum() * 2 < (labels == k).sum():
+                continue  # this person has not labelled it
             mask = (labels == k) & (truth >= 0)
             best = max((mask & (truth == one)).sum() / (mask | (truth == one)).sum()
                        for one in np.unique(truth[truth >= 0]))

@@ -194,7 +194,9 @@ def by_definition(pred, true):
     return {"covering": sum(len(t) * max(row[k] for row in iou) for k, t in enumerate(T)) / n,
             "pri": sum(agree) / len(agree) if agree else 1.0,
             "voi": entropy(p_of) + entropy(t_of) - 2 * mutual,
-            "pred": len(P), "true": len(T), "matched": sum(v > 0.5 for row in iou for v in row),
+            "pred": len(P) - sum(max(row) <= 0.5 and 2 * len(p) < (pred == pred.flat[next(iter(p))]).sum()
+                                 for p, row in zip(P, iou)),
+            "true": len(T), "matched": sum(v > 0.5 for row in iou for v in row),
             "overlap": sum(v for row in iou for v in row if v > 0.5),
             "boundary": boundary_by_distance(pred, true, valid)}
 
@@ -308,6 +310,21 @@ def test_nothing_valid_is_nan_in_every_score():
     true[1] = 2
     for key, value in all_scores(torch.zeros(2, 4, 4).long(), true).items():
         assert value.dtype == torch.float64 and value[0].isnan() and not value[1].isnan(), key
+
+
+def test_what_lies_mostly_in_void_is_no_false_positive():
+    """Kirillov et al. 2019: void labels."""
+    true = torch.tensor([[[0, 0, 0, 0, 1, -1, -1, -1], [0, 0, 0, 0, 1, 1, -1, -1]]])
+    pred = torch.tensor([[[0, 0, 0, 0, 1, 5, 5, 5], [0, 0, 0, 0, 1, 5, 2, 9]]])  # 5: 3 pixels void, 1 valid
+    s = all_scores(pred, true)
+    assert (s["pred"], s["true"], s["matched"]) == (2, 2, 2)
+    assert torch.allclose(s["overlap"], torch.tensor([1 + 2 / 3]).double())
+    pred[0, 0, 5] = 0  # now 5 has 2 pixels in void, which is no more than half of it, but for one
+    assert all_scores(pred, true)["pred"] == 2
+    pred[0, 1, 4] = 5
+    assert all_scores(pred, true)["pred"] == 3  # 2 of 4 are void: wrong
+    both = all_scores(torch.cat([pred, pred]), torch.cat([true, pred.clamp(max=1)]))
+    assert both["pred"].tolist() == [3, 5]  # an image without void beside one with it
 
 
 def test_panoptic_quality_of_two_images_together():

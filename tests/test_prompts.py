@@ -113,7 +113,9 @@ def test_where_boxes_let_their_segments_lie():
 @pytest.mark.parametrize("points, boxes, words", [
     ("1,2,3", [], "x,y"), ("a,b", [], "x,y"), ("nan,1", [], "x,y"), ("inf,1", [], "x,y"),
     ("200,5", [], "outside"), ("-1,5", [], "outside"),
-    ("5,5;5,5", [], "contradictory"), ("", [(5, 5, 5, 9)], "box"), ("", [(0, 0, 201, 9)], "box")])
+    ("5,5;5,5", [], "contradictory"), ("", [(0, 0, 50, 50), (0, 0, 50, 50)], "number 1 .* wholly under"),
+    ("9,9", [(8, 8, 11, 11)], "number 1 .* wholly under"), ("", [(5, 5, 5, 9)], "box"),
+    ("", [(0, 0, 201, 9)], "box")])
 def test_wrong_hints_are_named(points, boxes, words):
     with pytest.raises(ValueError, match=words):
         hint_map(200, 100, points, boxes)

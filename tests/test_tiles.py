@@ -161,6 +161,17 @@ def test_mistakes_of_those_who_call_it_get_a_sentence(by_grey):
         segment(image, model, 1).cut(closed=True)
 
 
+@pytest.mark.parametrize("segments, side", [(64, 8), (65, 15), (225, 15), (226, 30), (901, 60)])
+def test_a_palette_grows_with_the_segments_and_stays_coloured(segments, side, tmp_path):
+    maps = np.arange(64 * 64).reshape(1, 64, 64) % segments
+    for first in (8, 16) if side > 8 else (8,):  # 16: of 8 bits
+        cells, found = segmenting.placed(np.concatenate([maps, maps[:, ::-1]]), first)
+        assert found == side and [len(np.unique(one)) for one in cells] == [segments] * 2
+        assert 0 <= cells.min() and cells.max() < side**2
+    sample.save_ids(cells[0].numpy(), side, tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").mode == ("P" if side < 16 else "I;16")
+
+
 def test_two_samples_of_the_tiles_take_turns(by_grey):
     job = next(denoise([prepare(crowd()[0], model_of(), tiles=2)], model_of(), 5))
     assert [len(each.x_hat) for each in (job, *job.tiles)] == [5, 2, 2, 2, 2]

@@ -305,6 +305,15 @@ def test_regions_join_level_by_level(seed, hinted):
     assert len(grown.odds) == len(np.unique(start)) - 1 and len(np.unique(grown.cut(1))) == 1
 
 
+def test_many_regions_have_numbers_that_their_pairs_fit_into():
+    assert grow(evidence_of(0)).region.dtype == np.int64  # of 50,000 regions, up to 50,000^2
+
+
+def test_the_way_to_the_root_gets_shorter():
+    to = [0, *range(9)]
+    assert tree.root(to, 9) == 0 and to[9] == 7 and tree.root(to, 9) == 0 and to[9] <= 5
+
+
 def cut_by_force(grown, bar):
     """Merges at more than `bar`, one after the other, as far as all below them are there."""
     label, members = grown.region.copy(), {k: {k} for k in range(grown.region.max() + 1)}
@@ -330,14 +339,17 @@ def test_cuts_are_what_the_merges_say_and_nest(net):
         numbers = [grown.cut(k) for k in range(1, leaves + 2)]
         assert [len(np.unique(m)) for m in numbers] == [min(leaves, k) for k in range(1, leaves + 2)]
         claimed = RNG(seed).integers(0, 3, leaves)  # half of two claims, the rest free
-        claims = [grown.cut(k, claimed=claimed) for k in range(1, leaves + 2)]
+        claims = [grown.cut(k, claimed=claimed) for k in range(1, leaves + 2)]  # claims count, too
         for maps in ([grown.cut(g) for g in ("coarse", "normal", "fine")], chain, numbers, claims):
             assert all(finer(b, a) and set(np.unique(b)) == set(range(b.max() + 1))
                        for a, b in itertools.pairwise(maps))
         owner = claimed[grown.region]
-        for m, free in zip(claims, numbers):
+        least = len(np.unique(claims[0]))  # two claims and a rest, which may be in pieces
+        for k, m in enumerate(claims, 1):
             assert len(np.unique(m[owner == 1])) == len(np.unique(m[owner == 2])) == 1
-            assert same(m[owner == 0], free[owner == 0])
+            assert any(same(m[owner == 0], free[owner == 0]) for free in numbers)
+            assert len(np.unique(m)) == min(max(k, least), 2 + (claimed == 0).sum())
+        assert least == 3
     with pytest.raises(ValueError, match="'huge' is not one of coarse, normal, fine"):
         grown.cut("huge")
     with pytest.raises(ValueError, match="at least 1 segment, not 0"):
