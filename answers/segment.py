@@ -306,10 +306,10 @@ def sample_maps(job, model, grain="normal"):
 
 def placed(maps, side):
     """Label maps (n, h, w) -> the same with the palette's places as numbers, and the palette's side: `side`
-    or, for more segments than it has places, 15, of which a file of 8 bits has ids, 30, 60 ..."""
+    or, for more segments than it has places, 2, 4, 8, 15 (whose ids a file of 8 bits has), 30, 60 ..."""
     most, side = max(len(np.unique(one)) for one in maps), 15 if side == 16 else side
     while side * side < most:
-        side = 15 if side < 15 else 2 * side
+        side = 2 * side if side != 8 else 15
     # one after the other, as it holds all pairs of a map's segments and places
     return torch.cat([locate(torch.from_numpy(one[None]).long(), side) for one in np.asarray(maps)]), side
 
