@@ -47,7 +47,7 @@ from answers.checkpoints import SHIPPED, load_checkpoint
 from answers.jobs import prepare
 from answers.segment import denoise, summarise
 from diffusion import kernel_options, sample
-from engine import LAYOUTS, Step, host_threads, pick_device, update_ema
+from engine import LAYOUTS, Step, host_threads, pick_device, program, update_ema
 
 BITS, SIZE = 6, 128
 MIN_SECONDS = 0.2  # of measuring, for each figure on a CPU
@@ -817,6 +817,7 @@ def arguments(argv):
     return p.parse_args(argv)
 
 
+@program("bench.py", "start it again")
 def main(argv=None):
     args = arguments(argv)
     try:

@@ -284,7 +284,7 @@ def out_of_memory(e):
     # "engine": what cuDNN's benchmark says; "hold": what segment.denoise does
     phrases = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED",
                "unable to find an engine", "memory does not hold")
-    return isinstance(e, torch.OutOfMemoryError) or any(phrase in str(e) for phrase in phrases)
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(phrase in str(e) for phrase in phrases)
 
 
 def pick_device(name):
@@ -552,9 +552,15 @@ def foreign(path, start):
 
 
 def append(path, line):
-    """Add a dictionary to a .jsonl file."""
-    with open(path, "a") as f:
-        f.write(json.dumps(line) + "\n")
+    """Add a dictionary to a .jsonl file, all of it or, where the disk is full, nothing."""
+    with open(path, "ab", buffering=0) as f:
+        end, text = f.tell(), (json.dumps(line) + "\n").encode()
+        try:
+            if f.write(text) < len(text):
+                raise OSError(errno.ENOSPC, "no space left on device")
+        except OSError:
+            f.truncate(end)
+            raise
 
 
 def forget(path, keep):
@@ -563,11 +569,11 @@ def forget(path, keep):
     def kept(line):
         try:
             return keep(json.loads(line))
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             return False
 
     if Path(path).exists():
-        with open(path) as f:
+        with open(path, errors="replace") as f:
             lines = [line for line in f if kept(line)]
         part = Path(path).with_suffix(".part")
         part.write_text("".join(lines))
@@ -593,9 +599,11 @@ def option_words(argv, kind):
         key, eq, value = word.removeprefix("--").partition("=")
         key = key.replace("-", "_")
         if not word.startswith("--") or key not in fields:
-            near = difflib.get_close_matches(key, fields, 1, 0.4)
-            raise ValueError(f"unknown option '{word}'" + (f": did you mean --{near[0]}?" if near
-                                                           else ": see --help"))
+            near = difflib.get_close_matches(key, fields, 1, 0.4) if word.startswith("--") else []
+            more = f"did you mean --{near[0]}?" if near else "see --help"
+            if not word.startswith("--") and "dataset" in fields:
+                more = f"did you mean --dataset {word}?"
+            raise ValueError(f"unknown option '{word}': {more}")
         if not eq and left and not left[0].startswith("--"):
             value = left.pop(0)
         elif not eq and fields[key].type is bool:
@@ -614,7 +622,7 @@ def typed(key, value, kind):
     try:
         return int(float(value)) if kind is int and float(value).is_integer() else kind(value)
     except ValueError:
-        raise ValueError(f"--{key} needs a number, not '{value}'") from None
+        raise ValueError(f"--{key} needs a {'whole ' * (kind is int)}number, not '{value}'") from None
 
 
 # ------------------------------------------------------------------------------------------------------------

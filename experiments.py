@@ -141,8 +141,11 @@ def finish(folder, full, a):
     clock, start = folder / "minutes", time.time()
     torch.compiler.reset()  # every run compiles a network of its own
     status = train.main(train_arguments(folder, full, a))
-    minutes = (time.time() - start) / 60 + (float(clock.read_text()) if clock.exists() else 0)
-    clock.write_text(str(minutes))  # of this and the interrupted calls
+    before = clock.read_text().strip() if clock.exists() else ""
+    minutes = (time.time() - start) / 60 + float(before or 0)  # of this and the interrupted calls
+    part = clock.with_suffix(".part")
+    part.write_text(str(minutes))
+    part.replace(clock)
     if status:
         return status
     c = train.parse(train_arguments(folder, full, a))
@@ -240,7 +243,8 @@ def main(argv=None):
         return 2
 
     print(f"{len(runs)} runs, {len(missing)} of them missing")
-    todo = missing[int(part) - 1 :: int(parts)]
+    mine = [*runs][int(part) - 1 :: int(parts)]  # the same at every start, whatever is missing then
+    todo = [(folder, full) for folder, full in missing if folder in mine]
     for k, (folder, full) in enumerate(todo):
         print(f"\n--- {k + 1} of {len(todo)}: {folder}\npython train.py "
               f"{' '.join(train_arguments(folder, full, a))}", flush=True)

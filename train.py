@@ -31,8 +31,11 @@ from pathlib import Path
 def show_help(argv):
     """Print the docstring and Config, as it stands in this file, and end, where that is asked for."""
     if "-h" in argv or "--help" in argv:
-        options = Path(__file__).read_text().split("class Config:\n")[1].split("\n\n\n")[0]
-        print(f"{__doc__}\noptions (--key value), with their defaults:\n\n{options}\n")
+        options = Path(__file__).read_text().split("class Config:\n")[1].split("\n\nCOMPILED")[0]
+        try:
+            print(f"{__doc__}\noptions (--key value), with their defaults:\n\n{options}\n", flush=True)
+        except BrokenPipeError:  # whoever reads it has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit()
 
 
@@ -530,7 +533,7 @@ def export(c):
                          f"--out")
     if problem:
         print(f"{problem}; using the one before, {path}", file=sys.stderr)
-    save_checkpoint(c.export, portable(content))
+    save_checkpoint(c.export, {**portable(content), "exported": True})
     print(f"{c.export}: averaged weights and configuration of {path}, step {content['step']}")
     return 0
 
@@ -538,9 +541,11 @@ def export(c):
 def check_export(c):
     """Raises ValueError where --export would overwrite anything but what it wrote itself."""
     target = Path(c.export)
+    if not target.parent.is_dir():
+        raise ValueError(f"--export {target}: there is no folder {target.parent}")
     of_run = [Path(c.out, name).resolve() for name in ("ckpt.pt", "ckpt.prev.pt", "best.pt")]
     try:
-        taken = target.resolve() in of_run or target.exists() and "optimizer" in read(target)
+        taken = target.resolve() in of_run or target.exists() and not read(target).get("exported")
     except ValueError:  # no checkpoint at all
         taken = True
     if taken:
@@ -712,6 +717,8 @@ def prepare_run(c):
         check_resumed(c, run, path)
     else:
         check_out(out)
+    if rank == 0 and not run.resumed:
+        set_aside(out)
     if world > 1:
         join_processes(rank, world, "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo")
         step = torch.tensor([run.resumed["step"] if run.resumed else 0])
@@ -783,6 +790,16 @@ def check_out(out):
         raise ValueError(f"{kept[-1]} was not written by train.py: move it, or choose another --out")
 
 
+def set_aside(out):
+    """Give what an earlier run without a checkpoint has left another name, as this one starts anew."""
+    for path in (out / "best.pt", out / "log.jsonl"):
+        if path.exists() and path.stat().st_size:
+            numbered = (path.with_suffix(f".{k}{path.suffix}") for k in itertools.count(1))
+            aside = next(other for other in numbered if not other.exists())
+            os.replace(path, aside)
+            print(f"{path} of an earlier run is now {aside}, as there is no ckpt.pt to go on from")
+
+
 class Training:
     """A run on its way: its averaged weights and optimizer, how far it is, and what it writes to --out."""
 
@@ -813,6 +830,8 @@ class Training:
     def resume(self, content, kind):
         """Go on from a checkpoint; kind: the optimizer's, as the run may have changed devices."""
         self.step, self.best, self.validated = content["step"], content["best"], content["validated"]
+        if content["config"].get("eval_images") != self.c.eval_images:
+            self.best = -math.inf  # that of other images does not compare
         self.run.net.load_state_dict(content["net"])
         self.ema.load_state_dict(content["ema"])
         self.optimizer.load_state_dict(content["optimizer"])
@@ -869,6 +888,9 @@ class Training:
                  f"{'; loss: torch (for --balance)' * (c.balance > 0)}; "
                  f"GroupNorm: {'triton' if kernels.norms(run.device) else 'torch'}; "
                  f"{size} training images; {run.origin}; into {self.out}/")
+        if (most := run.train_data.labels_below) > run.codec.classes:
+            self.say(f"NOTE: an image has up to {most} segments, but there are {run.codec.classes} codes: "
+                     f"beyond them, the smallest count as part of the largest (--bits, or --preset crowded)")
         if self.measured:
             self.say(self.measured)
         if self.update.fast is not self.update.model:
@@ -891,8 +913,10 @@ class Training:
                  + f"  -> {self.out}/{name}" * drawn,
                  step=self.step, ari=ari, iou=iou, seconds=time.time() - self.started)
         if ari > self.best:
-            self.best = ari
+            before, self.best = self.best, ari
             self.store("best.pt", portable)
+            if not self.is_stored():
+                self.best = before  # the next one is written where this one's disk was full
 
     def take_step(self, batch):
         """One step. Returns "", or where it cannot be taken a sentence that says why and what to do."""
@@ -1009,7 +1033,7 @@ def train(c, run):
         t.say(f"\nstopped{' and saved' if t.is_stored() else ''} at step {t.step}: run the same command "
               f"again to go on")
         return 128 + (t.stop[0] if t.stop else signal.SIGTERM)
-    except (RuntimeError, ValueError, datasets.Unread) as e:
+    except Exception as e:
         words, full = (str(e).strip() or type(e).__name__).splitlines()[0], out_of_memory(e)
         status = t.give_up(f"{words}; add --accumulate, and run the same command again" if full else words)
         if full or isinstance(e, datasets.Unread):

@@ -43,7 +43,7 @@ Image.init()
 IMAGE_TYPES = HEIC | {suffix for suffix, kind in Image.registered_extensions().items()
                       if (kind in Image.OPEN or kind == "MPO")
                       and kind not in ("EPS", "WMF", "GRIB", "BUFR", "HDF5", "MPEG")}
-READING = 9  # raised where files are read in another way than before
+READING = 10  # raised where files are read in another way than before
 LOOK = 192  # pixels of the longer side, at which a photo's contrast is judged
 LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "HEIF"}  # no type for ids
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -938,7 +938,7 @@ def open_image(path, size=None):
             notice(path, f"of its {pages} pages, the first is taken: save the others as files")
         if size:
             # decoded at 1/2, 1/4 or 1/8; at 2 `size`, the area filter after it would err twice as much
-            image.draft(None, tuple(3 * side for side in fitted(*full, size)))
+            image.draft(None, tuple(3 * side for side in fitted(*full, max(size, LOOK // 3))))
         try:
             image.load()
         except OSError as e:

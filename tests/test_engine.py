@@ -198,8 +198,9 @@ def test_options_of_a_dataclass(words, given):
 
 @pytest.mark.parametrize("words, message", [
     ("--rate", "--rate needs a value"), ("--note --turns", "--note needs a value"),
-    ("--turns maybe", "--turns is true or false, not 'maybe'"), ("--max-bad x", "--max_bad needs a number"),
-    ("--turn", "unknown option '--turn': did you mean --turns?"), ("--turns 1 0", "unknown option '0'")])
+    ("--turns maybe", "--turns is true or false, not 'maybe'"), ("--rate 1e", "--rate needs a number"),
+    ("--max-bad x", "--max_bad needs a whole number"), ("--turns 1 0", "unknown option '0': see --help"),
+    ("--turn", "unknown option '--turn': did you mean --turns?")])
 def test_options_that_are_none(words, message):
     with pytest.raises(ValueError) as raised:
         options_given(words.split(), Options)
@@ -291,6 +292,37 @@ def test_a_log_forgets_later_and_torn_lines(tmp_path):
     forget(path, lambda line: line["step"] <= 5)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4]
     forget(tmp_path / "absent.jsonl", lambda line: True)
+    path.write_bytes(b'{"step": 2}\n\xff\xfe\n7\n{"step": 4}\n')  # damaged: what can be read stays
+    forget(path, lambda line: line["step"] <= 5)
+    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    append(path, dict(step=1))
+    real = open
+
+    class Full:
+        """A file on a disk with room for 5 bytes more."""
+
+        def __init__(self, file):
+            self.file, self.tell, self.truncate = file, file.tell, file.truncate
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, text):
+            return self.file.write(text[:5])
+
+    monkeypatch.setattr("builtins.open", lambda *args, **kwargs: Full(real(*args, **kwargs)))
+    with pytest.raises(OSError, match="no space left"):
+        append(path, dict(step=2))
+    monkeypatch.undo()
+    append(path, dict(step=3))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
 
 
 def test_what_cannot_be_written_is_a_warning(tmp_path, capsys):

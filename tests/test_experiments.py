@@ -122,6 +122,8 @@ def test_two_parts_share_the_runs(fake, tmp_path):
             for _, flags, _, _ in experiments.EXPERIMENTS["input_scale"]]
     experiments.main(arguments("input_scale", "--part", "2/2", out=tmp_path))
     assert fake.trained == runs[1::2]
+    experiments.main(arguments("input_scale", "--part", "1/2", out=tmp_path))  # though fewer are missing now
+    assert fake.trained == runs[1::2] + runs[::2]
 
 
 def test_some_rows_only(fake, tmp_path, capsys):

@@ -280,7 +280,10 @@ def test_an_export_overwrites_nothing_but_an_export(tmp_path, capsys):
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     for _ in range(2):  # an export gives way to a newer one
         assert train.main(["--out", str(folder), "--export", str(folder / "model.pt")]) == 0
-    assert read(folder / "model.pt").keys() == {"format", "step", "ema"}
+    assert read(folder / "model.pt").keys() == {"format", "step", "ema", "exported"}
+    for other in (train.SHIPPED, tmp_path / "none" / "model.pt"):  # nor what --export has not written here
+        assert train.main(["--out", str(folder), "--export", str(other)]) == 2
+        assert str(other.parent) in capsys.readouterr().err
 
 
 def test_accumulation_and_the_whole_batch_are_the_same(tmp_path):
@@ -452,9 +455,10 @@ def test_without_triton_nothing_is_compiled_and_the_run_says_so(monkeypatch):
     t = object.__new__(train.Training)
     t.c, t.out, t.measured, t.say = c, "o", "", said.append
     t.run = train.build(train.parse(["--device", "cpu"]))
-    t.run.device, t.run.train_data = cuda, []
+    t.run.device, t.run.train_data = cuda, train.datasets.load("shapes", "train", 16)
     t.update = types.SimpleNamespace(fast=t.run.net, model=t.run.net)
     t.introduce()
+    assert not any("NOTE" in line for line in said)
     assert said[-1] == "not compiled, so that steps take longer: triton cannot be imported (no module)"
     t.c = train.Config(compile="off")
     t.introduce()
@@ -657,6 +661,77 @@ def test_a_full_disk_warns_and_leaves_the_last_good_checkpoint(tmp_path, monkeyp
     assert read(tmp_path / "run" / "ckpt.pt")["step"] == 2
     monkeypatch.undo()
     assert run(tmp_path) == 0 and read(tmp_path / "run" / "ckpt.pt")["step"] == 4
+
+
+def test_a_full_disk_is_tried_again_for_the_best_weights(tmp_path, monkeypatch):
+    values, real, full = iter([0.5, 0.2]), os.fsync, [False]
+    monkeypatch.setattr(train, "validate", lambda *args: (next(values), 0.0, Image.new("RGB", (8, 8))))
+
+    def fsync(fd):
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd)
+
+    store = train.Training.store
+
+    def stored(t, name, *more, **options):
+        full[0] = name == "best.pt" and t.step == 2
+        store(t, name, *more, **options)
+        t.is_stored()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(train.Training, "store", stored)
+    assert run(tmp_path, "--eval_every", "2") == 0
+    best, last = (read(tmp_path / "run" / name) for name in ("best.pt", "ckpt.pt"))
+    assert best["step"] == 4 and last["best"] == 0.2
+
+
+def test_the_best_of_other_images_does_not_count(tmp_path, monkeypatch):
+    values = iter([0.5, 0.2])
+    monkeypatch.setattr(train, "validate", lambda *args: (next(values), 0.0, Image.new("RGB", (8, 8))))
+    assert run(tmp_path) == 0 and run(tmp_path, "--max_steps", "8", "--eval_images", "2") == 0
+    assert read(tmp_path / "run" / "best.pt")["step"] == 8
+
+
+def test_what_a_run_without_a_checkpoint_left_gets_another_name(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run(tmp_path) == 0
+    for k in (1, 2):
+        old = [(folder / name).read_bytes() for name in ("best.pt", "log.jsonl")]
+        for path in folder.glob("ckpt*"):
+            path.unlink()
+        assert not (folder / f"best.{k}.pt").exists()
+        assert run(tmp_path) == 0 and "best.pt of an earlier run is now" in capsys.readouterr().out
+        assert old == [(folder / name).read_bytes() for name in (f"best.{k}.pt", f"log.{k}.jsonl")]
+
+
+def test_more_segments_than_codes_are_said(tmp_path, capsys):
+    folder = make_folder(tmp_path / "d")
+    for path in (folder / "labels").iterdir():
+        Image.fromarray(np.arange(20 * 24, dtype=np.uint8).reshape(20, 24) // 9 % 5).save(path)
+    for bits, told in ((2, True), (4, False)):
+        assert run(tmp_path, "--dataset", str(folder), "--bits", str(bits), out=str(bits)) == 0
+        assert ("up to 5 segments, but there are 4 codes" in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
+def test_whatever_ends_a_run_what_was_learnt_is_saved(tmp_path, monkeypatch, capsys, error):
+    real, calls = train.make_batch, []
+
+    def broken(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(train, "make_batch", broken)
+    if isinstance(error, MemoryError):
+        assert run(tmp_path, "--save_every", "100") == 2
+        assert "add --accumulate" in capsys.readouterr().err
+    else:
+        with pytest.raises(OSError, match="Too many open files"):
+            run(tmp_path, "--save_every", "100")
+    assert read(tmp_path / "run" / "ckpt.pt")["step"] == 2
 
 
 def test_a_signal_during_validation_stops_it_and_it_is_made_up_for(tmp_path, monkeypatch):
