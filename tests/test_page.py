@@ -468,12 +468,25 @@ def test_wrong_requests_get_a_sentence(server):
         assert status == 400 and words in json.loads(reply)["error"], change
 
 
-def test_only_the_last_photos_are_at_hand(server):
+def test_only_the_photos_used_last_are_at_hand(server):
     first = server.open(photo())["photo"]
     for seed in range(4):
         server.open(photo((9, 6), seed))
     status, reply = server.get("POST", "/wait", json.dumps(dict(photo=first, version=0)).encode())
     assert status == 400 and "open this one again" in json.loads(reply)["error"]
+    kept = server.open(photo())["photo"]
+    for seed in range(4):
+        server.open(photo((9, 6), seed))
+        server.ask("/wait", photo=kept, version=-1)
+
+
+def test_the_photo_of_the_command_line_stays_at_hand(ckpt, tmp_path):
+    photo().save(tmp_path / "a.png")
+    server = Server(tmp_path / "a.png", "--ckpt", ckpt)
+    for seed in range(5):
+        server.open(photo((9, 6), seed))
+    server.ask("/wait", photo=server.config["first"]["photo"], version=-1)
+    server.stop()
 
 
 def test_control_c_ends_it_in_the_middle_of_sampling_and_nothing_is_left(tmp_path, monkeypatch):
@@ -645,6 +658,55 @@ def test_what_is_saved_is_repeated_by_the_command_shown(browser, server, hinted,
     answer = np.asarray(Image.open(f"samples/{a}/answer.png"))
     assert np.array_equal(np.asarray(Image.open(saved["labels"])), answer) and len(np.unique(answer)) == 2
     assert json.loads(saved["coco"].read_text())["images"][0]["file_name"] == f"{a}.png"
+
+
+@in_browser
+def test_hints_are_back_after_a_reload_another_photo_and_a_new_start(browser, ckpt, tmp_path):
+    server = Server("--ckpt", ckpt)
+    tab = opened(browser, server, tmp_path)
+    tab.click(0.2, 0.2)
+    tab.drag((0.6, 0.2), (0.7, 0.5))
+    strokes = tab.js("state.strokes")
+    photo((60, 90), 2).save(tmp_path / "b.png")
+    tab.choose_file(tmp_path / "b.png")
+    tab.wait("state.name === 'b.png'")
+    assert tab.js("state.strokes.length") == 0
+    for again in ("another photo", "reload", "new start"):
+        if again != "another photo":
+            if again == "new start":
+                server.stop()
+                server = Server("--ckpt", ckpt, "--port", server.port)
+            tab.call("Page.reload")
+            tab.wait("document.readyState === 'complete' && !state.name")
+        tab.choose_file(tmp_path / "a.png")
+        tab.wait("state.name === 'a.png'")
+        tab.settle()
+        assert tab.js("state.strokes") == strokes and tab.js("state.last") == 2
+        assert "; its hints of before are back" in tab.js("$('status').textContent")
+        assert tab.label(0.2, 0.2) != tab.label(0.6, 0.2)
+    tab.js("$('undo').click()")
+    assert tab.js("state.strokes.length") == 0
+    tab.js("$('redo').click()")
+    (tmp_path / "other").mkdir()
+    photo((80, 60)).save(tmp_path / "other" / "a.png")
+    tab.choose_file(tmp_path / "other" / "a.png")
+    tab.wait("state.size[0] === 80")
+    assert tab.js("state.strokes.length") == 0
+    server.stop()
+
+
+@in_browser
+def test_leaving_is_asked_about_only_where_hints_cannot_be_kept(browser, server, tmp_path):
+    tab = opened(browser, server, tmp_path)
+    leaves = "dispatchEvent(new Event('beforeunload', { cancelable: true }))"
+    tab.click(0.2, 0.2)
+    assert tab.js(leaves)
+    tab.js("sessionStorage.setItem('full', 'x'.repeat(5 * 2 ** 20 - sessionStorage.length - 100))")
+    tab.drag(*[(x, y) for x in np.linspace(0.1, 0.9, 6) for y in (0.2, 0.8)])
+    assert tab.js("state.strokes.length") == 2 and not tab.js(leaves)
+    tab.js("sessionStorage.removeItem('full')")
+    tab.key("z", control=True)
+    assert tab.js(leaves)
 
 
 @in_browser
