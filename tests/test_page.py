@@ -837,6 +837,29 @@ def test_a_page_whose_server_has_ended_says_so(browser, ckpt, tmp_path):
     tab.wait("$('status').textContent === 'page.py no longer answers'")
 
 
+@in_browser
+def test_news_that_got_lost_is_asked_for_again_and_a_refusal_is_final(browser, server, tmp_path):
+    photo().save(tmp_path / "a.png")
+    photo((60, 90)).save(tmp_path / "b.png")
+    tab = browser.tab(server.url)
+    tab.js("""
+        const real = fetch;
+        let waits = 0, to = "/wait";
+        fetch = (path, options) => path !== "/wait" ? real(path, options)
+          : ++waits === 1 ? Promise.reject(TypeError("Failed to fetch")) : real(to, options);""")
+    tab.choose_file(tmp_path / "a.png")
+    tab.wait("$('status').textContent === 'page.py no longer answers'")
+    tab.settle()
+    tab.wait("$('status').textContent.includes(' segments, 8 samples')")
+    assert not tab.js("$('status').classList.contains('bad')")
+    tab.js("to = '/nothing'")
+    tab.choose_file(tmp_path / "b.png")
+    tab.wait("$('status').textContent.includes('load it again')")
+    waits = tab.js("waits")
+    time.sleep(2.5)
+    assert tab.js("waits") == waits
+
+
 if __name__ == "__main__":
     shown, folder, *clicks = sys.argv[1:]
     server = Server(shown, "--ckpt", "weights/photo.pt", alone=True)
