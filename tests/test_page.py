@@ -642,14 +642,18 @@ def test_what_is_saved_is_repeated_by_the_command_shown(browser, server, hinted,
     tab.drag((0.6, 0.2), (0.7, 0.5), (0.8, 0.8))
     tab.js("$('closed').click()")
     tab.settle()
-    saved = {}
+    saved, shown, first = {}, tab.js("$('command').textContent"), "!$('first').hidden"
+    hash = re.search(r"_hints_(\w+)\.png", shown)[1]
+    assert tab.js(first)
     for kind in ("labels", "overlay", "coco", "hints"):
-        name = f"{a}_{kind}_n8_seed0_normal_closed.{'json' if kind == 'coco' else 'png'}"
+        of = "" if kind == "hints" else "_n8_seed0_normal_closed"
+        name = f"{a}_{kind}{of}_{hash}.{'json' if kind == 'coco' else 'png'}"
         tab.js(f"document.querySelector('[data-kind={kind}]').click()")
         tab.wait(f'$("status").textContent === "Saved {name}."')
         saved[kind] = browser.folder / "saved" / name
     while not all(path.exists() for path in saved.values()):  # the browser writes them on its own time
         time.sleep(0.02)
+    assert not tab.js(first)
     monkeypatch.chdir(tmp_path)
     shutil.copy(saved["hints"], tmp_path)
     command = shlex.split(tab.js("$('command').textContent"))
@@ -658,6 +662,10 @@ def test_what_is_saved_is_repeated_by_the_command_shown(browser, server, hinted,
     answer = np.asarray(Image.open(f"samples/{a}/answer.png"))
     assert np.array_equal(np.asarray(Image.open(saved["labels"])), answer) and len(np.unique(answer)) == 2
     assert json.loads(saved["coco"].read_text())["images"][0]["file_name"] == f"{a}.png"
+    tab.drag((0.6, 0.2), (0.7, 0.5), (0.8, 0.7))
+    assert hash not in tab.js("$('command').textContent") and tab.js(first)
+    tab.key("z", control=True)
+    assert tab.js("$('command').textContent") == shown and not tab.js(first)
 
 
 @in_browser
