@@ -83,7 +83,8 @@ class Desk:
     def work(self):
         while True:
             with self.news:
-                photo = self.news.wait_for(lambda: [p for p in self.photos.values() if p.done != p.asked])[0]
+                waiting = self.news.wait_for(lambda: [p for p in self.photos.values() if p.done != p.asked])
+                photo = sorted(waiting, key=lambda p: not p.result)[-1]  # nothing is shown of it, and it is new
                 strokes = photo.asked
                 while photo.job and self.news.wait_for(lambda: photo.asked is not strokes, 0.5):  # seconds
                     strokes = photo.asked  # more clicks may follow

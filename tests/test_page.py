@@ -489,6 +489,24 @@ def test_the_photo_of_the_command_line_stays_at_hand(ckpt, tmp_path):
     server.stop()
 
 
+def test_photos_without_a_result_are_sampled_first_the_newest_of_them_before_others(monkeypatch, tmp_path):
+    desk, seen = page.Desk.__new__(page.Desk), []
+    desk.news, desk.photos = threading.Condition(), {}
+    for name, result in (("a", "some"), ("b", None), ("c", None), ("d", "some")):
+        desk.photos[name] = page.Photo(Path(name), (9, 6), None, [], result=result)
+
+    def sample(photo, strokes):
+        photo.done = strokes
+        seen.append(photo.file.name)
+        if len(seen) == 4:
+            raise SystemExit
+
+    monkeypatch.setattr(desk, "sample", sample, raising=False)
+    with pytest.raises(SystemExit):
+        desk.work()
+    assert seen == ["c", "b", "d", "a"]
+
+
 def test_control_c_ends_it_in_the_middle_of_sampling_and_nothing_is_left(tmp_path, monkeypatch):
     """SIGTERM, too; two programs at once."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
