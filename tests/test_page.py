@@ -736,6 +736,24 @@ def test_leaving_is_asked_about_only_where_hints_cannot_be_kept(browser, server,
 
 
 @in_browser
+def test_a_second_finger_draws_nothing(browser, server, tmp_path):
+    tab = opened(browser, server, tmp_path)
+
+    def touch(kind, *fingers):
+        points = [dict(zip("xy", tab.place(*at)), id=number) for number, at in enumerate(fingers)]
+        tab.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+
+    touch("touchStart", (0.2, 0.2))
+    touch("touchStart", (0.2, 0.2), (0.8, 0.8))
+    touch("touchMove", (0.3, 0.2), (0.7, 0.8))
+    touch("touchMove", (0.4, 0.2), (0.6, 0.8))
+    touch("touchEnd")
+    tab.wait("state.strokes.length")
+    stroke, = tab.js("state.strokes")
+    assert len(stroke["points"]) == 3 and all(y == 12 for _, y in stroke["points"])
+
+
+@in_browser
 def test_fifty_quick_clicks(browser, server, tmp_path):
     """One request at a time, each with what was newest then; the last one's answer stays."""
     tab = opened(browser, server, tmp_path)
