@@ -387,6 +387,16 @@ def test_a_network_that_sees_hints_samples_with_them(hinted, tmp_path):
     assert np.array_equal(labels, np.asarray(Image.open(tmp_path / "out" / "a" / "answer.png")))
 
 
+def test_hints_are_saved_before_there_are_samples_and_labels_are_not(hinted):
+    one = hinted[0].open(photo())
+    asked = dict(photo=one["photo"], strokes=STROKES, grain="normal", closed=False, n=0, name="a.png")
+    status, hints = hinted[0].get("POST", "/download", json.dumps(dict(asked, kind="hints")).encode())
+    assert status == 200 and np.array_equal(pixels(hints), page.strokes_map(STROKES, (90, 60)))
+    body = json.dumps(dict(asked, kind="labels", strokes=[])).encode()
+    status, reply = hinted[0].get("POST", "/download", body)
+    assert status == 400 and json.loads(reply)["error"] == "not all samples are there yet: wait a moment"
+
+
 @pytest.mark.parametrize("method, path, headers, status", [
     ("GET", "/", {}, 200), ("GET", "/", dict(Host="localhost:{port}"), 200),
     ("GET", "/", dict(Host="evil.example"), 403), ("GET", "/", dict(Host="127.0.0.1"), 403),
