@@ -764,6 +764,15 @@ def test_a_second_finger_draws_nothing(browser, server, tmp_path):
 
 
 @in_browser
+def test_closed_is_asked_for_from_two_hints_on(browser, server, tmp_path):
+    tab = opened(browser, server, tmp_path)
+    tab.js("$('closed').click()")
+    for x, shift, closed in ((0.2, False, False), (0.4, True, False), (0.8, False, True)):
+        tab.click(x, 0.2, shift=shift)
+        assert tab.js("$('command').textContent.includes('--closed')") == tab.js("asked().closed") == closed
+
+
+@in_browser
 def test_fifty_quick_clicks(browser, server, tmp_path):
     """One request at a time, each with what was newest then; the last one's answer stays."""
     tab = opened(browser, server, tmp_path)
