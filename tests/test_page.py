@@ -673,6 +673,11 @@ def test_what_is_saved_is_repeated_by_the_command_shown(browser, server, hinted,
     saved, shown, first = {}, tab.js("$('command').textContent"), "!$('first').hidden"
     hash = re.search(r"_hints_(\w+)\.png", shown)[1]
     assert tab.js(first)
+    tab.js("""
+        const wait = setTimeout, made = URL.createObjectURL, held = new Set();
+        setTimeout = (act, time) => wait(act, time / 100);
+        URL.createObjectURL = blob => { const href = made(blob); held.add(href); return href; };
+        URL.revokeObjectURL = href => held.delete(href);""")
     for kind in ("labels", "overlay", "coco", "hints"):
         of = "" if kind == "hints" else "_n8_seed0_normal_closed"
         name = f"{a}_{kind}{of}_{hash}.{'json' if kind == 'coco' else 'png'}"
@@ -682,6 +687,7 @@ def test_what_is_saved_is_repeated_by_the_command_shown(browser, server, hinted,
     while not all(path.exists() for path in saved.values()):  # the browser writes them on its own time
         time.sleep(0.02)
     assert not tab.js(first)
+    tab.wait("held.size === 0")
     monkeypatch.chdir(tmp_path)
     shutil.copy(saved["hints"], tmp_path)
     command = shlex.split(tab.js("$('command').textContent"))
@@ -851,9 +857,11 @@ def test_a_text_named_jpg_and_a_dropped_photo(browser, server, tmp_path):
         const bytes = new Uint8Array({list(out.getvalue())});
         const dropped = new DataTransfer();
         dropped.items.add(new File([bytes], "<b>.png"));
+        dropped.items.add(new File([bytes], "c.png"));
         $("drop").dispatchEvent(new DragEvent("drop", {{ dataTransfer: dropped, bubbles: true }}));""")
     tab.settle()
     assert tab.js("$('status').textContent").startswith("<b>.png, 90 x 60 pixels: ")
+    assert "; it is the first of 2 files" in tab.js("$('status').textContent")
 
 
 @in_browser
