@@ -84,7 +84,7 @@ class Desk:
         while True:
             with self.news:
                 waiting = self.news.wait_for(lambda: [p for p in self.photos.values() if p.done != p.asked])
-                photo = sorted(waiting, key=lambda p: not p.result)[-1]  # nothing is shown of it, and it is new
+                photo = sorted(waiting, key=lambda p: not p.result)[-1]  # the newest that shows nothing
                 strokes = photo.asked
                 while photo.job and self.news.wait_for(lambda: photo.asked is not strokes, 0.5):  # seconds
                     strokes = photo.asked  # more clicks may follow

@@ -770,6 +770,19 @@ def test_a_second_finger_draws_nothing(browser, server, tmp_path):
 
 
 @in_browser
+def test_the_remove_button_takes_the_last_hint_away(browser, server, tmp_path):
+    tab = opened(browser, server, tmp_path)
+    for x in (0.2, 0.4, 0.8):
+        tab.click(x, 0.2)
+    tab.click(0.4, 0.2)  # on its dot
+    for left in ([1, 3], [1], []):
+        tab.js("$('remove').click()")
+        assert tab.js("state.strokes.map(s => s.id)") == left
+    tab.js("$('remove').click()")
+    assert tab.js("$('status').textContent") == "There is no hint here to take away."
+
+
+@in_browser
 def test_closed_is_asked_for_from_two_hints_on(browser, server, tmp_path):
     tab = opened(browser, server, tmp_path)
     tab.js("$('closed').click()")
