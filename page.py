@@ -67,10 +67,10 @@ class Photo:
 
 
 class Desk:
-    """The last PHOTOS photos. `work` samples one at a time; the methods after `sample` answer requests."""
+    """The photos used last. `work` samples one at a time; the methods after `sample` answer requests."""
 
     def __init__(self, model, ckpt, folder, tiles):
-        self.model, self.ckpt, self.folder, self.photos = model, ckpt, Path(folder), {}
+        self.model, self.ckpt, self.folder, self.photos, self.first = model, ckpt, Path(folder), {}, None
         self.news, self.turn, self.slow = threading.Condition(), threading.Lock(), threading.Lock()
         device, self.tiles = next(model.net.parameters()).device, jobs.tiles_of(tiles, model)
         self.on_cpu, self.threads = device.type == "cpu", Threads(host_threads(device))
@@ -83,7 +83,8 @@ class Desk:
     def work(self):
         while True:
             with self.news:
-                photo = self.news.wait_for(lambda: [p for p in self.photos.values() if p.done != p.asked])[0]
+                waiting = self.news.wait_for(lambda: [p for p in self.photos.values() if p.done != p.asked])
+                photo = sorted(waiting, key=lambda p: not p.result)[-1]  # the newest that shows nothing
                 strokes = photo.asked
                 while photo.job and self.news.wait_for(lambda: photo.asked is not strokes, 0.5):  # seconds
                     strokes = photo.asked  # more clicks may follow
@@ -100,7 +101,6 @@ class Desk:
             with self.turn:
                 if photo.asked is not strokes or photo.file.name not in self.photos:
                     raise InterruptedError  # nobody asks for these samples any more
-
         job = jobs.prepare(read_image(photo.file), self.model, strokes_map(strokes, photo.size), seed=SEED,
                            tiles=self.tiles)
         for part, n in ((replace(job, tiles=[]), FIRST), (job, N))[not self.on_cpu or bool(photo.result) :]:
@@ -109,7 +109,7 @@ class Desk:
             self.tell(photo, job=part, result=result, done=done, error="")
 
     def open(self, data, name="this file"):
-        """The bytes of an image file; the oldest photo goes."""
+        """The bytes of an image file; the photo used longest ago goes, but not the command line's."""
         file = self.folder / secrets.token_hex(8)
         try:
             with self.slow, warnings.catch_warnings(record=True) as told:
@@ -119,11 +119,10 @@ class Desk:
         except (ValueError, OSError) as e:  # OSError: a full disk, say
             file.unlink(missing_ok=True)
             raise ValueError(str(fault(file, e)).replace(str(file), name)) from None
-        size = [max(1, round(side * VIEW / max(image.size))) for side in image.size]
-        view = image.resize(size, Image.Resampling.LANCZOS)
+        view = image.resize([max(1, round(s * VIEW / max(image.size))) for s in image.size], Image.LANCZOS)
         with self.news:
             if len(self.photos) == PHOTOS:
-                self.photos.pop(next(iter(self.photos))).file.unlink()
+                self.photos.pop(next(name for name in self.photos if name != self.first)).file.unlink()
             self.photos[file.name] = Photo(file, image.size, view, [])
             self.news.notify_all()
         view.save(picture := io.BytesIO(), "JPEG", quality=95)
@@ -132,26 +131,25 @@ class Desk:
                     image="data:image/jpeg;base64," + base64.b64encode(picture.getvalue()).decode())
 
     def wait(self, photo, version):
-        p = self.photos[photo]
         with self.news:
+            p = self.photos[photo]  # now the last to go: whoever has it open waits here
+            self.photos = {name: one for name, one in self.photos.items() if one is not p} | {photo: p}
             self.news.wait_for(lambda: p.version != version, timeout=20)  # seconds
             samples = len(p.job.x_hat) if p.job else 0
             return dict(version=p.version, samples=samples, busy=p.asked != p.done, error=p.error)
 
     def cut(self, photo, strokes, grain, closed):
         """The joint answer at once; where the network sees hints, samples that have seen them follow."""
-        p, grain = self.photos[photo], grain_of(grain)
-        hints = strokes_map(strokes, p.size)
+        hints = strokes_map(strokes, (p := self.photos[photo]).size)
         with self.turn:
-            tree, labels = segment.joined(p.result.evidence, self.model, grain, hints, closed)
+            tree, labels = segment.joined(p.result.evidence, self.model, grain_of(grain), hints, closed)
             joint = segment.answer(tree, labels, p.result, hints)
             if self.model.diffusion.hints and p.asked != strokes:
                 self.tell(p, asked=strokes, version=p.version)
         return dict(runs=runs(joint.labels), colours=colours(joint.side).tolist(), busy=p.asked != p.done,
                     confidence={s["id"]: s["confidence"] for s in joint.segments})
 
-    def samples(self, photo, grain, **_):
-        """Each sample's map, and where they disagree."""
+    def samples(self, photo, grain, **_):  # the map of each, and where they disagree
         with self.slow:
             result = segment.summarise((p := self.photos[photo]).job, p.view, self.model, grain_of(grain))
         votes = Image.fromarray((result.boundary.numpy() * N).round().astype("u1")).resize(p.view.size, 0)
@@ -161,9 +159,12 @@ class Desk:
     def download(self, photo, kind, n, strokes, grain, closed, name):
         """labels, overlay, coco or hints at the photo's size, of n samples: (bytes, type)."""
         p, grain = self.photos[photo], grain_of(grain)
-        if self.model.diffusion.hints and p.done != strokes:
-            raise ValueError("the samples that see these clicks are not there yet: wait a moment")
         hints, out = strokes_map(strokes, p.size), self.folder / "a"
+        if kind == "hints":  # these wait for no samples
+            save_ids(hints.astype(int) - 1, 15, picture := io.BytesIO())
+            return picture.getvalue(), "image/png"
+        if self.model.diffusion.hints and p.done != strokes:
+            raise ValueError("not all samples are there yet: wait a moment")
         with self.slow:
             result = segment.summarise(p.job.first(n), p.view, self.model, grain)
             joint = replace(result, image=(image := read_image(p.file))).cut(grain, hints, closed)
@@ -175,8 +176,7 @@ class Desk:
             elif kind == "overlay":
                 save(overlaid(image, joint.labels, joint.side), out)
             else:
-                kept = (hints.astype(int) - 1, 15) if kind == "hints" else (joint.labels.numpy(), joint.side)
-                save_ids(*kept, out)
+                save_ids(joint.labels.numpy(), joint.side, out)
             return out.read_bytes(), "application/json" if kind == "coco" else "image/png"
 
 
@@ -234,7 +234,7 @@ def main(argv=None):
             fail(f"{e.filename or f'--port {a.port}'}: {e.strerror.lower()}; choose another")
         except (ValueError, RuntimeError, OverflowError) as e:
             fail(f"--port is from 0 to 65535, not {a.port}" if isinstance(e, OverflowError) else e)
-        server.desk, server.config = desk, dict(
+        desk.first, server.desk, server.config = first and first["photo"], desk, dict(
             token=secrets.token_hex(16), first=first, ckpt=a.ckpt, seed=SEED, upload=UPLOAD, tiles=desk.tiles)
         threading.Thread(target=lambda: (pick_device(str(device)), desk.work()), daemon=True).start()
         print(url := f"http://127.0.0.1:{server.server_port}/", f"on {device}; Ctrl-C ends it", flush=True)

@@ -387,6 +387,16 @@ def test_a_network_that_sees_hints_samples_with_them(hinted, tmp_path):
     assert np.array_equal(labels, np.asarray(Image.open(tmp_path / "out" / "a" / "answer.png")))
 
 
+def test_hints_are_saved_before_there_are_samples_and_labels_are_not(hinted):
+    one = hinted[0].open(photo())
+    asked = dict(photo=one["photo"], strokes=STROKES, grain="normal", closed=False, n=0, name="a.png")
+    status, hints = hinted[0].get("POST", "/download", json.dumps(dict(asked, kind="hints")).encode())
+    assert status == 200 and np.array_equal(pixels(hints), page.strokes_map(STROKES, (90, 60)))
+    body = json.dumps(dict(asked, kind="labels", strokes=[])).encode()
+    status, reply = hinted[0].get("POST", "/download", body)
+    assert status == 400 and json.loads(reply)["error"] == "not all samples are there yet: wait a moment"
+
+
 @pytest.mark.parametrize("method, path, headers, status", [
     ("GET", "/", {}, 200), ("GET", "/", dict(Host="localhost:{port}"), 200),
     ("GET", "/", dict(Host="evil.example"), 403), ("GET", "/", dict(Host="127.0.0.1"), 403),
@@ -468,12 +478,43 @@ def test_wrong_requests_get_a_sentence(server):
         assert status == 400 and words in json.loads(reply)["error"], change
 
 
-def test_only_the_last_photos_are_at_hand(server):
+def test_only_the_photos_used_last_are_at_hand(server):
     first = server.open(photo())["photo"]
     for seed in range(4):
         server.open(photo((9, 6), seed))
     status, reply = server.get("POST", "/wait", json.dumps(dict(photo=first, version=0)).encode())
     assert status == 400 and "open this one again" in json.loads(reply)["error"]
+    kept = server.open(photo())["photo"]
+    for seed in range(4):
+        server.open(photo((9, 6), seed))
+        server.ask("/wait", photo=kept, version=-1)
+
+
+def test_the_photo_of_the_command_line_stays_at_hand(ckpt, tmp_path):
+    photo().save(tmp_path / "a.png")
+    server = Server(tmp_path / "a.png", "--ckpt", ckpt)
+    for seed in range(5):
+        server.open(photo((9, 6), seed))
+    server.ask("/wait", photo=server.config["first"]["photo"], version=-1)
+    server.stop()
+
+
+def test_photos_without_a_result_are_sampled_first_the_newest_of_them_before_others(monkeypatch, tmp_path):
+    desk, seen = page.Desk.__new__(page.Desk), []
+    desk.news, desk.photos = threading.Condition(), {}
+    for name, result in (("a", "some"), ("b", None), ("c", None), ("d", "some")):
+        desk.photos[name] = page.Photo(Path(name), (9, 6), None, [], result=result)
+
+    def sample(photo, strokes):
+        photo.done = strokes
+        seen.append(photo.file.name)
+        if len(seen) == 4:
+            raise SystemExit
+
+    monkeypatch.setattr(desk, "sample", sample, raising=False)
+    with pytest.raises(SystemExit):
+        desk.work()
+    assert seen == ["c", "b", "d", "a"]
 
 
 def test_control_c_ends_it_in_the_middle_of_sampling_and_nothing_is_left(tmp_path, monkeypatch):
@@ -629,14 +670,24 @@ def test_what_is_saved_is_repeated_by_the_command_shown(browser, server, hinted,
     tab.drag((0.6, 0.2), (0.7, 0.5), (0.8, 0.8))
     tab.js("$('closed').click()")
     tab.settle()
-    saved = {}
+    saved, shown, first = {}, tab.js("$('command').textContent"), "!$('first').hidden"
+    hash = re.search(r"_hints_(\w+)\.png", shown)[1]
+    assert tab.js(first)
+    tab.js("""
+        const wait = setTimeout, made = URL.createObjectURL, held = new Set();
+        setTimeout = (act, time) => wait(act, time / 100);
+        URL.createObjectURL = blob => { const href = made(blob); held.add(href); return href; };
+        URL.revokeObjectURL = href => held.delete(href);""")
     for kind in ("labels", "overlay", "coco", "hints"):
-        name = f"{a}_{kind}_n8_seed0_normal_closed.{'json' if kind == 'coco' else 'png'}"
+        of = "" if kind == "hints" else "_n8_seed0_normal_closed"
+        name = f"{a}_{kind}{of}_{hash}.{'json' if kind == 'coco' else 'png'}"
         tab.js(f"document.querySelector('[data-kind={kind}]').click()")
         tab.wait(f'$("status").textContent === "Saved {name}."')
         saved[kind] = browser.folder / "saved" / name
     while not all(path.exists() for path in saved.values()):  # the browser writes them on its own time
         time.sleep(0.02)
+    assert not tab.js(first)
+    tab.wait("held.size === 0")
     monkeypatch.chdir(tmp_path)
     shutil.copy(saved["hints"], tmp_path)
     command = shlex.split(tab.js("$('command').textContent"))
@@ -645,6 +696,99 @@ def test_what_is_saved_is_repeated_by_the_command_shown(browser, server, hinted,
     answer = np.asarray(Image.open(f"samples/{a}/answer.png"))
     assert np.array_equal(np.asarray(Image.open(saved["labels"])), answer) and len(np.unique(answer)) == 2
     assert json.loads(saved["coco"].read_text())["images"][0]["file_name"] == f"{a}.png"
+    tab.drag((0.6, 0.2), (0.7, 0.5), (0.8, 0.7))
+    assert hash not in tab.js("$('command').textContent") and tab.js(first)
+    tab.key("z", control=True)
+    assert tab.js("$('command').textContent") == shown and not tab.js(first)
+
+
+@in_browser
+def test_hints_are_back_after_a_reload_another_photo_and_a_new_start(browser, ckpt, tmp_path):
+    server = Server("--ckpt", ckpt)
+    tab = opened(browser, server, tmp_path)
+    tab.click(0.2, 0.2)
+    tab.drag((0.6, 0.2), (0.7, 0.5))
+    strokes = tab.js("state.strokes")
+    photo((60, 90), 2).save(tmp_path / "b.png")
+    tab.choose_file(tmp_path / "b.png")
+    tab.wait("state.name === 'b.png'")
+    assert tab.js("state.strokes.length") == 0
+    for again in ("another photo", "reload", "new start"):
+        if again != "another photo":
+            if again == "new start":
+                server.stop()
+                server = Server("--ckpt", ckpt, "--port", server.port)
+            tab.call("Page.reload")
+            tab.wait("document.readyState === 'complete' && !state.name")
+        tab.choose_file(tmp_path / "a.png")
+        tab.wait("state.name === 'a.png'")
+        tab.settle()
+        assert tab.js("state.strokes") == strokes and tab.js("state.last") == 2
+        assert "; its hints of before are back" in tab.js("$('status').textContent")
+        assert tab.label(0.2, 0.2) != tab.label(0.6, 0.2)
+    tab.js("$('undo').click()")
+    assert tab.js("state.strokes.length") == 0
+    tab.js("$('redo').click()")
+    (tmp_path / "other").mkdir()
+    photo((80, 60)).save(tmp_path / "other" / "a.png")
+    tab.choose_file(tmp_path / "other" / "a.png")
+    tab.wait("state.size[0] === 80")
+    assert tab.js("state.strokes.length") == 0
+    server.stop()
+
+
+@in_browser
+def test_leaving_is_asked_about_only_where_hints_cannot_be_kept(browser, server, tmp_path):
+    tab = opened(browser, server, tmp_path)
+    leaves = "dispatchEvent(new Event('beforeunload', { cancelable: true }))"
+    tab.click(0.2, 0.2)
+    assert tab.js(leaves)
+    tab.js("sessionStorage.setItem('full', 'x'.repeat(5 * 2 ** 20 - sessionStorage.length - 100))")
+    tab.drag(*[(x, y) for x in np.linspace(0.1, 0.9, 6) for y in (0.2, 0.8)])
+    assert tab.js("state.strokes.length") == 2 and not tab.js(leaves)
+    tab.js("sessionStorage.removeItem('full')")
+    tab.key("z", control=True)
+    assert tab.js(leaves)
+
+
+@in_browser
+def test_a_second_finger_draws_nothing(browser, server, tmp_path):
+    tab = opened(browser, server, tmp_path)
+
+    def touch(kind, *fingers):
+        points = [dict(zip("xy", tab.place(*at)), id=number) for number, at in enumerate(fingers)]
+        tab.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+
+    touch("touchStart", (0.2, 0.2))
+    touch("touchStart", (0.2, 0.2), (0.8, 0.8))
+    touch("touchMove", (0.3, 0.2), (0.7, 0.8))
+    touch("touchMove", (0.4, 0.2), (0.6, 0.8))
+    touch("touchEnd")
+    tab.wait("state.strokes.length")
+    stroke, = tab.js("state.strokes")
+    assert len(stroke["points"]) == 3 and all(y == 12 for _, y in stroke["points"])
+
+
+@in_browser
+def test_the_remove_button_takes_the_last_hint_away(browser, server, tmp_path):
+    tab = opened(browser, server, tmp_path)
+    for x in (0.2, 0.4, 0.8):
+        tab.click(x, 0.2)
+    tab.click(0.4, 0.2)  # on its dot
+    for left in ([1, 3], [1], []):
+        tab.js("$('remove').click()")
+        assert tab.js("state.strokes.map(s => s.id)") == left
+    tab.js("$('remove').click()")
+    assert tab.js("$('status').textContent") == "There is no hint here to take away."
+
+
+@in_browser
+def test_closed_is_asked_for_from_two_hints_on(browser, server, tmp_path):
+    tab = opened(browser, server, tmp_path)
+    tab.js("$('closed').click()")
+    for x, shift, closed in ((0.2, False, False), (0.4, True, False), (0.8, False, True)):
+        tab.click(x, 0.2, shift=shift)
+        assert tab.js("$('command').textContent.includes('--closed')") == tab.js("asked().closed") == closed
 
 
 @in_browser
@@ -726,9 +870,11 @@ def test_a_text_named_jpg_and_a_dropped_photo(browser, server, tmp_path):
         const bytes = new Uint8Array({list(out.getvalue())});
         const dropped = new DataTransfer();
         dropped.items.add(new File([bytes], "<b>.png"));
+        dropped.items.add(new File([bytes], "c.png"));
         $("drop").dispatchEvent(new DragEvent("drop", {{ dataTransfer: dropped, bubbles: true }}));""")
     tab.settle()
     assert tab.js("$('status').textContent").startswith("<b>.png, 90 x 60 pixels: ")
+    assert "; it is the first of 2 files" in tab.js("$('status').textContent")
 
 
 @in_browser
@@ -773,6 +919,29 @@ def test_a_page_whose_server_has_ended_says_so(browser, ckpt, tmp_path):
     assert server.stop(signal.SIGTERM) == (0, "")
     tab.click(0.5, 0.5)
     tab.wait("$('status').textContent === 'page.py no longer answers'")
+
+
+@in_browser
+def test_news_that_got_lost_is_asked_for_again_and_a_refusal_is_final(browser, server, tmp_path):
+    photo().save(tmp_path / "a.png")
+    photo((60, 90)).save(tmp_path / "b.png")
+    tab = browser.tab(server.url)
+    tab.js("""
+        const real = fetch;
+        let waits = 0, to = "/wait";
+        fetch = (path, options) => path !== "/wait" ? real(path, options)
+          : ++waits === 1 ? Promise.reject(TypeError("Failed to fetch")) : real(to, options);""")
+    tab.choose_file(tmp_path / "a.png")
+    tab.wait("$('status').textContent === 'page.py no longer answers'")
+    tab.settle()
+    tab.wait("$('status').textContent.includes(' segments, 8 samples')")
+    assert not tab.js("$('status').classList.contains('bad')")
+    tab.js("to = '/nothing'")
+    tab.choose_file(tmp_path / "b.png")
+    tab.wait("$('status').textContent.includes('load it again')")
+    waits = tab.js("waits")
+    time.sleep(2.5)
+    assert tab.js("waits") == waits
 
 
 if __name__ == "__main__":
