@@ -710,7 +710,8 @@ def test_more_segments_than_codes_are_said(tmp_path, capsys):
     for path in (folder / "labels").iterdir():
         Image.fromarray(np.arange(20 * 24, dtype=np.uint8).reshape(20, 24) // 9 % 5).save(path)
     for bits, told in ((2, True), (4, False)):
-        assert run(tmp_path, "--dataset", str(folder), "--bits", str(bits), out=str(bits)) == 0
+        more = ("--preset", "tiny", "--dataset", str(folder), "--bits", str(bits))
+        assert run(tmp_path, *more, out=str(bits)) == 0
         assert ("up to 5 segments, but there are 4 codes" in capsys.readouterr().out) == told
 
 
