@@ -751,6 +751,12 @@ def load_init(c, run):
         differ = differ or [f"inputs {', '.join(old)} -> {', '.join(new)}"]
         raise ValueError(f"--init {c.init} is another network ({'; '.join(differ)}): "
                          f"choose --network, --bits, --encoding and --hints as it has them")
+    old, new = ({"prediction": d.get("prediction", c.prediction), "encoding": codec["encoding"],
+                 "palette": codec["palette"], "seed": codec["palette"] == "random" and codec["seed"]}
+                for d, codec in ((source.get("diffusion", {}), source["codec"]), (vars(c), vars(c))))
+    if meaning := differences(old, new, ()):
+        raise ValueError(f"--init {c.init} means something else by its outputs ({'; '.join(meaning)}): give "
+                         f"these options as it has them")
     places = list(finer_bits(few, most) if finer else range(few))
     run.net.load_state_dict(widened(source["ema"], run.net.state_dict(), places))
     added = run.network["in_channels"] - source["network"]["in_channels"]

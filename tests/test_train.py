@@ -705,6 +705,17 @@ def test_what_a_run_without_a_checkpoint_left_gets_another_name(tmp_path, capsys
         assert old == [(folder / name).read_bytes() for name in (f"best.{k}.pt", f"log.{k}.jsonl")]
 
 
+def test_weights_of_another_meaning_are_no_start(tmp_path, capsys):
+    assert run(tmp_path, out="a") == 0
+    for k, more in enumerate((("--prediction", "v"), ("--palette", "different"), ("--palette", "random"))):
+        assert run(tmp_path, "--init", str(tmp_path / "a/ckpt.pt"), *more, out=str(k)) == 2
+        assert f"({more[0][2:]} " in capsys.readouterr().err
+    assert run(tmp_path, "--palette", "random", out="b") == 0
+    more = ("--palette", "random", "--seed", "1", "--init", str(tmp_path / "b/ckpt.pt"))
+    assert run(tmp_path, *more, out="c") == 2
+    assert "means something else by its outputs (seed 0 -> 1)" in capsys.readouterr().err
+
+
 def test_more_segments_than_codes_are_said(tmp_path, capsys):
     folder = make_folder(tmp_path / "d")
     for path in (folder / "labels").iterdir():
