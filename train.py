@@ -29,9 +29,9 @@ from pathlib import Path
 
 
 def show_help(argv):
-    """Print the docstring and Config, as it stands in this file, and end, where that is asked for."""
+    """Print the docstring, Config and PRESETS, as they stand here, and end, where that is asked for."""
     if "-h" in argv or "--help" in argv:
-        options = Path(__file__).read_text().split("class Config:\n")[1].split("\n\nCOMPILED")[0]
+        options = Path(__file__).read_text().split("class Config:\n")[1].split("\n}\n")[0]  # PRESETS' end
         try:
             print(f"{__doc__}\noptions (--key value), with their defaults:\n\n{options}\n", flush=True)
         except BrokenPipeError:  # whoever reads it has seen enough

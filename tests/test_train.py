@@ -806,9 +806,12 @@ def test_presets_name_real_options_and_networks():
 
 def test_help_shows_every_option_and_the_shell_sees_the_status():
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    helped, wrong = (subprocess.Popen([sys.executable, ROOT / "train.py", *words], **pipes)
-                   for words in (["--help"], ["--nonsense", "1"]))  # side by side
+    helped, unread, wrong = (subprocess.Popen([sys.executable, ROOT / "train.py", *words], **pipes)
+                             for words in (["--help"], ["--help"], ["--nonsense", "1"]))  # side by side
+    unread.stdout.close()  # as head does, once it has its lines
     shown, said = helped.communicate()[0], wrong.communicate()[1]
-    assert helped.returncode == 0
+    assert helped.returncode == unread.wait(60) == 0 and unread.stderr.read() == ""
+    assert all(f'    "{name}": ' in shown for name in train.PRESETS)
+    assert not any(line.startswith(("def ", "import ", "RIM")) for line in shown.splitlines())  # nothing else
     assert all(f"    {name}: " in shown for name in train.Config.__dataclass_fields__)
     assert wrong.returncode == 2 and "unknown option '--nonsense'" in said and "Traceback" not in said
