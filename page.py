@@ -126,8 +126,8 @@ class Desk:
             self.photos[file.name] = Photo(file, image.size, view, [])
             self.news.notify_all()
         view.save(picture := io.BytesIO(), "JPEG", quality=95)
-        return dict(photo=file.name, size=image.size, view=view.size,
-                    notes="".join(str(w.message).replace(f"{file}:", ";") for w in told),
+        notes = "".join(n.replace(f"{file}:", ";") for w in told if file.name in (n := str(w.message)))
+        return dict(photo=file.name, size=image.size, view=view.size, notes=notes,
                     image="data:image/jpeg;base64," + base64.b64encode(picture.getvalue()).decode())
 
     def wait(self, photo, version):

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -447,6 +448,20 @@ def test_what_a_file_is_read_like_is_said_on_the_page(server):
     dark = Image.fromarray((np.asarray(photo()) // 8).astype(np.uint8))
     assert server.open(dark)["notes"].startswith("; its contrast was raised")
     assert server.open(photo())["notes"] == ""
+
+
+def test_what_another_file_is_read_like_is_not_said_of_this_one(tmp_path, monkeypatch):
+    desk, real = page.Desk.__new__(page.Desk), page.read_image
+    desk.folder, desk.slow, desk.news, desk.photos = tmp_path, threading.Lock(), threading.Condition(), {}
+
+    def beside(path):  # `work` reads an older photo in the same moment
+        warnings.warn("/tmp/older: its contrast was raised", stacklevel=1)
+        warnings.warn(f"{path}: its colours were converted", stacklevel=1)
+        return real(path)
+
+    monkeypatch.setattr(page, "read_image", beside)
+    photo().save(out := io.BytesIO(), "PNG")
+    assert desk.open(out.getvalue(), "a.png")["notes"] == "; its colours were converted"
 
 
 def test_a_full_disk_is_named_and_the_next_photo_opens(tmp_path, monkeypatch):
