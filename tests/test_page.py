@@ -3,6 +3,7 @@
     python tests/test_page.py PHOTO docs 0.1,0.2 +0.3,0.4  # the README's pictures, without and with clicks
 """
 
+import atexit
 import base64
 import errno
 import fcntl
@@ -65,6 +66,7 @@ class Server:
                 page.main(words)
             finally:
                 os._exit(1)
+        atexit.register(lambda: self.child and os.kill(self.child, signal.SIGKILL))  # after a failed test
         os.close(write_out), os.close(write_err)
         self.out, self.err = os.fdopen(out), os.fdopen(err)
         line = self.out.readline()
@@ -112,7 +114,8 @@ class Server:
         os.kill(self.child, how)
         said, _ = self.err.read(), self.out.close()
         self.err.close()
-        return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1]), said
+        ended, self.child = os.waitpid(self.child, 0), None
+        return os.waitstatus_to_exitcode(ended[1]), said
 
 
 # ---- the browser, by the DevTools protocol over a pipe
@@ -745,9 +748,12 @@ def test_hints_are_back_after_a_reload_another_photo_and_a_new_start(browser, ck
     assert tab.js("state.strokes.length") == 0
     tab.js("$('redo').click()")
     (tmp_path / "other").mkdir()
-    photo((80, 60)).save(tmp_path / "other" / "a.png")
+    other = photo(seed=2)  # of one name and size
+    assert other.size == photo().size
+    other.save(tmp_path / "other" / "a.png")
+    before = tab.js("state.photo")
     tab.choose_file(tmp_path / "other" / "a.png")
-    tab.wait("state.size[0] === 80")
+    tab.wait(f"state.photo !== '{before}'")
     assert tab.js("state.strokes.length") == 0
     server.stop()
 
