@@ -172,7 +172,8 @@ def input_cases(codec, cells, dtype):
     B, n, item, device = len(cells), cells.numel(), dtype.itemsize, cells.device
     drawn = diffusion.draw((B, BITS), diffusion.Diffusion(), device=device, eps=False)
     alpha, sigma = drawn["alpha"], drawn["sigma"]
-    image, keep = normal((B, 3, SIZE, SIZE), torch.float32, device), torch.ones(B, device=device)
+    # NCHW, as augmented images come
+    image, keep = torch.randn(B, 3, SIZE, SIZE, device=device), torch.ones(B, device=device)
     small, seeds = cells.to(torch.int8), torch.arange(B, device=device)
     given = small, alpha.flatten(), sigma.flatten(), seeds, BITS
 

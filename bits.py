@@ -95,8 +95,10 @@ def locate(labels, side, hints=None):
     cell nearest to the centroid, the first in raster order on ties. Beyond side^2 segments the smallest ones
     are merged into the largest. hints (B, H, W) bool: segments with hinted pixels choose before all others,
     by the centroid of these pixels, and are the last to be merged. Raises ValueError for labels that are not
-    (B, H, W) integers.
+    (B, H, W) integers, and for maps whose distances 64 bits do not hold.
     """
+    if labels.dim() == 3 and labels.shape[1] * labels.shape[2] * side >= 2**31.5:
+        raise ValueError(f"labels must have below 3.0e9 / {side} pixels a map, not {tuple(labels.shape)}")
     index, counts, rows, cols = segment_sums(labels)
     (B, H, W), K, device = labels.shape, side * side, labels.device
     hinted = ()

@@ -20,7 +20,8 @@ bitseg::*, so they work inside torch.compile, and none of them waits for the dev
 graphs (locate where labels_below is given).
 
 Words: k bits, B samples, "main arrays" (B, k, H, W) in float32, float16 or bfloat16; NCHW and channels_last
-are used as they are, other strides are copied first. cells (B, H, W), any signed integer type, -1 = ignored.
+are used as they are, other strides are copied first. cells (B, H, W), any signed integer type, below 2^k;
+-1, and whatever else is no cell, is ignored.
 """
 
 import functools
@@ -35,6 +36,8 @@ import torch
 
 try:
     import triton
+    if not hasattr(triton, "knobs"):
+        raise ImportError(f"version {triton.__version__} is older than 3.4")
 except ImportError as e:  # macOS, Windows, a CPU build
     triton, why_not = None, f"triton cannot be imported ({e})"
 else:
@@ -49,6 +52,7 @@ else:
 
 MODES, PREDICTIONS, ACTIVATIONS = ("auto", "triton", "torch"), ("x", "eps", "v"), ("tanh", "none")
 LIMIT = 2**30  # elements of a sample: 32-bit offsets inside it
+LARGEST = 2**31.5  # pixels of a map times the side of the palette: squared, in 64 bits
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 REALS = (*FLOATS, torch.float64)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -102,7 +106,8 @@ def live(device):
 @functools.lru_cache(1)
 def _can_launch():
     """RuntimeError with the remedy where Triton cannot compile its launcher, a piece of C with Python.h."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    asked = os.environ.get("CC")
+    compiler = shutil.which(asked) if asked else shutil.which("gcc") or shutil.which("clang")
     header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
     if compiler and header.exists():
         return
@@ -112,7 +117,8 @@ def _can_launch():
     try:  # Triton's cache or CPATH may have it all the same
         triton.runtime.build.compile_module_from_src(code, "probe")
     except (RuntimeError, OSError, subprocess.CalledProcessError):
-        lacks = f"{header} is missing" if compiler else "there is no C compiler"
+        lacks = f"there is no C compiler{asked and f' {asked}, which CC names' or ''}"
+        lacks = f"{header} is missing" if compiler else lacks
         raise RuntimeError(
             f"Triton cannot launch kernels here, as {lacks}: install it (Debian and Ubuntu: apt install gcc "
             f"python3-dev; Fedora: dnf install gcc python3-devel; conda: conda install c-compiler), or go "
@@ -186,6 +192,13 @@ def _stream(number):
         raise ValueError(f"stream must be from 0 to 2^31 - 1, not {number}")
 
 
+def _constant(**tensors):
+    """Tensors, if they are given, of which there is no gradient."""
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{name} has no gradient here: pass {name}.detach()")
+
+
 def _known(**names):
     for name, (value, choices) in names.items():
         if value not in choices:
@@ -217,6 +230,8 @@ def locate(labels, side, dtype=torch.int64, labels_below=None, hints=None):
     _maps("labels", labels)
     if not 1 <= side <= 32:
         raise ValueError(f"side must be from 1 to 32, not {side}")
+    if labels[0].numel() * side >= LARGEST:
+        raise ValueError(f"labels must have below 3.0e9 / {side} pixels a map, not {tuple(labels.shape)}")
     if dtype not in INTEGERS or torch.iinfo(dtype).max < side * side - 1:
         raise ValueError(f"cells up to {side * side - 1} do not fit into {str(dtype)[6:]}")
     if labels_below is not None and not 1 <= labels_below <= 1024:
@@ -247,7 +262,10 @@ def normal(seeds, channels, height, width, stream=0, dtype=torch.float32):
     p * channels + c of a sample (p: raster index) is number f % 4 of Philox call f // 4. Equal on every
     device and for every batch split, up to the rounding of log, sin and cos.
     """
-    _same((len(seeds),), seeds.device, (torch.int64,), seeds=seeds)
+    _same((seeds.numel(),), seeds.device, (torch.int64,), seeds=seeds)
+    if dtype not in FLOATS or min(channels, height, width) < 1 or channels * height * width >= LIMIT:
+        raise ValueError(f"normal numbers are float32, float16 or bfloat16, from 1 to 2^30 - 1 a sample; not "
+                         f"{channels} x {height} x {width} in {str(dtype)[6:]}")
     _stream(stream)
     _need_triton(seeds.device)
     return _noise.noise(seeds.contiguous(), stream, height, width, channels, dtype, True)
@@ -289,7 +307,7 @@ def network_input(cells, alpha, sigma, seeds, bits, image, keep=None, x_self=Non
     _same((B, bits, H, W), device, FLOATS, x_self=x_self)
     _need_triton(device)
     if image is not None:
-        image = _common.like(image, channels_last)
+        image = _common.dense(image)
         keep = torch.ones_like(alpha) if keep is None else keep
     x_self = None if x_self is None else _common.like(x_self, channels_last)
     return _noise.noise(seeds.contiguous(), stream, H, W, bits, dtype, channels_last, cells.contiguous(),
@@ -310,13 +328,15 @@ def loss(out, cells, weight, prediction="x", activation="tanh", xt=None, alpha=N
     or none), eps or v; the last two need xt, like out but best in float32, and alpha and sigma (B,). codes:
     as of `noise`.
     bce: the cross entropy -log sigmoid(2 x0 out) instead of the square, for prediction x and tanh. Two runs
-    give the same bits. In plain PyTorch: weight * diffusion.per_sample_error(to_x0(...), codec.encode(cells),
-    valid), or per_sample_entropy.
+    give the same bits. An ignored pixel counts nothing, but with tanh, a nan there is one in the gradient. In
+    plain PyTorch: weight * diffusion.per_sample_error(to_x0(...), codec.encode(cells), valid), or
+    per_sample_entropy.
     """
     _main("out", out)
     B, K, H, W = out.shape
     _same((B, H, W), out.device, INTEGERS, cells=cells)
     _same((B,), out.device, REALS, weight=weight)
+    _constant(weight=weight, xt=xt, alpha=alpha, sigma=sigma)
     _known(prediction=(prediction, PREDICTIONS), activation=(activation, ACTIVATIONS))
     _table("codes", codes, K, out.device)
     if bce and (prediction, activation) != ("x", "tanh"):
@@ -343,14 +363,16 @@ def average(x, rows, columns, times=12):
     1 / the sum of the weights, (B, H, W), 0 where not valid; columns: the same, (B, H + 1, W) and (B, H, W);
     float32. In plain PyTorch: diffusion.average, with what diffusion.edge_aware makes of an image.
     """
+    if x.dim() != 4 or x.dtype != torch.float32 or x.numel() == 0 or x[0].numel() >= LIMIT:
+        raise ValueError(f"x must be (B, k, H, W) float32, not empty, below 2^30 elements a sample; not "
+                         f"{tuple(x.shape)} in {str(x.dtype)[6:]}")
     B, _, H, W = x.shape
-    _same(x.shape, x.device, (torch.float32,), x=x)
-    lines = [(*rows, True, (B, H, W + 1)), (*columns, False, (B, H + 1, W))]
-    for keep, share, _, shape in lines:
-        _same(shape, x.device, (torch.float32,), keep=keep)
-        _same((B, H, W), x.device, (torch.float32,), share=share)
+    for name, (keep, share), shape in (("rows", rows, (B, H, W + 1)), ("columns", columns, (B, H + 1, W))):
+        _same(shape, x.device, (torch.float32,), **{f"{name}[0]": keep})
+        _same((B, H, W), x.device, (torch.float32,), **{f"{name}[1]": share})
     _need_triton(x.device)
-    x, lines = x.contiguous(), [(_flat(keep), _flat(share), along) for keep, share, along, _ in lines]
+    lines = [(*map(_flat, rows), True), (*map(_flat, columns), False)]
+    x = x.contiguous()
     for _ in range(times):
         for keep, share, along in lines:
             x = _average.average(x, keep, share, along)
@@ -405,6 +427,8 @@ def norm(x, weight, bias, groups, eps=1e-5, silu=True):
     C = x.shape[1]
     if groups < 1 or C % groups:
         raise ValueError(f"groups must divide the {C} channels, not be {groups}")
+    if weight is None or bias is None:
+        raise ValueError(f"weight and bias must be ({C},): torch.ones and torch.zeros for none")
     _same((C,), x.device, FLOATS, weight=weight, bias=bias)
     _need_triton(x.device)
     return _norm.Norm.apply(_common.like(x, True), _flat(weight), _flat(bias), groups, eps, silu)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import operator
+
 ELEMENTS, WARPS = 2048, 4  # of a program. Not swept on a GPU yet
 
 
@@ -44,7 +46,7 @@ def average_kernel(
     tl.store(out_ptr + plane * lines * n + at, (down + up - x) * share, mask=inside)
 
 
-@torch.library.custom_op("bitseg::average", mutates_args=())
+@operator
 def average(x: Tensor, keep: Tensor, share: Tensor, along_rows: bool) -> Tensor:
     """The launcher, for one direction. x (B, K, H, W), keep (B, H, W + 1) along rows, else (B, H + 1, W),
     share (B, H, W): float32, contiguous."""

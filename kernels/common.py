@@ -8,6 +8,8 @@ from element to (pixel, channel) differs. Offsets inside a sample are 32-bit, th
 64-bit. Arithmetic is float32 throughout.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,13 @@ def part(j, p0, HW, K: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr):
     else:
         p = p0 + i
         return j * HW + p, p, tl.zeros_like(p) + j, p < HW
+
+
+@triton.jit
+def cell_of(x, K: tl.constexpr):
+    """A cell of K bits in int32, of any integer type; -1 for all that is none."""
+    cell = x.to(tl.int32)
+    return tl.where((cell == x) & (cell >> K == 0), cell, -1)
 
 
 @triton.jit
@@ -277,6 +286,27 @@ def store_rows(ptr, rows, group, HW, C: tl.constexpr, V: tl.constexpr, LAST: tl.
 
 # ------------------------------------------------------------------------------------------------------------
 # Host
+
+
+def operator(launcher):
+    """A launcher as the operator bitseg::<its name>. It runs on the device of its first tensor: Triton
+    launches on the current one, wherever the tensors are. A copy of this folder by another name has operators
+    of its own."""
+    @functools.wraps(launcher)
+    def there(*given, **options):
+        first = next(x for x in (*given, *options.values()) if isinstance(x, torch.Tensor))
+        with torch.cuda.device_of(first):
+            return launcher(*given, **options)
+
+    home = "bitseg" if __package__ == "kernels" else "bitseg_" + __package__.replace(".", "_")
+    return torch.library.custom_op(f"{home}::{launcher.__name__}", mutates_args=())(there)
+
+
+def once():
+    """Called in a backward pass: its result is no function that could be differentiated again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the kernels are differentiable once: without create_graph, or with plain PyTorch "
+                           "(kernels.use('torch'))")
 
 
 def is_last(x):

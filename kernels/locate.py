@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import operator
+
 BLOCK, WARPS = 1024, 4  # pixels a program of 1 and 3. Not swept on a GPU yet
 MAX_LABELS = 1024
 MAX = tl.constexpr(2**63 - 1)
@@ -167,7 +169,7 @@ def ranks(flat):
     return rank, max(1, int(rank.max()) + 1)
 
 
-@torch.library.custom_op("bitseg::locate", mutates_args=())
+@operator
 def locate(labels: Tensor, side: int, dtype: torch.dtype, labels_below: int,
            hints: Optional[Tensor] = None) -> Tensor:
     """The launcher. labels (B, H, W) contiguous, every id in [-1, labels_below): what is not counts as

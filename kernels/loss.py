@@ -19,7 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import code_of, doubt, exp2, load_rows, log2, signed, store_rows, x_hat_of
+from .common import (
+    cell_of,
+    code_of,
+    doubt,
+    exp2,
+    load_rows,
+    log2,
+    once,
+    operator,
+    signed,
+    store_rows,
+    x_hat_of,
+)
 
 GROUPS, WARPS = 128, 4  # one group of pixels a thread. Not swept on a GPU yet
 
@@ -44,7 +56,7 @@ def loss_forward_kernel(
         alpha, sigma = tl.load(alpha_ptr + b), tl.load(sigma_ptr + b)
     total, count = tl.zeros((GROUPS,), tl.float32), tl.zeros((GROUPS,), tl.int32)
     for q in tl.static_range(V):
-        cell, inside = cells[q].to(tl.int32), group * V + q < HW
+        cell, inside = cell_of(cells[q], K), group * V + q < HW
         code, error = code_of(cell, codes_ptr, inside, K, TABLE), tl.zeros((GROUPS,), tl.float32)
         for c in tl.static_range(K):
             out = outs[q * K + c].to(tl.float32)
@@ -102,7 +114,7 @@ def loss_backward_kernel(
         scale *= -sigma / alpha if PREDICTION == "eps" else -sigma  # the slope of x_hat
     grads = ()
     for q in tl.static_range(V):
-        cell = cells[q].to(tl.int32)
+        cell = cell_of(cells[q], K)
         code, size = code_of(cell, codes_ptr, group * V + q < HW, K, TABLE), tl.where(cell >= 0, scale, 0.0)
         for c in tl.static_range(K):
             out = outs[q * K + c].to(tl.float32)
@@ -124,7 +136,7 @@ def pixels(out, prediction):
     return 16 // out.element_size() if out.shape[1] <= 8 and prediction == "x" else 4
 
 
-@torch.library.custom_op("bitseg::loss_forward", mutates_args=())
+@operator
 def loss_forward(out: Tensor, cells: Tensor, weight: Tensor, prediction: str, tanh: bool, bce: bool,
                  last: bool,
                  xt: Optional[Tensor], alpha: Optional[Tensor], sigma: Optional[Tensor],
@@ -144,7 +156,7 @@ def loss_forward(out: Tensor, cells: Tensor, weight: Tensor, prediction: str, ta
     return loss, valid
 
 
-@torch.library.custom_op("bitseg::loss_backward", mutates_args=())
+@operator
 def loss_backward(g: Tensor, weight: Tensor, valid: Tensor, out: Tensor, cells: Tensor, prediction: str,
                   tanh: bool,
                   bce: bool, last: bool, xt: Optional[Tensor], alpha: Optional[Tensor],
@@ -183,8 +195,8 @@ class Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        once()
         weight, valid, out, cells, xt, alpha, sigma, codes = ctx.saved_tensors
         grad = loss_backward(g.contiguous(), weight, valid, out, cells, *ctx.rest, xt, alpha, sigma, codes)
         return grad, *[None] * 10

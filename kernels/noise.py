@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import code_of, empty, four_normals, load_rows, signed, store_rows
+from .common import cell_of, code_of, empty, four_normals, is_last, load_rows, operator, signed, store_rows
 
 GROUPS, WARPS = 128, 4  # one group of pixels a thread. Not swept on a GPU yet
 
@@ -28,11 +28,11 @@ def noise_kernel(
     out_ptr,  # (B, C, H, W) in the layout LAST says
     cells_ptr, codes_ptr,  # (B, H, W) if CELLS; (2^K,) if TABLE
     alpha_ptr, sigma_ptr, seeds_ptr,  # (B,) float32, float32, int64; the first two if CELLS
-    image_ptr, keep_ptr,  # (B, I, H, W) and (B,) float32 if I
+    image_ptr, keep_ptr,  # (B, I, H, W) in the layout IMAGE_LAST says, and (B,) float32, if I
     self_ptr,  # (B, K, H, W)
     stream, HW, blocks,
     K: tl.constexpr, I: tl.constexpr, C: tl.constexpr, CELLS: tl.constexpr, TABLE: tl.constexpr,
-    SELF: tl.constexpr, LAST: tl.constexpr, V: tl.constexpr, GROUPS: tl.constexpr,
+    SELF: tl.constexpr, LAST: tl.constexpr, IMAGE_LAST: tl.constexpr, V: tl.constexpr, GROUPS: tl.constexpr,
 ):
     b = tl.program_id(0) // blocks
     b64 = b.to(tl.int64) * HW
@@ -45,7 +45,7 @@ def noise_kernel(
         cells = load_rows(cells_ptr + b64, group, HW, 1, V, False)
         alpha, sigma = tl.load(alpha_ptr + b), tl.load(sigma_ptr + b)
     if I > 0:
-        image = load_rows(image_ptr + b64 * I, group, HW, I, V, LAST)
+        image = load_rows(image_ptr + b64 * I, group, HW, I, V, IMAGE_LAST)
         keep = tl.load(keep_ptr + b)
     if SELF == "given":
         x_self = load_rows(self_ptr + b64 * K, group, HW, K, V, LAST)
@@ -54,7 +54,7 @@ def noise_kernel(
     for q in tl.static_range(V):
         p = group * V + q
         if CELLS:
-            cell = cells[q].to(tl.int32)
+            cell = cell_of(cells[q], K)
             code, size = code_of(cell, codes_ptr, p < HW, K, TABLE), tl.where(cell >= 0, alpha, 0.0)
         for c in tl.static_range(K):
             x = bits[q * K + c]
@@ -71,12 +71,12 @@ def noise_kernel(
     store_rows(out_ptr + b64 * C, rows, group, HW, C, V, LAST)
 
 
-@torch.library.custom_op("bitseg::noise", mutates_args=())
+@operator
 def noise(seeds: Tensor, stream: int, height: int, width: int, bits: int, dtype: torch.dtype, last: bool,
           cells: Optional[Tensor] = None, alpha: Optional[Tensor] = None, sigma: Optional[Tensor] = None,
           codes: Optional[Tensor] = None, image: Optional[Tensor] = None, keep: Optional[Tensor] = None,
           x_self: Optional[Tensor] = None, self_condition: bool = False) -> Tensor:
-    """The launcher. All tensors contiguous, image and x_self in the layout that `last` says."""
+    """The launcher. All tensors contiguous, x_self in the layout that `last` says, the image in either."""
     B, HW = len(seeds), height * width
     I = 0 if image is None else image.shape[1]
     C = bits + I + (bits if self_condition else 0)
@@ -88,7 +88,7 @@ def noise(seeds: Tensor, stream: int, height: int, width: int, bits: int, dtype:
         out, seeds if cells is None else cells, seeds if codes is None else codes, alpha, sigma, seeds, image,
         keep, x_self, stream, HW, blocks, K=bits, I=I, C=C, CELLS=cells is not None, TABLE=codes is not None,
         SELF="none" if not self_condition else "zeros" if x_self is None else "given",
-        LAST=last, V=V, GROUPS=GROUPS, num_warps=WARPS)
+        LAST=last, IMAGE_LAST=image is not None and is_last(image), V=V, GROUPS=GROUPS, num_warps=WARPS)
     return out
 
 

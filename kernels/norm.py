@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import doubt, like
+from .common import doubt, like, once, operator
 
 ELEMENTS, CHANNELS, WARPS = 8192, 512, 8  # of a program, at most. Not swept on a GPU yet
 
@@ -126,7 +126,7 @@ def tiles(x):
             torch.empty(B, blocks, 2, C, dtype=torch.float32, device=x.device))
 
 
-@torch.library.custom_op("bitseg::norm_forward", mutates_args=())
+@operator
 def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
                  silu: bool) -> Tuple[Tensor, Tensor]:
     """The launcher. x channels_last, weight and bias contiguous -> y, and mean and rstd, (B, 2, groups)."""
@@ -139,7 +139,7 @@ def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: floa
     return y, stats
 
 
-@torch.library.custom_op("bitseg::norm_backward", mutates_args=())
+@operator
 def norm_backward(g: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor,
                   silu: bool) -> Tuple[Tensor, Tensor]:
     """y's gradient g, channels_last -> x's, and those of bias and weight, (2, C) float32."""
@@ -172,8 +172,8 @@ class Norm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        once()
         x, stats, weight, bias = ctx.saved_tensors
         dx, (d_bias, d_weight) = norm_backward(like(g, True), x, stats, weight, bias, ctx.silu)
         return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None, None, None

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import normals, part, x_hat_of
+from .common import normals, operator, part, x_hat_of
 
 BLOCK, WARPS = 1024, 4  # pixels a program. Not swept on a GPU yet
 
@@ -55,7 +55,7 @@ def step_kernel(
         tl.store(next_ptr + base * K + e, x.to(next_ptr.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("bitseg::step", mutates_args=())
+@operator
 def step(out: Tensor, xt: Tensor, last: bool, alpha: float, sigma: float, a: float, b: float, c: float,
          valid: Optional[Tensor], guidance: float, seeds: Optional[Tensor], stream: int, prediction: str,
          tanh: bool,

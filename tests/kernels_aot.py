@@ -5,8 +5,9 @@
     python tests/kernels_aot.py 90:norm:64:32  # GroupNorm + SiLU of 64 channels in 32 groups
     python tests/kernels_aot.py  # everything: an hour; the spills once more last
 
-Prints one JSON line a kernel: registers, stack and local memory (where spills go) and the bytes a thread
-moves in accesses of at least 16. Works by letting Triton compile for a given target instead of launching.
+Prints one JSON line a kernel: registers, stack and local memory (where spills go), the bytes a thread moves
+in accesses of at least 16, its instructions, and those of them on the quarter-rate unit (MUFU). Works by
+letting Triton compile for a given target instead of launching.
 Layouts: all, last (channels_last) or half (channels_last and bfloat16 only); norm and norm-half.
 """
 
@@ -44,13 +45,18 @@ class NoDriver:
 
 
 def resources(cubin):
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        text = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups()
-    return dict(registers=int(registers), stack=int(stack), local=int(local))
+        used, code = (subprocess.run([tools / tool, option, f.name], capture_output=True, text=True,
+                                     check=True).stdout
+                      for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", used).groups()
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9_.]+)", code, re.M)
+    return dict(registers=int(registers), stack=int(stack), local=int(local),
+                instructions=sum(name != "NOP" for name in names),
+                quarter_rate=sum(name.startswith("MUFU") for name in names))
 
 
 def wide(ptx, kind):
@@ -105,6 +111,9 @@ def every_kernel(layouts, K, side):
             _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones)
             case += ", input"
             _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, picture, ones)
+            case += " of nchw"  # as augmented images come
+            _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, None, picture.contiguous(), ones)
+            case = case.removesuffix(" of nchw")
             if dtype == torch.bfloat16:
                 case += ", self"
                 _noise.noise(seeds, 0, H, W, K, dtype, last, cells, ones, ones, codes, picture, ones, x,

@@ -116,6 +116,27 @@ def test_loss_where_everything_is_ignored_is_zero():
     assert loss[0] == 0 and loss[1] > 0 and (out.grad[0] == 0).all() and (out.grad[1] != 0).all()
 
 
+@pytest.mark.parametrize("codes", [None, torch.arange(4)])
+@pytest.mark.parametrize("bad", [4, 255, 2**32 + 3, -2, -(2**40)])
+def test_what_is_no_cell_is_ignored(bad, codes):
+    out, one = rand(1, 2, 2, 3).requires_grad_(), torch.ones(1, device=DEVICE)
+    seeds = torch.arange(1, device=DEVICE)
+    codes = codes if codes is None else codes.to(DEVICE)
+    cells = torch.tensor([[[0, 1, 2], [3, bad, 1]]], device=DEVICE)
+    ignored = cells.where(cells != bad, -1)
+    losses = [kernels.loss(out, v, one, codes=codes) for v in (cells, ignored)]
+    assert torch.equal(*losses)
+    assert torch.equal(*(torch.autograd.grad(loss.sum(), out)[0] for loss in losses))
+    assert torch.equal(*(kernels.noise(v, one, one, seeds, 2, codes=codes) for v in (cells, ignored)))
+
+
+def test_it_is_differentiable_once():
+    out = rand(1, 6, 7, 13).requires_grad_()
+    loss = kernels.loss(out, cells_for(1, 6, 7, 13), torch.ones(1, device=DEVICE))
+    with pytest.raises(RuntimeError, match="differentiable once: without create_graph"):
+        torch.autograd.grad(loss.sum(), out, create_graph=True)
+
+
 @pytest.mark.parametrize("kind", [torch.int8, torch.int16, torch.int32, torch.int64])
 def test_loss_takes_every_integer(kind):
     out, cells = rand(1, 6, 7, 13), cells_for(1, 6, 7, 13)

@@ -36,7 +36,7 @@ def expected(case, kernel, K):
         channels = K + image + ("self" in case) * K
         if channels > 20:  # of so many channels a thread has 4 pixels
             return None, bytes_a_thread(channels, item, 512) if item == 4 else None
-        load = bytes_a_thread(image, 4, rows) + wide if case.endswith("input") else None
+        load = bytes_a_thread(image, 4, rows) + wide if case.endswith(("input", "of nchw")) else None
         return load, bytes_a_thread(channels, item, rows)
     if kernel in NORM_KERNELS:  # 32 elements a thread; of up to 64 channels, weight and bias are as wide
         if kernel == "norm_statistics_kernel":

@@ -1,6 +1,7 @@
 """kernels/__init__.py: which path runs, what it refuses, and that the folder stands alone, compiles and can
 be captured."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -53,6 +54,27 @@ for mode in ("triton", "auto"):
         "the kernels need Triton, but PyTorch is live here (triton cannot be imported (no triton here))"]
 
 
+def test_an_old_triton_is_none(tmp_path):
+    (tmp_path / "triton.py").write_text("__version__ = '3.3.1'")
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    assert fresh("import kernels; print(*kernels.live('cpu'))", tmp_path) == [
+        "torch triton cannot be imported (version 3.3.1 is older than 3.4)"]
+
+
+@needs_triton
+def test_a_second_copy_has_operators_of_its_own(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "kernels", tmp_path / "others" / "kernels")
+    monkeypatch.syspath_prepend(tmp_path)
+    theirs = importlib.import_module("others.kernels")
+    args, grads = training_arguments(), []
+    for each in theirs, kernels:
+        each.use("triton")
+        loss = each.loss(args[0], args[1], args[-1]).sum()
+        grads += torch.autograd.grad(loss, args[0])
+    assert torch.equal(*grads)
+    assert theirs._loss.loss_forward._qualname == "bitseg_others_kernels::loss_forward"
+
+
 @needs_triton
 def test_forced_on_a_cpu_raises_with_the_reason(monkeypatch):
     monkeypatch.setattr(kernels.triton.knobs.runtime, "interpret", False)
@@ -98,7 +120,8 @@ def test_auto_takes_triton_on_cuda_alone():
 
 
 @needs_triton
-@pytest.mark.parametrize("lacks", ["no C compiler", "Python.h is missing"])
+@pytest.mark.parametrize("lacks", ["no C compiler", "no C compiler /no/gcc, which CC names",
+                                   "Python.h is missing"])
 def test_a_gpu_without_a_compiler_gets_a_sentence_with_the_remedy(monkeypatch, tmp_path, lacks):
     kernels.use("triton")
     monkeypatch.setattr(kernels.triton.knobs.runtime, "interpret", False)
@@ -115,6 +138,8 @@ def test_a_gpu_without_a_compiler_gets_a_sentence_with_the_remedy(monkeypatch, t
     else:
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CC", raising=False)
+        if "CC" in lacks:
+            monkeypatch.setenv("CC", "/no/gcc")
     for mode in "triton", "auto":
         kernels.use(mode)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -166,8 +191,18 @@ META = torch.zeros(2, 6, 4, 5, device="meta")
     (lambda: kernels.step(X, X[:, :1], 1, 1, 1, 1), r"k from 2 to 10.*not \(2, 1, 4, 5\)"),
     (lambda: kernels.step(X, X[:0], 1, 1, 1, 1), "not empty"),
     (lambda: kernels.step(X, X, 1, 1, 1, 1, valid=ONE), r"valid must have shape \(2, 4, 5\), not \(2,\)"),
-    (lambda: kernels.average(X, (ONE, ONE), (ONE, ONE)), r"keep must have shape \(2, 4, 6\), not \(2,\)"),
-    (lambda: kernels.average(X.half(), (ONE, ONE), (ONE, ONE)), "x must be float32, not float16"),
+    (lambda: kernels.average(X, (ONE, ONE), (ONE, ONE)), r"rows\[0\] must have shape \(2, 4, 6\), not"),
+    (lambda: kernels.average(X.half(), (ONE, ONE), (ONE, ONE)), "x must be .* float32.* in float16"),
+    (lambda: kernels.average(X[0], (ONE, ONE), (ONE, ONE)), r"x must be .*; not \(6, 4, 5\)"),
+    (lambda: kernels.average(X[:0], (ONE, ONE), (ONE, ONE)), "x must be .*not empty"),
+    (lambda: kernels.normal(SEEDS, 3, 4, 4, dtype=torch.float64), "not 3 x 4 x 4 in float64"),
+    (lambda: kernels.normal(SEEDS, 3, 4, 4, dtype=torch.int64), "in int64"),
+    (lambda: kernels.normal(SEEDS, 0, 4, 4), "not 0 x 4 x 4"),
+    (lambda: kernels.normal(SEEDS, 6, 2**15, 2**15), r"to 2\^30 - 1 a sample; not 6 x 32768 x 32768"),
+    (lambda: kernels.normal(SEEDS[0], 3, 4, 4), r"seeds must have shape \(1,\), not \(\)"),
+    (lambda: kernels.loss(X, CELLS, ONE.clone().requires_grad_()), "weight has no gradient here: pass"),
+    (lambda: kernels.loss(X, CELLS, ONE, "eps", "none", X.clone().requires_grad_(), ONE, ONE),
+     "xt has no gradient"),
     (lambda: kernels.step(X, X, 1, 1, 1, 1, guidance=1.0), r"out must have shape \(4, 6, 4, 5\), not \(2, "
                                                            r"6, 4, 5\)"),
     (lambda: kernels.step(X, X, 1, 1, 1, 1, c=0.5), r"c = 0.5 needs seeds \(2,\)"),
@@ -183,6 +218,8 @@ META = torch.zeros(2, 6, 4, 5, device="meta")
     (lambda: kernels.locate(X, 8), r"labels must be integers of shape \(B, H, W\)"),
     (lambda: kernels.locate(CELLS, 8, hints=CELLS > 0), "hints need labels_below"),
     (lambda: kernels.locate(CELLS, 8, labels_below=9, hints=CELLS), r"hints must be bool, not"),
+    (lambda: kernels.locate(CELLS[:1, :1, :1].expand(1, 2**14, 2**14), 32), r"below 3.0e9 / 32 pixels a map"),
+    (lambda: bits.locate(CELLS[:1, :1, :1].expand(1, 2**14, 2**14), 32), r"below 3.0e9 / 32 pixels a map"),
     (lambda: kernels.locate(CELLS, 33), "side must be from 1 to 32, not 33"),
     (lambda: kernels.locate(CELLS, 16, dtype=torch.int8), "cells up to 255 do not fit into int8"),
     (lambda: kernels.locate(CELLS, 8, labels_below=5000), "labels_below must be from 1 to 1024, not 5000"),

@@ -140,5 +140,9 @@ def test_network_input(channels_last, dtype, x_self, detail):
     out = kernels.network_input(cells, alpha, sigma, s, 6, normalised, keep,
                                 last if x_self == "given" else None, bool(x_self), dtype=dtype,
                                 channels_last=channels_last)
-    assert out.dtype == dtype
+    other = normalised.contiguous(memory_format=torch.channels_last)  # as it comes it is NCHW
+    assert out.dtype == dtype and other.stride() != normalised.stride()
+    assert torch.equal(out, kernels.network_input(cells, alpha, sigma, s, 6, other, keep,
+                                                  last if x_self == "given" else None, bool(x_self),
+                                                  dtype=dtype, channels_last=channels_last))
     torch.testing.assert_close(out.float(), true, rtol=8e-3 if dtype == torch.bfloat16 else 1e-5, atol=2e-6)

@@ -129,6 +129,7 @@ def test_weights_in_16_bits_get_gradients_in_16_bits():
     (dict(x=torch.zeros(2, 6, 4)), r"x must be \(B, C, H, W\), not empty.*; not \(2, 6, 4\) in float32"),
     (dict(x=torch.zeros(2, 6, 4, 4).double()), "float16 or bfloat16; not .* in float64"),
     (dict(weight=torch.ones(5)), r"weight must have shape \(6,\), not \(5,\)"),
+    (dict(weight=None), r"weight and bias must be \(6,\)"),
     (dict(bias=torch.ones(6).long()), "bias must be float32 or float16 or bfloat16, not int64")])
 def test_mistakes_are_named(change, message):
     with pytest.raises(ValueError, match=message):
