@@ -399,7 +399,7 @@ def source_pixels(old, u, T, S, crop, detail, turns=False):
     result is (B, d^2, S, S): pixels of the new image, folded as a network of detail d sees it; beyond the
     valid part they come from nowhere.
     """
-    new = old if S == T else (old * S / (2 * T)).ceil().mul(2).clamp(max=S)  # as `formats.fitted`
+    new = old if S == T else (old * S / (2 * T)).ceil().mul(2).clamp(max=S)  # as `frame.fitted`
     turn = torch.where(u[5] < 0.3, (2 * u[15] - 1) * torch.pi / 9, 0.0)
     if turns:
         turn = turn + (8 * u[0]).floor() * (torch.pi / 2)  # u[0] flips as well: one of eight ways

@@ -67,25 +67,26 @@ def arguments(argv):
     p.add_argument("--raw", action="store_true", help="the network's last weights instead of their average")
     p.add_argument("--baseline", choices=["grid", "kmeans", "otsu", "watershed", "human"],
                    help="instead of a checkpoint")
-    p.add_argument("--dataset", default="shapes", help="shapes, coco, or a folder")
-    p.add_argument("--split", default="val")
+    p.add_argument("--dataset", default="shapes", help="shapes, coco, or a folder (%(default)s)")
+    p.add_argument("--split", default="val", help="its folder or list of that name (%(default)s)")
     p.add_argument("--components", action=argparse.BooleanOptionalAction,
                    help="label maps hold classes, whose connected parts are the segments (default of this "
                         "and the next two: as the checkpoint was trained on this data set)")
     p.add_argument("--unlabelled", choices=["segment", "ignore"], help="what id 0 is (else: segment)")
     p.add_argument("--void", help="ids that are ignored, e.g. 255 or 254,255 (else: none)")
     p.add_argument("--max_bad", "--max-bad", type=float, default=0.01,
-                   help="share of unusable items that is too much")
+                   help="share of unusable items that is too much (%(default)s)")
     p.add_argument("--size", type=int, help="longer side to score at: of a baseline (128), of a network "
                                             "besides its own")
-    p.add_argument("--limit", type=int, default=256, help="at most so many images, drawn at random")
-    p.add_argument("--root", default="data")
-    p.add_argument("--cache", default="cache")
+    p.add_argument("--limit", type=int, default=256, help="at most so many images, or with --clicks_to "
+                                                          "objects, drawn at random (%(default)s)")
+    p.add_argument("--root", default="data", help="where named data sets lie (%(default)s)")
+    p.add_argument("--cache", default="cache", help="of resized images; safe to delete (%(default)s)")
     p.add_argument("--out", help="where the files go (default: out/eval/<checkpoint>-<dataset>-<split>, and "
                                  "what else is not the default)")
     p.add_argument("--seed", type=int, default=0, help="sample j of image i has the seed (SEED 10^6 + i) "
-                                                       "1000 + j")
-    p.add_argument("--n", type=whole, default=[1], help="samples an image, e.g. 8, or 1,2,4,8,16")
+                                                       "1000 + j (%(default)s)")
+    p.add_argument("--n", type=whole, default=[1], help="samples an image, e.g. 8, or 1,2,4,8,16 (1)")
     p.add_argument("--clicks", type=click_numbers, help="instead: scores after so many clicks, e.g. "
                                                         "0,1,2,4,8,16,all")
     p.add_argument("--clicks_to", "--clicks-to", type=float,
@@ -101,8 +102,8 @@ def arguments(argv):
     p.add_argument("--merge", type=float, help="as in sample.py (default: the checkpoint's; 0: samples as "
                                                "the network makes them)")
     p.add_argument("--tiles", help="as in sample.py; 1 where the data set has no files")
-    p.add_argument("--batch", type=int, default=32, help="samples denoised at once")
-    p.add_argument("--device", default="auto")
+    p.add_argument("--batch", type=int, default=32, help="samples denoised at once (%(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     p.add_argument("--kernels", help="auto, triton or torch (default: BITSEG_KERNELS, or auto: Triton with "
                                      "CUDA)")
     p.error = lambda message: p.exit(2, f"eval.py: {message}\n")

@@ -2,8 +2,8 @@
 
     python page.py photo.jpg  # or without a file: drop one onto the page, or choose it there
 
-What it is: a web server on 127.0.0.1 and its page.html. A photo is sampled once, as by sample.py; clicks and
-grains are cuts of its tree. What it is not: a server for others; their Hosts, Origins and tokens are refused.
+What it is: a web server on 127.0.0.1 and its page.html. A photo is sampled as by sample.py, again where the
+network sees new hints; grains are cuts. What it is not: for others; their Hosts, Origins, tokens are refused.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 def options(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("photo", nargs="?", help="an image file (default: choose one on the page)")
-    p.add_argument("--port", type=int, default=8765, help="of 127.0.0.1; 0: one that is free")
+    p.add_argument("--port", type=int, default=8765, help="of 127.0.0.1; 0: one that is free (%(default)s)")
     p.add_argument("--no_browser", "--no-browser", action="store_true", help="only print the address")
     p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -234,10 +234,10 @@ def main(argv=None):
             fail(f"{e.filename or f'--port {a.port}'}: {e.strerror.lower()}; choose another")
         except (ValueError, RuntimeError, OverflowError) as e:
             fail(f"--port is from 0 to 65535, not {a.port}" if isinstance(e, OverflowError) else e)
-        desk.first, server.desk, server.config = first and first["photo"], desk, dict(
-            token=secrets.token_hex(16), first=first, ckpt=a.ckpt, seed=SEED, upload=UPLOAD, tiles=desk.tiles)
+        desk.first, server.desk, server.config = first and first["photo"], desk, dict(tiles=desk.tiles,
+            token=secrets.token_hex(16), first=first, ckpt=str(ckpt), seed=SEED, upload=UPLOAD)
         threading.Thread(target=lambda: (pick_device(str(device)), desk.work()), daemon=True).start()
-        print(url := f"http://127.0.0.1:{server.server_port}/", f"on {device}; Ctrl-C ends it", flush=True)
+        print(url := f"http://127.0.0.1:{server.server_port}/", f"on {device}, by {ckpt}", flush=True)
         try:
             a.no_browser or webbrowser.open(url)
             server.serve_forever()

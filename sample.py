@@ -44,9 +44,9 @@ def options(argv):
     """The command line as a namespace; its mistakes end in one sentence and exit status 2."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("images", nargs="*", help="image files or folders")
-    p.add_argument("--n", type=int, default=8, help="samples for each image")
+    p.add_argument("--n", type=int, default=8, help="samples for each image (%(default)s)")
     p.add_argument("--ckpt", help="checkpoint (default: the newest under out/, else weights/photo.pt)")
-    p.add_argument("--out", default="samples", help="where the folders go")
+    p.add_argument("--out", default="samples", help="where the folders go (%(default)s)")
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
     p.add_argument("--guidance", type=float, help="guidance weight, 0 = none: half the time (default: the "
                                                   "checkpoint's, but at most 3 where it sees hints)")
@@ -57,7 +57,8 @@ def options(argv):
                                    "besides; 1: do not; auto: at as many as the size of what is found asks "
                                    "for, up to 4 x 4 (default: 2 for photos, 1 for a checkpoint without "
                                    "learnt odds, or --merge 0)")
-    p.add_argument("--grain", default="normal", help="coarse, normal, fine, or how many segments")
+    p.add_argument("--grain", default="normal", help="coarse, normal, fine, or how many segments "
+                                                     "(%(default)s)")
     p.add_argument("--closed", action="store_true", help="every pixel belongs to one of the hints")
     p.add_argument("--merge", type=float, help="cut where the odds that people part two regions reach this: "
                                                "above 1 coarser, below finer; "
@@ -65,9 +66,10 @@ def options(argv):
                    "checkpoint's)")
     p.add_argument("--least", type=int, help="regions of fewer pixels, of the network's, join a neighbour "
                                              "first (default: the checkpoint's)")
-    p.add_argument("--seed", type=int, default=0, help="sample j of every image has the seed SEED + j")
-    p.add_argument("--batch", type=int, help="samples at once (default: 4 or 1 on the CPU, else 64, or as "
-                                             "many as memory holds)")
+    p.add_argument("--seed", type=int, default=0, help="sample j of every image has the seed SEED + j "
+                                                               "(%(default)s)")
+    p.add_argument("--batch", type=int, help="samples at once (default: on a CPU 4 in bf16, else 1; on a GPU "
+                                             "64, or as many as memory holds)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--threads", type=int, help="of the CPU (default: as many as are fastest just now; with "
                                                "CUDA 4)")
@@ -82,7 +84,7 @@ def options(argv):
                                                               "ends there; may be repeated")
     p.add_argument("--init", action="append", default=[], help="label map to start from; 0 is free")
     p.add_argument("--strength", type=float, default=0.4, help="how much of --init is forgotten: above 0, "
-                                                               "at most 1")
+                                                               "at most 1 (%(default)s)")
     p.error = lambda message: p.exit(2, f"sample.py: {message}\n")
     end = argv.index("--") if "--" in argv else len(argv)  # argparse's own way of it does not mix
     a = p.parse_intermixed_args(argv[:end])

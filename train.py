@@ -1,11 +1,11 @@
 """Train a bit-diffusion segmenter.
 
-    python train.py                           # tiny, on synthetic shapes: 3 minutes on 2 CPU cores
+    python train.py                           # tiny, on synthetic shapes: 3.5 minutes on 2 CPU cores
     python train.py --dataset path/to/folder  # small, on your images/ and labels/
     python train.py --dataset path/to/folder --preset finetune  # from the weights in the box, on a laptop
     python train.py --dataset coco            # the paper's model, on COCO panoptic
 
-    torchrun --nproc_per_node=8 train.py --preset paper-fast --dataset coco  # the same run, shared by 8 GPUs
+    torchrun --nproc_per_node=8 train.py --preset paper-fast --dataset coco  # as many images, on 8 GPUs
     python train.py --export model.pt --out out/coco-paper  # averaged weights and configuration only
 
 Stop with Ctrl-C at any time. To resume, run the same command again. Everything goes to --out: ckpt.pt, the
@@ -1019,7 +1019,8 @@ def train(c, run):
                     continue
             if t.step >= c.max_steps:
                 t.checkpoint()
-                t.say(f"done: {out}/ckpt.pt; now try: python sample.py --n 8 photo.jpg" if t.is_stored() else
+                then = "eval.py" if c.dataset == "shapes" else "sample.py --n 8 photo.jpg"
+                t.say(f"done: {out}/ckpt.pt; now try: python {then}" if t.is_stored() else
                       f"done, but not saved in {out}/ckpt.pt: make room, and run the same command again")
                 return 0 if t.is_stored() else 1
             if problem := t.take_step(next(coming)):

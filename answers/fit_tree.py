@@ -1,7 +1,7 @@
 """Learn from people's segmentations which regions belong together: the small network behind the odds of
 tree.py.
 
-    # 800 crops: a quarter of an hour
+    # 800 crops: minutes, or with the weights in the box, half an hour
     python -m answers.fit_tree --ckpt out/photos-photo/ckpt.pt --dataset photos
     python -m answers.fit_tree --ckpt weights/photo.pt --dataset photos:3,streets:1:ignore --out tree.npz
 
@@ -313,22 +313,24 @@ def fit_offset(drawn, net):
 
 @program("fit_tree.py", "nothing is written; start it again")
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser("python -m answers.fit_tree", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", required=True, help="a data set or several, see train.py; their training "
                                                     "images are used")
-    p.add_argument("--root", default="data", help="where named data sets lie")
+    p.add_argument("--root", default="data", help="where named data sets lie (%(default)s)")
     p.add_argument("--unlabelled", choices=("segment", "ignore"), help="id 0, where a set does not say "
                    ":ignore (default: as the checkpoint was trained on it, else segment)")
     p.add_argument("--ckpt", help="default: the newest under out/, else the weights in the box")
     p.add_argument("--out", help="the file to write (default: tree.npz beside the checkpoint)")
-    p.add_argument("--crops", type=int, default=800, help="random crops, of all images together")
+    p.add_argument("--crops", type=int, default=800, help="random crops, of all images together "
+                                                               "(%(default)s)")
     p.add_argument("--crop", type=float, help="least share of a side that a crop has, say 0.25 for a network "
                                               "of crowds (default: 0.74, and the first crop is all)")
-    p.add_argument("--n", type=int, default=4, help="samples of each crop")
+    p.add_argument("--n", type=int, default=4, help="samples of each crop (%(default)s)")
     p.add_argument("--limit", type=int, help="at most so many images of each set")
-    p.add_argument("--batch", type=int, default=8, help="samples at once")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto")
+    p.add_argument("--batch", type=int, default=8, help="samples at once (%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of crops, samples and fit (%(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     a = p.parse_args(argv)
     try:
         if min(a.crops, a.n, a.batch) < 1 or a.seed < 0:

@@ -8,7 +8,7 @@ reads no checkpoints (checkpoints.py), writes no files (sample.py) and compares 
     from answers.prompts import hint_map
     from answers.segment import load_checkpoint, segment
     result = segment(read_image("photo.jpg"), load_checkpoint("weights/photo.pt"), n=8)
-    result.answer.labels, result.labels, result.boundary  # (H, W), (8, H, W), (H, W)
+    result.answer.labels, result.labels, result.boundary  # (H, W), (8, H, W), at most 512 pixels a side
     clicks = hint_map(640, 480, "120,80 160,90; 30,200")
     result.cut("fine").labels, result.cut(hints=clicks, closed=True).labels
 """

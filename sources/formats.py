@@ -141,8 +141,8 @@ def by_stem(files, folder, types=IMAGE_TYPES):
 
 def tenth(items, split, home):
     """A split of what has none: about a tenth (at least a twentieth, and one image) is for validation, drawn
-    by the images' names alone, so that none changes sides when others come. Raises ValueError where there is
-    but one, which is for training."""
+    by the images' names alone, so that hardly any changes sides when others come. Raises ValueError where
+    there is but one, which is for training."""
     draw = {item.image: hashlib.sha256(stem_of(item.image, home).encode()).digest()
             for item in items if item.image}
     if len(draw) == 1 and split != "train":
