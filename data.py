@@ -23,7 +23,6 @@ import hashlib
 import itertools
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -63,7 +62,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine import program
+from engine import ahead, program
 from frame import MEAN, STD, coarser, normalise
 from sources.download import download
 from sources.formats import FORMATS, format_of, others
@@ -286,22 +285,11 @@ def batches(data, start, count, seed, workers=0, rank=0, ranks=1, pin=False):
     if count % ranks:
         raise ValueError(f"a batch of {count} samples cannot be shared by {ranks} processes equally")
     make, rows = functools.partial(samples, data, start, count, seed, rank, ranks), count // ranks
-    yield from ring(make, rows, workers, pin) if workers else one_ahead(make, rows, pin)
 
-
-def one_ahead(make, rows, pin):
-    """As `ring`, by a thread of this process."""
     def whole(batch):
         return tuple(part.pin_memory() if pin else part for part in make(batch, 0, rows))
 
-    pool = ThreadPoolExecutor(1)
-    try:
-        coming = pool.submit(whole, 0)
-        for batch in itertools.count(1):
-            ready, coming = coming, pool.submit(whole, batch)
-            yield ready.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    yield from ring(make, rows, workers, pin) if workers else ahead(whole, itertools.count())
 
 
 def packed_side(size, crop, detail=1):

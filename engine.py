@@ -713,6 +713,20 @@ class Beside:
         self.pool.shutdown()  # what has begun is brought to its end
 
 
+def ahead(function, items, count=1):
+    """function(item) of each item, in order, computed in a thread up to `count` items ahead."""
+    pool, waiting = ThreadPoolExecutor(1), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def read(path):
     """The dictionary in a file that `save` wrote, its tensors on the host. Raises ValueError naming the file:
     Damaged, or refused for its contents."""

@@ -110,6 +110,7 @@ from answers.segment import denoise, sampling_of, summarise
 from answers.tree import GRAINS
 from engine import (
     Threads,
+    ahead,
     complaint,
     host_threads,
     join_processes,
@@ -364,18 +365,6 @@ def images_in(folder):
                   and not (ours and is_result(p)))
 
 
-def read_ahead(function, items, count=4):
-    """Results of function(item), computed in a thread up to `count` items ahead."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == count:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 def read_prompts(a, path):
     """The options hints and init of `prepare` from the command line's, for the image at path."""
     given, (width, height) = {}, read_image(path).size
@@ -563,7 +552,7 @@ def load(run, path):
 
 def jobs_of(run):
     """The images' jobs, read ahead; what goes wrong is said."""
-    for loaded in read_ahead(functools.partial(load, run), run.files):
+    for loaded in ahead(functools.partial(load, run), run.files, 3):
         if isinstance(loaded, tuple):
             run.reading.append(loaded)
             run.begun += 1
