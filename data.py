@@ -73,8 +73,7 @@ from sources.scenes import Mixture, Shapes
 
 
 def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segment", components=False,
-         workers=CORES,
-         max_bad=0.01, split_seed=0, compose=0.0, detail=1, void=""):
+         workers=CORES, max_bad=0.01, compose=0.0, detail=1, void=""):
     """The data set `name`: shapes, coco, entity, ade20k, bsds500, or a folder. split: train, val or test.
 
     Several, with commas between them, are a mixture:
@@ -85,11 +84,10 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
     root: where the set lies, as root/name or itself; cache: where packed copies go; seed: of shapes;
     unlabelled: whether id 0 is a segment or ignored; components: label maps hold classes, whose connected
     parts are the segments; workers: processes that pack; max_bad: share of unusable items from which on
-    packing fails; split_seed: of entity's split;
-    compose: share of training samples that are scenes composed of pieces of the images (`compose`). void: ids
-    with commas between them, of which pixels are ignored. size: longer side of the label maps; detail: that
-    of the images, as a multiple of size; above 1 for a single set only. Raises ValueError or OSError with
-    what to do.
+    packing fails; compose: share of training samples that are scenes composed of pieces of the images
+    (`compose`). void: ids with commas between them, of which pixels are ignored. size: longer side of the
+    label maps; detail: that of the images, as a multiple of size; above 1 for a single set only. Raises
+    ValueError or OSError with what to do.
     """
     if unlabelled not in ("segment", "ignore"):
         raise ValueError(f"unlabelled is 'segment' or 'ignore', not '{unlabelled}'")
@@ -100,9 +98,9 @@ def load(name, split, size, root="data", cache="cache", seed=0, unlabelled="segm
         if name == "shapes":
             return Shapes(split, size, seed, detail)
         options = dict(size=size, detail=detail, unlabelled=settings["unlabelled"] or unlabelled,
-                       components=settings["components"] or components, split_seed=split_seed,
+                       components=settings["components"] or components, split_seed=0,  # names packed copies
                        void=settings["void"] or parse_void(void))
-        files, listing = find(name, split, root, split_seed, options["void"])
+        files, listing = find(name, split, root, options["void"])
         if name not in NAMED and split == "train" and os.environ.get("RANK", "0") == "0":
             print(f"{name}: {FORMATS[format_of(Path(name))].title}")
         return pack(files, listing, Path(cache), f"{Path(name).resolve().name}-{split}", options, workers,
@@ -201,16 +199,13 @@ def parse_part(text):
 NAMED = ("shapes", "coco", "entity", "ade20k", "bsds500")
 
 
-def find(name, split, root="data", split_seed=0, void=()):
+def find(name, split, root="data", void=()):
     """(files, listing) of a data set of files; listing() gives its items, which ignore the ids `void`, too.
     Raises ValueError or OSError with what to do."""
     if name not in NAMED and not Path(name).is_dir():
         raise ValueError(f"data set '{name}' is neither shapes, nor coco, nor a folder with images/ and "
                          f"labels/, nor entity, ade20k, bsds500, nor a folder of: {others()}")
-    kind = name if name in NAMED else format_of(Path(name))
-    find_files = FORMATS[kind].find
-    if kind == "entity":
-        find_files = functools.partial(find_files, seed=split_seed)
+    find_files = FORMATS[name if name in NAMED else format_of(Path(name))].find
     try:
         files, listing = find_files(Path(root) / name if name in NAMED else Path(name), split)
     except FileNotFoundError as missing:
@@ -235,7 +230,7 @@ def selection(data, limit):
 def originals(name, split, root="data", void=()):
     """The listing of a data set of files, which Packed.items are numbers in; [] of shapes, which have no
     files."""
-    return [] if name == "shapes" else find(name, split, root, void=void)[1]()
+    return [] if name == "shapes" else find(name, split, root, void)[1]()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -265,8 +265,8 @@ def find_coco(home, split):
                             f"--root {home.parent}")
 
 
-def find_entity(home, split, seed=0):
-    """EntitySeg: its two JSON files and images. 80-10-10 by seed, the official validation images all in
+def find_entity(home, split):
+    """EntitySeg: its two JSON files and images. 80-10-10 at random, the official validation images all in
     test."""
     train, val = (first_of(home / sub / name.format(part) for sub in (".", "annotations",
                                                                       "annotations/entity_segmentation")
@@ -284,7 +284,7 @@ def find_entity(home, split, seed=0):
         pool, official = (list_instances(file, images) for file in (train, val))
         twice = {item.image for item in official if item.read}
         pool = sorted((item for item in pool if item.image not in twice), key=lambda item: item.image)
-        pool = [pool[i] for i in np.random.default_rng(seed).permutation(len(pool))]
+        pool = [pool[i] for i in np.random.default_rng(0).permutation(len(pool))]
         tenth = round(0.1 * (len(pool) + len(official)))
         more = max(0, tenth - len(official))  # test images besides the official ones
         return dict(test=official + pool[:more], val=pool[more : more + tenth],
