@@ -190,37 +190,34 @@ class Config:
     keep_every: int = 0  # besides, keep ckpt_<step>.pt every so many steps; 0: none
 
 
-PRESETS = {  # a network of model.SIZES, and the recipe that suits it
-    "tiny":  dict(image_size=40,  batch_size=16, max_steps=2500,    lr=2e-3, warmup_steps=50,
-                  decay_steps=2300,   ema=0.99,   weighting="uniform", logsnr_space=False, guidance=1.0,
-                  bits=4, log_every=50,  save_every=250,  eval_every=1250, smooth=0.2),
-    "photo": dict(image_size=96,  batch_size=16, max_steps=100_000, lr=1e-3, warmup_steps=200,
-                  decay_steps=50_000, ema=0.999,  weighting="uniform", logsnr_space=False, loss="bce",
-                  guidance=16.0, bits=6, log_every=100, save_every=500,  eval_every=5000, crop=0.5,
-                  jitter=2.0, dropout=0.1, weight_decay=0.03, smooth=0.2, least=2, merge=1.0),
+PRESETS = {  # a network of model.SIZES, and what its recipe changes of the defaults
+    "tiny":  dict(image_size=40, batch_size=16, max_steps=2500, lr=2e-3, warmup_steps=50, decay_steps=2300,
+                  ema=0.99, weighting="uniform", logsnr_space=False, bits=4, log_every=50, save_every=250,
+                  eval_every=1250, smooth=0.2),
+    "photo": dict(image_size=96, batch_size=16, max_steps=100_000, lr=1e-3, warmup_steps=200, ema=0.999,
+                  weighting="uniform", logsnr_space=False, loss="bce", guidance=16.0, save_every=500,
+                  eval_every=5000, crop=0.5, jitter=2.0, dropout=0.1, weight_decay=0.03, smooth=0.2, least=2,
+                  merge=1.0),
     # from the weights in the box: your own images, on a laptop
     "finetune": dict(network="photo", init=str(SHIPPED), image_size=96, batch_size=16, max_steps=1000,
                      lr=5e-4, warmup_steps=50, decay_steps=900, ema=0.98, weighting="uniform",
-                     logsnr_space=False, loss="bce", steps=4, guidance=8.0, bits=6, log_every=20,
-                     save_every=100, eval_every=250, eval_images=64, crop=0.5, jitter=2.0, dropout=0.1,
-                     weight_decay=0.03, hints=0.4, smooth=0.2, least=2, merge=1.0),
+                     logsnr_space=False, loss="bce", steps=4, guidance=8.0, log_every=20, save_every=100,
+                     eval_every=250, eval_images=64, crop=0.5, jitter=2.0, dropout=0.1, weight_decay=0.03,
+                     hints=0.4, smooth=0.2, least=2, merge=1.0),
     # many small segments: finer maps and codes, closer crops; a cell of 100 pixels counts a tenth of a
     # background of 10,000, not a hundredth
-    "crowded": dict(network="photo", image_size=128, batch_size=16, max_steps=8000, lr=1e-3, warmup_steps=50,
+    "crowded": dict(network="photo", batch_size=16, max_steps=8000, lr=1e-3, warmup_steps=50,
                     decay_steps=7800, ema=0.998, weighting="uniform", logsnr_space=False, loss="bce",
                     guidance=5.0, bits=8, log_every=20, save_every=100, eval_every=1000, crop=0.25,
                     jitter=2.0, turns=True, negative=0.3, dropout=0.1, weight_decay=0.03, hints=0.3,
                     balance=0.5, least=2, merge=1.0),
-    "small": dict(image_size=64,  batch_size=16, max_steps=50_000,  lr=5e-4, warmup_steps=500,
-                  decay_steps=25_000, ema=0.999,  weighting="uniform", logsnr_space=False, guidance=1.0,
-                  bits=6, log_every=50,  save_every=500,  eval_every=2500),
-    "paper": dict(image_size=128, batch_size=8,  max_steps=300_000, lr=1e-4, warmup_steps=1000,
-                  decay_steps=50_000, ema=0.9999, weighting="sigmoid", logsnr_space=True,  guidance=1.0,
-                  bits=6, log_every=100, save_every=1000, eval_every=10_000),
+    "small": dict(image_size=64, batch_size=16, max_steps=50_000, lr=5e-4, warmup_steps=500,
+                  decay_steps=25_000, ema=0.999, weighting="uniform", logsnr_space=False, log_every=50,
+                  save_every=500, eval_every=2500),
+    "paper": dict(),  # the defaults
     # the same number of images in batches of 128: lr by the square root of the batch, EMA over as many images
-    "paper-fast": dict(network="paper", image_size=128, batch_size=128, max_steps=18_750, lr=4e-4,
-                       warmup_steps=500, decay_steps=3125, ema=0.9984, weighting="sigmoid", logsnr_space=True,
-                       guidance=1.0, bits=6, log_every=20, save_every=250, eval_every=625),
+    "paper-fast": dict(network="paper", batch_size=128, max_steps=18_750, lr=4e-4, warmup_steps=500,
+                       decay_steps=3125, ema=0.9984, log_every=20, save_every=250, eval_every=625),
 }
 
 RIM = 3  # pixels beside a small segment that count as much as it does, with --balance
