@@ -290,22 +290,18 @@ class Codec:
         rows = torch.where(cells < 0, self.classes, cells)  # the table's last row
         return rearrange(F.embedding(rows, self.table.to(cells.device)), "b h w c -> b c h w")
 
-    def decode(self, x, valid=None):
-        """x (B, C, H, W) -> cells (B, H, W) int64, -1 outside valid (B, H, W). rgb: cluster numbers, not
-        cells."""
+    def decode(self, x):
+        """x (B, C, H, W) -> cells (B, H, W) int64. rgb: cluster numbers, not cells. Raises ValueError."""
         if x.shape[1] != self.channels:
             raise ValueError(f"{self.encoding} has {self.channels} channels, x has {tuple(x.shape)}")
         if self.clusters:
-            masks = torch.ones_like(x[:, 0], dtype=torch.bool) if valid is None else valid
-            cells = torch.stack([dichotomy((v.float() + 1) * 127.5, m) for v, m in zip(x, masks)])
-        elif self.encoding == "onehot":
-            cells = self.cell_of_code.to(x.device)[x.argmax(1)]
-        else:
-            code = torch.zeros_like(x[:, 0], dtype=torch.int16)
-            for bit in x.unbind(1)[::-1]:
-                code.mul_(2).add_(bit > 0)
-            cells = self.cell_of_code.to(x.device).index_select(0, code.int().view(-1)).view(code.shape)
-        return cells if valid is None else cells.masked_fill(~valid, -1)
+            return torch.stack([dichotomy((v.float() + 1) * 127.5) for v in x])
+        if self.encoding == "onehot":
+            return self.cell_of_code.to(x.device)[x.argmax(1)]
+        code = torch.zeros_like(x[:, 0], dtype=torch.int16)
+        for bit in x.unbind(1)[::-1]:
+            code.mul_(2).add_(bit > 0)
+        return self.cell_of_code.to(x.device).index_select(0, code.int().view(-1)).view(code.shape)
 
     def activate(self, out):
         """The activation that ends an x-predicting network: out (B, C, H, W) -> the same shape."""
@@ -317,14 +313,14 @@ def hint_bits(x0, hints):
     return x0 * hints[:, None]
 
 
-def dichotomy(rgb, valid):
+def dichotomy(rgb):
     """Progressive dichotomy (UniGS): split the colours of one image by 2-means until every cluster is tight.
 
-    rgb (3, H, W) in 0..255, valid (H, W) bool -> cluster numbers (H, W) int64, 0 outside valid. The
-    lowest-numbered unfinished cluster is next; one is finished below 20 pixels, after 10 splits, or when the
-    mean distance to its mean colour is below 10.
+    rgb (3, H, W) in 0..255 -> cluster numbers (H, W) int64. The lowest-numbered unfinished cluster is next;
+    one is finished below 20 pixels, after 10 splits, or when the mean distance to its mean colour is below
+    10.
     """
-    pixels = rgb[:, valid].T  # (N, 3)
+    pixels = rgb.flatten(1).T  # (N, 3)
     cluster = torch.zeros(len(pixels), dtype=torch.int64, device=rgb.device)
     splits, current = [0], 0
     while current < len(splits):
@@ -345,9 +341,7 @@ def dichotomy(rgb, valid):
         splits[current] += 1
         cluster[member[second]] = len(splits)
         splits.append(splits[current])
-    out = torch.zeros(valid.shape, dtype=torch.int64, device=rgb.device)
-    out[valid] = cluster
-    return out
+    return cluster.view(rgb.shape[1:])
 
 
 # ------------------------------------------------------------------------------------------------------------

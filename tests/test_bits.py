@@ -86,9 +86,8 @@ def test_round_trip(bits, encoding, order):
     x0 = codec.encode(cells)
     assert x0.shape[1] == codec.channels == (bits if encoding == "bits" else 2**bits)
     assert (x0.movedim(1, -1)[cells == -1] == 0).all()
-    assert torch.equal(codec.decode(x0, cells >= 0), cells)
-    # only the sign, or the order, counts
-    assert torch.equal(codec.decode(0.01 * x0)[cells >= 0], cells[cells >= 0])
+    for scale in (1, 0.01):  # only the sign, or the order, counts
+        assert torch.equal(codec.decode(scale * x0)[cells >= 0], cells[cells >= 0])
 
 
 @pytest.mark.parametrize("order", ["similar", "random", "different", "range"])
@@ -126,23 +125,16 @@ def test_rgb_colours():
 def test_rgb_round_trip_up_to_names():
     codec = Codec("rgb")
     labels = torch.arange(5).repeat_interleave(32 * 6)[:900].view(1, 30, 30)  # 5 bands of at least 132 pixels
-    labels[:, :, 29] = -1
-    cells = codec.cells(labels)
-    found = codec.decode(codec.encode(cells), labels >= 0)
-    pairs = set(zip(found.flatten().tolist(), labels.flatten().tolist()))
-    assert len(pairs) == 6 and (-1, -1) in pairs
+    found = codec.decode(codec.encode(codec.cells(labels)))
+    assert len(set(zip(found.flatten().tolist(), labels.flatten().tolist()))) == 5
 
 
 def test_dichotomy_stops_at_small_or_tight_clusters():
     rgb = torch.zeros(3, 8, 8)
     rgb[:, :2] = 200.0  # 16 pixels of white, 48 of black
-    everywhere = torch.ones(8, 8, dtype=torch.bool)
-    assert dichotomy(rgb, everywhere).unique(return_counts=True)[1].sort().values.tolist() == [16, 48]
-    assert (dichotomy(rgb / 25, everywhere) == 0).all()  # all within 10 of their mean
-    few = torch.zeros(8, 8, dtype=torch.bool)
-    few[1:3, :8] = True  # half white, but only 16 < 20 pixels
-    assert (dichotomy(rgb, few) == 0).all()
-    assert (dichotomy(rgb, ~everywhere) == 0).all()  # nothing valid: no crash
+    assert dichotomy(rgb).unique(return_counts=True)[1].sort().values.tolist() == [16, 48]
+    assert (dichotomy(rgb / 25) == 0).all()  # all within 10 of their mean
+    assert (dichotomy(rgb[:, 1:3]) == 0).all()  # half white, but only 16 < 20 pixels
 
 
 @pytest.mark.parametrize("activation,expected", [

@@ -48,7 +48,8 @@ def test_an_oracle_recovers_the_labels(sampler, variance, prediction, guidance, 
     cells, x0, image, valid = scene()
     d = Diffusion(schedule, prediction=prediction, self_condition=self_condition)
     x = sample(oracle(x0, d), image, valid, 6, [0, 1], d, identity, steps, guidance, sampler, variance)
-    assert torch.equal(Codec(bits=6).decode(x, valid), cells) and (x[~valid[:, None].expand_as(x)] == 0).all()
+    assert torch.equal(Codec(bits=6).decode(x)[valid], cells[valid])
+    assert (x[~valid[:, None].expand_as(x)] == 0).all()
 
 
 @pytest.mark.parametrize("encoding,k", [("bits", 2), ("bits", 10), ("onehot", 4), ("rgb", 6)])
@@ -59,7 +60,7 @@ def test_an_oracle_in_other_encodings(encoding, k):
     x0, valid = codec.encode(cells), torch.ones(1, 12, 12, dtype=torch.bool)
     x = sample(lambda x, t: x0, torch.zeros(1, 3, 12, 12), valid, codec.channels, [3], Diffusion(), identity,
                4, 0.0)
-    pairs = set(zip(codec.decode(x, valid).flatten().tolist(), cells.flatten().tolist()))
+    pairs = set(zip(codec.decode(x).flatten().tolist(), cells.flatten().tolist()))
     assert len(pairs) == 4 if encoding == "rgb" else pairs == {(i, i) for i in range(4)}  # rgb: up to names
 
 
