@@ -254,8 +254,10 @@ class Codec:
         if self.encoding == "rgb" and self.palette == "similar":
             self.palette = "random"  # 11 x 11 colours have no Gray code
         located = self.palette != "none"
-        self.side = 11 if self.encoding == "rgb" else 2 ** (self.bits // 2)
-        self.classes = 125 if self.encoding == "rgb" and not located else self.side**2
+        free_rgb = self.encoding == "rgb" and not located
+        # of the grid of cells; without a palette of a grid with as many places
+        self.side = 12 if free_rgb else 11 if self.encoding == "rgb" else 2 ** (self.bits // 2)
+        self.classes = 125 if free_rgb else self.side**2
         code = torch.from_numpy(palette(self.side, self.palette,
                                         self.seed)) if located else torch.arange(self.classes)
         self.cell_of_code = code.argsort()  # the inverse permutation

@@ -54,7 +54,7 @@ import data as datasets
 import kernels
 from answers.checkpoints import SHIPPED, Model
 from answers.jobs import packed_job
-from answers.pictures import grid, overlay, side_of
+from answers.pictures import grid, overlay
 from answers.segment import denoise, placed, sample_maps
 from bits import Codec, finer_bits, hint_bits, random_cells
 from diffusion import (
@@ -431,7 +431,7 @@ def validate(net, run, c, stop):
     """Mean ARI and IoU over images and annotators, one sample an image, and a picture of the first 8; None if
     stopped."""
     data, codec, rank, world = run.val_data, run.codec, run.rank, run.world
-    positions, totals, tiles, side = datasets.selection(data, c.eval_images), [], [], side_of(codec)
+    positions, totals, tiles, side = datasets.selection(data, c.eval_images), [], [], codec.side
     device = next(net.parameters()).device
     model = Model(net, codec, run.diffusion, c.image_size, subset(c, SAMPLING), c.dataset, 0,
                   subset(c, TIDY))

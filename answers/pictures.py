@@ -136,11 +136,6 @@ def uncertainty(result, codec):
     return rows + bits
 
 
-def side_of(codec):
-    """Side of the colour grid for a codec's cells."""
-    return int(np.ceil(codec.classes**0.5))
-
-
 def example_sheet(path, rows, titles, height=160):
     """A picture: for each row its image, up to two annotators, and the answers."""
     palette, font, strips = Codec(bits=8), ImageFont.load_default(13), []

@@ -342,7 +342,7 @@ def summarise(job, image, model, grain="normal", closed=False):
     """Job and its PIL image -> Segmentation."""
     job = job.first(len(job.x_hat))  # without tiles where a stop left some of them without samples
     x_hat, codec, (width, height) = torch.stack(job.x_hat), model.codec, image.size
-    n, side = len(x_hat), int(np.ceil(codec.classes**0.5))
+    n, side = len(x_hat), codec.side
     maps = sample_maps(job, model, grain)
     h, w = maps.shape[1:]
     if model.tidy["merge"] or job.tiles:
