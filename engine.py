@@ -288,11 +288,14 @@ def out_of_memory(e):
 
 
 def pick_device(name):
-    """auto, cpu, cuda, cuda:1, mps -> torch.device, now the current one; of CUDA with its number,
-    which torch.cuda.set_device needs. Raises ValueError if it is not there."""
+    """auto, cpu, cuda, cuda:1, mps -> torch.device, now the current one; of CUDA with its number, which
+    torch.cuda.set_device needs: torchrun's processes have a GPU each. Raises ValueError if it is not
+    there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # now: no other GPU is touched
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):

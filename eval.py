@@ -357,8 +357,7 @@ def load_model(a):
     # torchrun: the processes share the images
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         join_processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "gloo", patient=True)
-    local = os.environ.get("LOCAL_RANK", "0")
-    device = pick_device(f"cuda:{local}" if a.device == "auto" and torch.cuda.is_available() else a.device)
+    device = pick_device(a.device)
     kernels.use(a.kernels or kernels.mode)
     kernels.live(device)
     if device.type == "cuda":

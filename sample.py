@@ -98,7 +98,6 @@ if __name__ == "__main__":
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy, whose products are small here
 
 import numpy as np
-import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
@@ -474,8 +473,7 @@ def prepare_run(a):
     asked = {k: getattr(a, k) for k in ("hint", "points", "box", "init") if getattr(a, k)}
     if asked and len(files) > 1:
         raise ValueError(f"--{next(iter(asked))} is for one image, not for {len(files)}")
-    one_each = a.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
-    a.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if one_each else a.device)
+    a.device = pick_device(a.device)
     threads = Threads(a.threads or host_threads(a.device))
     ckpt = Path(a.ckpt) if a.ckpt else newest_checkpoint()
     # before it is read: where it changes in between, --resume samples again

@@ -571,10 +571,9 @@ class Run:
     lock: object = None  # of --out
 
 
-def build(c, local=None):
-    """Config -> Run, without data and checkpoints. local: the number of the GPU. Raises ValueError."""
-    one_each = local is not None and c.device in ("auto", "cuda") and torch.cuda.is_available()
-    device = pick_device(f"cuda:{local}" if one_each else c.device)  # touches no other GPU
+def build(c):
+    """Config -> Run, without data and checkpoints. Raises ValueError."""
+    device = pick_device(c.device)
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream(device))  # graphs cannot be made on the default one
         torch.backends.cudnn.benchmark = True
@@ -687,12 +686,11 @@ def extras(d):
 def prepare_run(c):
     """Config -> Run. All that can be wrong with the user's input goes wrong here. Raises ValueError or
     OSError."""
-    rank, world, local = (int(os.environ.get(k, d))
-                          for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if c.batch_size % (c.accumulate * world):
         raise ValueError(f"--batch_size {c.batch_size} cannot be split among {world} processes x "
                          f"--accumulate {c.accumulate}")
-    run = build(c, local if world > 1 else None)
+    run = build(c)
     run.rank, run.world = rank, world
     switches(c, run.device, run.dtype, world)
     out = Path(c.out)

@@ -160,6 +160,19 @@ def test_the_device_picked_is_the_current_one(monkeypatch):
     assert pick_device("cpu") == torch.device("cpu") and len(current) == 5
 
 
+def test_each_process_touches_its_own_gpu_alone(monkeypatch):
+    touched, zeros = [], torch.zeros
+    monkeypatch.setattr(torch.cuda, "set_device", touched.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("this is another's"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *a, device: touched.append(device) or zeros(*a))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for name, index in ("auto", 3), ("cuda", 3), ("cuda:1", 1):
+        assert pick_device(name) == torch.device("cuda", index)
+        assert touched == [torch.device("cuda", index)] * 2 and not touched.clear()
+    assert pick_device("cpu") == torch.device("cpu")
+
+
 def test_few_threads_beside_a_gpu():
     before = torch.get_num_threads()
     try:

@@ -436,16 +436,6 @@ def test_the_rate_is_that_of_the_steps_since_the_last_line(monkeypatch):
     assert said["images_per_second"] > 1000
 
 
-def test_each_process_touches_its_own_gpu_alone(monkeypatch):
-    picked = []
-    monkeypatch.setattr(train, "pick_device", lambda name: picked.append(name) or torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for device in "auto", "cpu":
-        train.build(train.parse(["--device", device]), local=3)
-    train.build(train.parse([]))
-    assert picked == ["cuda:3", "cpu", "auto"]
-
-
 def test_without_triton_nothing_is_compiled_and_the_run_says_so(monkeypatch):
     """As on Windows, where torch.compile would fail at the first step."""
     monkeypatch.setattr(train.kernels, "triton", None)
