@@ -39,21 +39,14 @@ def resize_image(image, size, fit=None):
 def resize_label(label, size):
     """(H, W) ids as (S, S) uint16, by nearest; ids renumbered in their order, -1 and padding become
     IGNORE."""
-    (H, W), (w, h) = label.shape, fitted(*label.shape[::-1], size)
-    rows, cols = ((np.arange(h) + 0.5) * H / h).astype(int), ((np.arange(w) + 0.5) * W / w).astype(int)
-    small = label[rows][:, cols]
+    w, h = fitted(*label.shape[::-1], size)
+    small = subsample(label, h, w)
     ids, small_rank = np.unique(small, return_inverse=True)
     if len(ids) >= IGNORE:
         raise ValueError(f"{len(ids)} segments in one label map: at most {IGNORE - 1} are possible")
     out = np.full((size, size), IGNORE, np.uint16)
     out[:h, :w] = np.where(small == -1, IGNORE, small_rank.reshape(h, w))
     return out
-
-
-def inside_mask(sizes, size):
-    """(B, 2) h, w -> (B, S, S) bool."""
-    axis = torch.arange(size, device=sizes.device)
-    return (axis[:, None] < sizes[:, 0, None, None]) & (axis < sizes[:, 1, None, None])
 
 
 def normalise(images, sizes, detail=1):
@@ -64,7 +57,8 @@ def normalise(images, sizes, detail=1):
     S).
     """
     x = images.permute(0, 3, 1, 2).contiguous().float() / 255
-    inside, x = inside_mask(sizes, images.shape[1] // detail), F.pixel_unshuffle(x, detail)
+    x, axis = F.pixel_unshuffle(x, detail), torch.arange(images.shape[1] // detail, device=sizes.device)
+    inside = (axis[:, None] < sizes[:, 0, None, None]) & (axis < sizes[:, 1, None, None])
     # in place; no tensor made on the host
     for channel, mean, std in zip(x.unflatten(1, (3, -1)).unbind(1), MEAN, STD):
         channel.sub_(mean).div_(std)
@@ -76,20 +70,15 @@ def coarser(labels, sizes, detail):
     return labels[..., detail // 2 :: detail, detail // 2 :: detail], (sizes + detail // 2) // detail
 
 
-def parts(cells):
-    """The 4-connected parts of equal cells (H, W), numbered from 1."""
-    H, W = cells.shape
+def connected(label):
+    """Classes (H, W) -> segments: the 4-connected parts of each class, numbered from 1. 0 (unlabelled) and -1
+    stay."""
+    H, W = label.shape
     links = np.zeros((2 * H - 1, 2 * W - 1), bool)  # pixels, and links between equal ones
     links[::2, ::2] = True
-    links[::2, 1::2] = cells[:, 1:] == cells[:, :-1]
-    links[1::2, ::2] = cells[1:] == cells[:-1]
-    return scipy.ndimage.label(links)[0][::2, ::2]
-
-
-def connected(label):
-    """Classes -> segments: the 4-connected parts of each class, numbered from 1. 0 (unlabelled) and -1
-    stay."""
-    return np.where(label > 0, parts(label), label)
+    links[::2, 1::2] = label[:, 1:] == label[:, :-1]
+    links[1::2, ::2] = label[1:] == label[:-1]
+    return np.where(label > 0, scipy.ndimage.label(links)[0][::2, ::2], label)
 
 
 def outline(labels):
@@ -101,8 +90,8 @@ def outline(labels):
 
 
 def subsample(maps, height, width):
-    """(..., H, W) -> (..., height, width), by nearest."""
-    (H, W), rows, cols = maps.shape[-2:], torch.arange(height), torch.arange(width)
+    """(..., H, W), an array or a tensor -> (..., height, width), by nearest."""
+    (H, W), rows, cols = maps.shape[-2:], np.arange(height), np.arange(width)
     return maps[..., ((2 * rows + 1) * H // (2 * height))[:, None], (2 * cols + 1) * W // (2 * width)]
 
 

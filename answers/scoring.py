@@ -194,7 +194,7 @@ def job_of(data, i, model, seed, tiles, files, hints=None):
     if hints is not None and any(a > b for a, b in zip(hints.shape, size)):
         hints = shrink(hints, *size)  # which loses none
     elif hints is not None:
-        hints = subsample(torch.from_numpy(hints), *size).numpy()
+        hints = subsample(hints, *size)
     return prepare(picture, model, hints, seed=seed, tiles=tiles)
 
 
