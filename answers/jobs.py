@@ -158,11 +158,10 @@ def prompted(job, model, hint, start):
         raise ValueError(f"initial maps need a checkpoint with the encoding bits, not {codec.encoding}")
     hinting, starting = hint is not None and model.diffusion.hints, start is not None
     hint, start = (np.zeros((h, w), int) if v is None else v for v in (hint, start))
-    hint = np.where(hint > 0, np.searchsorted(np.unique(hint[hint > 0]), hint) + 1, 0)  # those in a tile
-    if hint.max() > codec.classes:  # the network sees the largest; the tree (claims.py) sees all
-        area = np.bincount(hint[hint > 0] - 1)
-        largest = np.sort(np.argsort(-area, kind="stable")[: codec.classes]) + 1
-        hint = np.where(np.isin(hint, largest), np.searchsorted(largest, hint) + 1, 0)
+    ids, area = np.unique(hint[hint > 0], return_counts=True)
+    # the network sees the largest; the tree (claims.py) sees all
+    ids = np.sort(ids[np.argsort(-area, kind="stable")][: codec.classes])
+    hint = np.where(np.isin(hint, ids), np.searchsorted(ids, hint) + 1, 0)
     ids, area = np.unique(start[(hint == 0) & (start > 0)], return_counts=True)
     # what has no cell left is not given
     ids = ids[np.argsort(-area, kind="stable")][: codec.classes - hint.max()]
