@@ -454,7 +454,7 @@ class Tree:
         """A label map (h, w), from 0. grain: a name of GRAINS, or the number of segments (int), claimed ones
         among them; offset is added to the log odds of GRAINS: above 0, finer. claimed (leaves,): which leaves
         are one segment, whatever the grain says, by a number above 0 (see claims.py)."""
-        leaves = int(self.region.max()) + 1
+        leaves = self.graph.n
         if isinstance(grain, str):
             if grain not in GRAINS:
                 raise ValueError(f"grain '{grain}' is not one of {', '.join(GRAINS)}, nor a number of "
@@ -473,7 +473,7 @@ class Tree:
 
     def homes(self, used, claimed=None):
         """(leaves,): a number for each segment, where some merges are used and leaves are claimed."""
-        leaves = int(self.region.max()) + 1
+        leaves = self.graph.n
         home = np.arange(leaves + len(self.height))
         for k in np.sort(used)[::-1]:  # from the root down: a node hands its name on to what it joins
             home[self.children[k]] = home[leaves + k]
@@ -585,16 +585,16 @@ def root(to, k):
     return k
 
 
-def sureness(tree, labels, graph, apart):
+def sureness(tree, labels, net=None):
     """What a map (h, w) from 0, cut from a tree, is sure of, of each segment, (n,) each: the chance that two
     of its pixels belong together, the chance that one of them and one across the border do not, and the
-    segment's share of the map. graph: the map's; apart: its `border_chances`."""
-    leaves = np.bincount(tree.region.ravel())
-    area, owner = np.zeros(len(leaves) + len(tree.odds)), np.full(len(leaves) + len(tree.odds), -1)
-    area[: len(leaves)] = leaves
-    owner[tree.region.ravel()] = labels.ravel()
+    segment's share of the map; and its borders [(i, j, chance that a person parts these two)]."""
+    graph, leaves = tree.graph_of(labels), tree.graph.n
+    apart = border_chances(graph, net)
+    area, owner = (np.append(of, np.full(len(tree.odds), -1)) for of in
+                   (tree.graph.total[:, 0], tree.of_leaves(labels)))  # of every node
     together, pairs = np.zeros(graph.n), np.zeros(graph.n)
-    for node, ((a, b), odds) in enumerate(zip(tree.children, tree.odds), len(leaves)):
+    for node, ((a, b), odds) in enumerate(zip(tree.children, tree.odds), leaves):
         area[node] = area[a] + area[b]
         if owner[a] == owner[b] >= 0:  # as many pairs of pixels as this merge joins
             owner[node] = owner[a]
@@ -604,7 +604,8 @@ def sureness(tree, labels, graph, apart):
     length = graph.border[:, 0]
     around = np.bincount(graph.i, length, graph.n) + np.bincount(graph.j, length, graph.n)
     outside = np.bincount(graph.i, length * apart, graph.n) + np.bincount(graph.j, length * apart, graph.n)
-    return inside, np.where(around > 0, outside / around.clip(1), 1.0), graph.total[:, 0] / labels.size
+    return (inside, np.where(around > 0, outside / around.clip(1), 1.0), graph.total[:, 0] / labels.size,
+            list(zip(graph.i.tolist(), graph.j.tolist(), apart.tolist())))
 
 
 def border_chances(graph, net=None):
@@ -614,12 +615,8 @@ def border_chances(graph, net=None):
 
 def confidence(tree, labels, net=None):
     """Of a map (h, w) from 0, cut from a tree: of each segment (n,) the chance that a person drew it (without
-    a net: how sure the samples are of it), and of its borders [(i, j, chance that a person parts these
-    two)]."""
-    graph = tree.graph_of(labels)
-    apart = border_chances(graph, net)
-    seen = sureness(tree, labels, graph, apart)
-    borders = list(zip(graph.i.tolist(), graph.j.tolist(), apart.tolist()))
+    a net: how sure the samples are of it), and its borders, as of `sureness`."""
+    *seen, borders = sureness(tree, labels, net)
     if net is None:
         return seen[0] * seen[1], borders
     bias, *slopes = net["confidence"]

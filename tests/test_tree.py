@@ -456,8 +456,7 @@ def test_sureness_by_hand():
     evidence, net = evidence_of(5), network(5)
     grown = grow(evidence, net)
     labels = grown.cut(4)  # 4 segments
-    graph = grown.graph_of(labels)
-    inside, outside, share = tree.sureness(grown, labels, graph, tree.border_chances(graph, net))
+    inside, outside, share, _ = tree.sureness(grown, labels, net)
     members = {k: {k} for k in range(grown.region.max() + 1)}
     together = {k: [] for k in range(4)}
     area = np.bincount(grown.region.ravel())
