@@ -56,18 +56,18 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 def pick_precision(name, device):
-    """(autocast dtype or None, why)."""
+    """(a key of PRECISIONS, why). Raises ValueError for an unknown name."""
     if name != "auto":
         if name not in PRECISIONS:
             raise ValueError(f"precision '{name}' is not one of auto, {', '.join(PRECISIONS)}")
-        return PRECISIONS[name], "asked for"
+        return name, "asked for"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "this GPU has bf16"
-        return torch.float16, "this GPU has no bf16; the loss is scaled"
+            return "bf16", "this GPU has bf16"
+        return "fp16", "this GPU has no bf16; the loss is scaled"
     if device.type == "cpu" and any(cpu_has(name) for name in ("avx512_bf16", "amx_bf16")):
-        return torch.bfloat16, "this CPU has bf16"  # with `layout`: bench.py train
-    return None, f"this {device.type} has no fast bf16" if device.type == "cpu" else f"on {device.type}"
+        return "bf16", "this CPU has bf16"  # with `layout`: bench.py train
+    return "fp32", f"this {device.type} has no fast bf16" if device.type == "cpu" else f"on {device.type}"
 
 
 def cpu_has(name):
@@ -76,16 +76,11 @@ def cpu_has(name):
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get(name))
 
 
-def form_of(dtype, memory):
-    """Names of an autocast dtype and a memory format: keys of PRECISIONS and LAYOUTS."""
-    return tuple(next(name for name, value in names.items() if value == wanted)
-                 for names, wanted in ((PRECISIONS, dtype), (LAYOUTS, memory)))
-
-
 def layout(device):
-    """The memory format to train in, as far as the device tells; on a CPU `fastest_form` may find another."""
+    """A key of LAYOUTS: what to train in, as far as the device tells; on a CPU `fastest_form` may find
+    another."""
     # on a CPU a group norm in NHWC takes 3 to 10 times as long, on a Mac a convolution's backward pass 30
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return "nhwc" if device.type == "cuda" else "nchw"
 
 
 def autocast(device, dtype):

@@ -28,7 +28,7 @@ import torch
 
 import eval as evaluation
 import train
-from engine import complaint, form_of, layout, option_words, pick_device, pick_precision, program
+from engine import complaint, layout, option_words, pick_device, pick_precision, program
 
 # of every run with this preset's network; written out, so that a change of train.py's presets changes no
 # result
@@ -107,10 +107,8 @@ def run_of(flags, also, a, seed):
 
 def train_arguments(folder, full, a):
     device = pick_device(a.device)
-    dtype, _ = pick_precision("auto", device)
     # not measured by each run, which might make two rows of a table differ
-    form = form_of(dtype, layout(device))
-    full = dict(zip(("precision", "layout"), form)) | full
+    full = dict(precision=pick_precision("auto", device)[0], layout=layout(device)) | full
     full |= {"out": str(folder), "root": a.root, "cache": a.cache, "device": a.device}
     return [word for key, value in full.items() for word in (f"--{key}", value)]
 

@@ -85,7 +85,6 @@ from engine import (
     fit_state,
     foreign,
     forget,
-    form_of,
     host_threads,
     join_processes,
     layout,
@@ -555,9 +554,8 @@ class Run:
     """What a run is made of: built once, by `build` and `prepare_run`."""
 
     device: torch.device
-    dtype: torch.dtype | None  # of autocast; None: float32
-    why: str  # this dtype
-    form: tuple  # names of dtype and layout: keys of PRECISIONS and LAYOUTS
+    form: tuple  # precision and layout: keys of PRECISIONS and LAYOUTS
+    why: str  # this precision
     codec: Codec
     diffusion: Diffusion
     network: dict  # the arguments of UNet
@@ -570,6 +568,11 @@ class Run:
     world: int = 1  # processes
     lock: object = None  # of --out
 
+    @property
+    def dtype(self):
+        """Of autocast; None: float32."""
+        return PRECISIONS[self.form[0]]
+
 
 def build(c):
     """Config -> Run, without data and checkpoints. Raises ValueError."""
@@ -577,9 +580,8 @@ def build(c):
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream(device))  # graphs cannot be made on the default one
         torch.backends.cudnn.benchmark = True
-    dtype, why = pick_precision(c.precision, device)
-    memory = layout(device) if c.layout == "auto" else LAYOUTS[c.layout]
-    form = form_of(dtype, memory)
+    precision, why = pick_precision(c.precision, device)
+    form = precision, layout(device) if c.layout == "auto" else c.layout
     try:
         kernels.use(c.kernels or kernels.mode)
         kernels.live(device)
@@ -604,7 +606,8 @@ def build(c):
         near = max(1, round(c.image_size / net.multiple)) * net.multiple
         raise ValueError(f"--image_size {c.image_size}: network {c.network} needs a multiple of "
                          f"{net.multiple}, e.g. {near}")
-    return Run(device, dtype, why, form, codec, diffusion, network, net.to(device, memory_format=memory))
+    net.to(device, memory_format=LAYOUTS[form[1]])
+    return Run(device, form, why, codec, diffusion, network, net)
 
 
 def settle_form(c, run):
@@ -638,7 +641,6 @@ def settle_form(c, run):
         run.why = "measured"
     elif run.form != usual:
         run.why = "as the run began"
-    run.dtype = PRECISIONS[run.form[0]]
     run.net.to(memory_format=LAYOUTS[run.form[1]])
     return words
 

@@ -17,7 +17,7 @@ import torch
 from answers import tree
 from bits import Codec
 from diffusion import SAMPLERS, VARIANCES, Diffusion, kernel_options
-from engine import newest, pick_device, pick_precision
+from engine import PRECISIONS, newest, pick_device, pick_precision
 from model import UNet
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "photo.pt"
@@ -98,7 +98,7 @@ def load_checkpoint(path, device="cpu", raw=False):
                              f"settings say")
         net.load_state_dict(c["net" if raw else "ema"])
         # half of the time, where the CPU has bf16; what the samplers do with its output stays float32
-        dtype = pick_precision("auto", device)[0] if device.type == "cpu" else None
+        dtype = PRECISIONS[pick_precision("auto", device)[0]] if device.type == "cpu" else None
         net = net.to(dtype=dtype).eval().requires_grad_(False)
         model = Model(net, codec, diffusion, c["image_size"],
                       {"smooth": 0.0, **c["sampling"]}, c["dataset"], c["step"],

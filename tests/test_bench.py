@@ -78,7 +78,7 @@ def test_train(quick, capsys):
 
 def test_train_measures_precision_and_layout_as_train_py_does(quick, capsys, monkeypatch):
     monkeypatch.setattr(train, "fastest_form", lambda *args: (("fp32", "nhwc"), "fp32 nhwc is fastest"))
-    monkeypatch.setattr(train, "pick_precision", lambda *args: (torch.bfloat16, "this CPU has bf16"))
+    monkeypatch.setattr(train, "pick_precision", lambda *args: ("bf16", "this CPU has bf16"))
     assert bench.main("train --batch 2 --rounds 1 --device cpu".split()) == 0
     out = capsys.readouterr().out
     assert out.startswith("fp32 nhwc is fastest\n") and "train.py: float32 in nhwc (measured), " in out

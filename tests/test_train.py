@@ -488,11 +488,11 @@ def test_a_run_goes_on_where_the_loss_is_scaled_and_back(tmp_path, monkeypatch):
     now = []
     monkeypatch.setattr(train, "pick_precision", lambda name, device: (now[-1], "this GPU's"))
     monkeypatch.setattr(train, "settle_form", lambda c, run: "")
-    for steps, dtype in (1, None), (2, torch.float16), (3, torch.bfloat16):
-        now.append(dtype)
+    for steps, precision in (1, "fp32"), (2, "fp16"), (3, "bf16"):
+        now.append(precision)
         assert run(tmp_path, "--max_steps", str(steps), "--eval_images", "1", "--steps", "1") == 0
         content = read(tmp_path / "run" / "ckpt.pt")
-        assert content["step"] == steps and bool(content["scaler"]) == (dtype == torch.float16)
+        assert content["step"] == steps and bool(content["scaler"]) == (precision == "fp16")
 
 
 def test_the_checkpoint_that_a_run_goes_on_from_is_let_go(tmp_path, monkeypatch):
