@@ -693,24 +693,6 @@ def on_host(content):
     return content
 
 
-class Beside:
-    """Jobs in a thread beside the caller: beside(job) begins one, once the one before has ended."""
-
-    def __init__(self):
-        self.pool, self.job = ThreadPoolExecutor(1), None
-
-    def __call__(self, job):
-        self.wait()
-        self.job = self.pool.submit(job)
-
-    def wait(self):
-        """What the last job returned, once it has; None before the first. Raises what it raised."""
-        return self.job and self.job.result()
-
-    def close(self):
-        self.pool.shutdown()  # what has begun is brought to its end
-
-
 def ahead(function, items, count=1):
     """function(item) of each item, in order, computed in a thread up to `count` items ahead."""
     pool, waiting = ThreadPoolExecutor(1), deque()

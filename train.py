@@ -24,6 +24,7 @@ import signal
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,6 @@ from engine import (
     LAYOUTS,
     NO_FLOAT64,
     PRECISIONS,
-    Beside,
     Damaged,
     NoGraph,
     Step,
@@ -826,7 +826,7 @@ class Training:
             self.resume(run.resumed, kind)
         self.first, self.started = self.step, time.time()
         self.mark = self.step, time.perf_counter()  # of the last line, or the first step, which may compile
-        self.writer, self.watch = Beside(), Watch()
+        self.watch, self.writer, self.written = Watch(), ThreadPoolExecutor(1), None  # the last checkpoint's
         self.stop = []  # signals; looked at between steps
         self.seen = []  # losses and norms since the last line
 
@@ -862,16 +862,17 @@ class Training:
         """Write a checkpoint beside the training, which waits for the one before and for a copy to the
         host."""
         if self.run.rank == 0:
-            self.writer.wait()
+            self.is_stored()
             content = on_host(choose(self.content()))
-            self.writer(lambda: self.put(name, lambda path: save_checkpoint(path, content, **more)))
+            self.written = self.writer.submit(self.put, name,
+                                              lambda path: save_checkpoint(path, content, **more))
 
     def checkpoint(self):
         self.store("ckpt.pt", keep_previous=True)
 
     def is_stored(self):
-        """Whether the last checkpoint has been written."""
-        return self.run.rank > 0 or self.writer.wait()
+        """Whether the last checkpoint has been written; waits for its end. Raises what writing it raised."""
+        return self.run.rank > 0 or self.written and self.written.result()
 
     def say(self, text, **line):
         if self.run.rank == 0:
@@ -1045,7 +1046,7 @@ def train(c, run):
         raise
     finally:
         coming.close()
-        t.writer.close()
+        t.writer.shutdown()  # what has begun is brought to its end
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import engine
-from engine import Beside, Damaged, lock, newest, on_host, previous, read, save_checkpoint
+from engine import Damaged, lock, newest, on_host, previous, read, save_checkpoint
 
 
 def some(step):
@@ -44,18 +44,6 @@ def test_a_copy_on_the_host_keeps_values_and_strides():
     assert torch.equal(w, before) and w.stride() == x.stride() and not w.requires_grad
     assert held["step"] == 3 and held["optimizer"]["groups"][0]["betas"] == (0.9, 0.5)
     assert torch.equal(held["optimizer"]["groups"][0]["lr"], before.sum())
-
-
-def test_jobs_run_one_after_the_other_and_what_fails_is_raised():
-    beside, order = Beside(), []
-    assert beside.wait() is None
-    for i in range(5):
-        beside(lambda i=i: order.append(i) or i)
-    assert beside.wait() == 4 and order == [0, 1, 2, 3, 4]
-    beside(lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        beside.wait()
-    beside.close()
 
 
 def test_any_altered_byte_and_any_cut_is_found(tmp_path):
