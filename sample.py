@@ -253,9 +253,9 @@ def panoptic_png(folder):
     return folder.parent / "panoptic" / f"{folder.name}.png"
 
 
-def write(folder, image, result, model, info, hints=None, panoptic=False):
+def write(folder, result, info, hints=None, panoptic=False):
     """All files of one image, in place of those of before. Returns a few words about it."""
-    n, joint = len(result.cells), result.answer
+    n, joint, image = len(result.cells), result.answer, result.image
     digits, (new, _) = max(2, len(str(n - 1))), beside(folder)
     shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     new.mkdir(parents=True)
@@ -265,11 +265,11 @@ def write(folder, image, result, model, info, hints=None, panoptic=False):
         save(overlaid(image, labels, side), new / f"{over}.png")
 
     try:
-        save(panel(image, result, model.codec, hints), new / "panel.png")
+        save(panel(result, hints), new / "panel.png")
         save_map(joint.labels, joint.side, "answer", "answer_overlay")
         for j, labels in enumerate(result.enlarged()):
             save_map(labels, result.side, f"labels_{j:0{digits}}", f"overlay_{j:0{digits}}")
-        if rows := uncertainty(result, model.codec):
+        if rows := uncertainty(result):
             captions = [(name, *ends) for name, _, _, ends in rows]
             tiles = [shade(value / top) for _, value, top, _ in rows]
             save(grid(tiles, len(rows), 6, captions), new / "uncertainty.png")
@@ -608,10 +608,10 @@ def finish(run, job, path, pixels, info):
     a, folder = run.options, run.folders[path]
     try:
         with ONE_LARGE if pixels > 2e7 else nullcontext():
-            image = read_image(path)  # again: several do not fit into memory
-            result = summarise(job, image, run.model, a.grain, a.closed)
+            # read again: several do not fit into memory
+            result = summarise(job, read_image(path), run.model, a.grain, a.closed)
             info = {**info, **({"unfinished": True} if job.lacks(a.n) else {})}  # --resume samples it again
-            words = write(folder, image, result, run.model, info, job.hints, a.format == "coco_panoptic")
+            words = write(folder, result, info, job.hints, a.format == "coco_panoptic")
         return f"{path} -> {folder / 'panel.png'} ({words})"
     except OSError as e:
         return ValueError(f"{path}: nothing is written to {folder} ({in_words(e)}): what was there stays")

@@ -101,11 +101,11 @@ def grid(tiles, columns, gap=4, captions=()):
     return np.array(sheet)
 
 
-def panel(image, result, codec, hints=None, most=16):
-    """Image, hints (H, W) if any, joint answer, samples (at most `most`) and uncertainty in one picture: (h,
-    w, 3) uint8."""
-    w, h = fitted(*image.size, 320)
-    small = image.resize((w, h), Image.Resampling.LANCZOS)
+def panel(result, hints=None, most=16):
+    """Of a Segmentation: image, hints (H, W) if any, joint answer, samples (at most `most`) and uncertainty
+    in one picture, (h, w, 3) uint8."""
+    w, h = fitted(*result.image.size, 320)
+    small = result.image.resize((w, h), Image.Resampling.LANCZOS)
     tiles, captions = [np.asarray(small)], ["image"]
 
     def add(caption, labels, side):
@@ -118,7 +118,7 @@ def panel(image, result, codec, hints=None, most=16):
     add("answer", subsample(result.answer.labels, h, w), result.answer.side)
     for j, labels in zip(range(most), result.enlarged(small)):
         add(f"sample {j}", labels, result.side)
-    for name, value, top, words in uncertainty(result, codec):
+    for name, value, top, words in uncertainty(result):
         shown = F.interpolate(value[None, None], (h, w), mode="bilinear", antialias=True)[0, 0]
         tiles.append(shade(shown / top))
         captions.append((name, *words))
@@ -127,13 +127,13 @@ def panel(image, result, codec, hints=None, most=16):
     return grid(tiles, -(-len(tiles) // rows), 6, captions)  # as few gaps as possible
 
 
-def uncertainty(result, codec):
-    """[(name, map, its largest value, words for the scale's ends)]: boundaries, and entropy if there are
-    bits."""
-    rows = [("boundaries", result.boundary, 1, ("0", "all"))] if len(result.cells) > 1 else []
-    bits = [("entropy", result.entropy, codec.bits,
-             ("0", f"{codec.bits} bits"))] if result.entropy is not None else []
-    return rows + bits
+def uncertainty(result):
+    """Of a Segmentation: [(name, map, its largest value, words for the scale's ends)]: boundaries, and
+    entropy if there are bits."""
+    k, rows = result.model.codec.bits, []
+    if len(result.cells) > 1:
+        rows.append(("boundaries", result.boundary, 1, ("0", "all")))
+    return rows if result.entropy is None else [*rows, ("entropy", result.entropy, k, ("0", f"{k} bits"))]
 
 
 def example_sheet(path, rows, titles, height=160):

@@ -176,7 +176,7 @@ def test_whatever_is_raised_for_one_image_is_its_own_fault(run, model, monkeypat
             "prepare": lambda image, *_, **__: image.size == (20, 22),
             "denoise": lambda *_, seeds, **__: 2 in seeds,  # its seeds are 2 and 3
             "summarise": lambda job, image, *_: image.size == (20, 22),
-            "write": lambda folder, image, *_: image.size == (20, 22)}
+            "write": lambda folder, result, *_: result.image.size == (20, 22)}
 
     def faulty(*args, **options):
         if of_b[where](*args, **options):
