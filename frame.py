@@ -89,6 +89,11 @@ def outline(labels):
     return edge
 
 
+def run_ends(flat):
+    """Where runs of one id end, in an array (N,): the places of their last items."""
+    return np.append(np.flatnonzero(flat[1:] != flat[:-1]), len(flat) - 1) if len(flat) else np.array([], int)
+
+
 def subsample(maps, height, width):
     """(..., H, W), an array or a tensor -> (..., height, width), by nearest."""
     (H, W), rows, cols = maps.shape[-2:], np.arange(height), np.arange(width)

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import maximum_filter
 
 from bits import Codec
-from frame import fitted, outline, shrink, subsample
+from frame import fitted, outline, run_ends, shrink, subsample
 
 
 def colours(side):
@@ -65,7 +65,7 @@ def overlaid(image, labels, side, rows=64):
 def runs(labels):
     """(H, W) integers -> [label, length, label, length, ...], row by row."""
     flat = np.asarray(labels).ravel()
-    ends = np.append(np.flatnonzero(flat[1:] != flat[:-1]), len(flat) - 1)
+    ends = run_ends(flat)
     return np.stack([flat[ends].astype(int), np.diff(ends, prepend=-1)], axis=1).ravel().tolist()
 
 

@@ -32,7 +32,7 @@ from answers.prompts import checked, network_hints, within_boxes
 from bits import entropy, locate
 from diffusion import kernel_options, sample
 from engine import NoGraph, as_cuda_graph, out_of_memory
-from frame import blurred, enlarge, normalise, outline, shrink, subsample
+from frame import blurred, enlarge, normalise, outline, run_ends, shrink, subsample
 from metrics import ari, contingency
 
 SHOWN = 512  # pixels on the longer side are enough to show uncertainty
@@ -381,7 +381,7 @@ def coco_segments(labels, confidence):
     """The segments of labels (H, W) as COCO annotations; confidence: {label: number}."""
     # COCO counts pixels column by column; torch turns them in a sixth of NumPy's time
     flat, out = torch.from_numpy(labels).t().contiguous().numpy().ravel(), []
-    last = np.flatnonzero(np.append(flat[1:] != flat[:-1], True))
+    last = run_ends(flat)
     first, owner = np.concatenate([[0], last[:-1] + 1]), flat[last]
     for label in np.unique(owner).tolist():
         starts, ends = first[owner == label], last[owner == label] + 1

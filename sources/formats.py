@@ -29,7 +29,7 @@ import scipy.io
 from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 
-from frame import fitted
+from frame import fitted, run_ends
 
 try:
     import pillow_heif  # not required: photos of iPhones
@@ -701,11 +701,6 @@ def ids_of(label):
     """The ids of a label map, sorted; sorting only one pixel of each run is 20 times as fast."""
     flat = label.ravel("K")  # in whichever order they lie
     return np.unique(flat[run_ends(flat)])
-
-
-def run_ends(flat):
-    """Where runs of one id end, in an array (N,)."""
-    return np.append(np.flatnonzero(flat[1:] != flat[:-1]), len(flat) - 1) if len(flat) else np.array([], int)
 
 
 def read_masks(item):
