@@ -544,8 +544,7 @@ def bench_train(args):
     live, why = kernels.live(device)
     if args.norm and live != "triton":
         raise ValueError(f"--norm needs Triton, but PyTorch is live here ({why}): leave it out")
-    variants = training_variants(dtype, memory, kernel_options(run.codec, device), compiled, graph,
-                                 args.norm)
+    variants = training_variants(dtype, memory, kernel_options(run.codec, device), compiled, graph, args.norm)
 
     batch = next(train.batches(c, run, 0, None))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -563,8 +562,7 @@ def bench_train(args):
     rows, slow, names = {}, None, list(variants)
     # On CUDA one after the other: each has the memory to itself, and a row is out as soon as it is known.
     for group in [[name] for name in names] if device.type == "cuda" else [names]:
-        run_variants([variants[name] for name in group], args.rounds,
-                     lambda v: v.start(c, run),
+        run_variants([variants[name] for name in group], args.rounds, lambda v: v.start(c, run),
                      lambda v: v.measure(c, device, args.clock))
         for name in group:
             v = variants[name]
@@ -578,8 +576,7 @@ def bench_train(args):
             rows[name] = dict(images_per_second=speed, speed=slow / t, step_ms=1e3 * t,
                               **dict(zip(PARTS, each)),
                               flops=1e9 * gflop * speed, share_of_rate=1e9 * gflop * speed / rate,
-                              warm_up_s=v.warm_up,
-                              memory_gb=v.memory_gb)
+                              warm_up_s=v.warm_up, memory_gb=v.memory_gb)
             print_row([name, f"{speed:8.1f}", f"{slow / t:4.2f}x", f"{1e3 * t:7.1f}",
                        *(f"{p:9.1f}" for p in each), f"{gflop * speed:7.0f}",
                        f"{1e9 * gflop * speed / rate:7.1%}", f"{v.warm_up:9.1f}",

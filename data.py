@@ -304,8 +304,7 @@ def unchanged(images, labels, sizes, detail=1):
     return x, inside, labels.masked_fill(~inside, -1)
 
 
-def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1, turns=False,
-            negative=0.0):
+def augment(images, labels, sizes, u, size=None, crop=1.0, jitter=1.0, detail=1, turns=False, negative=0.0):
     """The paper's augmentation, each sample by its own uniform numbers u (B, 16), on the images' device.
 
     Horizontal flip (p 0.5); gamma, brightness and contrast, hue/saturation/value (p 0.3 each, times

@@ -242,8 +242,7 @@ def training_loss(model, x0, image, valid, d, activate, generator=None, drawn=No
 
 
 def fused_training_loss(model, cells, image, bits, seeds, d, drawn, activate, activation, codes=None,
-                        dtype=torch.float32,
-                        hints=None):
+                        dtype=torch.float32, hints=None):
     """training_loss, by the kernels: neither x0 nor eps nor x_hat is ever in memory.
 
     cells (B, H, W) integers, -1 = ignored; seeds (B,) int64, of each sample's noise; drawn as of `draw`,

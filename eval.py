@@ -199,8 +199,7 @@ def sweep_table(sweep):
             gain = f"{(answer - one) / (oracle - one):.0%}" if oracle > one else "-"
             ari, iou = ("".join(f"{v[i]:<7.3f}" for v in mean.values()) for i in (0, 1))
             print(f"{setting['sampler']:<7} {setting['variance']:<8} {setting['smooth']:>6g} "
-                  f"{setting['steps']:>5} "
-                  f"{setting['guidance']:>8g} {n:>3}   {ari}{gain:>5}  {iou}")
+                  f"{setting['steps']:>5} {setting['guidance']:>8g} {n:>3}   {ari}{gain:>5}  {iou}")
             table.append({**setting, "n": n, **mean})
     return table
 
@@ -236,8 +235,7 @@ def report_clicks(a, model, data, positions, files, path, name):
     counts, left_out = clicks_needed(model, data, files, a.clicks_to, objects=a.limit, n=n, seed=a.seed,
                                      batch=a.batch, tiles=a.tiles, **asked)
     print(f"{name} on {a.dataset} {a.split}, {n} samples: clicks until an object has IoU {a.clicks_to:g}, "
-          f"at most 20; {left_out} "
-          "objects left out (too small or too fine for the network's pixels)")
+          f"at most 20; {left_out} objects left out (too small or too fine for the network's pixels)")
     needed = {method: metrics.bootstrap(values) for method, values in counts.items()}
     for method, (mean, low, high) in needed.items():
         in_time = np.mean(np.array(counts[method]) < 20)

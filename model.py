@@ -40,8 +40,7 @@ except ImportError:
 SIZES = {  # at k = 6, RGB:  parameters
     "tiny":  dict(width=32, mult=(1, 2, 4),       blocks=1, attn=2, heads=4, patch=2),
     "photo": dict(width=64, mult=(1, 2, 2),       blocks=1, attn=2, heads=4, patch=4, groups=8, position=3,
-                  detail=2,
-                  finer=48),
+                  detail=2, finer=48),
     "small": dict(width=64, mult=(1, 2, 3, 4),    blocks=2, attn=2, heads=4, patch=1),
     "paper": dict(width=64, mult=(1, 2, 2, 4, 4), blocks=3, attn=2, heads=4, patch=1),  # 38,496,262
 }
@@ -138,8 +137,7 @@ class UNet(nn.Module):
     """
 
     def __init__(self, in_channels, out_channels, width, mult, blocks, attn, heads, patch=1, dropout=0.0,
-                 groups=32, position=0,
-                 detail=1, finer=0):
+                 groups=32, position=0, detail=1, finer=0):
         super().__init__()
         if width % groups or finer % groups:
             raise ValueError(f"width {width} and finer {finer} must be multiples of {groups}, the number of "

@@ -509,8 +509,7 @@ def prepare_run(a):
     if world > 1 and "MASTER_ADDR" in os.environ:
         join_processes(rank, world, "gloo", patient=True)
     return Run(a, model, threads, rank, files[rank::world], {path: out / names[path] for path in files},
-               prompts, sampling, info, digests, panoptic,
-               sampling.get("steps", model.sampling["steps"]))
+               prompts, sampling, info, digests, panoptic, sampling.get("steps", model.sampling["steps"]))
 
 
 def introduce(a, model, ckpt, settings):

@@ -432,8 +432,7 @@ def validate(net, run, c, stop):
     data, codec, rank, world = run.val_data, run.codec, run.rank, run.world
     positions, totals, tiles, side = datasets.selection(data, c.eval_images), [], [], codec.side
     device = next(net.parameters()).device
-    model = Model(net, codec, run.diffusion, c.image_size, subset(c, SAMPLING), c.dataset, 0,
-                  subset(c, TIDY))
+    model = Model(net, codec, run.diffusion, c.image_size, subset(c, SAMPLING), c.dataset, 0, subset(c, TIDY))
     size = min(32, c.batch_size) if device.type == "cpu" else 32  # small: a signal is looked at in between
 
     def leave_if_stopped(*_):

@@ -380,8 +380,7 @@ def fit_sets(model, sets, a):
     jobs, drawn = [], []
     whole = sum(weight for _, weight, _ in sets)
     for s, (items, weight, settings) in enumerate(sets):
-        for image, maps in crops(items, math.ceil(a.crops * weight / whole), settings, (a.seed, s),
-                                 a.crop):
+        for image, maps in crops(items, math.ceil(a.crops * weight / whole), settings, (a.seed, s), a.crop):
             job = prepare(image, model, seed=a.seed + len(jobs) * 1000, tiles=1)
             jobs.append(job)
             seen = partial(evidence_of, job, model.codec)

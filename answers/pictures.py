@@ -25,8 +25,7 @@ def colours(side):
     search moved the hues until then.
     """
     hues = np.array([(251, 186, 19), (107, 195, 240), (0, 144, 116), (81, 16, 0), (227, 221, 110),
-                     (3, 82, 179),
-                     (225, 150, 188), (110, 110, 110), (194, 55, 20)])
+                     (3, 82, 179), (225, 150, 188), (110, 110, 110), (194, 55, 20)])
     row, col = np.divmod(np.arange(side**2), side)
     hue, block = hues[row % 3 * 3 + col % 3], (row // 3 + col // 3) % 3
     tint = np.array([0, 0.3, 0.25])[block][:, None]  # towards white, towards black

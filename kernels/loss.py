@@ -43,8 +43,7 @@ def loss_forward_kernel(
     sums_ptr, counts_ptr,  # (B, blocks) float32, int32: squared error, valid pixels
     HW, blocks,
     K: tl.constexpr, TABLE: tl.constexpr, PREDICTION: tl.constexpr, TANH: tl.constexpr, BCE: tl.constexpr,
-    LAST: tl.constexpr,
-    V: tl.constexpr, GROUPS: tl.constexpr,
+    LAST: tl.constexpr, V: tl.constexpr, GROUPS: tl.constexpr,
 ):
     b = tl.program_id(0) // blocks
     base = b.to(tl.int64) * HW
@@ -99,8 +98,7 @@ def loss_backward_kernel(
     grad_ptr, g_ptr, weight_ptr, valid_ptr,  # (B, K, H, W) to write; (B,) each
     out_ptr, cells_ptr, codes_ptr, xt_ptr, alpha_ptr, sigma_ptr, HW, blocks,
     K: tl.constexpr, TABLE: tl.constexpr, PREDICTION: tl.constexpr, TANH: tl.constexpr, BCE: tl.constexpr,
-    LAST: tl.constexpr,
-    V: tl.constexpr, GROUPS: tl.constexpr,
+    LAST: tl.constexpr, V: tl.constexpr, GROUPS: tl.constexpr,
 ):
     b = tl.program_id(0) // blocks
     base = b.to(tl.int64) * HW
@@ -138,8 +136,7 @@ def pixels(out, prediction):
 
 @operator
 def loss_forward(out: Tensor, cells: Tensor, weight: Tensor, prediction: str, tanh: bool, bce: bool,
-                 last: bool,
-                 xt: Optional[Tensor], alpha: Optional[Tensor], sigma: Optional[Tensor],
+                 last: bool, xt: Optional[Tensor], alpha: Optional[Tensor], sigma: Optional[Tensor],
                  codes: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
     """The launcher. out and xt in the layout that `last` says, the rest contiguous -> loss (B,), valid pixels
     (B,)."""
@@ -158,10 +155,8 @@ def loss_forward(out: Tensor, cells: Tensor, weight: Tensor, prediction: str, ta
 
 @operator
 def loss_backward(g: Tensor, weight: Tensor, valid: Tensor, out: Tensor, cells: Tensor, prediction: str,
-                  tanh: bool,
-                  bce: bool, last: bool, xt: Optional[Tensor], alpha: Optional[Tensor],
-                  sigma: Optional[Tensor],
-                  codes: Optional[Tensor]) -> Tensor:
+                  tanh: bool, bce: bool, last: bool, xt: Optional[Tensor], alpha: Optional[Tensor],
+                  sigma: Optional[Tensor], codes: Optional[Tensor]) -> Tensor:
     (B, K, H, W), V = out.shape, pixels(out, prediction)
     blocks = triton.cdiv(H * W, GROUPS * V)
     grad = torch.empty_like(out)

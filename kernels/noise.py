@@ -94,7 +94,6 @@ def noise(seeds: Tensor, stream: int, height: int, width: int, bits: int, dtype:
 
 @noise.register_fake
 def _(seeds, stream, height, width, bits, dtype, last, cells=None, alpha=None, sigma=None, codes=None,
-      image=None,
-      keep=None, x_self=None, self_condition=False):
+      image=None, keep=None, x_self=None, self_condition=False):
     C = bits + (0 if image is None else image.shape[1]) + (bits if self_condition else 0)
     return empty((len(seeds), C, height, width), last, dtype, seeds.device)

@@ -58,8 +58,7 @@ def step_kernel(
 @operator
 def step(out: Tensor, xt: Tensor, last: bool, alpha: float, sigma: float, a: float, b: float, c: float,
          valid: Optional[Tensor], guidance: float, seeds: Optional[Tensor], stream: int, prediction: str,
-         tanh: bool,
-         with_x_hat: bool, clamp: bool = True) -> Tuple[Tensor, Tensor]:
+         tanh: bool, with_x_hat: bool, clamp: bool = True) -> Tuple[Tensor, Tensor]:
     """The launcher. out and xt in the layout that `last` says, valid contiguous -> next xt, x_hat (float32,
     or empty)."""
     B, K, H, W = xt.shape

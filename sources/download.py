@@ -45,8 +45,7 @@ def fetch(url, file, tries=5):
                 free, need = shutil.disk_usage(file.parent).free, 2 * total - have
                 if free < need:
                     raise OSError(errno.ENOSPC, f"{need / 1e9:.1f} GB are needed to fetch and unpack it, "
-                                                f"{free / 1e9:.1f} GB are "
-                                                f"free in {file.parent}")
+                                                f"{free / 1e9:.1f} GB are free in {file.parent}")
                 with (open(part, "ab" if have else "wb") as f,
                       tqdm(total=total, initial=have, desc=file.name, unit="B", unit_scale=True,
                            leave=False) as bar):

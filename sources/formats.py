@@ -275,8 +275,7 @@ def find_entity(home, split):
                                         "entityv2_010203_entity_{}.json")) for part in ("train", "val"))
     if not train or not val:
         raise FileNotFoundError(f"EntitySeg is not complete: {home}/entityseg_train_lr.json, "
-                                f"entityseg_val_lr.json and the "
-                                f"image folders that they name are needed "
+                                f"entityseg_val_lr.json and the image folders that they name are needed "
                                 f"(github.com/adobe-research/EntitySeg-Dataset)")
     images = first_of([home / ("images_lr" if "_lr" in train.name else "images"), home])
 
@@ -627,8 +626,7 @@ def list_instances(file, *folders):
     def image(k, entry):
         paths = [within(folder, entry["file_name"]) for folder in folders]
         return Item(next((path for path in paths if os.path.exists(path)), paths[0]), [str(file)],
-                    read_instances,
-                    (number(entry["height"], "height"), number(entry["width"], "width"),
+                    read_instances, (number(entry["height"], "height"), number(entry["width"], "width"),
                      objects.get(same_id(entry["id"]), [])))
 
     return [item for item in (*each(file, annotations, annotation), *each(file, images, image)) if item]
@@ -682,8 +680,7 @@ def read_label(path, rgb=False):
         if len(ids) > 16 and scattered.mean() > 0.5 and pixels[scattered].sum() > 0.01 * value.size:
             raise ValueError(f"{path}: {len(ids)} {'colours' if colours else 'ids'}, most of them in single "
                              f"pixels: no label map, which has one id a pixel, but a photo or smoothed "
-                             f"edges: "
-                             f"export it without smoothing")
+                             f"edges: export it without smoothing")
     return value.astype(np.int32)
 
 
@@ -710,8 +707,7 @@ def read_masks(item):
         mask = read_label(path)
         if len(ids := ids_of(mask)) > 2 or len(ids) == 2 and ids[0] != 0:
             raise ValueError(f"{path}: one of {len(item.arg)} files of {item.image}, each of which is 0 but "
-                             "for one segment; it has "
-                             f"{len(ids)} values")
+                             f"for one segment; it has {len(ids)} values")
         if masks and mask.shape != masks[0].shape:
             raise ValueError(f"{path} and {item.arg[0]} differ in size")
         masks.append(mask != 0)
@@ -753,8 +749,7 @@ def read_labels(item):
             label = np.asarray(Image.fromarray(label.astype(np.int32)).transpose(TURNS[turn]))
         elif label.shape[::-1] != upright:
             raise ValueError(f"{path} is {label.shape[1]} x {label.shape[0]} pixels, its image {item.image} "
-                             f"{upright[0]} x {upright[1]}: "
-                             f"they must agree")
+                             f"{upright[0]} x {upright[1]}: they must agree")
         elif turn > 1 and stored == upright:
             notice(path, "its image is mirrored or turned by an EXIF tag, the label is taken as drawn on the "
                          "upright image")
@@ -773,8 +768,7 @@ def read_panoptic(item):
     unknown = sorted(set(ids_of(label).tolist()) - set(item.arg) - {0})
     if unknown:
         raise ValueError(f"{item.labels[0]}: no id encoding of its segments_info: {unknown[0]} (R + 256 G + "
-                         f"65536 B) is not "
-                         f"there")
+                         f"65536 B) is not there")
     crowds = [i for i, crowd in item.arg.items() if crowd]
     return [np.where(np.isin(label, crowds), -1, label) if crowds else label]
 
@@ -802,8 +796,7 @@ def read_instances(item):
     outlines = [outline for *_, outline in objects]
     if any(outlines) and all(0 <= v <= 1 for v in numbers_in(outlines)):
         raise ValueError(f"{item.labels[0]}: the polygons of {item.image} are shares of its size, from 0 to "
-                         "1: pixels are needed, "
-                         f"multiply x by its width and y by its height")
+                         f"1: pixels are needed, multiply x by its width and y by its height")
     return [paint(objects, H, W, item)]
 
 
