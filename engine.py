@@ -627,7 +627,7 @@ def typed(key, value, kind):
 # Checkpoints
 
 
-FORMAT = 2  # of the dictionaries; `save` writes it, `read` refuses any other
+FORMAT = 2  # of the dictionaries; `save_checkpoint` writes it, `read` refuses any other
 MARK = b"sha256:"  # then 64 hexadecimal digits
 TAIL = 2 + len(MARK) + 64  # the length of a zip archive's comment, and the comment
 
@@ -646,7 +646,7 @@ class Damaged(ValueError):
 
 
 def previous(path):
-    """Where `save` keeps the checkpoint before: run/ckpt.pt -> run/ckpt.prev.pt."""
+    """Where `save_checkpoint` keeps the one before: run/ckpt.pt -> run/ckpt.prev.pt."""
     return Path(path).with_suffix(f".prev{Path(path).suffix}")
 
 
@@ -708,8 +708,8 @@ def ahead(function, items, count=1):
 
 
 def read(path):
-    """The dictionary in a file that `save` wrote, its tensors on the host. Raises ValueError naming the file:
-    Damaged, or refused for its contents."""
+    """The dictionary in a file of `save_checkpoint`, its tensors on the host. Raises ValueError naming the
+    file: Damaged, or refused for its contents."""
     path = Path(path)
     try:
         whole = path.read_bytes()

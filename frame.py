@@ -3,7 +3,7 @@
 What it is: plain functions on images and label maps. What it is not: it opens no files and knows nothing of
 networks.
 
-    from frame import enlarge, fitted, normalise, resize_image
+    from frame import enlarge, resize_image
     # PIL image -> (96, 96, 3) uint8, its longer side 96; the rest is padding
     small, (h, w) = resize_image(photo, 96)
     maps = enlarge(labels, photo)  # (N, h, w) -> (N, H, W), along the photo's own edges

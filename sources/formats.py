@@ -1,7 +1,7 @@
-"""Where data sets keep their images and labels (FORMATS has them all); reading and resizing one of each.
+"""Where data sets keep their images and labels (FORMATS has them all); reading one of each.
 
-What it is: find_*(home, split) for every format, the readers of their label files, of images, and the
-resizing of both. What it is not: sets, batches and augmentation are data.py.
+What it is: find_*(home, split) for every format, the readers of their label files and of images. What it is
+not: it resizes nothing (frame.py); sets, batches and augmentation are data.py.
 
     files, listing = find_folder(Path("photos"), "train")          # files: what a packed copy depends on
     for item in listing():

@@ -93,9 +93,9 @@ def paint(labels, params, noise):
     along, across = x * cos + y * sin, y * cos - x * sin
     u, v = np.sin(freq * along + 2 * np.pi * p[..., 8]), np.sin(freq * across + 2 * np.pi * p[..., 9])
     kind = (p[..., 10] * 5).astype(int)
-    # plain, gradient,
+    # plain, gradient, stripes, checks, dots
     mix = np.choose(kind, [0.5, along * 0.5 + 0.25, u * 0.5 + 0.5, u * v > 0, u * v * 0.5 + 0.5])
-    contrast = (p[..., 3:6] - 0.5) * 0.6  # stripes, checks, dots
+    contrast = (p[..., 3:6] - 0.5) * 0.6
     colour = 0.08 + 0.84 * p[..., :3] + contrast * (mix[..., None] - 0.5) + noise * (0.08 * p[..., 11:12])
     return (colour.clip(0, 1) * 255).round().astype(np.uint8)
 
