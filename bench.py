@@ -47,7 +47,7 @@ from answers.checkpoints import SHIPPED, load_checkpoint
 from answers.jobs import prepare
 from answers.segment import denoise, summarise
 from diffusion import kernel_options, sample
-from engine import LAYOUTS, Step, host_threads, pick_device, program, update_ema
+from engine import LAYOUTS, Step, complaint, host_threads, pick_device, program, update_ema
 
 BITS, SIZE = 6, 128
 MIN_SECONDS = 0.2  # of measuring, for each figure on a CPU
@@ -814,6 +814,8 @@ def arguments(argv):
         q.add_argument("--precision", default="auto" if q is t else "fp32")
         q.add_argument("--compile", default="auto")
         q.add_argument("--clock", default="wall", choices=["wall", "cpu"])
+    for q in (p, *what.choices.values()):
+        q.error = complaint("bench.py")
     return p.parse_args(argv)
 
 

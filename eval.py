@@ -31,6 +31,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 # options that make other results, and name the folder where they are not the default
@@ -107,12 +108,8 @@ def arguments(argv):
     p.add_argument("--kernels", help="auto, triton or torch (default: BITSEG_KERNELS, or auto: Triton with "
                                      "CUDA)")
     p.error = lambda message: p.exit(2, f"eval.py: {message}\n")
-    a, given = p.parse_args(argv), []
-    for key in NAMED:
-        value = getattr(a, key)
-        if value != p.get_default(key):
-            given += [key, *([] if value is True else value if isinstance(value, list) else [value])]
-    a.others = "".join(f"-{part}" for part in given)
+    a = p.parse_args(argv)
+    a.usual = {key: p.get_default(key) for key in NAMED}
     return a
 
 
@@ -132,6 +129,7 @@ from answers.clicks import clicks_curve, clicks_needed
 from answers.jobs import tiles_of
 from answers.pictures import example_sheet
 from answers.scoring import at_own_size, at_size_of, score_images
+from answers.segment import sampling_of
 from data import as_trained, load, originals, parse_parts, parse_void, selection
 from diffusion import SAMPLERS, VARIANCES, WITHOUT_VARIANCE
 from engine import crowded, foreign, host_threads, join_processes, make_folder, pick_device, program
@@ -215,15 +213,15 @@ def print_clicks(curve, ks):
             row[str(k)] = means = {key: metrics.bootstrap([scores[key] for scores in images])
                                    for key in ("ari", "iou", "covering", "voi", "pred")}
             cells[k] = "{:.3f} [{:.3f}, {:.3f}] / {:.3f}".format(*means["ari"], means["iou"][0])
-        print(f"{method:<20}" + "".join(f"{cells[k]:<30}" for k in ks))
+        print(f"{method:<20}" + "".join(f"{cells[k]:<34}" for k in ks))
         table[method] = row
     return table
 
 
 def report_clicks(a, model, data, positions, files, path, name):
     """What --clicks and --clicks_to print; 0, the exit status. Raises ValueError where they cannot be had."""
-    asked = {"guidance": a.guidance[0]} if a.guidance else {}
-    n, about = max(a.n), dict(name=str(path), dataset=a.dataset, split=a.split, n=max(a.n), tiles=a.tiles)
+    asked, n = {"guidance": a.guidance[0]} if a.guidance else {}, a.n[0]
+    about = dict(name=str(path)) | what_of(a, model) | sampling_of(model, True) | asked | dict(n=n)
     if a.clicks_to is None:
         curve = clicks_curve(model, data, positions, a.clicks, n, a.seed, a.batch, a.tiles, files, **asked)
         print(f"{name} on {a.dataset} {a.split}, {len(positions)} images, {n} samples: every annotator "
@@ -233,14 +231,14 @@ def report_clicks(a, model, data, positions, files, path, name):
     if not files:
         raise ValueError("--clicks_to needs a data set of files")
     counts, left_out = clicks_needed(model, data, files, a.clicks_to, objects=a.limit, n=n, seed=a.seed,
-                                     batch=a.batch, tiles=a.tiles, **asked)
+                                     batch=a.batch, tiles=a.tiles, components=a.components, **asked)
     print(f"{name} on {a.dataset} {a.split}, {n} samples: clicks until an object has IoU {a.clicks_to:g}, "
           f"at most 20; {left_out} objects left out (too small or too fine for the network's pixels)")
     needed = {method: metrics.bootstrap(values) for method, values in counts.items()}
     for method, (mean, low, high) in needed.items():
         in_time = np.mean(np.array(counts[method]) < 20)
         print(f"  {method:<20} {mean:.2f} [{low:.2f}, {high:.2f}], of {len(counts[method])} objects "
-              f"{in_time:.0%} in time")
+              f"{in_time:.0%} in fewer")
     print(json.dumps(dict(about, target=a.clicks_to, left_out=left_out, clicks_to=needed)))
     return 0
 
@@ -282,7 +280,7 @@ def reliability_tables(rows, n):
 
 def flat_rows(rows, places):
     """Rows of images.csv: an image each, with its scores at each of the places that it has."""
-    return [{"name": row["name"], "annotators": row["annotators"]}
+    return [{"name": row["name"], "annotators": row["annotators"], "position": row["position"]}
             | {f"{where}_{who}_{key}": v for where in places
                for who, scores in row.get(where, {}).items() for key, v in scores.items()}
             for row in rows]
@@ -303,10 +301,8 @@ def check_out(out):
 def write(out, rows, pictures, line):
     """All files of an evaluation: made in a folder of their own, then put in the old ones' place. Raises
     OSError."""
-    new = out / ".new"
-    shutil.rmtree(new, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(prefix=".new-", dir=out))  # another evaluation's has another name
     try:
-        new.mkdir()
         with open(new / "images.csv", "w", newline="") as f:
             writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)))
             writer.writeheader()
@@ -336,6 +332,14 @@ def check(a):
         if unknown := [word for word in getattr(a, name) or [] if word not in choices]:
             raise ValueError(f"--{name}: '{unknown[0]}' is not one of {', '.join(choices)}")
     a.clicking = a.clicks is not None or a.clicks_to is not None
+    lists = ("n", "steps", "guidance", "sampler", "variance", "smooth")
+    if a.baseline:
+        if given := [key for key in ("ckpt", *lists, "least", "merge", "tiles")
+                     if getattr(a, key) != a.usual.get(key)]:
+            raise ValueError(f"--{given[0]} is a checkpoint's, not a baseline's: leave it out (but give "
+                             f"--components, --unlabelled and --void as the checkpoint was trained)")
+    elif a.clicking and (a.size or any(len(getattr(a, key) or [0]) > 1 for key in lists)):
+        raise ValueError("--clicks and --clicks_to take one value of each option, and no --size")
     if a.clicking and (a.baseline or a.out):
         raise ValueError("--clicks and --clicks_to need a checkpoint, not a baseline, and print their table "
                          "only: leave out --baseline and --out")
@@ -344,9 +348,16 @@ def check(a):
     (a.dataset, _, settings), *more = parse_parts(a.dataset)
     if more:
         raise ValueError(f"--dataset names {1 + len(more)} data sets: one at a time is evaluated")
-    a.components = settings["components"] or a.components
-    a.unlabelled = settings["unlabelled"] or a.unlabelled
-    a.void = settings["void"] or (None if a.void is None else parse_void(a.void))
+    a.void = None if a.void is None else parse_void(a.void)
+    for key in ("components", "unlabelled", "void"):
+        if settings[key] and getattr(a, key) not in (None, settings[key]):
+            raise ValueError(f"--dataset and --{key} contradict each other: leave one out")
+        setattr(a, key, settings[key] or getattr(a, key))
+    given = []
+    for key, usual in a.usual.items():
+        if (value := getattr(a, key)) != usual:
+            given += [key, *([] if value is True else value if isinstance(value, (list, tuple)) else [value])]
+    a.others = "".join(f"-{part}" for part in given)
 
 
 def load_model(a):
@@ -404,13 +415,18 @@ def settings_of(a, model):
                   or s["variance"] == home["variance"]]
 
 
+def what_of(a, model):
+    """What an evaluation is of, for its report."""
+    keys = ("dataset", "split", "components", "unlabelled", "void", "seed", "limit", "tiles", "raw")
+    return {key: getattr(a, key) for key in keys} | (model.tidy if model else {})
+
+
 def print_tables(a, model, name, rows, home):
     """Print the scores of all places; -> the report."""
     people, ns = np.mean([row["annotators"] for row in rows]), sorted(a.n)
     print(f"{name} on {a.dataset} {a.split}: {len(rows)} images, {people:.1f} annotators; "
           + " ".join(f"{key} {value}" for key, value in home.items()))
-    result = dict(dataset=a.dataset, split=a.split, images=len(rows), annotators=people, **home, n=ns,
-                  tiles=a.tiles)
+    result = dict(**what_of(a, model), images=len(rows), annotators=people, **home, n=ns)
     for where in [w for w in ("network", str(a.size), "own") if w in rows[0]]:
         result[where] = summary(rows, where)
         side = model.image_size if model and where == "network" else a.size or 128
@@ -454,11 +470,14 @@ def main(argv=None):
         given = {key: getattr(a, key) for key in ("components", "unlabelled", "void")}
         vars(a).update(as_trained(model.config if model else {}, a.dataset, given))
         data, places, files = load_data(a, model)
-        name = a.baseline or (path.parent.name if path.name == "ckpt.pt" else path.stem) + "-raw" * a.raw
+        stem = {"ckpt.pt": "", "best.pt": "-best"}
+        name = a.baseline or (path.parent.name + stem[path.name] if path.name in stem else path.stem)
+        name += "-raw" * a.raw
         out = Path(a.out or f"out/eval/{name}-{Path(a.dataset).resolve().name}-{a.split}{a.others}")
         if not a.clicking:
             check_out(out)
             make_folder(out)
+            tempfile.TemporaryFile(dir=out).close()  # before what may take an hour
     except (ValueError, OSError, RuntimeError) as e:
         return complain(e)
     home, settings = settings_of(a, model)

@@ -156,8 +156,7 @@ def finish(folder, full, a):
     if status:
         return status
     report = json.loads((folder / "eval/report.json").read_text())
-    content = {"options": full | {"limit": a.limit, "root": a.root}, "minutes": minutes, "ari": report["ari"],
-               "iou": report["iou"], "report": report}
+    content = {"options": full | {"limit": a.limit, "root": a.root}, "minutes": minutes, "report": report}
     (folder / "report.part").write_text(json.dumps(content))
     (folder / "report.part").replace(folder / "report.json")  # the run is finished
     for name in ("ckpt.prev.pt", "best.pt"):  # ckpt.pt stays
@@ -178,8 +177,9 @@ def table(name, rows, also, a):
     result = {}
     for label, flags, ari, iou in rows:
         done = [r for seed in range(a.seeds) if (r := finished(*run_of(flags, also, a, seed), a))]
-        values = [[r[key] for r in done] for key in ("ari", "iou")]
-        segments = [r["report"]["network"]["sample"]["pred"][0] for r in done]
+        # of one sample: a joint answer knows the photo, too
+        *values, segments = ([r["report"]["network"]["sample"][key][0] for r in done]
+                             for key in ("ari", "iou", "pred"))
         print(f"  {label:<20}{len(done):<7}{figure(values[0]):<18}{figure(values[1]):<18}"
               + (f"{statistics.mean(segments):<10.1f}{statistics.mean(r['minutes'] for r in done):<9.1f}"
                  if done else f"{'-':<10}{'-':<9}")
@@ -227,6 +227,13 @@ def main(argv=None):
         if not all(tables.values()):
             raise ValueError(f"--rows {a.rows}: no row of {next(n for n in names if not tables[n])} has "
                              f"such a name")
+        for name, rows in tables.items():
+            own = [options(flags) for _, flags, *_ in rows]
+            if lost := [key for key in also if any(also[key] != row.get(key) for row in own)
+                        and any(key in row for row in own)]:
+                raise ValueError(f"--{lost[0]} is what rows of {name} differ in: leave it out")
+        if "seed" in also:
+            raise ValueError("--seed is each run's own: --seeds says how many")
         runs = {}  # all seeds 0 first: an early table is whole
         for seed in range(a.seeds):
             for name in names:

@@ -17,7 +17,7 @@ from answers.jobs import packed_job
 from answers.scoring import job_of, seed_of
 from answers.segment import denoise, evidence_of, joined
 from answers.tree import lab
-from frame import enlarge, shrink, subsample
+from frame import connected, enlarge, shrink, subsample
 from sources.formats import read_image, read_labels
 
 
@@ -139,21 +139,27 @@ def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1, tiles=1, file
     return curve
 
 
-def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, seed=0, batch=1,
-                  tiles=1, **asked):
+def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, seed=0, batch=1, tiles=1,
+                  components=False, **asked):
     """How many clicks a simulated user needs until an object reaches IoU `target`: {method: [clicks, one
     number an object]}, and how many objects are left out since their own mask, made small for the network and
     large again, misses the target.
 
-    An object is a label above 0 that covers 1 % of its image or more; at most `objects` of them, drawn by
-    seed. Each click is in the middle of the largest wrong region, at the image's own size; all clicks beside
-    the object share one id. Who is not there after `most` clicks counts as `most`.
+    An object is a label above 0 of the first annotator, or if components a connected part of one, that
+    covers 1 % of its image or more; at most `objects` of them, drawn by seed. Each click is in the middle of
+    the largest wrong region, at the image's own size; all clicks beside the object share one id. Who is not
+    there after `most` clicks counts as `most`. Raises ValueError where there is no object.
     """
+    def map_of(item):
+        return connected(read_labels(item)[0]) if components else read_labels(item)[0]
+
     found = []
     for i in range(len(data)):
-        true = read_labels(files[data.items[i]])[0]
+        true = map_of(files[data.items[i]])
         ids, area = np.unique(true[true > 0], return_counts=True)
         found += [(i, int(number)) for number in ids[area >= 0.01 * true.size]]
+    if not found:
+        raise ValueError("no label above 0 covers 1 % of its image: there is no object to click at")
     chosen = np.random.default_rng(seed).permutation(len(found))[:objects]
     wanted = {}
     for k in chosen:
@@ -162,7 +168,7 @@ def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, se
     for i, maps, by_baseline, evidence in to_click(model, data, sorted(wanted), n, seed, batch, tiles, files,
                                                    **asked):
         item = files[data.items[i]]
-        picture, labels = read_image(item.image), read_labels(item)[0]
+        picture, labels = read_image(item.image), map_of(item)
         methods = {"tree": lambda hints: joined(evidence(hints), model, hints=hints)[1],
                    **{name: by_baseline[name]
                       for name in ("watershed, Lab", "watershed, samples", "nearest click")}}

@@ -38,7 +38,7 @@ from answers.jobs import prepare
 from answers.scoring import own_maps, share_who_drew
 from answers.segment import denoise, evidence_of
 from data import as_trained, originals, parse_parts, selection
-from engine import host_threads, make_folder, pick_device, program
+from engine import complaint, host_threads, make_folder, pick_device, program
 from frame import subsample
 from sources.formats import in_words, notice, read_image
 
@@ -330,10 +330,11 @@ def main(argv=None):
     p.add_argument("--batch", type=int, default=8, help="samples at once (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of crops, samples and fit (%(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
+    p.error = complaint("fit_tree.py")
     a = p.parse_args(argv)
     try:
-        if min(a.crops, a.n, a.batch) < 1 or a.seed < 0:
-            raise ValueError("--crops, --n and --batch must be 1 or more, --seed 0 or more")
+        if min(a.crops, a.n, a.batch, a.limit or 1) < 1 or a.limit == 0 or a.seed < 0:
+            raise ValueError("--crops, --n, --batch and --limit must be 1 or more, --seed 0 or more")
         if a.crop is not None and not 0.01 <= a.crop <= 1:
             raise ValueError(f"--crop must be from 0.01 to 1, not {a.crop}")
         ckpt = a.ckpt or newest_checkpoint()
@@ -385,8 +386,9 @@ def fit_sets(model, sets, a):
             jobs.append(job)
             seen = partial(evidence_of, job, model.codec)
             drawn.append(Crop(s, subsample(maps, *job.size).numpy(), seen, a.n))
-    if not drawn:
-        raise ValueError(f"no image of {a.dataset} can be read")
+    if not any(crop.set == 0 and (crop.maps >= 0).any() for crop in drawn):
+        raise ValueError(f"{parse_parts(a.dataset)[0][0]}: nothing to learn from, as no image with labelled "
+                         f"pixels can be read (trees are cut by the first set's maps)")
     for _ in tqdm(denoise(jobs, model, a.n, a.batch), "sampling", len(jobs), leave=False):
         pass
     return fit_all(drawn, a.seed)

@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,8 @@ def test_a_baseline_on_known_maps(tmp_path, capsys):
                                      "pq": 9 / ((9 + 9) / 2 + (9 + 2) / 2), "pred": 9, "true": 5.5}, abs=1e-9)
     assert report["iou"] == report["network"]["grid"]["iou"][0] and (tmp_path / "out/examples.png").exists()
     rows = list(csv.DictReader(open(tmp_path / "out/images.csv")))
-    assert [row["name"] for row in rows] == ["a", "b"] and float(rows[0]["own_grid_ari"]) == 1
+    assert [(row["name"], row["position"]) for row in rows] == [("a", "0"), ("b", "1")]
+    assert float(rows[0]["own_grid_ari"]) == 1
     assert json.loads((tmp_path / "out/report.json").read_text()) == report
 
 
@@ -96,7 +98,14 @@ def test_reports_name_their_options_and_share_no_folder(tmp_path, capsys, monkey
         report = json.loads(Path(f"out/eval/{ckpt.parent.name}-d-val{name}/report.json").read_text())
         assert report["tiles"] == tiles
     assert evaluation.main(["--baseline", "grid", "--dataset", str(d), "--tiles", "2"]) == 2
-    assert "--tiles needs a checkpoint and a data set of files" in capsys.readouterr().err
+    assert "--tiles is a checkpoint's, not a baseline's" in capsys.readouterr().err
+    best = tmp_path / "run" / "best.pt"  # each run has one
+    best.parent.mkdir()
+    shutil.copyfile(ckpt, best)
+    for name, more in (("-components", ":components"), ("", "")):
+        assert evaluation.main(["--ckpt", str(best), "--dataset", f"{d}{more}", "--device", "cpu"]) == 0
+        report = json.loads(Path(f"out/eval/run-best-d-val{name}/report.json").read_text())
+        assert bool(report["components"]) == bool(name) and report["seed"] == 0 and report["limit"] == 256
 
 
 def test_humans_against_each_other(tmp_path, capsys):
@@ -328,6 +337,15 @@ def test_clicks_are_tables_of_every_method(ckpt, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["clicks_to"].keys() == {"tree", "watershed, Lab", "watershed, samples", "nearest click"}
     assert all(1 <= low <= mean <= high <= 20 for mean, low, high in report["clicks_to"].values())
+    # of classes, connected parts: here one class in four places, of which each is an object of its own
+    classes = np.kron([[1, 0, 1], [0, 0, 0], [1, 0, 1]], np.ones((8, 8), int))
+    words[3] = str(folder(tmp_path / "e", {"a": [classes]}))
+    for more, objects in (([], 1), (["--components"], 4)):
+        assert evaluation.main([*words, "--clicks_to", "0.3", *more]) == 0
+        assert f"of {objects} objects" in capsys.readouterr().out
+    words[3] = str(folder(tmp_path / "f", {"a": [0 * classes]}))
+    assert evaluation.main([*words, "--clicks_to", "0.3"]) == 2
+    assert "there is no object to click at" in capsys.readouterr().err
     assert evaluation.main(["--ckpt", str(ckpt), "--clicks_to", "0.85", "--device", "cpu"]) == 2
     assert "--clicks_to needs a data set of files" in capsys.readouterr().err
 
@@ -394,6 +412,9 @@ def test_shared_rows_without_torchrun():
     ("--ckpt nowhere.pt", "nowhere.pt"), ("--baseline grid --dataset nowhere", "nowhere"),
     ("--baseline grid --limit 0", "--limit"),
     ("--baseline grid --dataset a:2,shapes", "names 2 data sets"),
+    ("--baseline grid --ckpt nowhere.pt", "--ckpt is a checkpoint's"), ("--baseline grid --n 2", "--n is"),
+    ("--dataset a:components --no-components", "--dataset and --components contradict each other"),
+    ("--clicks 2 --guidance 0,8", "one value of each option"), ("--clicks 2 --size 64", "and no --size"),
     ("--n 0", "'0' is not a number from 1 up"), ("--steps 4,x", "'4,x'"), ("--guidance -1", "-1"),
     ("--sampler euler", "'euler'"),
     ("--guidance 1,nan", "nan"), ("--seed 1000000", "--seed"),

@@ -80,7 +80,8 @@ def fake(monkeypatch):
         from pathlib import Path
         Path(given["--out"]).mkdir()
         (Path(given["--out"]) / "report.json").write_text(json.dumps(
-            {"ari": seed / 10, "iou": 0.5, "network": {"sample": {"pred": [7.0, 6, 8]}}}))
+            {"ari": 9, "iou": 9, "network": {"sample": {"ari": [seed / 10, 0, 1], "iou": [0.5, 0, 1],
+                                                        "pred": [7.0, 6, 8]}, "answer": {}}}))
         return 0
 
     Fake.trained, Fake.evaluated = [], []
@@ -112,6 +113,15 @@ def test_missing_runs_only_and_going_on_after_a_kill(fake, tmp_path, capsys):
     last = json.loads(text.splitlines()[-1])
     assert last["experiments"]["encoding"]["bits, palette"] == {"ari": [0.0, 0.1], "iou": [0.5, 0.5],
                                                                 "paper": [0.67, 0.432]}
+
+
+@pytest.mark.parametrize("names, more, words", [
+    ("classes", ["--bits", "6"], "--bits is what rows of classes differ in"),
+    ("loss", ["--loss", "bce"], "--loss is what rows of loss"),
+    ("palette", ["--seed", "3"], "--seed is each run's own")])
+def test_no_option_takes_the_place_of_a_rows_own(fake, tmp_path, capsys, names, more, words):
+    assert experiments.main(arguments(names, *more, out=tmp_path)) == 2 and not fake.trained
+    assert words in capsys.readouterr().err
 
 
 def test_two_parts_share_the_runs(fake, tmp_path):
