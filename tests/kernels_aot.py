@@ -6,8 +6,9 @@
     python tests/kernels_aot.py  # everything: an hour; the spills once more last
 
 Prints one JSON line a kernel: registers, stack and local memory (where spills go), the bytes a thread moves
-in accesses of at least 16, its instructions, and those of them on the quarter-rate unit (MUFU). Works by
-letting Triton compile for a given target instead of launching.
+in accesses of at least 16; with the word count also its instructions, and those of them on the
+quarter-rate unit (MUFU), which takes longer. Works by letting Triton compile for a given target instead of
+launching.
 Layouts: all, last (channels_last) or half (channels_last and bfloat16 only); norm and norm-half.
 """
 
@@ -29,6 +30,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 arch, bits, side, case, spills = 0, 0, 0, "", []
+count = "count" in sys.argv
 
 
 class NoDriver:
@@ -45,18 +47,20 @@ class NoDriver:
 
 
 def resources(cubin):
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    def ask(tool, option):
+        program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+        return subprocess.run([program, option, f.name], capture_output=True, text=True, check=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        used, code = (subprocess.run([tools / tool, option, f.name], capture_output=True, text=True,
-                                     check=True).stdout
-                      for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
+        used, code = ask("cuobjdump", "-res-usage"), ask("nvdisasm", "-c") if count else ""
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", used).groups()
+    found = dict(registers=int(registers), stack=int(stack), local=int(local))
     names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9_.]+)", code, re.M)
-    return dict(registers=int(registers), stack=int(stack), local=int(local),
-                instructions=sum(name != "NOP" for name in names),
-                quarter_rate=sum(name.startswith("MUFU") for name in names))
+    counted = dict(instructions=sum(name != "NOP" for name in names),
+                   quarter_rate=sum(name.startswith("MUFU") for name in names))
+    return found | counted if count else found
 
 
 def wide(ptx, kind):
@@ -167,9 +171,9 @@ with torch.device("meta"):  # what two of the networks have
                     for m in UNet(64, 6, **SIZES[name]).modules() if isinstance(m, torch.nn.GroupNorm)})
 every = [f"{a}:all:{k}:{n}" for k in (2, 4, 6, 8, 10) for n in (37, 96, 128) for a in (80, 90, 100)]
 every += [f"{a}:norm:{c}:{g}" for c, g in NORMS for a in (80, 90, 100)]
-for task in sys.argv[1:] or every:
+for task in [word for word in sys.argv[1:] if word != "count"] or every:
     arch, layouts, bits, side = task.split(":")
     arch, bits, side = int(arch), int(bits), int(side)
     (norm_kernels if "norm" in layouts else every_kernel)(layouts, bits, side)
-if len(sys.argv) == 1:
+if len(sys.argv) == 1 + count:
     print(f"{len(spills)} spills", *map(json.dumps, spills), sep="\n")
