@@ -205,8 +205,8 @@ PRESETS = {  # a network of model.SIZES, and what its recipe changes of the defa
                      hints=0.4, smooth=0.2, least=2, merge=1.0),
     # many small segments: finer maps and codes, closer crops; a cell of 100 pixels counts a tenth of a
     # background of 10,000, not a hundredth
-    "crowded": dict(network="photo", batch_size=16, max_steps=8000, lr=1e-3, warmup_steps=50,
-                    decay_steps=7800, ema=0.998, weighting="uniform", logsnr_space=False, loss="bce",
+    "crowded": dict(network="photo", batch_size=16, max_steps=5000, lr=1e-3, warmup_steps=50,
+                    decay_steps=4850, ema=0.998, weighting="uniform", logsnr_space=False, loss="bce",
                     guidance=5.0, bits=8, log_every=20, save_every=100, eval_every=1000, crop=0.25,
                     jitter=2.0, turns=True, negative=0.3, dropout=0.1, weight_decay=0.03, hints=0.3,
                     balance=0.5, least=2, merge=1.0),
