@@ -237,7 +237,7 @@ def main(argv=None):
         desk.first, server.desk, server.config = first and first["photo"], desk, dict(tiles=desk.tiles,
             token=secrets.token_hex(16), first=first, ckpt=str(ckpt), seed=SEED, upload=UPLOAD)
         threading.Thread(target=lambda: (pick_device(str(device)), desk.work()), daemon=True).start()
-        print(url := f"http://127.0.0.1:{server.server_port}/", f"on {device}, by {ckpt}", flush=True)
+        print(url := f"http://127.0.0.1:{server.server_port}/", f"by {ckpt}; Ctrl-C ends it", flush=True)
         try:
             a.no_browser or webbrowser.open(url)
             server.serve_forever()

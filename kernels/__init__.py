@@ -117,8 +117,8 @@ def _can_launch():
     try:  # Triton's cache or CPATH may have it all the same
         triton.runtime.build.compile_module_from_src(code, "probe")
     except (RuntimeError, OSError, subprocess.CalledProcessError):
-        lacks = f"there is no C compiler{asked and f' {asked}, which CC names' or ''}"
-        lacks = f"{header} is missing" if compiler else lacks
+        missing = f"no C compiler {asked}, which CC names" if asked else "no C compiler"
+        lacks = f"{header} is missing" if compiler else f"there is {missing}"
         raise RuntimeError(
             f"Triton cannot launch kernels here, as {lacks}: install it (Debian and Ubuntu: apt install gcc "
             f"python3-dev; Fedora: dnf install gcc python3-devel; conda: conda install c-compiler), or go "

@@ -71,6 +71,7 @@ class Server:
         self.out, self.err = os.fdopen(out), os.fdopen(err)
         line = self.out.readline()
         assert line.startswith("http://127.0.0.1:"), self.err.read()
+        assert "--ckpt" not in words or f"by {words[words.index('--ckpt') + 1]}; Ctrl-C ends it" in line
         self.url = line.split()[0]
         self.port = int(self.url.split(":")[2].strip("/"))
         self.config = json.loads(re.search(r"const config = (.*);\n", self.get("GET", "/")[1].decode())[1])
