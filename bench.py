@@ -111,6 +111,17 @@ def timed(f, device):
     return np.quantile(1000 * timings(f, device, MIN_SECONDS)[:, 0], [0.5, 0.2, 0.8]).tolist()
 
 
+def in_graph(f):
+    """Milliseconds a call inside a CUDA graph, as training and sampling make it: without what a launch from
+    Python costs, and with a warm L2 cache; nan where it cannot be captured."""
+    from triton.testing import do_bench_cudagraph
+    try:
+        return do_bench_cudagraph(f, rep=50, return_mode="median")
+    except RuntimeError as e:
+        print(f"no CUDA graph: {str(e).strip().splitlines()[0]}", file=sys.stderr)
+        return math.nan
+
+
 def peak_mib(f, device):
     """Memory that a call needs on top of its inputs, results included; None without CUDA."""
     if device.type != "cuda":
@@ -271,12 +282,12 @@ def bench_kernels(args):
     print(f"a plain copy moves {ceiling:.0f} GB/s; {SIZE} x {SIZE}, {BITS} bits; ms: median (p20 to p80); "
           f"MiB: peak beyond the inputs\n")
     print_row = table({"kernel": 27, "dtype": 9, "batch": 6, "fused ms": 29, "eager ms": 9, "compile ms": 11,
-                       "GB/s": 5, "of copy": 8, "MiB fused / eager": 18})
+                       "in a graph": 18, "GB/s": 5, "of copy": 8, "MiB fused / eager": 18})
     for dtype, B in itertools.product(dtypes, batches):
         for name, (kernel, plain, compiles, moved) in kernel_cases(B, dtype, device).items():
             row = dict(kernel=name, dtype=str(dtype)[6:], batch=B, bytes=moved,
                        eager=timed(plain, device), eager_mib=peak_mib(plain, device))
-            fast = gb_s = of_copy = mib = compiled = "-"
+            fast = gb_s = of_copy = mib = compiled = graph = "-"
             if live == "triton":
                 row |= dict(fused=timed(kernel, device), fused_mib=peak_mib(kernel, device))
                 mid, low, high = row["fused"]
@@ -286,12 +297,17 @@ def bench_kernels(args):
                     row["of_copy"] = row["gb_s"] / ceiling
                     of_copy = f"{row['of_copy']:.0%}"
                     mib = f"{row['fused_mib']:.0f} / {row['eager_mib']:.0f}"
+                    row["fused_graph"] = in_graph(kernel)
+                    graph = f"{row['fused_graph']:.4f}"
             if compiles and device.type == "cuda":
                 torch._dynamo.reset()
-                row["compile"] = timed(torch.compile(plain), device)
+                fastest = torch.compile(plain)
+                row |= dict(compile=timed(fastest, device), compile_graph=in_graph(fastest))
                 compiled = f"{row['compile'][0]:.4f}"
+                graph += f" / {row['compile_graph']:.4f}"
             rows.append(row)
-            print_row([name, row["dtype"], B, fast, f"{row['eager'][0]:.4f}", compiled, gb_s, of_copy, mib])
+            print_row([name, row["dtype"], B, fast, f"{row['eager'][0]:.4f}", compiled, graph, gb_s, of_copy,
+                       mib])
     finish("kernels", machine=about, copy_gb_s=ceiling, rows=rows)
 
 

@@ -246,6 +246,8 @@ def as_cuda_graph(run, batch):
             result = run(fixed)
     except RuntimeError as e:
         torch.cuda.set_stream(stream)  # the capture's own one stays current when its end fails
+        generator = torch.cuda.default_generators[stream.device.index]
+        generator.graphsafe_set_state(generator.clone_state())  # else torch.rand fails from here on
         while e.__context__:
             e = e.__context__
         raise NoGraph(f"no CUDA graph of a step ({str(e).strip().splitlines()[0]})") from e

@@ -305,5 +305,5 @@ def widened(weights, wide, bits):
             places = [start + b for start in starts for b in bits]
             places[narrow:narrow] = range(most, most + image)
         at = torch.tensor([p * fold + q for p in places for q in range(fold)], device=wide[name].device)
-        out[name] = torch.zeros_like(wide[name]).index_copy(axis, at, weights[name].to(wide[name].dtype))
+        out[name] = torch.zeros_like(wide[name]).index_copy(axis, at, weights[name].to(wide[name]))
     return out

@@ -92,6 +92,16 @@ def kernel_device():
     kernels.use("auto")
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left_of_a_run(monkeypatch):
+    """What train.py sets for its whole process, no other test sees; float32 is no TF32."""
+    import kernels
+    for name in "mode", "norm_mode":
+        monkeypatch.setattr(kernels, name, getattr(kernels, name))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def small_panels():
     """sample.py's panels show a photo at 80 pixels a side, not 320: else they take most of a test's time."""

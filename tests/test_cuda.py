@@ -74,6 +74,12 @@ def test_a_graph_changes_nothing(tmp_path, monkeypatch, more):
     close(weights(tmp_path / "on"), weights(tmp_path / "off"))
 
 
+def test_the_weights_in_the_box_start_a_run_of_more_bits_and_hints(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.SIZES, "tiny", train.SIZES["photo"])
+    assert run(tmp_path / "run", "--init", str(SHIPPED), *"--image_size 32 --bits 8 --hints 0.5".split(),
+               *"--loss bce --balance 0.5".split()) == 0
+
+
 def test_compiled_with_a_graph_learns_as_eager_without(tmp_path):
     assert run(tmp_path / "eager", "--graph", "off", "--precision", "fp32") == 0
     assert train.main([*QUICK, "--precision", "fp32", "--compile", "on", "--graph", "on", "--out",
@@ -221,6 +227,7 @@ def test_a_failed_capture_leaves_stream_and_gradients():
         with pytest.raises(NoGraph, match="no CUDA graph of a step"):
             step(batch, 1e-3)
         assert torch.cuda.current_stream() == stream and all(p.grad is None for p in net.parameters())
+    assert torch.rand(4, device="cuda").isfinite().all()
 
 
 def test_neither_batches_nor_a_step_wait_for_the_device():

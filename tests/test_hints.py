@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_locate import random_map
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 import train
@@ -216,6 +217,19 @@ def test_a_widened_network_without_hints_is_the_one_it_came_from(size):
         true = old(x, t)
         assert true.abs().max() > 0.01 and torch.equal(new(torch.cat([x, torch.zeros(2, 6, 32, 32)], 1), t),
                                                        true)
+
+
+def test_weights_on_the_host_are_widened_to_those_of_a_device():
+    """Without one: fake tensors know no numbers, but which device they are on."""
+    image = 3 * SIZES["photo"]["detail"]**2
+    old, new = (UNet(n * k + image, k, **SIZES["photo"]).state_dict() for n, k in ((1, 6), (2, 8)))
+    changed = [name for name in new if old[name].shape != new[name].shape]
+    with FakeTensorMode():
+        made = widened({name: torch.empty(v.shape) for name, v in old.items()},
+                       {name: torch.empty(v.shape, device="cuda") for name, v in new.items()},
+                       list(finer_bits(6, 8)))
+    assert changed and all(made[name].shape == new[name].shape for name in new)
+    assert {made[name].device.type for name in changed} == {"cuda"}
 
 
 @pytest.mark.parametrize("size", ["tiny", "photo"])
