@@ -246,7 +246,7 @@ def as_cuda_graph(run, batch):
             result = run(fixed)
     except RuntimeError as e:
         torch.cuda.set_stream(stream)  # the capture's own one stays current when its end fails
-        generator = torch.cuda.default_generators[stream.device.index]
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(generator.clone_state())  # else torch.rand fails from here on
         while e.__context__:
             e = e.__context__

@@ -60,6 +60,12 @@ class Shapes:
 def draw_scene(rng, size, shapes=8):
     """One scene's label map (S, S) uint8, texture parameters (9, 13) and pixel noise (S, S, 3); 2 to 9
     segments."""
+    return (draw_shapes(rng, size, shapes), rng.random((shapes + 1, 13), np.float32),
+            rng.standard_normal((size, size, 3), np.float32))
+
+
+def draw_shapes(rng, size, shapes):
+    """1 to `shapes` ellipses and polygons over each other: a label map (S, S) uint8, 0 = background."""
     canvas = Image.new("L", (size, size), 0)
     pen = ImageDraw.Draw(canvas)
     for j in range(1, rng.integers(1, shapes + 1) + 1):
@@ -76,8 +82,7 @@ def draw_scene(rng, size, shapes=8):
         points = np.stack([cx + x * np.cos(turn) - y * np.sin(turn),
                            cy + x * np.sin(turn) + y * np.cos(turn)], 1)
         pen.polygon([tuple(p) for p in points], fill=j)
-    labels = np.array(canvas)
-    return labels, rng.random((shapes + 1, 13), np.float32), rng.standard_normal((size, size, 3), np.float32)
+    return np.array(canvas)
 
 
 def paint(labels, params, noise):
@@ -159,26 +164,27 @@ def compose(rng, photo, most=8):
     if rng.random() < 0.5 and h > S // 2 < w:  # a part of a photo, with its own labels
         image, labels = (cut_out(v, 0, 0, h, w, S, S) for v in (image, labels))
     else:
-        image, labels = texture(rng, image, labels, S), np.zeros((S, S), np.int64)
-    outlines = draw_scene(rng, S, most)[0]
+        image, labels = np.ascontiguousarray(texture(rng, image, labels, S)), np.zeros((S, S), np.int64)
+    outlines, first = draw_shapes(rng, S, most), labels.max() + 1
     for j in range(1, int(rng.integers(1, most + 1)) + 1):
         source, ids, _ = photo()
         if rng.random() < 0.5:
             mask, fill = outlines == j, texture(rng, source, ids, S)
         else:
             mask, fill = piece(rng, source, ids, S)
-        light = rng.uniform(0.75, 1.25)
-        image = np.where(mask[..., None], (fill * light).clip(0, 255).astype(np.uint8), image)
-        labels = np.where(mask, 100_000 + j, labels)
-    return image, np.where(labels < 0, -1,
-                           np.unique(labels, return_inverse=True)[1].reshape(S, S)), np.array([S, S])
+        light = (np.arange(256) * rng.uniform(0.75, 1.25)).clip(0, 255).astype(np.uint8)
+        at = np.flatnonzero(mask)  # quicker than the mask itself, three times
+        image.reshape(-1, 3)[at], labels.reshape(-1)[at] = light[fill.reshape(-1, 3)[at]], first + j
+    place = (np.bincount(labels.ravel() + 1) > 0).cumsum() - 1  # of each id, -1 at first, among those there
+    return image, np.where(labels < 0, -1, place[labels + 1]), np.array([S, S])
 
 
 def one_of(rng, labels, min_share=0.01):
     """The mask of one segment, larger ones more likely; of the whole map if it has none of that share."""
-    ids, counts = np.unique(labels[labels >= 0], return_counts=True)
-    ids, counts = ids[counts >= min_share * labels.size], counts[counts >= min_share * labels.size]
-    return labels == rng.choice(ids, p=counts**0.5 / (counts**0.5).sum()) if len(ids) else labels >= 0
+    counts = np.bincount(labels.ravel() + 1)[1:]  # quicker than np.unique
+    ids = np.flatnonzero(counts >= max(1, min_share * labels.size))
+    chance = counts[ids] ** 0.5
+    return labels == rng.choice(ids, p=chance / chance.sum()) if len(ids) else labels >= 0
 
 
 def texture(rng, image, labels, S):
@@ -189,10 +195,10 @@ def texture(rng, image, labels, S):
     square = image[max(0, y - r) : y + r + 1, max(0, x - r) : x + r + 1]
     zoom = rng.uniform(0.7, 1.5)
     side = max(4, int(2 * r * zoom))
-    square = cut_out(square, 0, 0, *square.shape[:2], side, side)
-    canvas = np.pad(square, [(0, S), (0, S), (0, 0)], mode="symmetric")
-    y, x = rng.integers(0, side + 1, 2)
-    return np.rot90(canvas[y : y + S, x : x + S], int(rng.integers(4)))
+    there = (np.arange(S) + rng.integers(0, side + 1, 2)[:, None]) % (2 * side)
+    there = np.minimum(there, 2 * side - 1 - there)  # mirrored: rows and columns of the square, resized
+    return np.rot90(pixels(square, *((there + 0.5) * np.array([square.shape[:2]]).T / side)),
+                    int(rng.integers(4)))
 
 
 def piece(rng, image, labels, S):
@@ -217,6 +223,9 @@ def piece(rng, image, labels, S):
 
 def cut_out(array, top, left, h, w, H, W):
     """The part (h, w) of an array, resized to (H, W): nearest pixels (maps and photos must move alike)."""
-    rows = (top + (np.arange(H) + 0.5) * h / H).astype(int)
-    columns = (left + (np.arange(W) + 0.5) * w / W).astype(int)
-    return array[rows[:, None], columns]
+    return pixels(array, top + (np.arange(H) + 0.5) * h / H, left + (np.arange(W) + 0.5) * w / W)
+
+
+def pixels(array, rows, columns):
+    """Those at rows and columns, each an array of numbers, which are rounded down: (rows, columns, ...)."""
+    return array.take(rows.astype(int), 0).take(columns.astype(int), 1)  # quicker than both at once

@@ -108,13 +108,21 @@ def test_moments_follow_their_weights_into_the_other_layout(before, after):
 
 
 class Capture:
-    """In place of torch.cuda: a capture that fails, as PyTorch's does, with its stream still current."""
+    """In place of torch.cuda: a capture that fails, as PyTorch's does, with its stream still current and the
+    generator's state still the capture's, which no other use bears."""
 
     def __init__(self, monkeypatch):
-        self.stream, self.modes = "the caller's", []
+        self.stream, self.modes, self.drawn = "the caller's", [], "the caller's"
         for name, value in dict(CUDAGraph=object, graph=self.graph, current_stream=lambda: self.stream,
-                                set_stream=self.set_stream).items():
+                                set_stream=self.set_stream, current_device=lambda: 1,
+                                default_generators=(None, self)).items():
             monkeypatch.setattr(engine.torch.cuda, name, value)
+
+    def clone_state(self):
+        return "a copy"
+
+    def graphsafe_set_state(self, state):
+        self.drawn = state
 
     def set_stream(self, stream):
         self.stream = stream
@@ -122,7 +130,7 @@ class Capture:
     @contextlib.contextmanager
     def graph(self, graph, capture_error_mode="global"):
         self.modes.append(capture_error_mode)
-        self.stream = "the capture's"
+        self.stream = self.drawn = "the capture's"
         try:
             yield
         finally:
@@ -144,7 +152,7 @@ def test_a_failed_capture_says_why_and_leaves_nothing_behind(monkeypatch):
     why = r"^no CUDA graph of a step \(operation not permitted when stream is capturing\)$"
     with pytest.raises(NoGraph, match=why):
         step(batch, 1e-2)
-    assert cuda.modes == ["thread_local"] and cuda.stream == "the caller's"
+    assert (cuda.modes, cuda.stream, cuda.drawn) == (["thread_local"], "the caller's", "a copy")
     assert all(p.grad is None for p in net.parameters()) and torch.equal(weights(net), before)
 
 
