@@ -88,20 +88,24 @@ def draw_shapes(rng, size, shapes):
 def paint(labels, params, noise):
     """Textures: each segment has two colours and a pattern between them. (B, S, S) ids -> (B, S, S, 3)
     uint8."""
-    S = labels.shape[1]
-    p = np.take_along_axis(params, labels.reshape(len(labels), -1, 1).astype(int), 1)
-    p = p.reshape(*labels.shape, -1)
+    B, S = labels.shape[:2]
+    angle, freq = params[..., 6] * np.pi, (3 + params[..., 7] * S / 8) * 2 * np.pi  # 3 and more cycles
+    contrast = (params[..., 3:6] - 0.5) * 0.6
+    at = labels + params.shape[1] * np.arange(B)[:, None, None]
+
+    def of(values):  # of segments -> of their pixels
+        return values.reshape(B * params.shape[1], *values.shape[2:]).take(at, 0)
+
     axis = (np.arange(S, dtype=np.float32) + 0.5) / S
-    y, x = axis[:, None], axis[None, :]
-    angle, freq = p[..., 6] * np.pi, (3 + p[..., 7] * S / 8) * 2 * np.pi  # 3 and more cycles over the image
-    cos, sin = np.cos(angle), np.sin(angle)
+    y, x, cos, sin, freq = axis[:, None], axis[None, :], of(np.cos(angle)), of(np.sin(angle)), of(freq)
     along, across = x * cos + y * sin, y * cos - x * sin
-    u, v = np.sin(freq * along + 2 * np.pi * p[..., 8]), np.sin(freq * across + 2 * np.pi * p[..., 9])
-    kind = (p[..., 10] * 5).astype(int)
+    u, v = (np.sin(freq * way + of(2 * np.pi * phase))
+            for way, phase in ((along, params[..., 8]), (across, params[..., 9])))
     # plain, gradient, stripes, checks, dots
-    mix = np.choose(kind, [0.5, along * 0.5 + 0.25, u * 0.5 + 0.5, u * v > 0, u * v * 0.5 + 0.5])
-    contrast = (p[..., 3:6] - 0.5) * 0.6
-    colour = 0.08 + 0.84 * p[..., :3] + contrast * (mix[..., None] - 0.5) + noise * (0.08 * p[..., 11:12])
+    mix = np.choose(of((params[..., 10] * 5).astype(int)),
+                    [0.5, along * 0.5 + 0.25, u * 0.5 + 0.5, u * v > 0, u * v * 0.5 + 0.5])
+    colour = of(0.08 + 0.84 * params[..., :3]) + of(contrast) * (mix[..., None] - 0.5)
+    colour += noise * of(0.08 * params[..., 11:12])
     return (colour.clip(0, 1) * 255).round().astype(np.uint8)
 
 
