@@ -126,7 +126,7 @@ class Config:
     precision: str = "auto"  # auto, fp32, bf16, fp16; auto: on a CPU, a run of 100 steps or more measures it
     layout: str = "auto"  # auto, nchw, nhwc; auto: as precision
     kernels: str = ""  # auto (Triton with CUDA), triton, torch; "": BITSEG_KERNELS, or auto
-    compile: str = "auto"  # on, off; auto: on with CUDA for 10,000 steps or more, as it takes a minute first
+    compile: str = "auto"  # on, off; auto: on with CUDA for 10,000 steps or more, as it takes 2 minutes first
     graph: str = "auto"  # on, off; auto: on with CUDA. A step is one CUDA graph then
     init: str = ""  # a checkpoint whose weights to start from (fine-tuning)
     export: str = ""  # write the averaged weights of --out there, and do nothing else
@@ -897,7 +897,7 @@ class Training:
         if self.measured:
             self.say(self.measured)
         if self.update.fast is not self.update.model:
-            self.say("compiling: the first step takes about a minute (--compile off: no time, slower steps)")
+            self.say("compiling: the first step takes a minute or two (--compile off: no time, slower steps)")
         elif worth_compiling(c, run.device) and kernels.triton is None:
             self.say(f"not compiled, so that steps take longer: {kernels.why_not}")
 

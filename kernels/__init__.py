@@ -12,8 +12,8 @@ gradient; and for the network's normalisations.
 This file is the only door. The functions need Triton and run on CUDA; where Triton cannot run they raise a
 RuntimeError that says why, and a failed launch is never hidden. `live` tells a program beforehand which of
 the two it has to take, the kernels or plain PyTorch; use("triton" or "torch"), or the environment variable
-BITSEG_KERNELS, forces one. `norms` tells whether networks take `norm`: only with BITSEG_NORM=on, until it has
-been measured.
+BITSEG_KERNELS, forces one. `norms` tells whether networks take `norm`: only with BITSEG_NORM=on, until a
+compiled step has been measured.
 
 The folder needs torch, and triton on CUDA, and nothing else: copy it. The operators are registered as
 bitseg::*, so they work inside torch.compile, and none of them waits for the device, so they work inside CUDA
