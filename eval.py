@@ -343,6 +343,8 @@ def check(a):
     if a.clicking and (a.baseline or a.out):
         raise ValueError("--clicks and --clicks_to need a checkpoint, not a baseline, and print their table "
                          "only: leave out --baseline and --out")
+    if a.clicking and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--clicks and --clicks_to run in one process: start eval.py without torchrun")
     if a.clicks_to is not None and not 0 < a.clicks_to < 1:
         raise ValueError(f"--clicks_to must be above 0 and below 1, not {a.clicks_to}")
     (a.dataset, _, settings), *more = parse_parts(a.dataset)

@@ -408,6 +408,13 @@ def test_shared_rows_without_torchrun():
     assert evaluation.shared(rows) is rows
 
 
+def test_clicks_are_for_one_process(monkeypatch, capsys):
+    """Several would each do all of the work."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert evaluation.main(["--clicks", "2"]) == 2
+    assert "start eval.py without torchrun" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments, words", [
     ("--ckpt nowhere.pt", "nowhere.pt"), ("--baseline grid --dataset nowhere", "nowhere"),
     ("--baseline grid --limit 0", "--limit"),
