@@ -687,13 +687,13 @@ def gpu_parts(small):
         files = ["cuda", "kernels", "kernels_door", "kernels_maps", "kernels_noise", "kernels_norm", "fused"]
         kernel = "--batch 8 256 --dtype bfloat16".split()
         training = {f"train-{n}": f"--preset paper --batch {n} --rounds 5{' --norm' * (n == 64)}"
-                    for n in (8, 64, 256)}
+                    for n in (8, 64)}
         photos, reading = "--images 1 64 --rounds 1", "--batch 64 --seconds 1"
     tests = [*python, *"-m pytest -v --tb short -p no:cacheprovider".split()]
     tests += [f"tests/test_{name}.py" for name in files]
     tests += [] if small else ["tests/test_data_cache.py::test_augmentation_never_waits_for_the_host"]
     return [("tests", 85, tests), ("kernels", 90, [*bench, "kernels", *kernel]),
-            *((name, 130 if "--norm" in options else 85, [*bench, "train", *options.split()])
+            *((name, 215 if "--norm" in options else 85, [*bench, "train", *options.split()])
               for name, options in training.items()),
             ("photos", 40, [*bench, "photos", *photos.split()]),
             ("data", 25, [*bench, "data", *reading.split()])]

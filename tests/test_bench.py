@@ -197,10 +197,10 @@ def test_gpu_measures_a_gpu_and_overwrites_no_other_files(tmp_path, monkeypatch,
 
 
 def test_gpu_small_runs_every_part(quick, tmp_path, monkeypatch):
-    """Names and order as on a GPU, where training has three batch sizes. The tests are a process, as all
+    """Names and order as on a GPU, where training has two batch sizes. The tests are a process, as all
     parts are; the others run here."""
     names = [name for name, _, _ in bench.gpu_parts(False)]
-    assert names == ["tests", "kernels", "train-8", "train-64", "train-256", "photos", "data"]
+    assert names == ["tests", "kernels", "train-8", "train-64", "photos", "data"]
     assert sum(share for _, share, _ in bench.gpu_parts(False)) <= 540
     real = bench.run_part
 
