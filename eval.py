@@ -92,6 +92,8 @@ def arguments(argv):
                                                         "0,1,2,4,8,16,all")
     p.add_argument("--clicks_to", "--clicks-to", type=float,
                    help="instead: how many clicks an object takes until this IoU, e.g. 0.85")
+    p.add_argument("--at_once", "--at-once", action="store_true",
+                   help="with clicks: cut the samples of before, without sampling again, which is slow")
     p.add_argument("--steps", type=whole, help="denoising steps, e.g. 8, or 1,2,4,8,16")
     p.add_argument("--guidance", type=real, help="e.g. 1, or 0,1,2,3 (default: the checkpoint's, but at most "
                                                  "3 where it sees clicks)")
@@ -221,6 +223,7 @@ def print_clicks(curve, ks):
 def report_clicks(a, model, data, positions, files, path, name):
     """What --clicks and --clicks_to print; 0, the exit status. Raises ValueError where they cannot be had."""
     asked, n = {"guidance": a.guidance[0]} if a.guidance else {}, a.n[0]
+    asked["at_once"] = a.at_once
     about = dict(name=str(path)) | what_of(a, model) | sampling_of(model, True) | asked | dict(n=n)
     if a.clicks_to is None:
         curve = clicks_curve(model, data, positions, a.clicks, n, a.seed, a.batch, a.tiles, files, **asked)
@@ -343,6 +346,8 @@ def check(a):
     if a.clicking and (a.baseline or a.out):
         raise ValueError("--clicks and --clicks_to need a checkpoint, not a baseline, and print their table "
                          "only: leave out --baseline and --out")
+    if a.at_once and not a.clicking:
+        raise ValueError("--at_once goes with --clicks or --clicks_to")
     if a.clicking and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--clicks and --clicks_to run in one process: start eval.py without torchrun")
     if a.clicks_to is not None and not 0 < a.clicks_to < 1:

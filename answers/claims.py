@@ -14,16 +14,16 @@ import heapq
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.ndimage import label
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import breadth_first_order, breadth_first_tree, dijkstra, minimum_spanning_tree
 
 from answers.tree import PLACE, collect, neighbours, perceptron
 
-ROUNDS = 2  # what a hint looks like is learnt from the leaves that it gets: so often
 PIECES = 0.75  # leaves that the tree joins at so much above the normal grain's log odds go to hints together
 # Mean log odds above which a hint takes a segment that it does not lie in: of one hint, and by how much less
 # where there are twice as many. The more hints, the fewer segments belong to none of them.
-WANTED, DOUBLED = 1.2, 0.5
+WANTED, DOUBLED = 4.0, 1.9
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Leaves:
     links: tuple  # pairs of leaves that touch: i, j, (m,) each
     held: np.ndarray  # (n,): the hint, from 1, that lies in a leaf; 0 = none
     near: np.ndarray  # (n, K, 8): see `nearness`
+    looks: np.ndarray  # (n, K, 12): see `likeness`
 
 
 def leaves_of(evidence, tree, hints):
@@ -49,8 +50,12 @@ def leaves_of(evidence, tree, hints):
     held = np.zeros(graph.n, int)
     held[region[hints > 0]] = hints[hints > 0]
     i, j, jump = touching(region, evidence.jump)
-    return Leaves(area, mean, graph.total.shape[1] - 1, codes * (area / graph.seen[whole, 0])[:, None, None],
-                  (i, j), held, nearness(tree, held, mean[:, PLACE], i, j, jump))
+    near, meet = nearness(tree, held, mean[:, PLACE], i, j, jump)
+    leaves = Leaves(area, mean, graph.total.shape[1] - 1,
+                    codes * (area / graph.seen[whole, 0])[:, None, None], (i, j), held, near, None)
+    clicks = [label(hints == k, np.ones((3, 3)))[1] for k in range(1, hints.max() + 1)]
+    leaves.looks = likeness(leaves, meet, np.array(clicks))
+    return leaves
 
 
 def touching(region, jumps):
@@ -68,7 +73,8 @@ MEET = 4  # column of `nearness`: the odds at which they meet; the next one: how
 
 
 def nearness(tree, held, place, i, j, jump):
-    """How near each leaf is to each hint, and how much nearer than to any other: (n, K, 8), in pairs.
+    """How near each leaf is to each hint, and how much nearer than to any other: (n, K, 8), in pairs; and the
+    odds at which it meets each leaf that holds one: (n, S).
 
     The highest jump on the way (a watershed's measure), the cheapest way, the odds at which they meet in the
     tree, and the distance; a hint that lies in several leaves is as near as its nearest.
@@ -85,10 +91,45 @@ def nearness(tree, held, place, i, j, jump):
     far = np.linalg.norm(place[:, None] - place[seeds][None], axis=2)
     out = []
     for value, top in ((passes, 4), (ways, 20), (meet, 6), (4 * far, 4)):
-        each = np.stack([value[:, held[seeds] == k].min(1) for k in range(1, held.max() + 1)], axis=1)
-        each = each.clip(-top, top)
-        out += [-each, ahead(-each)]
-    return np.stack(out, axis=2)
+        each = best(-value, held[seeds]).clip(-top, top)
+        out += [each, ahead(each)]
+    return np.stack(out, axis=2), -meet
+
+
+def best(values, hint):
+    """Of every hint the highest of the columns that are its own: (n, S), whose they are (S,) -> (n, K)."""
+    return np.stack([values[:, hint == k].max(1) for k in range(1, hint.max() + 1)], axis=1)
+
+
+def likeness(leaves, meet, clicks):
+    """How alike each leaf is to that part of a hint to which it is most alike, and how much more than to any
+    other hint's: (n, K, 10), in pairs; and the logarithm of the number of the hint's clicks (K,), and of one
+    more than all others'. meet (n, S): as of `nearness`; a part is one leaf with all that meets it before any
+    other hint, at even odds or better.
+
+    Compared are the samples' codes, their bits, colour, its histograms and texture. So a hint of several
+    clicks need not look the same everywhere, as all around an object does not.
+    """
+    seeds = np.flatnonzero(leaves.held)
+    hint, share, mean = leaves.held[seeds], leaves.codes / leaves.area[:, None, None], leaves.mean
+    every = best(meet.clip(-99, 99), hint)
+    own = (meet > 0) & (meet > rivals(every)[:, hint - 1])
+    own[seeds, np.arange(len(seeds))] = True
+    own = own * leaves.area[:, None]  # (n, S)
+    own = (own / own.sum(0)).T
+    theirs, looks = np.tensordot(own, share, 1), own @ mean
+    alike = np.einsum("nsk,hsk->nhs", share, theirs)
+    alike /= np.sqrt((share**2).sum(2)[:, None] * (theirs**2).sum(2)[None]).clip(1e-6)
+    apart = abs(mean[:, None] - looks)
+    bits = apart[..., leaves.visible :].reshape(*alike.shape, -1).sum(3) / 2
+    out = []
+    for value in (np.log(alike.mean(2) + 0.02), -np.minimum(bits, 2).mean(2),
+                  -np.linalg.norm(apart[..., :3], axis=2), -apart[..., 8 : leaves.visible].sum(2),
+                  -apart[..., 3:6].sum(2)):
+        value = best(value, hint)
+        out += [value, ahead(value)]
+    same = np.ones_like(every)
+    return np.stack([*out, same * np.log(clicks), same * np.log(1 + clicks.sum() - clicks)], axis=2)
 
 
 def highest(i, j, cost, seeds, n):
@@ -111,16 +152,24 @@ def highest(i, j, cost, seeds, n):
     return out
 
 
+def rivals(values):
+    """Values (n, K) -> the highest of the others in its row; -inf if there is none."""
+    if values.shape[1] == 1:
+        return np.full_like(values, -np.inf)
+    first, second = np.sort(values, axis=1)[:, :-3:-1].T[:, :, None]
+    return np.where(values == first, second, first)
+
+
 def ahead(values):
     """Values (n, K) -> by how much each exceeds the highest of the others in its row; 0 if there is none."""
-    if values.shape[1] == 1:
-        return np.zeros_like(values)
-    first, second = np.sort(values, axis=1)[:, :-3:-1].T[:, :, None]
-    return values - np.where(values == first, second, first)
+    return values - rivals(values) if values.shape[1] > 1 else np.zeros_like(values)
+
+
+ALIKE = 48  # column of `features`: the share of samples that put both together, as far as they are pure
 
 
 def features(leaves, owner):
-    """(n, K, 49) of every leaf and every hint, where hints look as the leaves do that they own; owner (n,):
+    """(n, K, 61) of every leaf and every hint, where hints look as the leaves do that they own; owner (n,):
     their numbers, 0 = nobody's."""
     n, K, area = *leaves.near.shape[:2], leaves.area
     own = (owner[None] == np.arange(1, K + 1)[:, None]).astype(float)
@@ -140,17 +189,18 @@ def features(leaves, owner):
     more = [together, np.log(together + 0.02), np.log(alike + 0.02), ahead(alike), bits.mean(2), bits.min(2),
             colour, ahead(-colour), same * np.log(size / area.sum()),
             same * np.log(area / area.sum())[:, None], own.T, same * np.log(K)]
-    return np.concatenate([leaves.near, np.stack(more, axis=2), appearance, alike[..., None]], axis=2)
+    return np.concatenate([leaves.near, np.stack(more, axis=2), appearance, alike[..., None], leaves.looks],
+                          axis=2)
 
 
 def odds(leaves, owner, net):
     """Log odds (n, K) that people see one segment in a leaf and a hint; of leaves that hold one: certain."""
     x = features(leaves, owner)
     if net is None:  # the samples alone decide
-        share = x[..., -1].clip(0.02, 0.98)
+        share = x[..., ALIKE].clip(0.02, 0.98)
         score = np.log(share / (1 - share))
     else:
-        score = perceptron(x, net, "hint_")
+        score = perceptron(x[..., : len(net["hint_mean"])], net, "hint_")  # files of before know fewer
     sure = leaves.held > 0
     score[sure] = np.where(leaves.held[sure, None] == np.arange(1, score.shape[1] + 1), 99, -99)
     return score
@@ -213,9 +263,7 @@ def claims(evidence, tree, hints, net=None, closed=False, offset=0.0, within=Non
     if within is not None:
         share = [np.bincount(tree.region.ravel(), inside.ravel()) / leaves.area for inside in within]
         barred = (np.stack(share, axis=1) < 0.5) & (leaves.held == 0)[:, None]
-    for _ in range(ROUNDS):
-        score = np.where(barred, -99, piece_odds(leaves, piece, odds(leaves, owner, net)))
-        owner = np.where(score.max(1) > 0, score.argmax(1) + 1, 0)
+    score = np.where(barred, -99, piece_odds(leaves, piece, odds(leaves, owner, net)))
     owner = flood(leaves, score)
     if closed:
         return owner

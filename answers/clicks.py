@@ -83,10 +83,10 @@ def baselines(photo, x_hat):
             "watershed, samples": lambda hints: tree.forest(jump_of_samples, hints)}
 
 
-def to_click(model, data, positions, n, seed, batch, tiles, files, **asked):
+def to_click(model, data, positions, n, seed, batch, tiles, files, at_once=False, **asked):
     """For each image: its position, maps (m, h, w), baselines, and a function: hints (h, w) -> evidence of n
-    samples that have seen them; None, and where the network sees no hints: of samples that have not. tiles,
-    files: as of `clicks_curve`; asked: as of `denoise`."""
+    samples that have seen them; None, and at once or where the network sees no hints: of samples that have
+    not. tiles, files: as of `clicks_curve`; asked: as of `denoise`."""
     def job(i, hints=None):
         return job_of(data, i, model, seed_of(seed, i), tiles, files, hints)
 
@@ -96,7 +96,7 @@ def to_click(model, data, positions, n, seed, batch, tiles, files, **asked):
         (h, w), plain = packed.size, evidence_of(unseeing, model.codec)
 
         def evidence(hints=None, i=i, plain=plain):
-            if hints is None or not model.diffusion.hints:
+            if hints is None or at_once or not model.diffusion.hints:
                 return plain
             return evidence_of(next(denoise([job(i, hints)], model, n, batch, **asked)), model.codec)
 
@@ -104,16 +104,18 @@ def to_click(model, data, positions, n, seed, batch, tiles, files, **asked):
                evidence)
 
 
-def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1, tiles=1, files=None, **asked):
+def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1, tiles=1, files=None, at_once=False,
+                 **asked):
     """Scores after k clicks of every annotator in turn: {method: {k: [{metric: mean over annotators}, one an
     image]}}.
 
     ks: numbers of clicks, "all" for one in every segment. Methods: open and closed (this model's; "at once":
     where the network sees hints, by the samples that have not seen these), and baselines. tiles: as `prepare`
-    has them; more than 1 needs the images' files, as of `data.originals`.
+    has them; more than 1 needs the images' files, as of `data.originals`. at_once: nothing is sampled again.
     """
     curve = {}
-    for _, maps, methods, evidence in to_click(model, data, positions, n, seed, batch, tiles, files, **asked):
+    for _, maps, methods, evidence in to_click(model, data, positions, n, seed, batch, tiles, files, at_once,
+                                               **asked):
         plain, scored = evidence(), {}
         for true in maps:
             points = clicks_of(true)
@@ -140,7 +142,7 @@ def clicks_curve(model, data, positions, ks, n=1, seed=0, batch=1, tiles=1, file
 
 
 def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, seed=0, batch=1, tiles=1,
-                  components=False, **asked):
+                  components=False, at_once=False, **asked):
     """How many clicks a simulated user needs until an object reaches IoU `target`: {method: [clicks, one
     number an object]}, and how many objects are left out since their own mask, made small for the network and
     large again, misses the target.
@@ -148,7 +150,8 @@ def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, se
     An object is a label above 0 of the first annotator, or if components a connected part of one, that
     covers 1 % of its image or more; at most `objects` of them, drawn by seed. Each click is in the middle of
     the largest wrong region, at the image's own size; all clicks beside the object share one id. Who is not
-    there after `most` clicks counts as `most`. Raises ValueError where there is no object.
+    there after `most` clicks counts as `most`. at_once: nothing is sampled again. Raises ValueError where
+    there is no object.
     """
     def map_of(item):
         return connected(read_labels(item)[0]) if components else read_labels(item)[0]
@@ -166,13 +169,13 @@ def clicks_needed(model, data, files, target=0.85, most=20, objects=100, n=4, se
         wanted.setdefault(found[k][0], []).append(found[k][1])
     counts, left_out = {}, 0
     for i, maps, by_baseline, evidence in to_click(model, data, sorted(wanted), n, seed, batch, tiles, files,
-                                                   **asked):
+                                                   at_once, **asked):
         item = files[data.items[i]]
         picture, labels = read_image(item.image), map_of(item)
         methods = {"tree": lambda hints: joined(evidence(hints), model, hints=hints)[1],
                    **{name: by_baseline[name]
                       for name in ("watershed, Lab", "watershed, samples", "nearest click")}}
-        if model.diffusion.hints:
+        if model.diffusion.hints and not at_once:
             methods["tree, at once"] = lambda hints: joined(evidence(), model, hints=hints)[1]
         for number in wanted[i]:
             truth = labels == number

@@ -7,8 +7,9 @@ tree.py.
 
 Samples of the checkpoint for random crops of the training images become trees: once by a plain measure, once
 by a first network's odds. For every two regions that touch on the way, the target is the share of pairs of
-pixels, one in each, that the annotators put together. Then simulated users click: for every leaf and every
-hint, the target is the share of the leaf in what the hint means (claims.py). No set has more than a third of
+pixels, one in each, that the annotators put together. Then simulated users click, into segments or to
+correct an object: for every leaf and every hint, the target is the share of the leaf in what the hint means
+(claims.py). No set has more than a third of
 the weight. Sets differ in how finely people cut; the network of the pairs is told which set it sees, and in
 the end it answers as for the first, to whose people's maps the cut of the normal grain is fitted last. Sets
 must be labelled everywhere, or else say `ignore`. The file that is used is the tree.npz beside a
@@ -27,13 +28,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import binary_dilation, distance_transform_edt, label
 from tqdm import tqdm
 
 import metrics
 from answers import tree
 from answers.checkpoints import load_checkpoint, newest_checkpoint
-from answers.claims import features, first_owner, leaves_of
+from answers.claims import claims, features, first_owner, leaves_of
 from answers.jobs import prepare
 from answers.scoring import own_maps, share_who_drew
 from answers.segment import denoise, evidence_of
@@ -46,6 +47,7 @@ WIDTH, STEPS, LR = 48, 3000, 5e-3  # of the small networks and their training
 # of the log odds of the grains: to choose from, by so many crops at most; of equally good ones, the first
 OFFSETS, CROPS = (0, 0.25, -0.25, 0.5, -0.5, 0.75, 1), 200
 MOST = 1 / 3  # of the weight, for any one set
+CORRECTED, CORRECTIONS = (1, 2, 4, 7, 12), 0.3  # clicks of a user who corrects an object; their weight
 
 
 def crops(items, count, settings, seed, crop=None):
@@ -83,6 +85,7 @@ class Crop:
     maps: np.ndarray  # (m, h, w), -1 = unlabelled
     evidence: Callable
     n: int
+    objects: bool = False  # single objects alone are labelled: what is not, is none of them
 
     def some(self, rng):
         """Evidence of one of its samples, of two, or of all."""
@@ -114,6 +117,38 @@ def clicks(labels, rng):
         if (hints == len(meant) + 1).any():
             meant.append(mask)
     return hints, np.array(meant)
+
+
+def corrections(crop, evidence, labels, net, rng):
+    """States of a simulated user who corrects one object of labels (h, w): [(hints, the Tree grown with them,
+    what is meant (K, h, w) bool)] after each click: hint 1 for the object, 2 for all around it, in the middle
+    of what is wrong or (three in ten) anywhere in it. Three in ten objects are two segments that touch, where
+    everything is labelled; else, where it is not, what is unlabelled is not the object."""
+    ids, area = np.unique(labels[labels >= 0], return_counts=True)
+    large, states = ids[area >= 0.01 * labels.size], []
+    if not len(large):
+        return states
+    known = (labels >= 0) | crop.objects
+    chosen = labels == rng.choice(large)
+    around = np.unique(labels[binary_dilation(chosen, iterations=2) & ~chosen & (labels >= 0)])
+    if rng.random() < 0.3 and len(around) and not crop.objects:
+        chosen = chosen | (labels == rng.choice(around))
+    meant, hints = np.stack([chosen, known & ~chosen]), np.zeros(labels.shape, int)
+    mask = np.zeros(labels.shape, bool)
+    for _ in range(rng.choice(CORRECTED)):
+        parts, _ = label((mask != chosen) & known & (hints == 0))
+        depth = distance_transform_edt(np.pad(parts > 0, 1))[1:-1, 1:-1]
+        at = depth.argmax()
+        if not depth.flat[at]:
+            break
+        if rng.random() < 0.3:
+            at = rng.choice(np.flatnonzero(parts == parts.flat[at]))
+        hints.flat[at] = 1 if chosen.flat[at] else 2
+        grown = tree.grow(evidence, net, hints)
+        states.append((hints.copy(), grown, meant[: hints.max()]))
+        answer = grown.cut(claimed=claims(evidence, grown, hints, net))
+        mask = answer == answer[tuple(np.argwhere(hints == 1)[0])]
+    return states
 
 
 def region_pairs(drawn, net, rng, share):
@@ -150,24 +185,34 @@ def region_pairs(drawn, net, rng, share):
 
 
 def hinted_leaves(drawn, net, rng, times=2):
-    """Leaves of trees beside simulated hints: [(features (n, K, 49), the share (n, K) of each leaf in what
-    each hint means, area (n,), number of the set)]."""
+    """Leaves of trees beside simulated hints: [(features (n, K, 61), the share (n, K) of each leaf in what
+    each hint means, area (n,), number of the set, whether an object was corrected)].
+
+    Of each crop, so many times anew drawn `clicks`, unless single objects alone are labelled; and, once net
+    has odds of hints, the last state and another of one or two that are corrected.
+    """
     out = []
     for crop in drawn:
-        evidence = crop.some(rng)
-        for _ in range(times):
+        evidence, states = crop.some(rng), []
+        for _ in range(0 if crop.objects else times):
             labels = crop.maps[rng.integers(len(crop.maps))]
             hints, meant = clicks(labels, rng)
-            if not len(meant):
-                continue
-            grown = tree.grow(evidence, net, hints)
+            if len(meant):
+                states.append((False, labels, hints, tree.grow(evidence, net, hints), meant))
+        for _ in range((1 + crop.objects) * bool(net and "hint_mean" in net)):
+            labels = crop.maps[rng.integers(len(crop.maps))]
+            way = corrections(crop, evidence, labels, net, rng)
+            for k in {len(way) - 1, rng.integers(len(way))} if way else ():
+                states.append((True, labels, *way[k]))
+        for corrected, labels, hints, grown, meant in states:
             leaves, region = leaves_of(evidence, grown, hints), grown.region.ravel()
-            known = np.bincount(region, (labels >= 0).ravel())
+            known = (labels >= 0) | (crop.objects and corrected)
+            known = np.bincount(region, known.ravel())
             inside = np.stack([np.bincount(region, mask.ravel()) for mask in meant], axis=1)
             use = (leaves.held == 0) & (known > 0)
             x = features(leaves, first_owner(leaves))[use].astype(np.float32)
             out.append((x, (inside / known.clip(1)[:, None])[use].astype(np.float32),
-                        leaves.area[use] / leaves.area.sum(), crop.set))
+                        leaves.area[use] / leaves.area.sum(), crop.set, corrected))
     return out
 
 
@@ -181,16 +226,16 @@ def balanced(weight, set_numbers):
     return weight * (share / total.clip(1e-9))[set_numbers]
 
 
-def train(inputs, weight, batch, dropout, loss_of):
+def train(inputs, weight, batch, dropout, steps, loss_of):
     """A small network for so many inputs, trained to a small mean of loss_of(net, rows), over rows drawn by
     weight."""
     net = torch.nn.Sequential(torch.nn.Linear(inputs, WIDTH), torch.nn.SiLU(), torch.nn.Dropout(dropout),
                               torch.nn.Linear(WIDTH, WIDTH), torch.nn.SiLU(), torch.nn.Dropout(dropout),
                               torch.nn.Linear(WIDTH, 1))
     optimizer = torch.optim.AdamW(net.parameters(), LR, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
     chance = torch.from_numpy(weight).cumsum(0)
-    for _ in range(STEPS):
+    for _ in range(steps):
         rows = torch.searchsorted(chance, torch.rand(batch, dtype=torch.float64) * chance[-1])
         loss = loss_of(net, rows.clamp(max=len(chance) - 1))
         optimizer.zero_grad()
@@ -226,7 +271,7 @@ def fit(pairs, targets, set_numbers, seed):
     def loss_of(net, rows):
         return F.binary_cross_entropy_with_logits(net(x[rows])[:, 0], y[rows])
 
-    net = train(x.shape[1], weight, 2048, 0.1, loss_of)
+    net = train(x.shape[1], weight, 2048, 0.1, STEPS, loss_of)
     with torch.no_grad():
         each = F.binary_cross_entropy_with_logits(net(x)[:, 0], y, reduction="none").numpy()
     print(f"{len(x)} pairs, {float(y.mean()):.3f} of them together; cross entropy "
@@ -238,9 +283,15 @@ def fit_hints(rows, seed):
     """-> {name: array}: the odds that a leaf belongs to a hint, as claims.odds takes them. Two errors are
     made small: of each leaf and hint by itself, and of the choice among the hints."""
     torch.manual_seed(seed)
-    hints = torch.from_numpy(np.concatenate([np.full(len(x), x.shape[1]) for x, *_ in rows]))
-    set_numbers = np.concatenate([np.full(len(x), number) for x, *_, number in rows])
-    weight = balanced(np.sqrt(np.concatenate([area for *_, area, _ in rows])), set_numbers)
+    counts = [len(x) for x, *_ in rows]
+    hints = torch.from_numpy(np.repeat([x.shape[1] for x, *_ in rows], counts))
+    set_numbers, corrected = (np.repeat(v, counts) for v in zip(*(row[3:] for row in rows)))
+    weight = np.sqrt(np.concatenate([area for _, _, area, *_ in rows]))
+    for part, share in ((corrected, CORRECTIONS), (~corrected, 1 - CORRECTIONS)):
+        if part.any():
+            weight[part] = balanced(weight[part], set_numbers[part])
+            weight[part] *= share / weight[part].sum()
+    set_numbers = np.where(corrected, 0, set_numbers)  # what an object is, no set tells
     x = torch.from_numpy(np.concatenate([x.reshape(-1, x.shape[2]) for x, *_ in rows]))
     x, mean, scale = standardised(x, torch.from_numpy(set_numbers).repeat_interleave(hints))
     y = torch.from_numpy(np.concatenate([y.ravel() for _, y, *_ in rows]))
@@ -257,8 +308,8 @@ def fit_hints(rows, seed):
         choice = -(target * score.log_softmax(1)).sum() / target.sum().clamp(min=1e-3)
         return (each.sum(1) / count.sqrt()).mean() + choice
 
-    net = train(x.shape[1], weight, 256, 0.25, loss_of)
-    print(f"{len(hints)} leaves, {len(x)} pairs of a leaf and a hint")
+    net = train(x.shape[1], weight, 256, 0.25, 2 * STEPS, loss_of)
+    print(f"{len(hints)} leaves in {len(rows)} states, {len(x)} pairs of a leaf and a hint")
     return arrays(net, mean, scale, "hint_")
 
 
@@ -317,6 +368,8 @@ def main(argv=None):
     p.add_argument("--dataset", required=True, help="a data set or several, see train.py; their training "
                                                     "images are used")
     p.add_argument("--root", default="data", help="where named data sets lie (%(default)s)")
+    p.add_argument("--objects", help="more sets, in whose images single objects are labelled and all else is "
+                                     "not: from these, clicks alone are learnt")
     p.add_argument("--unlabelled", choices=("segment", "ignore"), help="id 0, where a set does not say "
                    ":ignore (default: as the checkpoint was trained on it, else segment)")
     p.add_argument("--ckpt", help="default: the newest under out/, else the weights in the box")
@@ -347,15 +400,18 @@ def main(argv=None):
         if not model.codec.has_bits:
             raise ValueError(f"trees are fitted to samples of the encoding bits, not {model.codec.encoding}")
         sets = parse_parts(a.dataset)
+        first = len(sets)  # of --objects
+        sets += parse_parts(a.objects) if a.objects else []
         if "shapes" in (name for name, _, _ in sets):
             raise ValueError("shapes have no files: name data sets of images, see train.py")
         for k, (name, weight, own) in enumerate(sets):
-            own["unlabelled"] = own["unlabelled"] or a.unlabelled
+            own["unlabelled"] = "ignore" if k >= first else own["unlabelled"] or a.unlabelled
             own = as_trained(model.config, name, {key: value or None for key, value in own.items()})
             items = [item for item in originals(name, "train", a.root, own["void"]) if item.read]
             if not items:
                 raise ValueError(f"{name} has no image with labels")
-            sets[k] = [items[k] for k in selection(items, a.limit or len(items))], weight, own
+            items = [items[i] for i in selection(items, a.limit or len(items))]
+            sets[k] = items, weight, own | dict(objects=k >= first)
         part = Path(f"{a.out}.part")
         make_folder(part.parent)
         try:
@@ -385,7 +441,7 @@ def fit_sets(model, sets, a):
             job = prepare(image, model, seed=a.seed + len(jobs) * 1000, tiles=1)
             jobs.append(job)
             seen = partial(evidence_of, job, model.codec)
-            drawn.append(Crop(s, subsample(maps, *job.size).numpy(), seen, a.n))
+            drawn.append(Crop(s, subsample(maps, *job.size).numpy(), seen, a.n, settings["objects"]))
     if not any(crop.set == 0 and (crop.maps >= 0).any() for crop in drawn):
         raise ValueError(f"{parse_parts(a.dataset)[0][0]}: nothing to learn from, as no image with labelled "
                          f"pixels can be read (trees are cut by the first set's maps)")
@@ -394,13 +450,21 @@ def fit_sets(model, sets, a):
     return fit_all(drawn, a.seed)
 
 
+def fit_hinted(drawn, net, rng, seed):
+    """{name: array} of hints, for what joins regions by net: fitted once without corrections, and then with
+    those of the answers of the first."""
+    return fit_hints(hinted_leaves(drawn, {**net, **fit_hints(hinted_leaves(drawn, net, rng, 1), seed)}, rng),
+                     seed)
+
+
 def fit_all(drawn, seed):
     """What `fit_sets` fits to what was drawn: see `region_pairs` and `hinted_leaves`."""
-    rng = np.random.default_rng(seed)
+    rng, every = np.random.default_rng(seed), drawn
+    drawn = [crop for crop in every if not crop.objects]
     first = region_pairs(drawn[::2], None, rng, 0.12)
     second = region_pairs(drawn, fit(*first, seed), rng, 0.2)
     net = fit(*(np.concatenate(v) for v in zip(first, second)), seed)
-    hints = fit_hints(hinted_leaves(drawn, net, rng), seed)
+    hints = fit_hinted(every, net, rng, seed)
     # grains are those of the first set's people, as the odds are
     net["offset"] = fit_offset([crop for crop in drawn if crop.set == 0][-CROPS:], net)
     return {**net, **hints, "confidence": fit_confidence(drawn[::2], net)}

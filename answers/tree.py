@@ -387,8 +387,8 @@ def learnt(path=LEARNT):
     try:
         with np.load(path, allow_pickle=False) as f:
             net = {name: f[name].astype(np.float64) for name in f.files}
-        for name, inputs in (("", 53), ("hint_", 49)):
-            perceptron(np.zeros((1, inputs)), net, name)
+        for name, inputs in (("", [53]), ("hint_", [61, 49])):  # 49: files of before
+            perceptron(np.zeros((1, inputs[len(net[name + "mean"]) != inputs[0]])), net, name)
         net["confidence"].reshape(4)
         offset_of(net)
     except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as e:

@@ -237,6 +237,8 @@ def test_a_network_that_sees_hints_samples_again(scene, monkeypatch):
     assert curve["open, at once"][2][0]["ari"] < curve["open"][2][0]["ari"]  # what was sampled before
     needed, _ = clicks.clicks_needed(hinted, data, files, 0.85, objects=2, n=2)
     assert needed["tree"] == [1, 1] and sum(needed["tree, at once"]) > 2
+    needed, _ = clicks.clicks_needed(hinted, data, files, 0.85, objects=2, n=2, at_once=True)
+    assert "tree" in needed and "tree, at once" not in needed
 
 
 def test_samples_that_have_seen_clicks(model, monkeypatch):
@@ -260,6 +262,8 @@ def test_samples_that_have_seen_clicks(model, monkeypatch):
     assert (evidence(hints).views[0].soft == same.evidence.views[0].soft).all()
     ((_, _, _, asked),) = clicks.to_click(hinted, data, [0], 2, 5, 1, 1, None, guidance=8.0)
     assert (asked(hints).views[0].soft == more.evidence.views[0].soft).all()
+    ((_, _, _, before),) = clicks.to_click(hinted, data, [0], 2, 5, 1, 1, None, True)
+    assert before(hints) is before() and not np.array_equal(before().views[0].soft, same.x_hat.numpy())
     assert (evidence().views[0].soft != same.evidence.views[0].soft).any() and evidence() is evidence(None)
     hints[1, :16], hints[5, 5] = np.arange(20, 36), 17  # more than the 16 codes
     many = segment(picture, hinted, n=2, seed=clicks.seed_of(5, 0), hints=hints)

@@ -426,6 +426,7 @@ def test_clicks_are_for_one_process(monkeypatch, capsys):
     ("--sampler euler", "'euler'"),
     ("--guidance 1,nan", "nan"), ("--seed 1000000", "--seed"),
     ("--clicks 0,1 --baseline grid", "leave out --baseline"), ("--clicks few", "'few'"),
+    ("--at_once", "--at_once goes with --clicks or --clicks_to"),
     ("--clicks_to 0.85 --out o", "leave out"), ("--clicks_to 1.5", "--clicks_to must be above 0"),
     ("--merge nan", "--merge"),
     ("--variance tiny", "'tiny'"), ("--baseline human --limit 2 --out o", "several annotators"),

@@ -93,7 +93,7 @@ def test_leaves_beside_hints(monkeypatch):
     drawn = [fit_tree.Crop(3, labels[None], lambda s: tree.gather(image, soft[s], cells[s], 4), 2)]
     rows = fit_tree.hinted_leaves(drawn, None, rng, times=6)
     assert len(rows) == len(seen) == 6
-    for (x, target, area, number), (grown, hints) in zip(rows, seen):
+    for (x, target, area, number, corrected), (grown, hints) in zip(rows, seen):
         region, k = grown.region, 0
         for leaf in range(region.max() + 1):
             inside = (region == leaf) & (labels >= 0)
@@ -104,7 +104,57 @@ def test_leaves_beside_hints(monkeypatch):
                 assert target[k, hint - 1] == pytest.approx((labels[inside] == means).mean())
             assert area[k] == pytest.approx((region == leaf).mean())
             k += 1
-        assert len(x) == len(target) == len(area) == k and x.shape[1:] == (hints.max(), 49) and number == 3
+        assert len(x) == len(target) == len(area) == k and x.shape[1:] == (hints.max(), 61) and number == 3
+        assert not corrected
+
+
+def scene(objects=False):
+    """A crop of three segments and unlabelled pixels below, with random samples of a random photo."""
+    rng = np.random.default_rng(1)
+    image, soft = rng.integers(0, 255, (18, 18, 3)).astype(np.uint8), rng.uniform(-1, 1, (2, 18, 18, 2))
+    labels, cells = np.arange(18) // 6 + np.zeros((18, 1), int), ((soft > 0) * [1, 2]).sum(-1)
+    labels[14:] = -1
+    return fit_tree.Crop(1, labels[None], lambda s: tree.gather(image, soft[s], cells[s], 4), 2, objects)
+
+
+@pytest.mark.parametrize("objects", [False, True])
+def test_a_user_corrects_what_is_wrong(objects):
+    crop, net, ways, second = scene(objects), tree.learnt(), 0, 0
+    (labels,), evidence = crop.maps, crop.evidence(slice(None))
+    for seed in range(12):
+        way = fit_tree.corrections(crop, evidence, labels, net, np.random.default_rng(seed))
+        mask, before = np.zeros(labels.shape, bool), np.zeros(labels.shape, int)
+        for k, (hints, grown, meant) in enumerate(way, 1):
+            new = hints != before
+            assert new.sum() == 1 and (hints > 0).sum() == k and len(meant) == hints.max()
+            assert (mask != meant[0])[new].all() and meant[hints[new][0] - 1][new].all()
+            if len(meant) == 2:
+                rest = ~meant[0] & (objects | (labels >= 0))
+                assert (meant[1] == rest).all()
+            ids = set(labels[meant[0]])
+            assert -1 not in ids and len(ids) in ((1,) if objects else (1, 2))
+            second += len(ids) == 2
+            claimed = fit_tree.claims(evidence, grown, hints, net)
+            answer, before = grown.cut(claimed=claimed), hints
+            mask = answer == answer[tuple(np.argwhere(hints == 1)[0])]
+        ways += len(way)
+    assert ways > 24 and (second > 0) == (not objects)
+    nothing = fit_tree.corrections(crop, evidence, labels * 0 - 1, net, np.random.default_rng(0))
+    assert nothing == []
+
+
+def test_of_single_objects_corrections_alone_are_learnt():
+    """There, what is unlabelled is not the object; without odds of hints, nobody corrects yet."""
+    net, rng = tree.learnt(), np.random.default_rng
+    plain = {k: v for k, v in net.items() if not k.startswith("hint_")}
+    assert fit_tree.hinted_leaves([scene(True)], plain, rng(0)) == []
+    rows = [row for k in range(8) for row in fit_tree.hinted_leaves([scene(True)], net, rng(k), times=5)]
+    assert rows and all(row[4] for row in rows)
+    for x, target, *_ in rows:
+        if x.shape[1] == 2:
+            assert np.allclose(target.sum(1), 1)  # every pixel is the object's or not
+    kinds = [row[4] for row in fit_tree.hinted_leaves([scene()], net, rng(0), times=5)]
+    assert kinds.count(False) == 5 and 1 <= kinds.count(True) <= 2
 
 
 def test_crops_of_a_set(tmp_path):
@@ -232,12 +282,30 @@ def test_sets_are_read_as_in_training_unless_they_say_otherwise(folder, monkeypa
     for k, more in enumerate(([f"{two},{two}:void=9"], [str(two), "--unlabelled", "segment"])):
         words = ["--ckpt", str(folder / "ckpt.pt"), "--out", str(folder / f"{k}.npz"), "--dataset", *more]
         assert fit_tree.main([*words, "--device", "cpu"]) == 0
-    trained = dict(components=True, unlabelled="ignore", void=(7,))
+    trained = dict(components=True, unlabelled="ignore", void=(7,), objects=False)
     assert seen == [[trained, {**trained, "void": (9,)}], [{**trained, "unlabelled": "segment"}]]
     said = [line for line in capsys.readouterr().out.splitlines() if "as in training" in line]
     assert said == [f"{two} is read as in training: {taken}" for taken in (
         "components True, unlabelled ignore, void (7,)", "components True, unlabelled ignore",
         "components True, void (7,)")]
+
+
+def test_objects_are_more_sets(folder, monkeypatch):
+    """Of which id 0 is never a segment; the pairs, the grain and the confidence do not see them."""
+    two, seen = folder / "two", []
+    monkeypatch.setattr(fit_tree, "STEPS", 20)
+    for name in ("region_pairs", "fit_confidence", "fit_offset", "hinted_leaves"):
+        def watched(drawn, *more, name=name, usual=getattr(fit_tree, name), **options):
+            seen.append((name, {(crop.set, crop.objects) for crop in drawn}))
+            return usual(drawn, *more, **options)
+
+        monkeypatch.setattr(fit_tree, name, watched)
+    words = ["--ckpt", str(folder / "ckpt.pt"), "--dataset", str(two), "--objects", f"{two}:2", "--crops",
+             "9", "--n", "1", "--device", "cpu"]
+    assert fit_tree.main(words) == 0 and len(tree.learnt(folder / "tree.npz")["hint_mean"]) == 61
+    assert {name for name, _ in seen} == {"region_pairs", "fit_confidence", "fit_offset", "hinted_leaves"}
+    for name, sets in seen:
+        assert sets == ({(0, False), (1, True)} if name == "hinted_leaves" else {(0, False)})
 
 
 def test_the_cut_is_where_people_cut():
