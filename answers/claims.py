@@ -24,6 +24,7 @@ PIECES = 0.75  # leaves that the tree joins at so much above the normal grain's 
 # Mean log odds above which a hint takes a segment that it does not lie in: of one hint, and by how much less
 # where there are twice as many. The more hints, the fewer segments belong to none of them.
 WANTED, DOUBLED = 4.0, 1.9
+PARTS = 32  # of a hint, the largest, that leaves are compared with
 
 
 @dataclass
@@ -51,11 +52,10 @@ def leaves_of(evidence, tree, hints):
     held[region[hints > 0]] = hints[hints > 0]
     i, j, jump = touching(region, evidence.jump)
     near, meet = nearness(tree, held, mean[:, PLACE], i, j, jump)
-    leaves = Leaves(area, mean, graph.total.shape[1] - 1,
-                    codes * (area / graph.seen[whole, 0])[:, None, None], (i, j), held, near, None)
-    clicks = [label(hints == k, np.ones((3, 3)))[1] for k in range(1, hints.max() + 1)]
-    leaves.looks = likeness(leaves, meet, np.array(clicks))
-    return leaves
+    codes, visible = codes * (area / graph.seen[whole, 0])[:, None, None], graph.total.shape[1] - 1
+    clicks = np.array([label(hints == k, np.ones((3, 3)))[1] for k in range(1, hints.max() + 1)])
+    looks = likeness(codes / area[:, None, None], mean, visible, area, held, meet, clicks)
+    return Leaves(area, mean, visible, codes, (i, j), held, near, looks)
 
 
 def touching(region, jumps):
@@ -101,32 +101,38 @@ def best(values, hint):
     return np.stack([values[:, hint == k].max(1) for k in range(1, hint.max() + 1)], axis=1)
 
 
-def likeness(leaves, meet, clicks):
+def likeness(share, mean, visible, area, held, meet, clicks):
     """How alike each leaf is to that part of a hint to which it is most alike, and how much more than to any
     other hint's: (n, K, 10), in pairs; and the logarithm of the number of the hint's clicks (K,), and of one
-    more than all others'. meet (n, S): as of `nearness`; a part is one leaf with all that meets it before any
-    other hint, at even odds or better.
+    more than all others': (n, K, 2). A part is one leaf that holds the hint with all that meets it before any
+    other hint, at even odds or better. share (n, samples, codes): of a leaf's pixels in each code; mean,
+    visible, area, held: as Leaves has them; meet (n, S): as of `nearness`.
 
     Compared are the samples' codes, their bits, colour, its histograms and texture. So a hint of several
     clicks need not look the same everywhere, as all around an object does not.
     """
-    seeds = np.flatnonzero(leaves.held)
-    hint, share, mean = leaves.held[seeds], leaves.codes / leaves.area[:, None, None], leaves.mean
+    seeds = np.flatnonzero(held)
+    hint = held[seeds]
     every = best(meet.clip(-99, 99), hint)
     own = (meet > 0) & (meet > rivals(every)[:, hint - 1])
     own[seeds, np.arange(len(seeds))] = True
-    own = own * leaves.area[:, None]  # (n, S)
-    own = (own / own.sum(0)).T
-    theirs, looks = np.tensordot(own, share, 1), own @ mean
-    alike = np.einsum("nsk,hsk->nhs", share, theirs)
-    alike /= np.sqrt((share**2).sum(2)[:, None] * (theirs**2).sum(2)[None]).clip(1e-6)
-    apart = abs(mean[:, None] - looks)
-    bits = apart[..., leaves.visible :].reshape(*alike.shape, -1).sum(3) / 2
+    own = (own * area[:, None]).T  # (S, n)
+    order = np.argsort(-own.sum(1), kind="stable")
+    kept = np.sort(np.concatenate([order[hint[order] == k][:PARTS] for k in range(1, hint.max() + 1)]))
+    hint, own = hint[kept], own[kept] / own[kept].sum(1, keepdims=True)
+    pure, columns = (share**2).sum(2)[:, None], []
+    for some in np.array_split(own, -(-len(own) // 16)):  # of hundreds, all at once take gigabytes
+        theirs, looks = np.tensordot(some, share, 1), some @ mean
+        alike = np.einsum("nsk,hsk->nhs", share, theirs)
+        alike /= np.sqrt(pure * (theirs**2).sum(2)[None]).clip(1e-6)
+        apart = abs(mean[:, None] - looks)
+        bits = apart[..., visible :].reshape(*alike.shape, -1).sum(3) / 2
+        columns.append([np.log(alike.mean(2) + 0.02), -np.minimum(bits, 2).mean(2),
+                        -np.linalg.norm(apart[..., :3], axis=2), -apart[..., 8 : visible].sum(2),
+                        -apart[..., 3:6].sum(2)])
     out = []
-    for value in (np.log(alike.mean(2) + 0.02), -np.minimum(bits, 2).mean(2),
-                  -np.linalg.norm(apart[..., :3], axis=2), -apart[..., 8 : leaves.visible].sum(2),
-                  -apart[..., 3:6].sum(2)):
-        value = best(value, hint)
+    for value in zip(*columns):
+        value = best(np.concatenate(value, axis=1), hint)
         out += [value, ahead(value)]
     same = np.ones_like(every)
     return np.stack([*out, same * np.log(clicks), same * np.log(1 + clicks.sum() - clicks)], axis=2)

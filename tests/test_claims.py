@@ -142,6 +142,16 @@ def test_a_leaf_is_compared_with_the_click_that_it_is_most_alike(seed):
     assert np.allclose(features(leaves, first_owner(leaves))[..., 49:], leaves.looks)
 
 
+def test_of_a_hint_of_very_many_clicks_the_largest_are_compared_with(monkeypatch):
+    evidence = evidence_of(0)
+    grown = grow(evidence, network(0, bias=1.0), HINTS)
+    every = leaves_of(evidence, grown, HINTS).looks[..., :10:2]
+    monkeypatch.setattr(module, "PARTS", 1)
+    largest = leaves_of(evidence, grown, HINTS).looks[..., :10:2]
+    assert np.allclose(every[:, 1:], largest[:, 1:])  # these hints have one part
+    assert (every[:, 0] >= largest[:, 0] - 1e-9).all() and (every[:, 0] > largest[:, 0] + 1e-3).any()
+
+
 def test_odds_of_a_file_of_before_see_what_it_knew():
     evidence, net = evidence_of(1), network(1)
     leaves = leaves_of(evidence, grow(evidence, net, HINTS), HINTS)
