@@ -22,8 +22,8 @@ from answers.tree import PLACE, collect, neighbours, perceptron
 
 PIECES = 0.75  # leaves that the tree joins at so much above the normal grain's log odds go to hints together
 # Mean log odds above which a hint takes a segment that it does not lie in: of one hint, and by how much less
-# where there are twice as many. The more hints, the fewer segments belong to none of them.
-WANTED, DOUBLED = 4.0, 1.9
+# where there are twice as many; the higher of two such. The more hints, the fewer segments belong to none.
+WANTED = (4.0, 1.9), (1.2, 0.5)
 PARTS = 32  # of a hint, the largest, that leaves are compared with
 
 
@@ -277,5 +277,5 @@ def claims(evidence, tree, hints, net=None, closed=False, offset=0.0, within=Non
     segment = tree.of_leaves(tree.cut("normal", offset))
     held, area = np.bincount(segment, leaves.held) > 0, np.bincount(segment, leaves.area)
     wish = np.stack([np.bincount(segment, leaves.area * s) / area for s in score.clip(-6, 6).T], axis=1)
-    wanted = WANTED - DOUBLED * np.log2(wish.shape[1])
+    wanted = max(one - less * np.log2(wish.shape[1]) for one, less in WANTED)
     return np.where((held | (wish.max(1) > wanted))[segment], owner, 0)

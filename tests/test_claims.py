@@ -232,16 +232,16 @@ def test_segments_without_a_hint_stay_unless_one_wants_them(monkeypatch):
     owner = claims(evidence, grown, hints, net)
     hinted = np.isin(labels, labels[hints > 0])
     assert not hinted.all() and np.array_equal(owner[grown.region] > 0, hinted)
-    monkeypatch.setattr(module, "WANTED", -2)  # all are wanted more than that
+    monkeypatch.setattr(module, "WANTED", [(-2, 0)])  # all are wanted more than that
     assert (claims(evidence, grown, hints, net) > 0).all()
     monkeypatch.undo()
     assert (claims(evidence, grown, hints, net, closed=True) > 0).all()
 
 
-@pytest.mark.parametrize("count, least", [(1, 4.0), (2, 2.1), (4, 0.2)])
+@pytest.mark.parametrize("count, least", [(1, 4.0), (2, 2.1), (4, 0.2), (8, -0.3)])
 def test_the_more_hints_the_less_they_have_to_want_a_segment(monkeypatch, count, least):
     evidence, net = evidence_of(2), network(2)
-    places = [(2, 2), (9, 8), (2, 8), (9, 2)][:count]
+    places = [(2, 2), (9, 8), (2, 8), (9, 2), (5, 5), (0, 0), (11, 10), (6, 0)][:count]
     hints = hints_at((12, 11), *((number, place) for number, place in enumerate(places, 1)))
     grown = grow(evidence, net, hints)
     for over in (-0.01, 0.01):
