@@ -240,9 +240,9 @@ def test_segments_without_a_hint_stay_unless_one_wants_them(monkeypatch):
 
 @pytest.mark.parametrize("count, least", [(1, 4.0), (2, 2.1), (4, 0.2), (8, -0.3)])
 def test_the_more_hints_the_less_they_have_to_want_a_segment(monkeypatch, count, least):
-    evidence, net = evidence_of(2), network(2)
-    places = [(2, 2), (9, 8), (2, 8), (9, 2), (5, 5), (0, 0), (11, 10), (6, 0)][:count]
-    hints = hints_at((12, 11), *((number, place) for number, place in enumerate(places, 1)))
+    evidence, net = evidence_of(2, 30, 30), network(2)
+    places = [(2, 2), (9, 8), (2, 8), (9, 2), (2, 5), (9, 5), (5, 8), (5, 2)][:count]
+    hints = hints_at((30, 30), *((number, place) for number, place in enumerate(places, 1)))
     grown = grow(evidence, net, hints)
     for over in (-0.01, 0.01):
         same = np.full((grown.graph.n, count), least + over)
