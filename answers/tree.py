@@ -387,8 +387,11 @@ def learnt(path=LEARNT):
     try:
         with np.load(path, allow_pickle=False) as f:
             net = {name: f[name].astype(np.float64) for name in f.files}
-        for name, inputs in (("", [53]), ("hint_", [61, 49])):  # 49: files of before
-            perceptron(np.zeros((1, inputs[len(net[name + "mean"]) != inputs[0]])), net, name)
+        for name, known in (("", (53,)), ("hint_", (61, 49))):  # 49: files of before
+            inputs = len(net[name + "mean"])
+            if inputs not in known:
+                raise ValueError(f"it was fitted to {inputs} features, not {known[0]}")
+            perceptron(np.zeros((1, inputs)), net, name)
         net["confidence"].reshape(4)
         offset_of(net)
     except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as e:
